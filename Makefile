@@ -1,0 +1,38 @@
+# The commands that the README names. Each installs what it needs first.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+RECIPE ?= alfworld-tiny
+
+export DAGSTER_HOME := $(CURDIR)/dagster_home
+
+.PHONY: setup demo test lint ui render
+
+setup: $(READY)
+
+# torch comes first and by itself: whichever build the machine's index offers (CPU or CUDA) is then kept.
+$(READY): pyproject.toml constraints.txt
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	touch $(READY)
+
+demo: setup
+	$(BIN)/dmr run $(RECIPE)
+
+test: setup lint
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy dmr_pipeline
+	$(BIN)/lint-imports
+
+ui: setup
+	$(BIN)/dagster dev -w workspace.yaml -h 127.0.0.1
+
+render: setup
+	$(BIN)/dmr render

@@ -1,0 +1,318 @@
+"""Episodes: a router picks the precision before each step, the agent at that precision acts.
+
+Many episodes run at once. Each precision keeps its own exact KV cache (`Streams`) and catches up, when its turn comes, on the
+tokens it has not seen; a finished episode's slot goes to the next task.
+"""
+
+import hashlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dmr_pipeline.agent.prompts import Prompter
+from dmr_pipeline.agent.streams import Streams
+from dmr_pipeline.environments.base import Episode, Task
+
+Peek = Callable[[bool], list[list[int]]]
+"""Peek(high): for each slot being decided, the action that this precision would take. Costs a forward pass; for oracles."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One episode to play."""
+
+    task: Task
+    member: int = 0
+    """Number within a group of episodes of one task, or of a random draw."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    high: bool
+    probability: float
+    """The router's probability of high precision."""
+
+
+class RoutingPolicy(Protocol):
+    """Decides before each step which precision acts. Holds state per slot."""
+
+    def begin(self, slot: int, run: Run) -> None: ...
+
+    def decide(self, slots: Sequence[int], segments: Sequence[list[int]], peek: Peek) -> list[Decision]:
+        """`segments` are the tokens that each transcript has grown by since the last action."""
+        ...
+
+    def acted(self, slot: int, action: list[int]) -> None: ...
+
+
+@dataclass(frozen=True)
+class SinglePrecision:
+    """One precision acts throughout."""
+
+    high: bool
+
+    def begin(self, slot: int, run: Run) -> None:
+        pass
+
+    def decide(self, slots: Sequence[int], segments: Sequence[list[int]], peek: Peek) -> list[Decision]:
+        return [Decision(self.high, float(self.high))] * len(slots)
+
+    def acted(self, slot: int, action: list[int]) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of an episode."""
+
+    segment: list[int]
+    """Tokens appended before the action: the observation and what the prompt puts around it."""
+    action: list[int]
+    """Generated tokens, the end included."""
+    command: str
+    observation: str
+    """What the command showed."""
+    high: bool
+    probability: float
+    processed: int
+    """Tokens that the acting precision's forward passes read: catch-up, segment, and all but the last generated one."""
+
+
+@dataclass
+class Trajectory:
+    """One played episode."""
+
+    run: Run
+    opening: str
+    """First observation."""
+    steps: list[Step] = field(default_factory=list)
+    reward: float = 0.0
+
+    @property
+    def success(self) -> bool:
+        return self.reward >= 1.0
+
+    @property
+    def high_ratio(self) -> float:
+        """Share of steps at high precision."""
+        return sum(step.high for step in self.steps) / len(self.steps)
+
+
+@dataclass
+class Clock:
+    """Seconds spent, over a whole batch of episodes; differs from run to run."""
+
+    router: float = 0.0
+    agent: float = 0.0
+    environment: float = 0.0
+    durations: list[float] = field(default_factory=list)
+    """Router and agent together, of each step of the whole batch."""
+    steps: int = 0
+
+
+@dataclass
+class _Slot:
+    run: Run
+    episode: Episode
+    trajectory: Trajectory
+    segment: list[int]
+    transcript: list[int] = field(default_factory=list)
+
+
+def play(
+    runs: Sequence[Run],
+    begin: Callable[[Task], Episode],
+    agents: Mapping[bool, Streams],
+    prompter: Prompter,
+    policy: RoutingPolicy,
+    step_limit: int,
+    action: Literal["generate", "score"] = "generate",
+    temperature: float = 0.0,
+    seed: int = 0,
+    clock: Clock | None = None,
+    advance: Callable[[int], None] = lambda _: None,
+) -> list[Trajectory]:
+    """Play all runs; results are in the order of `runs` and do not depend on how many slots there are (but for rounding).
+
+    Args:
+        begin: starts an episode of a task (the environment).
+        agents: precision is high -> its token streams; both may be the same object where one precision acts alone.
+        action: `generate` writes it token by token; `score` chooses among the admissible commands by their probability,
+            each scored in full, the end included.
+        temperature: 0 acts greedily; otherwise tokens (or commands) are drawn, seeded by (seed, task, member, turn).
+        advance: called with the number of episodes that have just ended (progress).
+    """
+    clock = clock if clock is not None else Clock()
+    batch = _Batch(begin, agents, prompter, policy, action, temperature, seed, clock)
+    queue = list(enumerate(runs))[::-1]
+    done: dict[int, Trajectory] = {}
+    free = list(range(min(len(agents[True].lengths), len(agents[False].lengths))))[::-1]
+    order: dict[int, int] = {}
+    while queue or batch.slots:
+        while queue and free:
+            index, run = queue.pop()
+            slot = free.pop()
+            order[slot] = index
+            batch.start(slot, run)
+        ended = batch.step(step_limit)
+        for slot in ended:
+            done[order.pop(slot)] = batch.slots.pop(slot).trajectory
+            free.append(slot)
+        if ended:
+            advance(len(ended))
+    return [done[i] for i in range(len(runs))]
+
+
+class _Batch:
+    """The episodes that run now."""
+
+    def __init__(
+        self,
+        begin: Callable[[Task], Episode],
+        agents: Mapping[bool, Streams],
+        prompter: Prompter,
+        policy: RoutingPolicy,
+        action: Literal["generate", "score"],
+        temperature: float,
+        seed: int,
+        clock: Clock,
+    ) -> None:
+        self.begin, self.agents, self.prompter, self.policy = begin, agents, prompter, policy
+        self._act = self._generate if action == "generate" else self._score
+        self.temperature, self.seed, self.clock = temperature, seed, clock
+        self.slots: dict[int, _Slot] = {}
+
+    def start(self, slot: int, run: Run) -> None:
+        episode = self.begin(run.task)
+        opening = episode.reset()
+        self.slots[slot] = _Slot(
+            run, episode, Trajectory(run, opening), self.prompter.opening(opening, run.task.instruction)
+        )
+        for streams in self.agents.values():
+            streams.reset([slot])
+        self.policy.begin(slot, run)
+
+    def step(self, step_limit: int) -> list[int]:
+        """One step of every running episode; returns the slots whose episode has ended."""
+        slots = sorted(self.slots)
+        running = [self.slots[slot] for slot in slots]
+        for state in running:
+            state.transcript += state.segment
+        drafts: dict[bool, list[tuple[list[int], int]]] = {}
+
+        def peek(high: bool) -> list[list[int]]:
+            if high not in drafts:
+                drafts[high] = self._act(high, slots)
+            return [action for action, _ in drafts[high]]
+
+        started = time.perf_counter()
+        decisions = self.policy.decide(slots, [state.segment for state in running], peek)
+        decided = time.perf_counter()
+        chosen: dict[int, tuple[list[int], int]] = {}
+        for high in (False, True):
+            mine = [slot for slot, decision in zip(slots, decisions, strict=True) if decision.high == high]
+            if high in drafts:
+                chosen |= {slot: draft for slot, draft in zip(slots, drafts[high], strict=True) if slot in mine}
+            elif mine:
+                chosen |= dict(zip(mine, self._act(high, mine), strict=True))
+        for high in drafts:
+            for slot, state in zip(slots, running, strict=True):
+                self.agents[high].truncate(slot, len(state.transcript))
+        acted = time.perf_counter()
+        ended = []
+        for slot, state, decision in zip(slots, running, decisions, strict=True):
+            action, processed = chosen[slot]
+            command = self.prompter.command(action)
+            observation, reward, over = state.episode.step(command)
+            state.trajectory.steps.append(
+                Step(state.segment, action, command, observation, decision.high, decision.probability, processed)
+            )
+            state.transcript += action
+            self.policy.acted(slot, action)
+            if over or len(state.trajectory.steps) >= step_limit:
+                state.trajectory.reward = reward
+                ended.append(slot)
+            else:
+                state.segment = self.prompter.turn(observation, state.run.task.instruction)
+        self.clock.router += decided - started
+        self.clock.agent += acted - decided
+        self.clock.environment += time.perf_counter() - acted
+        self.clock.durations.append(acted - started)
+        self.clock.steps += len(slots)
+        return ended
+
+    def _generate(self, high: bool, slots: list[int]) -> list[tuple[list[int], int]]:
+        """The action of one precision for each slot, and the tokens that its forward passes read."""
+        streams, prompter = self.agents[high], self.prompter
+        chunks = [self.slots[slot].transcript[streams.lengths[slot] :] for slot in slots]
+        actions: list[list[int]] = [[] for _ in slots]
+        processed = [len(chunk) for chunk in chunks]
+        waiting = list(range(len(slots)))
+        logits = streams.extend(slots, chunks)
+        while True:
+            for i, token in zip(
+                waiting, self._choose(logits, [(slots[i], len(actions[i])) for i in waiting]), strict=True
+            ):
+                actions[i].append(token)
+            waiting = [
+                i
+                for i in waiting
+                if actions[i][-1] != prompter.end_token and len(actions[i]) < prompter.prompt.max_action_tokens
+            ]
+            if not waiting:
+                return list(zip(actions, processed, strict=True))
+            for i in waiting:
+                processed[i] += 1
+            logits = streams.extend([slots[i] for i in waiting], [[actions[i][-1]] for i in waiting])
+
+    def _score(self, high: bool, slots: list[int]) -> list[tuple[list[int], int]]:
+        """The admissible command that one precision finds likeliest, or a draw by probability, for each slot."""
+        streams = self.agents[high]
+        chunks = [self.slots[slot].transcript[streams.lengths[slot] :] for slot in slots]
+        candidates = [
+            [self.prompter.action(command) for command in self.slots[slot].episode.admissible_commands()]
+            for slot in slots
+        ]
+        processed = [
+            len(chunk) + sum(len(command) - 1 for command in commands)
+            for chunk, commands in zip(chunks, candidates, strict=True)
+        ]
+        first = streams.extend(slots, chunks).log_softmax(-1)
+        scores: list[list[float]] = [[] for _ in slots]
+        for k in range(max(len(commands) for commands in candidates)):
+            mine = [i for i in range(len(slots)) if k < len(candidates[i])]
+            rest = streams.extend_all([slots[i] for i in mine], [candidates[i][k][:-1] for i in mine])
+            for i, logits in zip(mine, rest, strict=True):
+                command = candidates[i][k]
+                following = logits.log_softmax(-1).gather(-1, torch.tensor(command[1:], device=logits.device)[:, None])
+                scores[i].append(float(first[i, command[0]] + following.sum()))
+                streams.truncate(slots[i], len(self.slots[slots[i]].transcript))
+        chosen = [
+            self._choose(torch.tensor([values]), [(slot, 0)])[0] for values, slot in zip(scores, slots, strict=True)
+        ]
+        return [(candidates[i][k], processed[i]) for i, k in enumerate(chosen)]
+
+    def _choose(self, logits: Tensor, positions: list[tuple[int, int]]) -> list[int]:
+        """A token for each (slot, index in the action)."""
+        if self.temperature == 0:
+            return list(logits.argmax(-1).tolist())
+        tokens = []
+        for row, (slot, index) in zip(
+            (logits / self.temperature).softmax(-1).double().cpu().numpy(), positions, strict=True
+        ):
+            state = self.slots[slot]
+            key = (self.seed, state.run.task.task_id, state.run.member, len(state.trajectory.steps), index)
+            draw = seeded_generator(*key).random() * row.sum()
+            tokens.append(int(min(np.searchsorted(np.cumsum(row), draw), len(row) - 1)))
+        return tokens
+
+
+def seeded_generator(*key: object) -> np.random.Generator:
+    """A generator that depends on the key alone, never on what was drawn before."""
+    digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
+    return np.random.default_rng(int.from_bytes(digest[:8], "little"))

@@ -1,0 +1,226 @@
+"""Many growing token sequences over one causal LM, with exact KV caching.
+
+An agent's transcript only ever grows, so everything computed for its prefix can be kept. `Streams` holds a batch of
+such sequences, each of its own length. A call feeds a chunk of tokens to some of them; the logits equal, up to float
+rounding, those of a plain forward pass over the whole sequence.
+"""
+
+import os
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from dmr_pipeline.errors import UserError
+
+_SMALLEST_STORAGE = 256
+"""Token positions that the cache starts with; doubled whenever they do not suffice."""
+_PADDING_WORTH_A_PASS = 256
+"""Padded tokens that cost about as much as another forward pass."""
+
+
+class _RowCache(Cache):
+    """Keys and values of all rows, one tensor [rows, key-value heads, positions, head width] a layer.
+
+    A forward pass takes the first n rows: its tokens are stored at `write`, and the first `read` positions of these
+    rows are attended to. What is read is a view, never a copy. Positions not yet written hold zeros: even masked, a NaN
+    would spread.
+    """
+
+    def __init__(self, rows: int, capacity: int) -> None:
+        super().__init__(layers=[])
+        self.rows = rows
+        self.capacity = capacity
+        self.positions = min(_SMALLEST_STORAGE, capacity)
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+        self.write: tuple[Tensor, Tensor, Tensor]
+        """Row, index in the chunk, and position of every new token that is not padding."""
+        self.read = 0
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """Called by each attention layer: store its new [n, heads, chunk, width], return [n, heads, read, width]."""
+        if layer_idx == len(self.keys):
+            for store, new in ((self.keys, key_states), (self.values, value_states)):
+                store.append(new.new_zeros(self.rows, new.shape[1], self.positions, new.shape[3]))
+        keys, values = self.keys[layer_idx], self.values[layer_idx]
+        rows, indices, positions = self.write
+        keys[rows, :, positions] = key_states[rows, :, indices]
+        values[rows, :, positions] = value_states[rows, :, indices]
+        count = key_states.shape[0]
+        return keys[:count, :, : self.read], values[:count, :, : self.read]
+
+    def reserve(self, positions: int) -> None:
+        if positions > self.positions:
+            self.positions = max(positions, min(2 * self.positions, self.capacity))
+            for store in (self.keys, self.values):
+                for layer, old in enumerate(store):
+                    store[layer] = old.new_zeros(*old.shape[:2], self.positions, old.shape[3])
+                    store[layer][:, :, : old.shape[2]] = old
+
+    def copy_rows(self, sources: list[int], targets: list[int], positions: int) -> None:
+        """Overwrite the first `positions` of the target rows; sources are read before anything is written."""
+        for store in (self.keys, self.values):
+            for tensor in store:
+                tensor[targets, :, :positions] = tensor[sources, :, :positions]
+
+
+class Streams:
+    """A batch of token sequences that only grow at their ends (or are cut there).
+
+    A slot is the caller's name for a sequence, 0 to `slots` - 1. Inside, the sequences of a call are moved to the first
+    rows of the cache, so that attention reads them without a copy; calls for the same slots, or for fewer and fewer of
+    them (as in generation), move next to nothing.
+
+    Args:
+        model: any causal LM with full attention in every layer whose logits are its output embeddings applied to the
+            last hidden state (Qwen, Llama, ...), float or quantized. It is put into evaluation mode.
+        slots: number of sequences.
+        capacity: tokens that one sequence may have; memory is taken as the longest sequence needs it.
+
+    Raises:
+        UserError: the model has sliding-window or recurrent layers.
+    """
+
+    def __init__(self, model: PreTrainedModel, slots: int, capacity: int) -> None:
+        if any(type(layer) is not DynamicLayer for layer in DynamicCache(config=model.config).layers):
+            raise UserError(
+                f"model type {model.config.model_type!r}: not every layer has full attention, which exact caching of"
+                " ragged rows needs; choose a model without sliding-window or recurrent layers"
+            )
+        self.model = model.eval()
+        self.capacity = capacity
+        self.lengths = [0] * slots
+        """Tokens in each slot."""
+        self._cache = _RowCache(slots, capacity)
+        self._row_of = list(range(slots))
+        self._slot_at = list(range(slots))
+
+    def reset(self, slots: Sequence[int]) -> None:
+        """Empty these slots."""
+        for slot in slots:
+            self.lengths[slot] = 0
+
+    def truncate(self, slot: int, length: int) -> None:
+        """Keep the first `length` tokens of a slot."""
+        if not 0 <= length <= self.lengths[slot]:
+            raise ValueError(f"slot {slot} has {self.lengths[slot]} tokens, it cannot be cut to {length}")
+        self.lengths[slot] = length
+
+    def copy(self, source: int, targets: Sequence[int]) -> None:
+        """Make each target slot a copy of the source slot."""
+        self._cache.copy_rows(
+            [self._row_of[source]] * len(targets), [self._row_of[slot] for slot in targets], self.lengths[source]
+        )
+        for slot in targets:
+            self.lengths[slot] = self.lengths[source]
+
+    @torch.no_grad()
+    def extend(self, slots: Sequence[int], chunks: Sequence[Sequence[int]]) -> Tensor:
+        """Append a chunk of token ids, at least one, to each of these slots.
+
+        Returns:
+            float32 logits [len(slots), vocabulary] after the last token of each chunk.
+
+        Raises:
+            UserError: a sequence would outgrow the capacity; then no slot has changed.
+        """
+        return self._head(torch.stack([hidden[-1] for hidden in self._hidden(slots, chunks)]))
+
+    @torch.no_grad()
+    def extend_all(self, slots: Sequence[int], chunks: Sequence[Sequence[int]]) -> list[Tensor]:
+        """As `extend`, with float32 logits after every token: [len(chunk), vocabulary] for each chunk."""
+        return list(self._head(torch.cat(self._hidden(slots, chunks))).split([len(chunk) for chunk in chunks]))
+
+    def _head(self, hidden: Tensor) -> Tensor:
+        logits: Tensor = self.model.get_output_embeddings()(hidden)
+        return logits.float()
+
+    def _hidden(self, slots: Sequence[int], chunks: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Append the chunks; last hidden states [len(chunk), width] of each."""
+        longest = max(self.lengths[slot] + len(chunk) for slot, chunk in zip(slots, chunks, strict=True))
+        if longest > self.capacity:
+            raise UserError(
+                f"a token sequence would grow to {longest} tokens, but its stream holds {self.capacity}:"
+                " raise the streams' capacity, or shorten the episodes (benchmark.step_limit in the recipe)"
+            )
+        if len(set(slots)) < len(slots) or not all(chunks):
+            raise ValueError("slots must be distinct and chunks not empty")
+        cut = _first_pass([len(chunk) for chunk in chunks])
+        hidden = self._forward(slots, [chunk[:cut] for chunk in chunks])
+        rest = [index for index, chunk in enumerate(chunks) if len(chunk) > cut]
+        if rest:
+            more = self._hidden([slots[index] for index in rest], [chunks[index][cut:] for index in rest])
+            for index, states in zip(rest, more, strict=True):
+                hidden[index] = torch.cat([hidden[index], states])
+        return hidden
+
+    def _forward(self, slots: Sequence[int], chunks: Sequence[Sequence[int]]) -> list[Tensor]:
+        """One forward pass over all the chunks, padded on the right.
+
+        A padded token has a position after its chunk: no token of the chunk attends to it, and it is not stored.
+        """
+        self._bring_to_front(slots)
+        device, width = self.model.device, max(map(len, chunks))
+        chunk_at = {self._row_of[slot]: chunk for slot, chunk in zip(slots, chunks, strict=True)}
+        by_row = [chunk_at[row] for row in range(len(slots))]
+        tokens = torch.tensor([[*chunk, *[0] * (width - len(chunk))] for chunk in by_row], device=device)
+        sizes = torch.tensor([[len(chunk)] for chunk in by_row], device=device)
+        starts = torch.tensor([[self.lengths[slot]] for slot in self._slot_at[: len(slots)]], device=device)
+        steps = torch.arange(width, device=device)
+        positions = starts + steps
+        rows, indices = (steps < sizes).nonzero(as_tuple=True)
+        for slot, chunk in zip(slots, chunks, strict=True):
+            self.lengths[slot] += len(chunk)
+
+        cache = self._cache
+        cache.read = max(self.lengths[slot] for slot in slots)
+        cache.reserve(cache.read)
+        cache.write = (rows, indices, positions[rows, indices])
+        # Additive, in the model's dtype: a boolean mask would be converted again in every layer on a CPU.
+        mask = torch.zeros(len(slots), 1, width, cache.read, dtype=self.model.dtype, device=device)
+        mask.masked_fill_(torch.arange(cache.read, device=device) > positions[:, None, :, None], float("-inf"))
+        with _shared_heads() if device.type == "cpu" and width > 1 else nullcontext():
+            hidden = self.model.base_model(
+                input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+            ).last_hidden_state
+        return [hidden[self._row_of[slot], : len(chunk)] for slot, chunk in zip(slots, chunks, strict=True)]
+
+    def _bring_to_front(self, slots: Sequence[int]) -> None:
+        """Swap rows until those of `slots` are the first ones."""
+        asked, count = set(slots), len(slots)
+        inside = [row for row in range(count) if self._slot_at[row] not in asked]
+        outside = [self._row_of[slot] for slot in slots if self._row_of[slot] >= count]
+        if not inside:
+            return
+        first, second = inside + outside, outside + inside
+        used = max(self.lengths[self._slot_at[row]] for row in first)
+        self._cache.copy_rows(first, second, used)
+        moved = [self._slot_at[row] for row in first]
+        for slot, row in zip(moved, second, strict=True):
+            self._row_of[slot], self._slot_at[row] = row, slot
+
+
+def _first_pass(lengths: list[int]) -> int:
+    """Tokens of each chunk that go into one padded pass; the rest of the longer chunks follows in passes of fewer rows.
+
+    Streams that catch up on many tokens would otherwise make all the others carry their padding.
+    """
+    longest = max(lengths)
+    saved, cut = max((rows * (longest - length), length) for rows, length in enumerate(sorted(lengths), start=1))
+    return cut if saved > _PADDING_WORTH_A_PASS else longest
+
+
+def _shared_heads() -> AbstractContextManager[object]:
+    """Chunks on a CPU: let torch's masked attention share the key-value heads, which transformers would copy.
+
+    A third of the time at a long context. For single tokens transformers has a faster way of its own; on a GPU torch's
+    masked attention cannot share heads.
+    """
+    return patch.dict(os.environ, {"TRANSFORMERS_SDPA_FORCE_GQA": "1"})

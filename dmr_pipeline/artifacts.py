@@ -1,0 +1,403 @@
+"""Artefacts: a stage's folder of files, published whole, described by a manifest, verified on every read.
+
+`data/<recipe>/<stage>/` is the artefact and all of it is hashed; nothing in it differs from run to run. What does
+differ (times, versions, machine) lies beside it in `<stage>.run.json`. The hash of a folder is DVC's own, so that one
+number names an artefact in Dagster and in DVC.
+"""
+
+import errno
+import hashlib
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
+
+from dmr_pipeline.errors import UserError
+from dmr_pipeline.recipe import Recipe
+from dmr_pipeline.stage import Stage, StageContext, StageResult
+
+log = logging.getLogger(__name__)
+
+DATA_ROOT = Path("data")
+MANIFEST = "manifest.json"
+PICKLE_SUFFIXES = frozenset({".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt", ".joblib"})
+RECORDED_LIBRARIES = (
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "optimum-quanto",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+    "polars",
+)
+FULL_DISK_BYTES = 1 << 20
+
+
+class Manifest(BaseModel):
+    """What an artefact was made from and what it holds. Part of the hashed folder."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    stage: str
+    recipe: str
+    code_version: str
+    sections: dict[str, JsonValue]
+    """Content of the recipe sections that the stage reads, defaults filled in."""
+    inputs: dict[str, str]
+    """Input stage -> its folder's hash."""
+    files: dict[str, str]
+    """Path in the folder (posix) -> md5 of the file; the manifest itself is left out."""
+    summary: dict[str, JsonValue]
+
+    def to_json(self) -> str:
+        return json.dumps(self.model_dump(mode="json"), indent=2, sort_keys=True, allow_nan=False) + "\n"
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """An artefact that was verified."""
+
+    path: Path
+    hash: str
+    """DVC's directory hash, '<md5>.dir'."""
+    size: int
+    """Bytes of all files."""
+    manifest: Manifest
+
+
+@dataclass(frozen=True)
+class Materialized:
+    artifact: Artifact
+    skipped: bool
+    """True where a valid artefact of the same inputs, recipe sections and code version was there already."""
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """All that decides an artefact's content."""
+
+    stage: str
+    recipe: str
+    code_version: str
+    sections: dict[str, JsonValue]
+    inputs: dict[str, str]
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(json.dumps(vars(self), sort_keys=True).encode()).hexdigest()[:16]
+
+    def difference(self, manifest: Manifest) -> str | None:
+        """Why the manifest's artefact is stale, in a few words; None where it is current."""
+        if manifest.code_version != self.code_version:
+            return f"code version {manifest.code_version} -> {self.code_version}"
+        sections = [name for name in self.sections if manifest.sections.get(name) != self.sections[name]]
+        if sections or manifest.sections.keys() != self.sections.keys():
+            return f"recipe changed: {', '.join(sections) or 'sections'}"
+        inputs = [name for name in self.inputs if manifest.inputs.get(name) != self.inputs[name]]
+        if inputs or manifest.inputs.keys() != self.inputs.keys():
+            return f"input changed: {', '.join(inputs) or 'inputs'}"
+        return None
+
+
+def artifact_folder(stage: str, recipe: str, data_root: Path = DATA_ROOT) -> Path:
+    return data_root / recipe / stage
+
+
+def sidecar_path(folder: Path) -> Path:
+    """The unhashed record of the run that made the artefact in `folder`."""
+    return folder.with_name(f"{folder.name}.run.json")
+
+
+def provenance(stage: Stage, recipe: Recipe, inputs: Mapping[str, str]) -> Provenance:
+    """Args: inputs: input stage -> hash of its folder."""
+    sections = {name: getattr(recipe, name).model_dump(mode="json") for name in stage.sections}
+    return Provenance(stage.name, recipe.name, stage.code_version, sections, dict(inputs))
+
+
+def file_md5(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "md5").hexdigest()
+
+
+def hash_files(folder: Path) -> dict[str, str]:
+    """md5 of every file in the folder, by its posix path relative to it."""
+    return {path.relative_to(folder).as_posix(): file_md5(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def folder_hash(files: Mapping[str, str]) -> str:
+    """DVC's hash of a folder with these files: md5 over the JSON list of {md5, relpath}, sorted by relpath."""
+    entries = [{"md5": md5, "relpath": relpath} for relpath, md5 in sorted(files.items())]
+    return hashlib.md5(json.dumps(entries, sort_keys=True).encode()).hexdigest() + ".dir"
+
+
+def verify(folder: Path) -> Artifact:
+    """Read the manifest of `data/<recipe>/<stage>` and compare every file with it.
+
+    Raises:
+        UserError: the artefact is missing, or a file of it is missing, changed or one too many.
+    """
+    remedy = f"`dmr materialize {folder.name} --recipe {folder.parent.name}"
+    recover(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder} is missing: make it with {remedy}`")
+    try:
+        manifest = Manifest.model_validate_json((folder / MANIFEST).read_bytes())
+    except (FileNotFoundError, ValidationError) as error:
+        raise UserError(
+            f"{folder / MANIFEST} is missing or malformed: make the artefact again with {remedy} --force`"
+        ) from error
+    files = hash_files(folder)
+    found = {relpath: md5 for relpath, md5 in files.items() if relpath != MANIFEST}
+    for relpath in sorted(found.keys() | manifest.files.keys()):
+        if found.get(relpath) != manifest.files.get(relpath):
+            problem = (
+                "is missing"
+                if relpath not in found
+                else "was changed"
+                if relpath in manifest.files
+                else "does not belong there"
+            )
+            raise UserError(f"{folder / relpath} {problem}: make the artefact again with {remedy} --force`")
+    return Artifact(folder, folder_hash(files), sum((folder / relpath).stat().st_size for relpath in files), manifest)
+
+
+def materialize_stage(
+    stage: Stage, recipe: Recipe, data_root: Path = DATA_ROOT, *, force: bool = False
+) -> Materialized:
+    """Make a stage's artefact from its inputs' artefacts, unless a valid one of the same provenance is there already.
+
+    Dagster and DVC both come here. A kill at any moment leaves the old artefact or the new one. One process at a time
+    works on a stage of a recipe; a second one waits, and then finds the work done.
+
+    Raises:
+        UserError: an input is missing or damaged, the disk is full, the committed artefact is damaged, or the stage
+            itself found bad input.
+    """
+    folder = artifact_folder(stage.name, recipe.name, data_root)
+    with _disk_full_is_user_error(folder, data_root):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(folder):
+            inputs = {name: verify(artifact_folder(name, recipe.name, data_root)) for name in stage.inputs}
+            wanted = provenance(stage, recipe, {name: artifact.hash for name, artifact in inputs.items()})
+            current = None if force else _current(folder, wanted, committed=stage.committed)
+            if current is not None:
+                log.info("%s: up to date", stage.name)
+                return Materialized(current, skipped=True)
+            scratch = _scratch_folder(data_root, wanted)
+            paths = {name: artifact.path for name, artifact in inputs.items()}
+            artifact = _build(stage, recipe, wanted, paths, folder, scratch)
+            shutil.rmtree(scratch.parent)
+            return Materialized(artifact, skipped=False)
+
+
+def recover(folder: Path) -> None:
+    """Put back the old artefact where a kill fell between the two renames of `_publish`."""
+    old = _old_folder(folder)
+    if folder.exists() or not old.is_dir():
+        return
+    try:
+        with FileLock(_lock_path(folder), timeout=0):
+            if not folder.exists():
+                old.rename(folder)
+    except Timeout:
+        return  # the process that publishes is alive and will finish
+
+
+def _current(folder: Path, wanted: Provenance, *, committed: bool) -> Artifact | None:
+    """The artefact, where it is valid and of the wanted provenance."""
+    if not folder.is_dir():
+        return None
+    try:
+        artifact = verify(folder)
+    except UserError as error:
+        if committed:  # hours of training must not start because a file in Git was touched
+            raise UserError(f"{error}, or restore it with `git checkout -- {folder}`") from error
+        log.warning("%s; it is made again", error)
+        return None
+    difference = wanted.difference(artifact.manifest)
+    if difference is not None:
+        log.info("%s: stale (%s)", folder.name, difference)
+        return None
+    return artifact
+
+
+def _build(
+    stage: Stage, recipe: Recipe, wanted: Provenance, inputs: Mapping[str, Path], folder: Path, scratch: Path
+) -> Artifact:
+    output = _new_folder(folder)
+    shutil.rmtree(output, ignore_errors=True)
+    output.mkdir()
+    log.info("%s: started", stage.name)
+    started, clock = datetime.now(UTC), time.perf_counter()
+    try:
+        with _recorded_log() as lines:
+            result = stage.run(StageContext(recipe, inputs, output, scratch))
+        seconds = time.perf_counter() - clock
+        files = hash_files(output)
+        pickles = [relpath for relpath in files if Path(relpath).suffix in PICKLE_SUFFIXES]
+        if pickles:
+            raise UserError(
+                f"{folder}: an artefact holds no pickles, found {', '.join(pickles)}: use safetensors, Parquet or JSON"
+            )
+        manifest = Manifest(**vars(wanted), files=files, summary=dict(result.summary))
+        (output / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+        _write_sidecar(folder, recipe, started, seconds, result, lines)
+        _publish(output, folder)
+    finally:
+        shutil.rmtree(output, ignore_errors=True)
+    log.info("%s: done in %.1f s", stage.name, seconds)
+    return verify(folder)
+
+
+def _publish(output: Path, folder: Path) -> None:
+    """Two renames, since no portable one replaces a folder that is not empty; `recover` mends a kill between them."""
+    old = _old_folder(folder)
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    output.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _new_folder(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.new")
+
+
+def _old_folder(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.old")
+
+
+def _lock_path(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.lock")
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    recover(folder)
+    lock = FileLock(_lock_path(folder))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        log.info("%s: another process works on it, waiting", folder.name)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _scratch_folder(data_root: Path, wanted: Provenance) -> Path:
+    """Resume state of exactly this provenance; what an other one left behind is dropped, never resumed from."""
+    stage_scratch = data_root / "scratch" / wanted.recipe / wanted.stage
+    scratch = stage_scratch / wanted.fingerprint()
+    scratch.mkdir(parents=True, exist_ok=True)
+    for other in stage_scratch.iterdir():
+        if other != scratch:
+            shutil.rmtree(other)
+    return scratch
+
+
+@contextmanager
+def _disk_full_is_user_error(folder: Path, data_root: Path) -> Iterator[None]:
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if _is_disk_full(error, data_root):
+            raise UserError(
+                f"no space left on the disk of {data_root.resolve()} while making {folder}: free some, run again"
+            ) from error
+        raise
+
+
+def _is_disk_full(error: BaseException, data_root: Path) -> bool:
+    """Also true where a library hides the reason (torch.save does): then the disk itself is asked."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if "No space left on device" in str(seen):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return data_root.is_dir() and shutil.disk_usage(data_root).free < FULL_DISK_BYTES
+
+
+@contextmanager
+def _recorded_log() -> Iterator[list[str]]:
+    """Collect what the package logs meanwhile."""
+    lines: list[str] = []
+
+    class Recorder(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(
+                f"{datetime.fromtimestamp(record.created, UTC):%H:%M:%S} {record.levelname} {record.getMessage()}"
+            )
+
+    recorder, package = Recorder(logging.INFO), logging.getLogger("dmr_pipeline")
+    package.handlers.insert(0, recorder)  # before Dagster's, which rewrites the messages it is given
+    try:
+        yield lines
+    finally:
+        package.removeHandler(recorder)
+
+
+def _write_sidecar(
+    folder: Path, recipe: Recipe, started: datetime, seconds: float, result: StageResult, lines: list[str]
+) -> None:
+    record = {
+        "started": started.isoformat(timespec="seconds"),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seconds": round(seconds, 3),
+        "git": _git_state(),
+        "python": platform.python_version(),
+        "libraries": {name: _installed_version(name) for name in RECORDED_LIBRARIES},
+        "machine": {"system": platform.platform(), "cpu": _cpu_model(), "cores": os.cpu_count()},
+        "runtime": recipe.runtime.model_dump(mode="json"),
+        "measured": dict(result.measured),
+        "log": lines,
+    }
+    part = folder.with_name(f".{folder.name}.run.json.part")
+    part.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    part.replace(sidecar_path(folder))
+
+
+def _installed_version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _git_state() -> dict[str, JsonValue] | None:
+    """Commit and cleanliness of the project; None outside of a Git checkout."""
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changes = subprocess.run(
+            ["git", "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        return None
+    return {"commit": commit, "clean": not changes}

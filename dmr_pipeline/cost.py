@@ -1,0 +1,21 @@
+"""What an episode costs: bytes of weights read.
+
+Our definition, since the paper gives none: the sum, over an episode's forward passes at batch 1, of the weight bytes that the
+pass reads. Generating an action of n tokens takes n passes of the acting precision: one reads the new segment, together with
+whatever this precision has not seen yet (catch-up after a switch), and n - 1 read one token each; the router's decision takes
+one pass of the router. Reports divide by the mean cost of an always-high episode on validation games.
+"""
+
+from collections.abc import Mapping
+
+from dmr_pipeline.agent.rollout import Trajectory
+
+
+def episode_cost(trajectory: Trajectory, weight_bytes: Mapping[bool, int], router_bytes: int = 0) -> float:
+    """Bytes read.
+
+    Args:
+        weight_bytes: precision is high -> bytes that one pass of the agent reads.
+        router_bytes: bytes that one decision of the router reads; 0 for policies that need none.
+    """
+    return float(sum(weight_bytes[step.high] * len(step.action) + router_bytes for step in trajectory.steps))

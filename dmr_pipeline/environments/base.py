@@ -1,0 +1,51 @@
+"""What every benchmark offers to the agent, the router and the evaluation."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+
+class Task(Protocol):
+    """One game or goal: immutable, cheap to hold in thousands."""
+
+    @property
+    def task_id(self) -> str: ...
+
+    @property
+    def task_type(self) -> str: ...
+
+    @property
+    def instruction(self) -> str:
+        """The task sentence, without the observation around it."""
+        ...
+
+
+class Episode(Protocol):
+    """One running episode of a task."""
+
+    def reset(self) -> str:
+        """Start anew; returns the first observation, without the task sentence."""
+        ...
+
+    def step(self, command: str) -> tuple[str, float, bool]:
+        """Take one action; returns observation, reward in [0, 1] and whether the episode has ended by itself."""
+        ...
+
+    def admissible_commands(self) -> Sequence[str]:
+        """Commands that do something here, sorted."""
+        ...
+
+
+class Expert(Protocol):
+    """A hand-written policy that knows only what the transcript says."""
+
+    def observe(self, command: str | None, observation: str) -> None:
+        """Take note of what `command` (None at the start) showed. Any commands may come, not only the expert's own."""
+        ...
+
+    def think(self) -> str:
+        """A few words on what the next command is about, for agents that learn to think."""
+        ...
+
+    def act(self) -> str:
+        """The next command."""
+        ...

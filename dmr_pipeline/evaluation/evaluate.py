@@ -1,0 +1,265 @@
+"""Stage `evaluation_report`: every policy on the test games, once; the headline router is chosen on validation."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import torch
+from pydantic import JsonValue
+from rich.progress import Progress
+
+from dmr_pipeline.agent.rollout import Clock, RoutingPolicy, Run, SinglePrecision, Trajectory, play
+from dmr_pipeline.cost import episode_cost
+from dmr_pipeline.environments.alfworld.game import Game
+from dmr_pipeline.environments.tasks import begin_episode, read_games
+from dmr_pipeline.evaluation.metrics import EPISODES, compute_metrics
+from dmr_pipeline.evaluation.plots import (
+    plot_accuracy_cost,
+    plot_calibration,
+    plot_kl_by_turn,
+    plot_training_curves,
+)
+from dmr_pipeline.evaluation.report import headline, markdown_table
+from dmr_pipeline.ladder import Ladder, read_ladder
+from dmr_pipeline.recipe import Recipe
+from dmr_pipeline.router.baselines import Disagreement, RandomMixing
+from dmr_pipeline.router.kl import ROUTER_FOLDER
+from dmr_pipeline.router.model import LmRouter, Router, load_router
+from dmr_pipeline.sensitivity import read_sensitivity
+from dmr_pipeline.stage import StageContext, StageResult
+
+ROUTERS = ("kl_router", "grpo_router")
+HEADLINE_RATIO = 0.40
+"""High-precision ratio on validation that the headline router should stay under: the larger of the paper's budgets K."""
+_TIMED_GAMES = 10
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One policy as the report lists it."""
+
+    name: str
+    kind: str
+    policy: RoutingPolicy
+    draws: int = 1
+    router_bytes: int = 0
+
+
+def evaluation_report(context: StageContext) -> StageResult:
+    recipe = context.recipe
+    torch.set_num_threads(recipe.runtime.threads)
+    ladder = Ladder.load(context.inputs["quantized_checkpoints"], recipe)
+    routers = {name: load_router(context.inputs[name] / ROUTER_FOLDER, ladder.device) for name in ROUTERS}
+    validation = read_games(context.inputs["benchmark_tasks"], "validation")
+    test = read_games(context.inputs["benchmark_tasks"], "test")
+    chosen, on_validation = choose_headline(ladder, routers, validation, recipe)
+
+    frames: list[pl.DataFrame] = []
+    with Progress() as progress:
+        for entry in entries(routers, len(test), recipe):
+            frames.append(evaluate(entry, ladder, test, recipe, progress))
+            if entry.kind == "router":
+                at_ratio = RandomMixing(_ratio(frames[-1]), recipe.evaluation.seed)
+                baseline = Entry(f"random@{entry.name}", "random", at_ratio, draws=recipe.evaluation.random_draws)
+                frames.append(evaluate(baseline, ladder, test, recipe, progress))
+    episodes = pl.concat(frames)
+    section = recipe.evaluation
+    metrics = compute_metrics(
+        episodes,
+        recipe=recipe.name,
+        high="always_high",
+        low="always_low",
+        headline=chosen,
+        confidence=section.confidence,
+        bootstrap=section.bootstrap,
+        seed=section.seed,
+    )
+    episodes.write_parquet(context.output / "episodes.parquet")
+    _write_json(context.output / "metrics.json", metrics)
+    _write_json(context.output / "context.json", report_context(context, on_validation))
+    (context.output / "table.md").write_text(markdown_table(metrics) + "\n", encoding="utf-8")
+
+    plots = context.output / "plots"
+    plots.mkdir()
+    kl, grpo = context.inputs["kl_router"], context.inputs["grpo_router"]
+    plot_accuracy_cost(metrics, plots / "accuracy_cost.png")
+    plot_kl_by_turn(read_sensitivity(context.inputs["sensitivity_dataset"]), plots / "kl_by_turn.png")
+    plot_training_curves(
+        pl.read_parquet(kl / "training.parquet"),
+        pl.read_parquet(grpo / "training.parquet"),
+        plots / "training_curves.png",
+    )
+    calibration = pl.read_parquet(kl / "validation.parquet")
+    plot_calibration(
+        calibration["probability"].to_numpy(),
+        calibration["sensitive"].cast(pl.Float64).to_numpy(),
+        plots / "calibration.png",
+    )
+    summary: dict[str, JsonValue] = {"headline": chosen, "verdict": " ".join(headline(metrics))}
+    for name, policy in metrics["policies"].items():
+        summary[name] = (
+            f"success {policy['success']:.3f}, high-precision ratio {policy['high_ratio']:.3f}, cost {policy['cost']:.3f}"
+        )
+    acting: dict[str, RoutingPolicy] = {
+        "always_high": SinglePrecision(high=True),
+        "always_low": SinglePrecision(high=False),
+        **{name: LmRouter(router, 1) for name, router in routers.items()},
+    }
+    games = test[:_TIMED_GAMES]
+    timed = {name: seconds_per_step(policy, ladder, games, recipe) for name, policy in acting.items()}
+    return StageResult(summary=summary, measured={"seconds_per_step": timed})
+
+
+def entries(routers: dict[str, Router], games: int, recipe: Recipe) -> list[Entry]:
+    """Policies to evaluate; random mixing at each router's ratio follows once that ratio is known."""
+    slots = min(recipe.runtime.batch_episodes, games)
+    return [
+        Entry("always_high", "single", SinglePrecision(high=True)),
+        Entry("always_low", "single", SinglePrecision(high=False)),
+        *(
+            Entry(name, "router", LmRouter(router, slots), router_bytes=router.weight_bytes)
+            for name, router in routers.items()
+        ),
+        Entry("disagreement", "oracle", Disagreement()),
+    ]
+
+
+def choose_headline(
+    ladder: Ladder, routers: dict[str, Router], games: Sequence[Game], recipe: Recipe
+) -> tuple[str, dict[str, dict[str, float]]]:
+    """The router with the higher success on validation games among those within HEADLINE_RATIO (all, if none is); equal
+    success is decided by the lower cost. This rule is ours."""
+    found: dict[str, dict[str, float]] = {}
+    with Progress() as progress:
+        for name, router in routers.items():
+            slots = min(recipe.runtime.batch_episodes, len(games))
+            entry = Entry(name, "router", LmRouter(router, slots), router_bytes=router.weight_bytes)
+            frame = evaluate(entry, ladder, games, recipe, progress, note=" on validation")
+            found[name] = {
+                "success": round(float(frame["success"].mean()), 6),  # type: ignore[arg-type]
+                "high_ratio": round(_ratio(frame), 6),
+                "cost": round(float(frame["cost"].mean()), 6),  # type: ignore[arg-type]
+            }
+    within = [name for name in found if found[name]["high_ratio"] <= HEADLINE_RATIO] or list(found)
+    return max(within, key=lambda name: (found[name]["success"], -found[name]["cost"])), found
+
+
+def evaluate(
+    entry: Entry, ladder: Ladder, games: Sequence[Game], recipe: Recipe, progress: Progress, note: str = ""
+) -> pl.DataFrame:
+    """Rows of `metrics.EPISODES` for one policy."""
+    runs = [Run(game, draw) for draw in range(entry.draws) for game in games]
+    bar = progress.add_task(entry.name + note, total=len(runs))
+    played = play(
+        runs,
+        begin_episode,
+        ladder.streams(min(recipe.runtime.batch_episodes, len(games))),
+        ladder.prompter,
+        entry.policy,
+        recipe.benchmark.step_limit,
+        action=recipe.agent.action,
+        temperature=recipe.agent.temperature,
+        seed=recipe.evaluation.seed,
+        advance=lambda n: progress.advance(bar, n),
+    )
+    return pl.DataFrame([_row(entry, trajectory, ladder) for trajectory in played], schema=EPISODES, orient="row")
+
+
+def _row(entry: Entry, trajectory: Trajectory, ladder: Ladder) -> tuple[object, ...]:
+    task, steps = trajectory.run.task, trajectory.steps
+    return (
+        entry.name,
+        entry.kind,
+        trajectory.run.member,
+        task.task_id,
+        task.task_type,
+        trajectory.success,
+        len(steps),
+        sum(step.high for step in steps),
+        sum(step.processed + 1 for step in steps),
+        sum(step.processed + 1 for step in steps if step.high),
+        sum(before.high != after.high for before, after in pairwise(steps)),
+        episode_cost(trajectory, ladder.weight_bytes, entry.router_bytes) / ladder.always_high_cost,
+    )
+
+
+def seconds_per_step(
+    policy: RoutingPolicy, ladder: Ladder, games: Sequence[Game], recipe: Recipe
+) -> dict[str, JsonValue]:
+    """One episode at a time, as an interactive agent runs: mean and p95 of a step, and the router's share of it."""
+    seconds: list[float] = []
+    router = 0.0
+    streams = ladder.streams(1)
+    for game in games:
+        clock = Clock()
+        play([Run(game)], begin_episode, streams, ladder.prompter, policy, recipe.benchmark.step_limit, clock=clock)
+        seconds += clock.durations
+        router += clock.router
+    return {
+        "mean": float(np.mean(seconds)),
+        "p95": float(np.quantile(seconds, 0.95)),
+        "router_share": router / sum(seconds),
+    }
+
+
+def report_context(context: StageContext, on_validation: dict[str, dict[str, float]]) -> dict[str, JsonValue]:
+    """What the report shows beside the metrics."""
+    recipe = context.recipe
+    facts = read_ladder(context.inputs["quantized_checkpoints"])
+    table = read_sensitivity(context.inputs["sensitivity_dataset"])
+    low = next(rung for rung in facts.rungs if rung.name == recipe.precisions.low)
+    trained = recipe.agent.training is not None
+    return {
+        "recipe": recipe.model_dump(mode="json", exclude={"name", "runtime"}, exclude_none=True),
+        "ladder": [
+            {
+                "name": rung.name,
+                "bits_per_weight": rung.bits_per_weight,
+                "bytes": rung.bytes,
+                "kl_to_float": rung.kl_to_float,
+                "success_validation": rung.validation_success,
+            }
+            for rung in facts.rungs
+        ],
+        "gate": {"passed": facts.gate.passed, "verdict": facts.gate.verdict},
+        "sensitivity": {
+            "steps": len(table),
+            "share of steps that are sensitive": float(table["sensitive"].mean()),  # type: ignore[arg-type]
+            "share of steps whose greedy actions differ": 1 - float(table["greedy_agree"].mean()),  # type: ignore[arg-type]
+        },
+        **{
+            name: {
+                **{f"{fact} on validation": value for fact, value in on_validation[name].items()},
+                **_summary(context.inputs[name]),
+            }
+            for name in ROUTERS
+        },
+        "notes": [
+            f"The agent is {'a tiny LLM trained here' if trained else recipe.agent.pretrained.model}; "  # type: ignore[union-attr]
+            f"high is {recipe.precisions.high}, low is {recipe.precisions.low} ({low.bits_per_weight:.2f} bits a weight, "
+            "embeddings and scales included).",
+            "The test games were played once; threshold, rung, checkpoint and headline router were chosen on validation games.",
+            "The paper's numbers come from other agents, games and precisions; nothing here is a reproduction of them.",
+        ],
+    }
+
+
+def _summary(folder: Path) -> dict[str, JsonValue]:
+    """Facts that the stage of this folder told of itself."""
+    manifest = folder / "manifest.json"
+    summary: dict[str, JsonValue] = (
+        json.loads(manifest.read_text(encoding="utf-8"))["summary"] if manifest.exists() else {}
+    )
+    return {fact.replace("_", " "): value for fact, value in summary.items() if isinstance(value, int | float | str)}
+
+
+def _ratio(episodes: pl.DataFrame) -> float:
+    return float(episodes["high_steps"].sum()) / float(episodes["steps"].sum())
+
+
+def _write_json(path: Path, content: object) -> None:
+    path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")

@@ -1,0 +1,523 @@
+"""What the episodes of an evaluation say: success, cost, gap recovered, with intervals and paired tests.
+
+The unit of inference is the game. All policies play the same games, so differences are taken within a game; draws of a
+random policy on one game are averaged first and never counted as games of their own. Episodes that share a game are
+dependent, which an interval over episodes would ignore.
+
+Intervals of a success rate:
+    one episode a game    Wilson's score interval, which stays honest near 0% and 100%;
+    several draws a game  percentile bootstrap over games; where the games do not vary (a rate of 0% or 100%) it would
+                          have no width, so there it is Wilson's with n = games, as if each had been played once.
+Intervals of gap recovered, of gains and of paired differences: percentile bootstrap over games, the policies resampled
+together. All resamples come from one seed, so the same episodes give the same bytes in any row order.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations, pairwise
+from statistics import NormalDist
+from typing import Literal, NotRequired, TypedDict, cast
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from dmr_pipeline.errors import UserError
+
+Kind = Literal["single", "random", "router", "baseline", "oracle"]
+Floats = NDArray[np.float64]
+Interval = list[float]
+"""[low, high]"""
+
+EPISODES = pl.Schema(
+    {
+        "policy": pl.String(),
+        "kind": pl.String(),
+        "draw": pl.Int64(),
+        "game_id": pl.String(),
+        "task_type": pl.String(),
+        "success": pl.Boolean(),
+        "steps": pl.Int64(),
+        "high_steps": pl.Int64(),
+        "tokens": pl.Int64(),
+        "high_tokens": pl.Int64(),
+        "switches": pl.Int64(),
+        "cost": pl.Float64(),
+    }
+)
+"""One row per (policy, draw, game). `cost` is relative to the mean `always_high` episode on validation."""
+
+_KIND_ORDER: Mapping[str, int] = {"single": 0, "baseline": 1, "random": 2, "router": 3, "oracle": 4}
+_DIGITS = 6
+
+
+class TaskTypeMetrics(TypedDict):
+    """One policy on the games of one task type."""
+
+    n: int
+    success: float
+    ci95: Interval
+    high_ratio: float
+
+
+class PolicyMetrics(TypedDict):
+    """One policy. Rates are shares in [0, 1]; intervals are [low, high] at the confidence of the metrics."""
+
+    kind: Kind
+    success: float
+    """Mean over games of the mean over draws."""
+    ci95: Interval
+    high_ratio: float
+    """High-precision steps / steps, over all episodes together."""
+    token_high_ratio: float
+    """Tokens that the high precision processed or wrote / all such tokens."""
+    cost: float
+    """Mean over games, in mean `always_high` validation episodes."""
+    cost_per_success: float | None
+    """Total cost / successes; null without a success."""
+    steps: float
+    """Mean over games."""
+    switches: float
+    """Mean changes of precision an episode."""
+    n: int
+    """Games."""
+    episodes: int
+    by_task_type: dict[str, TaskTypeMetrics]
+    gap_recovered: NotRequired[float | None]
+    """(success - low) / (high - low), not clipped; null where high is not above low. Absent for single precisions."""
+    gap_ci95: NotRequired[Interval | None]
+    gain_at_equal_cost: NotRequired[float | None]
+    """Success minus what mixing whole high and low episodes reaches at this cost; null where low is not cheaper."""
+    gain_ci95: NotRequired[Interval | None]
+
+
+class PairedComparison(TypedDict):
+    """Two policies on the same games."""
+
+    policy: str
+    against: str
+    difference: float
+    """Success of `policy` minus success of `against`."""
+    ci95: Interval
+    p_value: float
+    """Exact two-sided sign-flip test over games; 0 stands for less than 0.0000005."""
+    wins: int
+    """Games that `policy` solves more often."""
+    losses: int
+    ties: int
+    cost_difference: float
+
+
+class Gap(TypedDict):
+    """High minus low."""
+
+    difference: float
+    ci95: Interval
+    resamples_without_gap: float
+    """Share of the resamples in which high is not above low; they are left out of the intervals of gap recovered."""
+
+
+class Curve(TypedDict):
+    """The routing curve from always-low through the policies of one kind to always-high."""
+
+    apgr: float | None
+    """Mean gap recovered over all high-precision ratios (RouteLLM)."""
+    cpt50: float | None
+    """Smallest high-precision ratio that recovers 50% of the gap (RouteLLM)."""
+    cpt80: float | None
+    aiq: float | None
+    """Mean success over cost on the non-decreasing convex hull (RouterBench)."""
+
+
+class Metrics(TypedDict):
+    """`metrics.json`."""
+
+    recipe: str
+    high: str
+    low: str
+    headline: str
+    confidence: float
+    gap: Gap
+    policies: dict[str, PolicyMetrics]
+    paired: list[PairedComparison]
+    apgr: float | None
+    cpt50: float | None
+    cpt80: float | None
+    aiq: float | None
+    random_curve: Curve
+    """The same four for the random policies, the reference for the routers' own."""
+
+
+@dataclass(frozen=True)
+class _Outcomes:
+    """A policy's means over draws, one number a game, games in sorted order."""
+
+    kind: Kind
+    draws: int
+    success: Floats
+    cost: Floats
+
+
+def compute_metrics(
+    episodes: pl.DataFrame,
+    *,
+    recipe: str,
+    high: str,
+    low: str,
+    headline: str,
+    confidence: float = 0.95,
+    bootstrap: int = 2000,
+    seed: int = 0,
+) -> Metrics:
+    """All numbers of the report.
+
+    Args:
+        episodes: rows as `EPISODES` says; every policy has all its draws on all games.
+        recipe: name, copied.
+        high: policy that always acts in high precision.
+        low: policy that always acts in low precision.
+        headline: router that was chosen on validation. The planned test is this router against random at its ratio; the
+            other rows of `paired` are for exploration and not corrected for their number.
+        confidence: of all intervals, in (0, 1); the keys say `ci95` whatever it is.
+        bootstrap: resamples of the games.
+        seed: of the resamples.
+
+    Returns:
+        JSON-ready, numbers rounded to six digits.
+
+    Raises:
+        UserError: a column, policy or episode is missing, or appears twice.
+    """
+    episodes = _checked(episodes, (high, low, headline))
+    outcomes = _outcomes(episodes)
+    names = sorted(outcomes, key=lambda name: (_KIND_ORDER[outcomes[name].kind], name != high, name != low, name))
+    weights = game_weights(episodes["game_id"].n_unique(), bootstrap, seed)
+
+    policies: dict[str, PolicyMetrics] = {}
+    for name in names:
+        rows = episodes.filter(pl.col("policy") == name)
+        policies[name] = _policy_metrics(rows, outcomes[name], weights, confidence, seed)
+        if outcomes[name].kind != "single":
+            recovered, recovered_ci = gap_recovered(
+                outcomes[name].success, outcomes[high].success, outcomes[low].success, weights, confidence
+            )
+            gain, gain_ci = _gain_at_equal_cost(outcomes[name], outcomes[high], outcomes[low], weights, confidence)
+            policies[name]["gap_recovered"] = recovered
+            policies[name]["gap_ci95"] = recovered_ci
+            policies[name]["gain_at_equal_cost"] = gain
+            policies[name]["gain_ci95"] = gain_ci
+
+    router_curve = _curve(policies, high, low, "router")
+    metrics: Metrics = {
+        "recipe": recipe,
+        "high": high,
+        "low": low,
+        "headline": headline,
+        "confidence": confidence,
+        "gap": _gap(outcomes[high], outcomes[low], weights, confidence),
+        "policies": policies,
+        "paired": [
+            _paired_comparison(policy, against, outcomes, weights, confidence)
+            for policy, against in _comparisons(names, outcomes, high, headline)
+        ],
+        "apgr": router_curve["apgr"],
+        "cpt50": router_curve["cpt50"],
+        "cpt80": router_curve["cpt80"],
+        "aiq": router_curve["aiq"],
+        "random_curve": _curve(policies, high, low, "random"),
+    }
+    return cast(Metrics, _rounded(metrics))
+
+
+def wilson(rate: float, n: int, confidence: float) -> Interval:
+    """Score interval of a proportion (Wilson, 1927); `rate * n` need not be whole."""
+    z = NormalDist().inv_cdf(0.5 + confidence / 2)
+    centre = (rate + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
+    # Rounding must not push an end past the estimate, at 0 and 1.
+    return [max(0.0, min(centre - half, rate)), min(1.0, max(centre + half, rate))]
+
+
+def game_weights(games: int, resamples: int, seed: int) -> Floats:
+    """Bootstrap resamples of the games as weights [resamples, games]: how often a game was drawn / number of games.
+
+    A resample's mean of a number x per game is `weights @ x`; the same weights for all policies keep them paired.
+    """
+    draws = np.random.default_rng(seed).multinomial(games, np.full(games, 1 / games), size=resamples)
+    return draws.astype(np.float64) / games
+
+
+def success_interval(success: Floats, draws: int, weights: Floats, confidence: float) -> Interval:
+    """Interval of a policy's success from its rates per game [games]; see the module for which method is used when."""
+    if draws == 1 or np.ptp(success) == 0:
+        return wilson(float(success.mean()), success.size, confidence)
+    return _percentiles(weights @ success, confidence)
+
+
+def gap_recovered(
+    success: Floats, high: Floats, low: Floats, weights: Floats, confidence: float
+) -> tuple[float | None, Interval | None]:
+    """Performance gap recovered (RouteLLM's PGR), (s - low) / (high - low), with its paired bootstrap interval.
+
+    Above 1 means better than always-high, below 0 worse than always-low. Resamples in which high is not above low have
+    no gap to recover and are left out; `Gap.resamples_without_gap` says how many. Where the games themselves show no
+    gap: (None, None).
+
+    Args:
+        success, high, low: success per game [games], same order.
+        weights: resamples [resamples, games].
+        confidence: of the interval.
+    """
+    gap = float(high.mean() - low.mean())
+    if gap <= 0:
+        return None, None
+    gaps = weights @ (high - low)
+    usable = gaps > 1e-12  # float noise around a gap of exactly zero
+    ratios = (weights @ (success - low))[usable] / gaps[usable]
+    return float(success.mean() - low.mean()) / gap, _percentiles(ratios, confidence)
+
+
+def sign_flip_p_value(first: Floats, second: Floats, draws: int) -> float:
+    """Exact two-sided p-value of the paired permutation test of mean(first) = mean(second).
+
+    Under the null hypothesis the two policies' rates on a game could be swapped, which flips the sign of their
+    difference. The differences are multiples of 1 / draws, so the distribution of their sum over all 2^games sign
+    patterns is a convolution of whole numbers: no Monte Carlo. With one episode a game each, it is the exact McNemar
+    test.
+
+    Args:
+        first, second: success per game [games], multiples of 1 / draws.
+        draws: common denominator.
+    """
+    differences = np.rint((first - second) * draws).astype(np.int64)
+    total = int(np.abs(differences).sum())
+    distribution = np.zeros(2 * total + 1)  # of the sum, index 0 is -total
+    distribution[total] = 1.0
+    for size in np.abs(differences[differences != 0]):
+        distribution = (np.roll(distribution, size) + np.roll(distribution, -size)) / 2
+    sums = np.arange(-total, total + 1)
+    return min(1.0, float(distribution[np.abs(sums) >= abs(differences.sum())].sum()))
+
+
+def average_gap_recovered(points: Sequence[tuple[float, float]]) -> float:
+    """RouteLLM's APGR: area under gap recovered against high-precision ratio.
+
+    The curve is piecewise linear from (0, 0), always-low, through the points to (1, 1), always-high.
+    """
+    ratios, recovered = zip(*_routing_curve(points), strict=True)
+    return float(np.trapezoid(recovered, ratios))
+
+
+def call_performance_threshold(points: Sequence[tuple[float, float]], target: float) -> float:
+    """RouteLLM's CPT: the smallest high-precision ratio at which it recovers `target`, in (0, 1], of the gap."""
+    curve = _routing_curve(points)
+    for (ratio, recovered), (next_ratio, next_recovered) in pairwise(curve):
+        if next_recovered >= target:
+            return ratio + (next_ratio - ratio) * (target - recovered) / (next_recovered - recovered)
+    return 1.0
+
+
+def average_improvement_in_quality(points: Sequence[tuple[float, float]], cheapest: float, dearest: float) -> float:
+    """RouterBench's AIQ: mean success between two costs, on the points' non-decreasing convex hull.
+
+    Mixing two policies at random reaches every point between them, so the hull is what the policies offer together.
+
+    Args:
+        points: (cost, success); one of them at or below `cheapest`.
+        cheapest, dearest: costs between which the mean is taken, cheapest < dearest.
+    """
+    hull: list[tuple[float, float]] = []
+    best = -math.inf
+    for cost, success in sorted(points, key=lambda point: (point[0], -point[1])):
+        if success <= best:
+            continue
+        best = success
+        while len(hull) > 1 and _turns_left(hull[-2], hull[-1], (cost, success)):
+            hull.pop()
+        hull.append((cost, success))
+    costs, successes = zip(*hull, strict=True)
+    grid = np.array(sorted({cheapest, dearest, *(c for c in costs if cheapest < c < dearest)}))
+    return float(np.trapezoid(np.interp(grid, costs, successes), grid) / (dearest - cheapest))
+
+
+def _checked(episodes: pl.DataFrame, needed: Sequence[str]) -> pl.DataFrame:
+    """The episodes' known columns, sorted, after the checks that all numbers rest on."""
+    if missing := [name for name in EPISODES.names() if name not in episodes.columns]:
+        raise UserError(f"episodes: missing columns: {', '.join(missing)}")
+    episodes = episodes.select(EPISODES.names()).cast(EPISODES).sort("policy", "draw", "game_id")
+    if empty := [name for name, count in episodes.null_count().row(0, named=True).items() if count]:
+        raise UserError(f"episodes: missing values in {', '.join(empty)}")
+    if absent := [name for name in needed if name not in episodes["policy"]]:
+        raise UserError(
+            f"episodes: no policy {', '.join(map(repr, absent))}; there are {sorted(set(episodes['policy']))}"
+        )
+    if unknown := sorted(set(episodes["kind"]) - set(_KIND_ORDER)):
+        raise UserError(f"episodes: unknown kind {', '.join(unknown)}; use one of {', '.join(_KIND_ORDER)}")
+    if episodes.select("policy", "draw", "game_id").is_duplicated().any():
+        raise UserError("episodes: a (policy, draw, game_id) appears twice")
+    possible = (
+        pl.col("steps").gt(0)
+        & pl.col("high_steps").is_between(0, pl.col("steps"))
+        & pl.col("tokens").gt(0)
+        & pl.col("high_tokens").is_between(0, pl.col("tokens"))
+        & pl.col("cost").is_finite()
+        & pl.col("cost").ge(0)
+    )
+    if (impossible := episodes.filter(~possible)).height:
+        name, game = impossible.select("policy", "game_id").row(0)
+        raise UserError(f"episodes: impossible steps, tokens or cost, first for policy {name!r} on game {game!r}")
+    games = episodes["game_id"].n_unique()
+    for (name,), rows in episodes.group_by("policy", maintain_order=True):
+        if rows.height != rows["draw"].n_unique() * games:
+            raise UserError(f"episodes: policy {name!r} lacks episodes; each of its draws must play all {games} games")
+    return episodes
+
+
+def _outcomes(episodes: pl.DataFrame) -> dict[str, _Outcomes]:
+    outcomes = {}
+    for (name,), rows in episodes.group_by("policy", maintain_order=True):
+        games = rows.group_by("game_id").agg(pl.mean("success"), pl.mean("cost")).sort("game_id")
+        outcomes[str(name)] = _Outcomes(
+            kind=cast(Kind, rows["kind"][0]),
+            draws=rows["draw"].n_unique(),
+            success=games["success"].to_numpy(),
+            cost=games["cost"].to_numpy(),
+        )
+    return outcomes
+
+
+def _policy_metrics(
+    rows: pl.DataFrame, outcomes: _Outcomes, weights: Floats, confidence: float, seed: int
+) -> PolicyMetrics:
+    """A policy's own numbers, without those that need other policies."""
+    successes = _total(rows, "success")
+    by_type: dict[str, TaskTypeMetrics] = {}
+    for (task_type,), part in rows.sort("task_type").group_by("task_type", maintain_order=True):
+        success = part.group_by("game_id").agg(pl.mean("success")).sort("game_id")["success"].to_numpy()
+        part_weights = game_weights(success.size, weights.shape[0], seed)
+        by_type[str(task_type)] = {
+            "n": success.size,
+            "success": float(success.mean()),
+            "ci95": success_interval(success, outcomes.draws, part_weights, confidence),
+            "high_ratio": _total(part, "high_steps") / _total(part, "steps"),
+        }
+    return {
+        "kind": outcomes.kind,
+        "success": float(outcomes.success.mean()),
+        "ci95": success_interval(outcomes.success, outcomes.draws, weights, confidence),
+        "high_ratio": _total(rows, "high_steps") / _total(rows, "steps"),
+        "token_high_ratio": _total(rows, "high_tokens") / _total(rows, "tokens"),
+        "cost": float(outcomes.cost.mean()),
+        "cost_per_success": _total(rows, "cost") / successes if successes else None,
+        "steps": _total(rows, "steps") / rows.height,
+        "switches": _total(rows, "switches") / rows.height,
+        "n": outcomes.success.size,
+        "episodes": rows.height,
+        "by_task_type": by_type,
+    }
+
+
+def _gain_at_equal_cost(
+    policy: _Outcomes, high: _Outcomes, low: _Outcomes, weights: Floats, confidence: float
+) -> tuple[float | None, Interval | None]:
+    """Success over the straight line from always-low to always-high, at the policy's cost.
+
+    Playing each whole episode in high precision with some probability reaches every point of that line, without a
+    router. Past its ends the line stays level: nobody pays more than always-high costs for always-high's success.
+    """
+    if high.cost.mean() <= low.cost.mean():
+        return None, None
+
+    def gains(means: Floats) -> Floats:
+        share = np.clip((means @ (policy.cost - low.cost)) / (means @ (high.cost - low.cost)), 0.0, 1.0)
+        return means @ (policy.success - low.success) - share * (means @ (high.success - low.success))
+
+    usable = weights @ (high.cost - low.cost) > 0
+    sample = np.full((1, high.cost.size), 1 / high.cost.size)
+    return float(gains(sample)[0]), _percentiles(gains(weights[usable]), confidence)
+
+
+def _gap(high: _Outcomes, low: _Outcomes, weights: Floats, confidence: float) -> Gap:
+    gaps = weights @ (high.success - low.success)
+    return {
+        "difference": float(high.success.mean() - low.success.mean()),
+        "ci95": _percentiles(gaps, confidence),
+        "resamples_without_gap": float((gaps <= 1e-12).mean()),
+    }
+
+
+def _comparisons(
+    names: Sequence[str], outcomes: Mapping[str, _Outcomes], high: str, headline: str
+) -> list[tuple[str, str]]:
+    """Each router against random at its ratio and always-high, the headline first; then routers with one another."""
+    routers = sorted((name for name in names if outcomes[name].kind == "router"), key=lambda name: name != headline)
+    pairs = [(router, against) for router in routers for against in (f"random@{router}", high) if against in outcomes]
+    return pairs + list(combinations(routers, 2))
+
+
+def _paired_comparison(
+    policy: str, against: str, outcomes: Mapping[str, _Outcomes], weights: Floats, confidence: float
+) -> PairedComparison:
+    """Where the two agree on every game the bootstrap has nothing to resample: [0, 0], and the counts show why."""
+    first, second = outcomes[policy], outcomes[against]
+    draws = math.lcm(first.draws, second.draws)
+    signs = np.sign(np.rint((first.success - second.success) * draws))
+    return {
+        "policy": policy,
+        "against": against,
+        "difference": float(first.success.mean() - second.success.mean()),
+        "ci95": _percentiles(weights @ (first.success - second.success), confidence),
+        "p_value": sign_flip_p_value(first.success, second.success, draws),
+        "wins": int((signs > 0).sum()),
+        "losses": int((signs < 0).sum()),
+        "ties": int((signs == 0).sum()),
+        "cost_difference": float(first.cost.mean() - second.cost.mean()),
+    }
+
+
+def _curve(policies: Mapping[str, PolicyMetrics], high: str, low: str, kind: Kind) -> Curve:
+    members = [metrics for metrics in policies.values() if metrics["kind"] == kind]
+    gap = policies[high]["success"] - policies[low]["success"]
+    recovered = (
+        [(m["high_ratio"], (m["success"] - policies[low]["success"]) / gap) for m in members] if gap > 0 else None
+    )
+    # The same span of costs for routers and random, or their means would not compare.
+    costs = [m["cost"] for name, m in policies.items() if name in (high, low) or m["kind"] in ("router", "random")]
+    points = [(m["cost"], m["success"]) for m in (policies[low], policies[high], *members)]
+    cheapest = min(policies[low]["cost"], policies[high]["cost"])
+    return {
+        "apgr": None if recovered is None else average_gap_recovered(recovered),
+        "cpt50": None if recovered is None else call_performance_threshold(recovered, 0.5),
+        "cpt80": None if recovered is None else call_performance_threshold(recovered, 0.8),
+        "aiq": average_improvement_in_quality(points, cheapest, max(costs)) if max(costs) > cheapest else None,
+    }
+
+
+def _routing_curve(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    return [(0.0, 0.0), *sorted(points), (1.0, 1.0)]
+
+
+def _turns_left(a: tuple[float, float], b: tuple[float, float], c: tuple[float, float]) -> bool:
+    """Whether b lies on or under the line from a to c, so that it is no corner of the upper hull."""
+    return (b[0] - a[0]) * (c[1] - a[1]) >= (b[1] - a[1]) * (c[0] - a[0])
+
+
+def _total(rows: pl.DataFrame, column: str) -> float:
+    return float(rows[column].sum())
+
+
+def _percentiles(values: Floats, confidence: float) -> Interval:
+    lower, upper = np.quantile(values, [0.5 - confidence / 2, 0.5 + confidence / 2])
+    return [float(lower), float(upper)]
+
+
+def _rounded(value: object) -> object:
+    """The same JSON with floats at six decimals: what lies below is float noise, which must not change a hash."""
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_rounded(item) for item in value]
+    if isinstance(value, float):
+        return round(value, _DIGITS) + 0.0  # no minus zero
+    return value

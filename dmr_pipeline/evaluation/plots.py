@@ -1,0 +1,263 @@
+"""The report's pictures: PNG files whose bytes depend on the data alone."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import polars as pl
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+
+from dmr_pipeline.evaluation.metrics import Floats, Metrics, PolicyMetrics, wilson
+
+INK, MUTED, GRID = "#1f2933", "#616e7c", "#e4e7eb"
+BLUE, ORANGE, GREEN, GREY = "#1d5fd1", "#d9580d", "#1b8a5a", "#7b8794"
+_ROUTER_COLOURS = (BLUE, ORANGE, "#8d35b5", "#b3261e")
+"""Routers in the order of the table; a random policy has the colour of the router whose ratio it plays."""
+
+_STYLE = {
+    "axes.axisbelow": True,
+    "axes.edgecolor": MUTED,
+    "axes.grid": True,
+    "axes.labelcolor": INK,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "figure.dpi": 150,
+    "font.size": 10,
+    "grid.color": GRID,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "text.color": INK,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+}
+
+
+def plot_accuracy_cost(metrics: Metrics, path: Path) -> None:
+    """Success against high-precision ratio and against cost, with intervals.
+
+    The dashed line joins always-low and always-high: what playing whole episodes in one or the other at random reaches.
+    """
+    policies = metrics["policies"]
+    high, low = policies[metrics["high"]], policies[metrics["low"]]
+    colours = _colours(policies)
+    with _figure(path, 10.5, 4.6) as figure:
+        by_ratio, by_cost = figure.subplots(1, 2, sharey=True, gridspec_kw={"width_ratios": [1, 1]})
+        figure.subplots_adjust(left=0.07, right=0.74, bottom=0.13, top=0.91, wspace=0.08)
+        for axes, key in ((by_ratio, "high_ratio"), (by_cost, "cost")):
+            ends = [_coordinate(low, key), _coordinate(high, key)]
+            axes.plot(ends, [low["success"], high["success"]], "--", color=GREY, linewidth=1.2, zorder=1)
+            for name, policy in policies.items():
+                _point(axes, _coordinate(policy, key), policy, colours[name])
+        by_ratio.set(title="By ratio", xlabel="steps in high precision", ylabel="success", xlim=(-0.05, 1.05))
+        by_ratio.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        by_ratio.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        dearest = max(policy["cost"] for policy in policies.values())
+        by_cost.set(title="By cost", xlabel=f"cost of an episode ({metrics['high']} on validation = 1)")
+        by_cost.set_xlim(0, dearest * 1.08)
+        bottom = min(policy["ci95"][0] for policy in policies.values())
+        top = max(policy["ci95"][1] for policy in policies.values())
+        margin = 0.06 * max(top - bottom, 0.05)
+        by_cost.set_ylim(bottom - margin, top + margin)
+        _label_beside(figure, by_cost, policies, colours)
+
+
+def plot_kl_by_turn(sensitivity: pl.DataFrame, path: Path) -> None:
+    """How far the two action distributions are apart at each turn, and the share of its steps labelled sensitive.
+
+    Args:
+        sensitivity: columns turn (from 0), kl_high_low (nats), sensitive (bool); one row a step.
+        path: of the PNG.
+    """
+    floor = 1e-6
+    divergence = pl.col("kl_high_low").clip(lower_bound=floor)
+    turns = (
+        sensitivity.group_by("turn")
+        .agg(
+            median=divergence.median(),
+            lower=divergence.quantile(0.1, "linear"),
+            upper=divergence.quantile(0.9, "linear"),
+            sensitive=pl.mean("sensitive"),
+            steps=pl.len(),
+        )
+        .sort("turn")
+    )
+    turn = turns["turn"].to_numpy()
+    with _figure(path, 8.4, 4.8) as figure:
+        axes, count = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": [2.2, 1]})
+        figure.subplots_adjust(left=0.1, right=0.9, bottom=0.11, top=0.93, hspace=0.12)
+        axes.fill_between(
+            turn, turns["lower"], turns["upper"], color=BLUE, alpha=0.16, lw=0, label="10% to 90% of steps"
+        )
+        axes.plot(turn, turns["median"], color=BLUE, marker="o", markersize=3.5, label="median")
+        axes.set_yscale("log")
+        axes.set(title="KL(high || low) by turn", ylabel=f"nats (floor {floor:g})")
+        axes.legend(loc="lower right")
+        count.bar(turn, turns["steps"], width=0.8, color="#cbd2d9")
+        count.set(xlabel="turn", ylabel="steps", xlim=(turn.min() - 0.6, turn.max() + 0.6))
+        share = count.twinx()
+        share.plot(turn, turns["sensitive"], color=ORANGE, marker="o", markersize=3)
+        share.set_ylim(0, max(0.05, float(turns["sensitive"].to_numpy().max()) * 1.15))
+        share.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        share.set_ylabel("sensitive", color=ORANGE)
+        share.grid(visible=False)
+        share.spines["right"].set_visible(True)
+
+
+def plot_training_curves(kl_log: pl.DataFrame, grpo_log: pl.DataFrame, path: Path) -> None:
+    """Both stages' training, one panel a quantity.
+
+    Args:
+        kl_log: columns update, loss.
+        grpo_log: columns update, reward, ratio, success, tied_groups (share), divergence (from stage 1, nats) and
+            validation_success, validation_cost, null where nothing was validated.
+        path: of the PNG.
+    """
+    with _figure(path, 10.5, 5.4) as figure:
+        (loss, success, ratio), (reward, tied, divergence) = figure.subplots(2, 3)
+        figure.subplots_adjust(left=0.06, right=0.985, bottom=0.1, top=0.94, wspace=0.24, hspace=0.42)
+        _curve(loss, kl_log, "loss", BLUE, "Stage 1: cross-entropy")
+        validated = grpo_log.drop_nulls(["validation_success", "validation_cost"])
+        _curve(success, grpo_log, "success", ORANGE, "Stage 2: success", "training", share=True)
+        success.plot(validated["update"], validated["validation_success"], "o", color=INK, ms=4, label="validation")
+        _curve(ratio, grpo_log, "ratio", ORANGE, "Stage 2: ratio and cost", "high-precision ratio")
+        ratio.plot(validated["update"], validated["validation_cost"], "o", color=INK, ms=4, label="validation cost")
+        ratio.set_ylim(0, 1.05 * ratio.dataLim.y1)
+        _curve(reward, grpo_log, "reward", ORANGE, "Stage 2: reward")
+        _curve(tied, grpo_log, "tied_groups", ORANGE, "Stage 2: tied groups", share=True)
+        tied.set_ylim(0, 1.02)
+        _curve(divergence, grpo_log, "divergence", ORANGE, "Stage 2: KL to stage 1 (nats)")
+        for axes in (success, ratio):
+            axes.legend(loc="best")
+        for axes in (reward, tied, divergence, loss):
+            axes.set_xlabel("update")
+
+
+def plot_calibration(probabilities: Floats, labels: Floats, path: Path, bins: int = 10) -> None:
+    """Share of sensitive steps against predicted probability, in bins of equal count, with 95% Wilson intervals.
+
+    Args:
+        probabilities: predicted, [steps].
+        labels: 0 or 1, [steps].
+        path: of the PNG.
+        bins: groups of steps with neighbouring probabilities.
+    """
+    order = np.argsort(probabilities, kind="stable")
+    groups = [group for group in np.array_split(order, bins) if group.size]
+    predicted = np.array([probabilities[group].mean() for group in groups])
+    observed = np.array([labels[group].mean() for group in groups])
+    intervals = np.array([wilson(float(labels[group].mean()), group.size, 0.95) for group in groups])
+    with _figure(path, 5.6, 5.2) as figure:
+        axes, count = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": [3.2, 1]})
+        figure.subplots_adjust(left=0.14, right=0.96, bottom=0.11, top=0.93, hspace=0.12)
+        axes.plot([0, 1], [0, 1], "--", color=GREY, linewidth=1.2, label="perfect")
+        errors = np.abs(intervals.T - observed)
+        axes.errorbar(predicted, observed, errors, fmt="o-", color=BLUE, ms=5, lw=1.2, capsize=2, label="router")
+        axes.set(title="Calibration on held-out steps", ylabel="observed share of sensitive", ylim=(-0.03, 1.03))
+        axes.legend(loc="upper left")
+        count.hist(probabilities, bins=25, range=(0, 1), color="#cbd2d9")
+        count.set(xlabel="predicted probability of sensitive", ylabel="steps", xlim=(-0.02, 1.02))
+
+
+@contextmanager
+def _figure(path: Path, width: float, height: float) -> Iterator[Figure]:
+    """A figure in inches, written to `path` at the end; no pyplot, so no global state and no display."""
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(_STYLE)
+        figure = Figure(figsize=(width, height))
+        FigureCanvasAgg(figure)
+        yield figure
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, format="png", metadata={"Software": None})  # matplotlib's version would change the hash
+
+
+def _colours(policies: Mapping[str, PolicyMetrics]) -> dict[str, str]:
+    routers = [name for name, policy in policies.items() if policy["kind"] == "router"]
+    colours = {name: _ROUTER_COLOURS[i % len(_ROUTER_COLOURS)] for i, name in enumerate(routers)}
+    by_kind = {"single": INK, "oracle": GREEN, "baseline": GREY, "random": GREY}
+    return {
+        name: colours.get(name.removeprefix("random@")) or by_kind[policy["kind"]] for name, policy in policies.items()
+    }
+
+
+def _coordinate(policy: PolicyMetrics, key: str) -> float:
+    return policy["cost"] if key == "cost" else policy["high_ratio"]
+
+
+def _point(axes: Axes, x: float, policy: PolicyMetrics, colour: str) -> None:
+    """Filled for what decides or is fixed, hollow for random."""
+    marker = {"single": "s", "random": "o", "router": "o", "baseline": "D", "oracle": "^"}[policy["kind"]]
+    errors = [[policy["success"] - policy["ci95"][0]], [policy["ci95"][1] - policy["success"]]]
+    face = "white" if policy["kind"] == "random" else colour
+    axes.errorbar(
+        x, policy["success"], errors, fmt=marker, color=colour, mfc=face, mew=1.5, ms=7, lw=1.2, capsize=2.5, zorder=3
+    )
+
+
+def _label_beside(
+    figure: Figure, axes: Axes, policies: Mapping[str, PolicyMetrics], colours: Mapping[str, str]
+) -> None:
+    """Names in a column to the right, spread so that none overlaps, each joined to its point by a thin line."""
+    bottom, top = axes.get_ylim()
+    names = sorted(policies, key=lambda name: (policies[name]["success"], -policies[name]["cost"], name))
+    wanted = [(policies[name]["success"] - bottom) / (top - bottom) for name in names]
+    right = axes.get_xlim()[1]
+    for name, height in zip(names, _spread(wanted, 0.085), strict=True):
+        policy = policies[name]
+        axes.annotate(
+            f"{name}  {policy['success']:.1%}",
+            xy=(policy["cost"], policy["success"]),
+            xytext=(1.03, height),
+            textcoords="axes fraction",
+            va="center",
+            color=colours[name],
+            fontsize=9.5,
+            annotation_clip=False,
+        )
+        label_y = bottom + height * (top - bottom)
+        axes.plot(
+            [policy["cost"], right * 1.02],
+            [policy["success"], label_y],
+            color=colours[name],
+            linewidth=0.6,
+            alpha=0.55,
+            clip_on=False,
+            zorder=2,
+        )
+    axes.set(xlim=(0, right), ylim=(bottom, top))
+
+
+def _spread(wanted: Sequence[float], gap: float) -> list[float]:
+    """Heights in [0, 1] near the wanted ones (ascending), at least `gap` apart as long as they fit."""
+    heights: list[float] = []
+    for height in wanted:
+        heights.append(max(height, heights[-1] + gap) if heights else height)
+    ceiling = 1.0
+    for i in reversed(range(len(heights))):
+        heights[i] = min(heights[i], ceiling)
+        ceiling = heights[i] - gap
+    return heights
+
+
+def _curve(
+    axes: Axes,
+    log: pl.DataFrame,
+    column: str,
+    colour: str,
+    title: str,
+    label: str | None = None,
+    *,
+    share: bool = False,
+) -> None:
+    axes.plot(log["update"], log[column], color=colour, linewidth=1.4, label=label)
+    axes.set_title(title)
+    if share:
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))

@@ -1,0 +1,294 @@
+"""The evaluation as people read it: a table for the terminal, one for Markdown, and an HTML file that opens offline."""
+
+import base64
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from rich import box
+from rich.table import Table
+
+from dmr_pipeline.errors import UserError
+from dmr_pipeline.evaluation.metrics import Interval, Metrics, PairedComparison, PolicyMetrics
+
+_COLUMNS = ("policy", "success", "high-precision ratio", "cost", "steps", "gap recovered")
+_KIND_STYLES = {"single": "", "baseline": "", "random": "dim", "router": "bold", "oracle": "italic"}
+_NONE = "-"
+
+
+class Picture(NamedTuple):
+    """How the report shows a file of `plots/`."""
+
+    title: str
+    alt: str
+    caption: str
+
+
+_PICTURES: Mapping[str, Picture] = {
+    "accuracy_cost": Picture(
+        "Accuracy and cost",
+        "Two scatter plots of success, by high-precision ratio and by cost, one point with interval per policy",
+        "Up and to the left is better. Bars are intervals, hollow points are random routing. The dashed line is what "
+        "playing whole episodes in high or low precision at random would reach without any router.",
+    ),
+    "kl_by_turn": Picture(
+        "KL by turn",
+        "Median and spread of the KL divergence at each turn, and below it the steps and the share labelled sensitive",
+        "How far the two precisions' action distributions are apart as an episode goes on. Late turns come from "
+        "the few episodes that last so long.",
+    ),
+    "training_curves": Picture(
+        "Training",
+        "Curves over updates: stage 1 loss; stage 2 success, ratio, reward, tied groups and divergence",
+        "Stage 1 learns the KL labels; stage 2 is reinforcement learning on whole episodes. A group whose rewards tie "
+        "gives no gradient.",
+    ),
+    "calibration": Picture(
+        "Calibration",
+        "Observed share of sensitive steps against the router's predicted probability, with a histogram below",
+        "A calibrated stage 1 router lies on the diagonal. Bins hold equally many steps; bars are 95% intervals.",
+    ),
+}
+
+_FACTS: Mapping[str, str] = {
+    "sensitivity": "Sensitivity labels",
+    "kl_router": "KL router (stage 1)",
+    "grpo_router": "GRPO router (stage 2)",
+}
+
+
+def headline(metrics: Metrics) -> list[str]:
+    """The result in plain words: what the chosen router does, what of the gap it recovers, whether it beats random."""
+    policies, name = metrics["policies"], metrics["headline"]
+    router, high, low = policies[name], policies[metrics["high"]], policies[metrics["low"]]
+    sentences = [
+        f"On {router['n']} test games {name}, the router chosen on validation, succeeds in {router['success']:.1%} "
+        f"({_confidence(metrics)} interval {_span(router['ci95'])}), acting in high precision at "
+        f"{router['high_ratio']:.1%} of the steps; {metrics['high']} succeeds in {high['success']:.1%}, "
+        f"{metrics['low']} in {low['success']:.1%}."
+    ]
+    recovered, interval = router.get("gap_recovered"), router.get("gap_ci95")
+    if recovered is None or interval is None:
+        sentences.append(f"{metrics['low']} is no worse than {metrics['high']} here, so there is no gap to recover.")
+    else:
+        sentences.append(f"It recovers {recovered:.0%} of the gap between them (interval {_span(interval, 0)}).")
+    if router["cost"] < high["cost"]:
+        sentences.append(f"An episode costs {router['cost'] / high['cost']:.0%} of what one of {metrics['high']} does.")
+    else:
+        sentences.append(
+            f"It saves nothing: an episode costs {router['cost'] / high['cost']:.2f} times {metrics['high']}'s."
+        )
+    return [*sentences, *_against_random(metrics)]
+
+
+def markdown_table(metrics: Metrics) -> str:
+    """The results as a GitHub table, a policy a row."""
+    rows = [_COLUMNS, ("---",) + ("---:",) * (len(_COLUMNS) - 1)]
+    for name, policy in metrics["policies"].items():
+        cells = _cells(policy)
+        shown = f"**{name}**" if name == metrics["headline"] else name
+        rows.append((shown, *cells))
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return f"{table}\n\n{_note(metrics)}\n"
+
+
+def console_table(metrics: Metrics) -> Table:
+    """The results for a terminal of 80 columns or more."""
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+        title=f"{metrics['recipe']}: test games",
+        title_justify="left",
+        title_style="bold",
+    )
+    table.caption, table.caption_justify = _note(metrics), "left"
+    table.add_column("policy", no_wrap=True)
+    for column in ("success", "ratio", "cost", "steps", "gap recovered"):
+        table.add_column(column, justify="right", no_wrap=True)
+    kind = None
+    for name, policy in metrics["policies"].items():
+        if kind not in (None, policy["kind"]):
+            table.add_section()
+        kind = policy["kind"]
+        marked = f"{name} *" if name == metrics["headline"] else name
+        table.add_row(marked, *_cells(policy), style=_KIND_STYLES[kind])
+    return table
+
+
+def render_html(folder: Path, sidecar: Path | None, html: Path) -> None:
+    """Write the report of an evaluation's folder as one file without references to others.
+
+    Args:
+        folder: holds metrics.json; plots/*.png, context.json and manifest.json are shown where they are there.
+            context.json: `recipe` (section -> settings), `ladder` (list of name, bits_per_weight, bytes, kl_to_float,
+            success_validation), `gate` (passed: bool, verdict: words), `sensitivity`, `kl_router`, `grpo_router`
+            (fact -> value), `notes` (list of sentences); each may be absent.
+        sidecar: the run's record; its `measured.seconds_per_step` maps a policy to mean, p95 (seconds), router_share.
+        html: the file, replaced at once.
+
+    Raises:
+        UserError: there is no metrics.json in the folder.
+    """
+    if not (folder / "metrics.json").is_file():
+        raise UserError(f"{folder}: no metrics.json; materialise evaluation_report first")
+    metrics = cast(Metrics, _json(folder / "metrics.json"))
+    context = _json(folder / "context.json") if (folder / "context.json").is_file() else {}
+    run = _json(sidecar) if sidecar else {}
+    manifest = _json(folder / "manifest.json") if (folder / "manifest.json").is_file() else {}
+    policies = metrics["policies"]
+
+    page = (
+        _environment()
+        .get_template("report.html.j2")
+        .render(
+            metrics=metrics,
+            headline=headline(metrics),
+            draws=max(policy["episodes"] // policy["n"] for policy in policies.values()),
+            confidence=_confidence(metrics),
+            router=policies[metrics["headline"]],
+            against_high=policies[metrics["headline"]]["cost"] / policies[metrics["high"]]["cost"],
+            task_types=sorted({name for policy in policies.values() for name in policy["by_task_type"]}),
+            pictures=_pictures(folder / "plots"),
+            ladder=context.get("ladder", []),
+            gate=context.get("gate"),
+            facts={title: context[key] for key, title in _FACTS.items() if context.get(key)},
+            notes=context.get("notes", []),
+            settings={section: _flat(content) for section, content in context.get("recipe", {}).items()},
+            seconds_per_step=run.get("measured", {}).get("seconds_per_step", {}),
+            manifest=manifest,
+            run=run,
+        )
+    )
+    html.parent.mkdir(parents=True, exist_ok=True)
+    part = html.with_name(f".{html.name}.part")
+    part.write_text(page, encoding="utf-8")
+    part.replace(html)
+
+
+def _against_random(metrics: Metrics) -> list[str]:
+    """The planned test, in words. Significance is at one minus the intervals' confidence."""
+    name = metrics["headline"]
+    for pair in metrics["paired"]:
+        if pair["policy"] == name and pair["against"] == f"random@{name}":
+            ratio = metrics["policies"][pair["against"]]["high_ratio"]
+            return [f"Against random routing ({ratio:.1%} of the steps in high precision) {_verdict(pair, metrics)}."]
+    return []
+
+
+def _verdict(pair: PairedComparison, metrics: Metrics) -> str:
+    points = f"{pair['difference'] * 100:+.1f} points (interval {_points(pair['ci95'])}, {_p_value(pair['p_value'])})"
+    if pair["p_value"] >= 1 - metrics["confidence"]:
+        return f"no difference is shown: {points} in the paired test"
+    return f"it is {'better' if pair['difference'] > 0 else 'worse'} in the paired test: {points}"
+
+
+def _cells(policy: PolicyMetrics) -> tuple[str, ...]:
+    """A policy's row under `_COLUMNS`, its name left out."""
+    return (
+        f"{policy['success']:.1%} {_brackets(policy['ci95'], 1)}",
+        f"{policy['high_ratio']:.1%}",
+        f"{policy['cost']:.3f}",
+        f"{policy['steps']:.1f}",
+        _recovered(policy),
+    )
+
+
+def _recovered(policy: PolicyMetrics) -> str:
+    recovered, interval = policy.get("gap_recovered"), policy.get("gap_ci95")
+    return _NONE if recovered is None or interval is None else f"{recovered:.0%} {_brackets(interval, 0)}"
+
+
+def _note(metrics: Metrics) -> str:
+    games = metrics["policies"][metrics["headline"]]["n"]
+    return (
+        f"{games} games; brackets: {_confidence(metrics)} intervals, clustered by game. Cost: {metrics['high']} on "
+        f"validation = 1. Chosen on validation: {metrics['headline']}."
+    )
+
+
+def _pictures(folder: Path) -> list[dict[str, str]]:
+    """Known pictures in the report's order, then others by name."""
+    files = {path.stem: path for path in sorted(folder.glob("*.png"))}
+    stems = [stem for stem in _PICTURES if stem in files] + [stem for stem in files if stem not in _PICTURES]
+    pictures = []
+    for stem in stems:
+        words = stem.replace("_", " ").capitalize()
+        picture = _PICTURES.get(stem, Picture(words, words, ""))
+        png = files[stem].read_bytes()
+        pixels = int.from_bytes(png[16:20], "big")  # PNG's header; drawn at 150 dots an inch, CSS counts 96
+        data = base64.b64encode(png).decode("ascii")
+        pictures.append({"stem": stem, "data": data, "width": str(pixels * 96 // 150), **picture._asdict()})
+    return pictures
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("dmr_pipeline.evaluation", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    filters: dict[str, Callable[..., str]] = {
+        "percent": lambda value, digits=1: _NONE if value is None else f"{value:.{digits}%}",
+        "number": lambda value, digits=3: _NONE if value is None else f"{value:.{digits}f}",
+        "signed": lambda value: _NONE if value is None else f"{value * 100:+.1f}",
+        "span": lambda interval, digits=1: "" if interval is None else _brackets(interval, digits),
+        "points": lambda interval: "" if interval is None else f"[{_points(interval)}]",
+        "milliseconds": lambda seconds: f"{seconds * 1000:.2f}",
+        "megabytes": lambda size: f"{size / 1e6:.2f}",
+        "p_value": _p_value,
+        "fact": _fact,
+        "words": lambda key: key.replace("_", " "),
+    }
+    environment.filters.update(filters)
+    return environment
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return cast(dict[str, Any], json.loads(path.read_text(encoding="utf-8")))
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return flat
+
+
+def _fact(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_fact(item)}" for name, item in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(_fact, value))
+    return _NONE if value is None else str(value)
+
+
+def _confidence(metrics: Metrics) -> str:
+    return f"{metrics['confidence'] * 100:g}%"
+
+
+def _brackets(interval: Interval, digits: int) -> str:
+    return f"[{interval[0] * 100:.{digits}f}, {interval[1] * 100:.{digits}f}]"
+
+
+def _span(interval: Interval, digits: int = 1) -> str:
+    return f"{interval[0] * 100:.{digits}f} to {interval[1]:.{digits}%}"
+
+
+def _points(interval: Interval) -> str:
+    return f"{interval[0] * 100:+.1f} to {interval[1] * 100:+.1f}"
+
+
+def _p_value(value: float) -> str:
+    return "p < 0.001" if value < 0.001 else f"p = {value:.3f}"

@@ -1,0 +1,204 @@
+"""Stage `quantized_checkpoints`: the precision ladder of one float checkpoint, measured; and loading it for acting."""
+
+import json
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from rich.progress import Progress
+from transformers import PreTrainedModel
+
+from dmr_pipeline.agent.checkpoint import load_causal_lm, load_tokenizer, resolve_device
+from dmr_pipeline.agent.examples import Example, expert_example
+from dmr_pipeline.agent.prompts import Prompter
+from dmr_pipeline.agent.rollout import Run, SinglePrecision, Trajectory, play
+from dmr_pipeline.agent.streams import Streams
+from dmr_pipeline.agent.train import CAPACITY, trained_logits
+from dmr_pipeline.cost import episode_cost
+from dmr_pipeline.environments.alfworld.game import Game
+from dmr_pipeline.environments.tasks import begin_episode, read_games
+from dmr_pipeline.quantization import dequantized, load_rung, quantize_rung, rung_size, save_rung
+from dmr_pipeline.recipe import Precisions, Recipe
+from dmr_pipeline.stage import StageContext, StageResult
+
+LADDER_FILE = "ladder.json"
+
+
+class RungFacts(BaseModel):
+    """One rung, measured."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str
+    bytes: int
+    """Of all weights, as stored."""
+    bits_per_weight: float
+    """Over all weights, the float ones among them."""
+    kl_to_float: float
+    """KL(float || rung) over a whole action, teacher-forced on the expert's, mean over steps; nats."""
+    greedy_disagreement: float
+    """Share of action tokens whose greedy choice is not the float model's."""
+    validation_success: float
+    validation_steps: float
+
+
+class Gate(BaseModel):
+    """Whether there is anything for a router to do: measured in closed loop, before any router is trained."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    high: float
+    low: float
+    gap: float
+    passed: bool
+    verdict: str
+
+
+class LadderFacts(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    rungs: list[RungFacts]
+    gate: Gate
+    always_high_cost: float
+    """Mean bytes read in an always-high episode on validation games: the unit of cost."""
+
+
+def quantized_checkpoints(context: StageContext) -> StageResult:
+    recipe = context.recipe
+    device = resolve_device(recipe.runtime.device)
+    torch.set_num_threads(recipe.runtime.threads)
+    float_model, tokenizer = load_causal_lm(context.inputs["agent"] / "model", None, device)
+    tokenizer.save_pretrained(context.output / "tokenizer")
+    prompter = Prompter.of(tokenizer, recipe.agent.prompt)
+    games = read_games(context.inputs["benchmark_tasks"], "validation")
+    examples = expert_steps(games[: recipe.precisions.kl_episodes], prompter, recipe.benchmark.step_limit)
+
+    def calibrate(model: PreTrainedModel) -> None:
+        trained_logits(model, examples, device)
+
+    facts, cost = [], 0.0
+    with Progress() as progress:
+        bar = progress.add_task("precision ladder", total=len(recipe.precisions.ladder) * len(games))
+        for rung in recipe.precisions.ladder:
+            progress.update(bar, description=f"{rung.name} plays validation games")
+            save_rung(quantize_rung(float_model, rung, calibrate), context.output / rung.name)
+            model = load_rung(context.output / rung.name, device)
+            size = rung_size(model)
+            acting = acting_model(model, device)
+            divergence, disagreement = divergence_to_float(float_model, acting, examples, device)
+            streams = Streams(acting, min(recipe.runtime.batch_episodes, len(games)), CAPACITY)
+            played = play(
+                [Run(game) for game in games],
+                begin_episode,
+                {False: streams, True: streams},
+                prompter,
+                SinglePrecision(high=True),
+                recipe.benchmark.step_limit,
+                action=recipe.agent.action,
+                temperature=recipe.agent.temperature,
+                advance=lambda n: progress.advance(bar, n),
+            )
+            facts.append(
+                RungFacts(
+                    name=rung.name,
+                    bytes=size.bytes,
+                    bits_per_weight=round(size.bits_per_weight, 4),
+                    kl_to_float=round(divergence, 6),
+                    greedy_disagreement=round(disagreement, 6),
+                    validation_success=_mean([t.success for t in played]),
+                    validation_steps=_mean([len(t.steps) for t in played]),
+                )
+            )
+            if rung.name == recipe.precisions.high:
+                cost = mean_cost(played, size.bytes)
+    ladder = LadderFacts(rungs=facts, gate=gate(facts, recipe.precisions), always_high_cost=cost)
+    text = json.dumps(ladder.model_dump(), indent=2) + "\n"
+    (context.output / LADDER_FILE).write_text(text, encoding="utf-8")
+    return StageResult(summary=ladder.model_dump())
+
+
+def expert_steps(games: Sequence[Game], prompter: Prompter, step_limit: int) -> list[Example]:
+    """The expert's flawless episodes, its actions as targets."""
+    return [expert_example(game, prompter, step_limit, mistake_rate=0.0, rng=random.Random(0)) for game in games]
+
+
+@torch.no_grad()
+def divergence_to_float(
+    float_model: PreTrainedModel, model: PreTrainedModel, examples: Sequence[Example], device: torch.device
+) -> tuple[float, float]:
+    """Mean KL(float || model) of the expert's steps, in nats an action, and the share of tokens that are chosen otherwise."""
+    total, different, tokens, steps = 0.0, 0, 0, 0
+    for first in range(0, len(examples), 8):
+        piece = examples[first : first + 8]
+        p, wanted = trained_logits(float_model, piece, device)
+        q, _ = trained_logits(model, piece, device)
+        log_p, log_q = p.double().log_softmax(-1), q.double().log_softmax(-1)
+        total += float((log_p.exp() * (log_p - log_q)).sum())
+        different += int((p.argmax(-1) != q.argmax(-1)).sum())
+        tokens += len(wanted)
+        steps += sum(example.steps for example in piece)
+    return total / steps, different / tokens
+
+
+def gate(facts: Sequence[RungFacts], precisions: Precisions) -> Gate:
+    """High rung strong enough, low rung far enough below it and not too far."""
+    success = {rung.name: rung.validation_success for rung in facts}
+    high, low = success[precisions.high], success[precisions.low]
+    smallest, largest = precisions.gate_gap
+    gap = round(high - low, 6)
+    passed = high >= precisions.gate_high and smallest <= gap <= largest
+    verdict = (
+        f"{precisions.high} wins {high:.1%} of the validation games (asked: at least {precisions.gate_high:.0%}), "
+        f"{precisions.low} {100 * gap:.1f} points fewer (asked: {100 * smallest:.0f} to {100 * largest:.0f})"
+    )
+    return Gate(high=high, low=low, gap=gap, passed=passed, verdict=verdict)
+
+
+def mean_cost(played: Sequence[Trajectory], weight_bytes: int) -> float:
+    return _mean([episode_cost(trajectory, {True: weight_bytes, False: weight_bytes}) for trajectory in played])
+
+
+def acting_model(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    """What computes when a rung acts: on a CPU its exact float copy, since there are no low-bit kernels."""
+    return dequantized(model) if device.type == "cpu" else model
+
+
+def read_ladder(checkpoints: Path) -> LadderFacts:
+    return LadderFacts.model_validate_json((checkpoints / LADDER_FILE).read_text(encoding="utf-8"))
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """The two rungs that the router chooses from, loaded for acting."""
+
+    models: Mapping[bool, PreTrainedModel]
+    """Precision is high -> the model that acts."""
+    weight_bytes: Mapping[bool, int]
+    """Precision is high -> bytes of weights that one forward pass at batch 1 reads."""
+    always_high_cost: float
+    """Bytes read in a mean always-high episode on validation games: the unit of cost."""
+    prompter: Prompter
+    device: torch.device
+
+    @classmethod
+    def load(cls, checkpoints: Path, recipe: Recipe) -> "Ladder":
+        """From the folder of the stage `quantized_checkpoints`."""
+        device = resolve_device(recipe.runtime.device)
+        models, sizes = {}, {}
+        for high, rung in ((True, recipe.precisions.high), (False, recipe.precisions.low)):
+            model = load_rung(checkpoints / rung, device)
+            sizes[high] = rung_size(model).bytes
+            models[high] = acting_model(model, device)
+        prompter = Prompter.of(load_tokenizer(checkpoints / "tokenizer"), recipe.agent.prompt)
+        return cls(models, sizes, read_ladder(checkpoints).always_high_cost, prompter, device)
+
+    def streams(self, slots: int) -> dict[bool, Streams]:
+        """Fresh token streams of both precisions."""
+        return {high: Streams(model, slots, CAPACITY) for high, model in self.models.items()}
+
+
+def _mean(values: Sequence[float]) -> float:
+    return round(sum(values) / len(values), 6)

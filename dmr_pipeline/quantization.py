@@ -1,0 +1,170 @@
+"""The precision ladder: one float checkpoint at several weight precisions, through optimum-quanto.
+
+Round-to-nearest quantization of the linear layers, without data: int8 symmetric with one scale for each output row;
+int4 and int2 affine (scale and shift) in groups along the input. quanto chooses the group size from the input width
+alone: up to 128 inputs, one group a row; above, 128, less 32 for as long as it does not divide the width (160 and 224:
+32; 192: 96; 320: 64), and one group a row where not even 32 does.
+
+quanto unpacks int4 and int2 by a C++ extension, which it compiles on first use into its own installed folder (killed
+half-way, it leaves a lock on which every later load waits). A few operations of torch replace it here: the same bytes,
+and nothing is ever compiled. int4 and int2 fail under `torch.inference_mode`; use `torch.no_grad`.
+"""
+
+import copy
+import json
+import warnings
+from collections.abc import Callable
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from optimum.quanto import Calibration, QLinear, QModuleMixin, freeze, quantization_map, quantize
+from safetensors import SafetensorError
+from safetensors.torch import load_model, save_model
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from dmr_pipeline.agent.checkpoint import drop_versions, refuse_pickles
+from dmr_pipeline.errors import UserError
+from dmr_pipeline.recipe import Rung
+
+WEIGHTS_FILE = "model.safetensors"
+MAP_FILE = "quantization_map.json"
+
+
+def _unpack(packed: Tensor, bits: int) -> Tensor:
+    """The 8 / bits unsigned integers in each byte, lowest bits first, stacked along the first axis (uint8)."""
+    return torch.cat([(packed >> shift) & (2**bits - 1) for shift in range(0, 8, bits)])
+
+
+_kernels = torch.library.Library("quanto", "IMPL")  # the replacement lasts as long as this object
+with warnings.catch_warnings():
+    warnings.filterwarnings("ignore", message=".*may also be overridden", category=UserWarning)
+    for _device in ("CPU", "CUDA"):
+        _kernels.impl("unpack", _unpack, _device, allow_override=True)
+
+
+class RungSize(NamedTuple):
+    bytes: int
+    """All stored weights: packed integers, scales and shifts, and what is left in float; tied weights count once."""
+    bits_per_weight: float
+    """Of all weights, the float ones among them."""
+
+
+def quantize_rung(
+    model: PreTrainedModel, rung: Rung, calibration: Callable[[PreTrainedModel], object] | None = None
+) -> PreTrainedModel:
+    """A copy of the float model at the rung's precision, frozen and in evaluation mode.
+
+    With `activations: int8`, the inputs of the quantized layers are rounded to int8 too, with one scale a layer.
+    quanto's default would round outputs as well, unless calibration finds that nobody uses them as integers, which it
+    then does not save; ours rounds inputs only.
+
+    Args:
+        model: float model; stays as it is.
+        rung: what to quantize. `keep_float` are glob patterns of module names.
+        calibration: runs the model it is given on typical text; needed for quantized activations.
+
+    Raises:
+        UserError: a `keep_float` pattern fits no module, or activations are to be quantized without calibration or in a
+            float rung.
+    """
+    model = copy.deepcopy(model).eval()
+    if rung.activations != "none" and (rung.weights == "float" or calibration is None):
+        raise UserError(f"rung {rung.name!r}: quantized activations need quantized weights and a calibration")
+    if rung.weights == "float":
+        return model
+    for pattern in rung.keep_float:
+        if not any(fnmatch(name, pattern) for name, _ in model.named_modules()):
+            raise UserError(f"rung {rung.name!r}: keep_float pattern {pattern!r} fits no module of the model")
+    activations = None if rung.activations == "none" else f"q{rung.activations}"
+    _quantize(model, f"q{rung.weights}", activations, exclude=list(rung.keep_float))
+    if activations is not None and calibration is not None:
+        with torch.no_grad(), Calibration(streamline=False):
+            calibration(model)
+    return model
+
+
+def save_rung(model: PreTrainedModel, folder: Path) -> None:
+    """Write config.json, model.safetensors and quantization_map.json (empty for float); equal models, equal bytes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = copy.deepcopy(model.config)
+    config.dtype = model.dtype
+    config.save_pretrained(folder)
+    drop_versions(folder)
+    save_model(model, str(folder / WEIGHTS_FILE))
+    text = json.dumps(quantization_map(model), indent=2, sort_keys=True) + "\n"
+    (folder / MAP_FILE).write_text(text, encoding="utf-8")
+
+
+def load_rung(folder: Path, device: torch.device) -> PreTrainedModel:
+    """Read what `save_rung` wrote, in evaluation mode; its tensors and logits are bit-identical to those saved.
+
+    The model is built on its device: on `meta` its rotary frequencies, which are in no file, would be lost.
+
+    Raises:
+        UserError: the folder or a file is missing or damaged, or the weights are a pickle.
+    """
+    if not (folder / MAP_FILE).is_file():
+        raise UserError(f"{folder} is no rung of the ladder: it has no {MAP_FILE}")
+    refuse_pickles(folder)
+    try:
+        modules = json.loads((folder / MAP_FILE).read_text(encoding="utf-8"))
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        with torch.random.fork_rng(), device:  # the initial weights are drawn, then overwritten
+            model = AutoModelForCausalLM.from_config(config, dtype=config.dtype, trust_remote_code=False)
+        for name, types in modules.items():
+            activations = None if types["activations"] == "none" else types["activations"]
+            _quantize(model, types["weights"], activations, include=[name])
+        load_model(model, folder / WEIGHTS_FILE, device=str(device))
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, StrictDataclassError) as error:
+        raise UserError(f"rung {folder} cannot be loaded: {' '.join(str(error).split())}") from error
+    return model.eval()
+
+
+def rung_size(model: PreTrainedModel) -> RungSize:
+    """Storage of the weights as they are, in memory and in the file."""
+    unused = {
+        f"{name}.{scale}"
+        for name, module in model.named_modules()
+        if isinstance(module, QModuleMixin) and module.activation_qtype is None
+        for scale in ("input_scale", "output_scale")
+    }
+    stored = {tensor.data_ptr(): tensor.nbytes for name, tensor in model.state_dict().items() if name not in unused}
+    total = sum(stored.values())
+    return RungSize(total, 8 * total / sum(parameter.numel() for parameter in model.parameters()))
+
+
+def dequantized(model: PreTrainedModel) -> PreTrainedModel:
+    """A plain float copy that computes the same, in float32 bit for bit, for acting where there are no low-bit kernels.
+
+    On a CPU quanto dequantizes every weight in every forward pass, which takes most of a tiny model's time. Here it is
+    done once. Sizes and costs are those of the quantized model. A model with quantized activations has no plain float
+    equal: it is returned as it is.
+    """
+    if any(isinstance(module, QModuleMixin) and module.activation_qtype is not None for module in model.modules()):
+        return model
+    plain: dict[int, nn.Module] = {}  # what deepcopy takes for a copy of each quantized layer; those cannot be copied
+    for module in model.modules():
+        if isinstance(module, QLinear):
+            linear = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
+            linear.weight = nn.Parameter(module.weight.dequantize(), requires_grad=False)
+            linear.bias = module.bias
+            plain[id(module)] = linear
+    return copy.deepcopy(model, plain).eval()
+
+
+def _quantize(
+    model: PreTrainedModel,
+    weights: str,
+    activations: str | None,
+    include: list[str] | None = None,
+    exclude: list[str] | None = None,
+) -> None:
+    quantize(model, weights=weights, activations=activations, include=include, exclude=exclude)
+    for module in model.modules():
+        if isinstance(module, QModuleMixin):
+            module.disable_output_quantization()
+    freeze(model)

@@ -1,0 +1,312 @@
+"""Recipes: one YAML file fixes one experiment, from the games to the report.
+
+A recipe is made of sections. Each stage of the pipeline names the sections it reads, so that a change to one section makes
+exactly those stages stale. Unknown keys are refused. Sizes in the field descriptions are the unit of the number.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from dmr_pipeline.errors import UserError
+
+RECIPE_FOLDER = Path("recipes")
+
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Count = Annotated[int, Field(gt=0)]
+
+
+class Section(BaseModel):
+    """A part of a recipe: immutable, and strict about its keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Splits(Section):
+    """Numbers of games in the four disjoint splits. Each split draws its games from a seed range of its own."""
+
+    agent_train: Count = Field(description="games; the agent learns on these")
+    router_train: Count = Field(
+        description="games; labels and GRPO (an agent's confidence on its own training games is memorised)"
+    )
+    validation: Count = Field(description="games; every choice: threshold, rung, checkpoint, headline policy")
+    test: Count = Field(description="games; touched once, by the evaluation report")
+
+
+class Benchmark(Section):
+    """Which games are played."""
+
+    environment: Literal["alfworld"] = "alfworld"
+    splits: Splits
+    seed: int = Field(0, ge=0, description="moves all four seed ranges")
+    step_limit: Count = Field(50, description="steps an episode may take; 50 is ALFWorld's norm, ExpeL used 20")
+
+
+class Architecture(Section):
+    """A Qwen3-architecture causal LM, made from nothing."""
+
+    layers: Count
+    width: Count = Field(description="hidden size; decides quanto's group size (see quantization.py)")
+    heads: Count
+    key_value_heads: Count
+    head_width: Count
+    feed_forward: Count = Field(description="intermediate size")
+
+
+class Pretrained(Section):
+    """An LLM that exists: a checkpoint folder, or a hub id with a pinned revision."""
+
+    model: str = Field(
+        description="folder with config, tokenizer and safetensors weights; or a hub id such as Qwen/Qwen3-1.7B"
+    )
+    revision: str | None = Field(None, description="commit hash; required for a hub id")
+
+
+class Training(Section):
+    """Behaviour cloning on the exploring expert's actions, then DAgger rounds (Ross et al., 2011). All choices are ours."""
+
+    architecture: Architecture
+    updates: Count = Field(description="optimiser updates in all")
+    episodes_per_update: Count = Field(description="expert episodes")
+    learning_rate: float = Field(gt=0)
+    warmup_updates: int = Field(ge=0)
+    weight_decay: float = Field(0.1, ge=0)
+    looks_per_update: int = Field(
+        ge=0, description="single looks into a receptacle, to learn whether what is wanted is there"
+    )
+    looks_alone_until: int = Field(
+        ge=0, description="update up to which there is nothing but looks; after it a quarter of them"
+    )
+    short_until: int = Field(
+        ge=0, description="update up to which only games are used that the expert wins in `short_steps`"
+    )
+    short_steps: Count = Field(description="steps; short games teach sooner what the goal is")
+    dagger_from: int = Field(ge=0, description="update from which on the agent's own episodes are added")
+    dagger_every: Count = Field(description="updates between two collections of the agent's own episodes")
+    dagger_episodes: Count = Field(description="episodes a collection")
+    dagger_steps: Count = Field(
+        description="steps that such an episode may take; a failing agent's last ones teach little"
+    )
+    dagger_tokens: Count = Field(
+        description="tokens of the agent's own episodes in an update, which then has half the expert's"
+    )
+    mistake_rate: Share = Field(
+        description="chance that the expert's step is replaced by a random admissible one before DAgger"
+    )
+    seed: int = Field(0, ge=0)
+
+
+class Prompt(Section):
+    """The append-only transcript. Every segment is tokenized by itself, so that nothing before it ever changes."""
+
+    opening: str = Field("<task> {task} <obs> {observation} <act>", description="first segment")
+    turn: str = Field("<task> {task} <obs> {observation} <act>", description="segment after each action")
+    thought_end: str | None = Field(
+        None, description="a single token; what an action holds before it is thought, not command"
+    )
+    action_end: str = Field("<end>", description="a single token that ends the action")
+    max_action_tokens: Count = Field(12, description="tokens generated for one action at most, its thought included")
+
+
+class Agent(Section):
+    """The float LLM: trained here from nothing (`training`) or brought along (`pretrained`)."""
+
+    pretrained: Pretrained | None = None
+    training: Training | None = None
+    prompt: Prompt = Prompt()
+    action: Literal["generate", "score"] = Field(
+        "generate", description="generate the action, or score the admissible ones"
+    )
+    temperature: float = Field(0.0, ge=0, description="acting temperature; 0 is greedy")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if self.action == "score" and self.prompt.thought_end is not None:
+            raise ValueError("agent: an agent that thinks first must generate its actions")
+        if self.training and self.training.looks_per_update and self.prompt.thought_end is None:
+            raise ValueError("agent: looks teach thoughts, so they need 'prompt.thought_end'")
+        if (self.pretrained is None) == (self.training is None):
+            raise ValueError("agent: give exactly one of 'pretrained' and 'training'")
+        return self
+
+
+class Rung(Section):
+    """One rung of the precision ladder."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
+    weights: Literal["float", "int8", "int4", "int2"]
+    activations: Literal["none", "int8"] = "none"
+    keep_float: tuple[str, ...] = Field(
+        ("lm_head",), description="modules left in float, as glob patterns of module names"
+    )
+
+
+class Precisions(Section):
+    """The precision ladder, highest first, and the two rungs that the router chooses from."""
+
+    ladder: tuple[Rung, ...] = Field(min_length=2)
+    high: str
+    low: str
+    gate_high: Share = Field(0.85, description="success of the high rung on validation games that the gate asks for")
+    gate_gap: tuple[Share, Share] = Field((0.20, 0.50), description="high minus low success that the gate asks for")
+    kl_episodes: Count = Field(
+        50, description="validation games whose expert steps give the mean KL to the float model"
+    )
+
+    @model_validator(mode="after")
+    def _known_rungs(self) -> Self:
+        names = [rung.name for rung in self.ladder]
+        if len(set(names)) != len(names):
+            raise ValueError(f"precisions.ladder: names are not unique: {names}")
+        for field in ("high", "low"):
+            if getattr(self, field) not in names:
+                raise ValueError(f"precisions.{field}: {getattr(self, field)!r} is not on the ladder {names}")
+        return self
+
+
+class BehaviourPolicy(Section):
+    """Who acts while trajectories are collected."""
+
+    name: str
+    high_ratio: Share = Field(
+        description="chance that a step is taken at high precision: 1 all-high, 0 all-low, else random mixing"
+    )
+
+
+class Trajectories(Section):
+    behaviour: tuple[BehaviourPolicy, ...] = Field(min_length=1)
+    seed: int = Field(0, ge=0)
+
+
+class Sensitivity(Section):
+    """Labels. The paper's label is KL >= tau; direction, tokens, teacher forcing and tau are ours to choose."""
+
+    direction: Literal["high_low", "low_high", "js"] = Field(
+        "high_low", description="KL(high||low), KL(low||high), or Jensen-Shannon"
+    )
+    tau: float | None = Field(None, gt=0, description="absolute threshold in nats")
+    quantile: Share | None = Field(None, description="threshold as a quantile of the KL over all steps")
+    label_share: tuple[Share, Share] = Field(
+        (0.02, 0.6), description="bounds for the share of sensitive steps; outside them the check fails"
+    )
+
+    @model_validator(mode="after")
+    def _one_threshold(self) -> Self:
+        if (self.tau is None) == (self.quantile is None):
+            raise ValueError("sensitivity: give exactly one of 'tau' and 'quantile'")
+        return self
+
+
+class Lora(Section):
+    rank: Count = 8
+    alpha: Count = 16
+
+
+class RouterModel(Section):
+    """A small causal LM over the transcript whose next token at a routing position is a precision."""
+
+    architecture: Architecture | None = None
+    pretrained: Pretrained | None = None
+    lora: Lora | None = Field(None, description="train adapters only (needs 'pretrained')")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.pretrained is None) == (self.architecture is None):
+            raise ValueError("router: give exactly one of 'pretrained' and 'architecture'")
+        if self.lora is not None and self.pretrained is None:
+            raise ValueError("router.lora: needs 'pretrained'")
+        return self
+
+
+class KlRouter(Section):
+    """Stage 1: class-weighted cross-entropy on the sensitivity labels."""
+
+    model: RouterModel
+    epochs: Count
+    batch_episodes: Count
+    learning_rate: float = Field(gt=0)
+    validation_games: Count = Field(description="validation games for Platt scaling and for the closed-loop threshold")
+    target_ratio: Share = Field(description="high-precision ratio that the threshold is calibrated to, in closed loop")
+    seed: int = Field(0, ge=0)
+
+
+class GrpoRouter(Section):
+    """Stage 2: GRPO on success and cost."""
+
+    updates: Count
+    games_per_update: Count
+    group_size: int = Field(ge=2, description="episodes of one game in a group")
+    learning_rate: float = Field(gt=0)
+    reward: Literal["gated", "difference"] = Field(
+        "gated",
+        description="gated: success * (1 - cost_weight * cost), ours; difference: success - cost_weight * cost, the paper's",
+    )
+    cost_weight: float = Field(ge=0, description="lambda")
+    beta: float = Field(0.0, ge=0, description="KL penalty to the stage-1 router")
+    initial_ratio: Share = Field(
+        0.4, description="mean routing probability that the tempered stage-1 router starts from"
+    )
+    validate_every: Count = Field(description="updates between two validations; the best checkpoint is kept")
+    validation_games: Count
+    seed: int = Field(0, ge=0)
+
+
+class Evaluation(Section):
+    random_draws: Count = Field(3, description="draws of random routing at each router's ratio")
+    confidence: Share = 0.95
+    bootstrap: Count = Field(2000, description="bootstrap resamples, of games")
+    seed: int = Field(0, ge=0)
+
+
+class Runtime(Section):
+    """How a stage runs, not what it computes. Not part of any hash; results on CPU are equal for a fixed number of threads."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: Count = Field(1, description="torch threads a process")
+    batch_episodes: Count = Field(64, description="episodes acted on at once")
+
+
+class Recipe(Section):
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
+    benchmark: Benchmark
+    agent: Agent
+    precisions: Precisions
+    trajectories: Trajectories
+    sensitivity: Sensitivity
+    kl_router: KlRouter
+    grpo_router: GrpoRouter
+    evaluation: Evaluation
+    runtime: Runtime = Runtime()
+
+
+def load_recipe(name: str, folder: Path = RECIPE_FOLDER) -> Recipe:
+    """Read `<folder>/<name>.yaml`.
+
+    Raises:
+        UserError: there is no such recipe, or it is malformed; the message names the file, the key and what to do.
+    """
+    path = folder / f"{name}.yaml"
+    if not path.is_file():
+        known = ", ".join(recipe_names(folder)) or "none"
+        raise UserError(f"unknown recipe {name!r}: there is no {path} (known recipes: {known})")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: a recipe is a mapping of sections, this is {type(content).__name__}")
+    try:
+        recipe = Recipe.model_validate({"name": name, **content})
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'recipe'}: {e['msg']}" for e in error.errors())
+        raise UserError(f"{path}: {problems}") from error
+    if recipe.name != name:
+        raise UserError(f"{path}: its name is {recipe.name!r}, but the file is called {name!r}")
+    return recipe
+
+
+def recipe_names(folder: Path = RECIPE_FOLDER) -> list[str]:
+    """Names of all recipes, sorted."""
+    return sorted(path.stem for path in folder.glob("*.yaml"))

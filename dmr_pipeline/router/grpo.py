@@ -1,0 +1,329 @@
+"""Stage `grpo_router`: stage 2 of the router, GRPO (Shao et al., 2024) on success and cost.
+
+A group is several episodes of one game by the router that samples; each is credited with its reward minus the group's
+mean. The paper's reward is success - lambda * cost; the default, success * (1 - lambda * cost), is ours: cheap failure
+must not pay. Ours as well: start from the stage-1 router, shifted to a ratio at which groups do not tie; train all its
+weights; act at a threshold of 0.5; keep the weights that are best on validation games. The training resumes after a
+kill with the same result.
+"""
+
+import time
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import count, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import torch
+from numpy.typing import NDArray
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from scipy.optimize import brentq
+from scipy.special import expit, xlogy
+from torch import Tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.utils import logging as transformers_logging
+
+from dmr_pipeline.agent.rollout import RoutingPolicy, Run, Trajectory, play, seeded_generator
+from dmr_pipeline.cost import episode_cost
+from dmr_pipeline.environments.alfworld.game import Game
+from dmr_pipeline.environments.tasks import begin_episode, read_games
+from dmr_pipeline.errors import UserError
+from dmr_pipeline.ladder import Ladder
+from dmr_pipeline.recipe import GrpoRouter, Recipe
+from dmr_pipeline.router.baselines import RandomMixing
+from dmr_pipeline.router.grpo_trainer import Rollout, RoutingTrainer
+from dmr_pipeline.router.kl import ROUTER_FOLDER
+from dmr_pipeline.router.model import (
+    LmRouter,
+    Router,
+    RouterSettings,
+    load_router,
+    routing_margins,
+    save_router,
+    sequence_of_trajectory,
+)
+from dmr_pipeline.stage import StageContext, StageResult
+
+Floats = NDArray[np.float64]
+
+LOG = pl.Schema(
+    {
+        "update": pl.Int64,
+        "reward": pl.Float64,
+        "success": pl.Float64,
+        "ratio": pl.Float64,
+        "cost": pl.Float64,
+        "tied_groups": pl.Float64,
+        "divergence": pl.Float64,
+        "validation_reward": pl.Float64,
+        "validation_success": pl.Float64,
+        "validation_ratio": pl.Float64,
+        "validation_cost": pl.Float64,
+    }
+)
+"""One row an update, from 0. The first columns are of the episodes that the update learned from (null at update 0):
+means, the share of groups whose rewards tie, and KL(router || its start) in nats a decision. The validation columns are
+of the router after the update, acting at its threshold (null between validations). Ratios are shares of all steps."""
+
+_BATCH = 16
+"""Episodes in one forward pass of the router at its start."""
+
+
+def grpo_router(context: StageContext) -> StageResult:
+    started = time.perf_counter()
+    recipe, section = context.recipe, context.recipe.grpo_router
+    torch.set_num_threads(recipe.runtime.threads)
+    ladder = Ladder.load(context.inputs["quantized_checkpoints"], recipe)
+    games = read_games(context.inputs["benchmark_tasks"], "router_train")
+    validation = read_games(context.inputs["benchmark_tasks"], "validation", section.validation_games)
+    stage_1 = context.inputs["kl_router"] / ROUTER_FOLDER
+    start = load_router(stage_1, ladder.device)
+    player = Player(ladder, recipe, start.weight_bytes)
+    settings = tempered_settings(start, player, validation, context.scratch)
+    start = Router(start.model, start.tokenizer, settings)
+    router = Router(load_router(stage_1, ladder.device).model, start.tokenizer, settings)
+    session = Session(router, start, player, games, validation)
+    train(session, section, context.scratch)
+    chosen = load_router(stage_1, ladder.device)  # again, since trl leaves marks in the config
+    chosen.model.load_state_dict(session.best_weights)
+    save_router(Router(chosen.model, chosen.tokenizer, settings), context.output / ROUTER_FOLDER)
+    log = session.log()
+    log.write_parquet(context.output / "training.parquet")
+    return StageResult(
+        summary=summarize(log, session.best_update, settings), measured={"seconds": time.perf_counter() - started}
+    )
+
+
+def reward(success: bool, cost: float, section: GrpoRouter) -> float:
+    """Of one episode; `cost` in mean always-high episodes."""
+    if section.reward == "gated":
+        return success * (1 - section.cost_weight * cost)
+    return success - section.cost_weight * cost
+
+
+@dataclass(frozen=True)
+class Player:
+    """Plays and scores episodes with a router of a given size."""
+
+    ladder: Ladder
+    recipe: Recipe
+    router_bytes: int
+
+    def play(self, runs: Sequence[Run], policy: RoutingPolicy, seed: int) -> list[Trajectory]:
+        return play(
+            runs,
+            begin_episode,
+            self.ladder.streams(self.slots(len(runs))),
+            self.ladder.prompter,
+            policy,
+            self.recipe.benchmark.step_limit,
+            action=self.recipe.agent.action,
+            temperature=self.recipe.agent.temperature,
+            seed=seed,
+        )
+
+    def slots(self, runs: int) -> int:
+        return min(self.recipe.runtime.batch_episodes, runs)
+
+    def cost(self, trajectory: Trajectory) -> float:
+        """In mean always-high episodes."""
+        spent = episode_cost(trajectory, self.ladder.weight_bytes, self.router_bytes)
+        return spent / self.ladder.always_high_cost
+
+    def reward(self, trajectory: Trajectory) -> float:
+        return reward(trajectory.success, self.cost(trajectory), self.recipe.grpo_router)
+
+    def means(self, played: Sequence[Trajectory]) -> dict[str, float]:
+        steps = [step for trajectory in played for step in trajectory.steps]
+        return {
+            "reward": float(np.mean([self.reward(trajectory) for trajectory in played])),
+            "success": float(np.mean([trajectory.success for trajectory in played])),
+            "ratio": float(np.mean([step.high for step in steps])),
+            "cost": float(np.mean([self.cost(trajectory) for trajectory in played])),
+        }
+
+
+def tempered_settings(router: Router, player: Player, games: Sequence[Game], scratch: Path) -> RouterSettings:
+    """Stage 1's settings with the offset at which P(high) is `initial_ratio` in the mean, over the steps of one episode
+    of each game that mixes the precisions at that ratio. A resumed run reads what it found before."""
+    section, saved = player.recipe.grpo_router, scratch / "start.json"
+    if saved.exists():
+        return RouterSettings.model_validate_json(saved.read_text(encoding="utf-8"))
+    policy = RandomMixing(section.initial_ratio, section.seed)
+    with Progress(TextColumn("{task.description}"), TimeElapsedColumn()) as progress:
+        progress.add_task(f"episodes to start from a ratio of {section.initial_ratio:.2f}", total=None)
+        played = player.play([Run(game) for game in games], policy, section.seed)
+    sequences = [sequence_of_trajectory(trajectory, router.settings) for trajectory in played]
+    margins = np.concatenate(routing_margins(router, sequences, _BATCH))
+    offset = offset_for(router.settings.scale * margins, section.initial_ratio)
+    settings = router.settings.model_copy(update={"offset": offset, "threshold": 0.5, "target_ratio": None})
+    part = saved.with_suffix(".part")
+    part.write_text(settings.model_dump_json(), encoding="utf-8")
+    part.replace(saved)
+    return settings
+
+
+def offset_for(scores: Floats, ratio: float) -> float:
+    """The offset at which sigmoid(score + offset) is `ratio` in the mean.
+
+    Raises:
+        UserError: the ratio is 0 or 1, which no offset gives.
+    """
+    if not 0 < ratio < 1:
+        raise UserError(f"grpo_router.initial_ratio: {ratio} leaves nothing to sample; choose one between 0 and 1")
+    # At either end every probability is on one side of the ratio.
+    centre = np.log(ratio / (1 - ratio))
+    ends = centre - scores.max() - 1, centre - scores.min() + 1
+    return float(brentq(lambda offset: expit(scores + offset).mean() - ratio, *ends))
+
+
+def divergence(probabilities: Floats, start: Floats) -> Floats:
+    """KL between two choices of precision, in nats: of P(high) against the P(high) that the scores `start` give."""
+    p = probabilities
+    entropy = -xlogy(p, p) - xlogy(1 - p, 1 - p)
+    result: Floats = p * np.logaddexp(0, -start) + (1 - p) * np.logaddexp(0, start) - entropy
+    return result
+
+
+def game_order(task_ids: Sequence[str], number: int, seed: int) -> list[str]:
+    """`number` tasks: all of them in random order, then all in another one, and so on."""
+    passes = (seeded_generator("grpo-games", seed, i).permutation(len(task_ids)) for i in count())
+    return [task_ids[i] for i in islice((i for order in passes for i in order), number)]
+
+
+class Session(TrainerCallback):
+    """What goes on around the trainer's steps: rollouts, log, validation, best weights, and what a resumed run needs.
+
+    Args:
+        router: the one that is trained, in place.
+        start: its frozen start.
+    """
+
+    def __init__(
+        self, router: Router, start: Router, player: Player, games: Sequence[Game], validation: Sequence[Game]
+    ) -> None:
+        self.router, self.start, self.player, self.validation = router, start, player, validation
+        self.games = {game.task_id: game for game in games}
+        self.section = player.recipe.grpo_router
+        self.rows: list[dict[str, Any]] = []
+        self.best_weights: Mapping[str, Tensor] = {}
+        self.best_update, self.best_reward = 0, float("-inf")
+        columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        self.progress = Progress(TextColumn("{task.description}"), *columns, TextColumn("{task.fields[note]}"))
+        self.bar = self.progress.add_task("training by GRPO", total=self.section.updates, note="")
+
+    def log(self) -> pl.DataFrame:
+        return pl.DataFrame(self.rows, schema=LOG)
+
+    def rollouts(self, update: int, task_ids: Sequence[str]) -> list[Rollout]:
+        """The trainer's `RolloutFunction`; every draw is seeded by (seed, update, game, member, turn)."""
+        members: Counter[str] = Counter()
+        runs = []
+        for task_id in task_ids:
+            runs.append(Run(self.games[task_id], members[task_id]))
+            members[task_id] += 1
+        seed = int(seeded_generator("grpo", self.section.seed, update).integers(2**62))
+        policy = LmRouter(self.router, self.player.slots(len(runs)), sample=True, seed=seed)
+        played = self.player.play(runs, policy, seed)
+        sequences = [sequence_of_trajectory(trajectory, self.router.settings) for trajectory in played]
+        rewards = [self.player.reward(trajectory) for trajectory in played]
+
+        settings = self.start.settings
+        scores = settings.scale * np.concatenate(routing_margins(self.start, sequences, _BATCH)) + settings.offset
+        probabilities = np.array([step.probability for trajectory in played for step in trajectory.steps])
+        row = {
+            "update": update,
+            **self.player.means(played),
+            "tied_groups": float(np.mean(np.ptp(np.reshape(rewards, (-1, self.section.group_size)), axis=1) == 0)),
+            "divergence": float(divergence(probabilities, scores).mean()),
+        }
+        self.rows.append(row)
+        note = f"reward {row['reward']:.3f}, ratio {row['ratio']:.2f}, ties {row['tied_groups']:.0%}"
+        self.progress.update(self.bar, completed=update, note=note)
+        return [Rollout(*pair) for pair in zip(sequences, rewards, strict=True)]
+
+    def validate(self, update: int) -> None:
+        """Log how the router acts at its threshold, and keep its weights if none were better."""
+        runs = [Run(game) for game in self.validation]
+        policy = LmRouter(self.router, self.player.slots(len(runs)))
+        means = self.player.means(self.player.play(runs, policy, self.section.seed))
+        self.rows[-1] |= {f"validation_{name}": value for name, value in means.items()}
+        if means["reward"] > self.best_reward:
+            self.best_update, self.best_reward = update, means["reward"]
+            weights = self.router.model.state_dict()
+            self.best_weights = {name: value.detach().cpu().clone() for name, value in weights.items()}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
+        if not self.rows:
+            self.rows.append({"update": 0})
+            self.validate(0)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        if state.global_step % self.section.validate_every == 0 or state.global_step == self.section.updates:
+            self.validate(state.global_step)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        """After the trainer has saved its own state: the checkpoint is complete once `session.pt` is there."""
+        path = Path(args.output_dir) / f"checkpoint-{state.global_step}" / "session.pt"
+        part = path.with_suffix(".part")
+        best = {"update": self.best_update, "reward": self.best_reward, "weights": self.best_weights}
+        torch.save({"rows": self.rows, "best": best}, part)
+        part.replace(path)
+
+    def resume(self, checkpoint: Path) -> None:
+        saved = torch.load(checkpoint / "session.pt")
+        self.rows, best = saved["rows"], saved["best"]
+        self.best_update, self.best_reward, self.best_weights = best["update"], best["reward"], best["weights"]
+
+
+def train(session: Session, section: GrpoRouter, scratch: Path) -> None:
+    """Train `session.router` from its start, or from the last complete checkpoint of a killed run."""
+    order = game_order(list(session.games), section.updates * section.games_per_update, section.seed)
+    with _quiet(), session.progress:
+        trainer = RoutingTrainer(session.router, order, session.rollouts, section, scratch, [session])
+        checkpoint = last_checkpoint(scratch)
+        if checkpoint is not None:
+            session.resume(checkpoint)
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    complete = [path.parent for path in folder.glob("checkpoint-*/session.pt")]
+    return max(complete, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
+
+
+def summarize(log: pl.DataFrame, chosen_update: int, settings: RouterSettings) -> dict[str, Any]:
+    names = ("validation_reward", "validation_success", "validation_ratio", "validation_cost")
+    chosen, learned = log.filter(update=chosen_update).row(0, named=True), log.filter(pl.col("update") > 0)
+    return {
+        "updates": log["update"].max(),
+        "chosen_update": chosen_update,
+        **{name: round(chosen[name], 6) for name in names},
+        **{f"start_{name}": round(log[name][0], 6) for name in names},
+        "start_offset": settings.offset,
+        "tied_groups": round(float(np.mean(learned["tied_groups"].to_numpy())), 6),
+        "last_ratio": round(learned["ratio"][-1], 6),
+        "last_divergence": round(learned["divergence"][-1], 6),
+    }
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the trainer's warnings about its own settings and its bars for every saved file."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        transformers_logging.enable_progress_bar()

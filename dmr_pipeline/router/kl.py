@@ -1,0 +1,307 @@
+"""Stage `kl_router`: stage 1 of the router, class-weighted cross-entropy on the sensitivity labels.
+
+The paper's loss; the rest is ours. It is taken over the two routing tokens alone, at every step of the router_train
+trajectories. Held out by game: calibration (Platt), quality and threshold come from validation games. The training
+resumes after a kill with the same result.
+"""
+
+import math
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from scipy.special import expit
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from dmr_pipeline.agent.rollout import Clock, RoutingPolicy, Run, Trajectory, play
+from dmr_pipeline.environments.alfworld.game import Game
+from dmr_pipeline.environments.tasks import begin_episode, read_games
+from dmr_pipeline.errors import UserError
+from dmr_pipeline.ladder import Ladder
+from dmr_pipeline.recipe import KlRouter, Lora, Recipe
+from dmr_pipeline.router.baselines import RandomMixing
+from dmr_pipeline.router.calibration import (
+    OperatingPoint,
+    auprc,
+    auroc,
+    brier,
+    expected_calibration_error,
+    find_threshold,
+    platt,
+)
+from dmr_pipeline.router.model import (
+    LmRouter,
+    Router,
+    RouterSettings,
+    RoutingSequence,
+    new_router,
+    routing_logits,
+    routing_margins,
+    save_router,
+    sequences_of_steps,
+)
+from dmr_pipeline.sensitivity import label, measure, read_sensitivity, threshold
+from dmr_pipeline.stage import StageContext, StageResult
+from dmr_pipeline.trajectories import read_trajectories, to_frames
+
+ROUTER_FOLDER = "router"
+_VALIDATION_MIX = 0.5
+"""Chance of high precision in the episodes whose labels calibrate the router: it should meet the states of both."""
+
+
+def kl_router(context: StageContext) -> StageResult:
+    recipe, section = context.recipe, context.recipe.kl_router
+    torch.set_num_threads(recipe.runtime.threads)
+    ladder = Ladder.load(context.inputs["quantized_checkpoints"], recipe)
+    _, steps = read_trajectories(context.inputs["trajectories"])
+    sensitivity = read_sensitivity(context.inputs["sensitivity_dataset"])
+    router = new_router(section.model, ladder.prompter.tokenizer, section.seed, ladder.device)
+    sequences, labels = sequences_of_steps(steps, router.settings), labels_of_steps(steps, sensitivity)
+    router, log = train(router, sequences, labels, section, context.scratch)
+
+    games = read_games(context.inputs["benchmark_tasks"], "validation", section.validation_games)
+    tau = threshold(sensitivity, recipe.sensitivity)
+    validation = validate(router, games, ladder, recipe, tau)
+    sensitive = validation["sensitive"].to_numpy()
+    if sensitive.all() or not sensitive.any():
+        raise UserError(
+            f"kl_router: {'all' if sensitive.any() else 'none'} of the {len(validation)} steps on validation games are"
+            " sensitive; set another sensitivity.quantile or tau, or more kl_router.validation_games"
+        )
+    margins = validation["margin"].to_numpy()
+    unweighted = margins + router.settings.offset
+    scale, shift = platt(unweighted, sensitive)
+    router = with_settings(router, scale=scale, offset=scale * router.settings.offset + shift)
+    probabilities = expit(router.settings.scale * margins + router.settings.offset)
+    clock = Clock()
+
+    def play_at(value: float) -> OperatingPoint:
+        slots = min(recipe.runtime.batch_episodes, len(games))
+        policy = LmRouter(with_settings(router, threshold=value), slots)
+        played = play_games(games, policy, ladder, recipe, f"router at threshold {value:.3f}", clock)
+        count = sum(len(t.steps) for t in played)
+        high = sum(step.high for t in played for step in t.steps)
+        return OperatingPoint(value, high / count, sum(t.success for t in played) / len(played), count)
+
+    point, tried = find_threshold(play_at, probabilities, section.target_ratio)
+    router = with_settings(router, threshold=point.threshold, target_ratio=section.target_ratio)
+
+    save_router(router, context.output / ROUTER_FOLDER)
+    log.write_parquet(context.output / "training.parquet")
+    validation = validation.with_columns(probability=pl.Series(probabilities))
+    validation.select("episode_id", "turn", "probability", "sensitive").write_parquet(
+        context.output / "validation.parquet"
+    )
+    pl.DataFrame([vars(tried_point) for tried_point in tried]).write_parquet(context.output / "calibration.parquet")
+    llm = ladder.models[True].num_parameters()
+    return StageResult(
+        summary={
+            "parameters": router.parameters,
+            "share_of_llm_parameters": round(router.parameters / llm, 5),
+            "train_steps": len(steps),
+            "train_label_share": round(float(np.mean([y for episode in labels for y in episode])), 5),
+            "final_loss": round(float(np.mean(log["loss"].tail(50).to_numpy())), 5),
+            "tau": tau,
+            "validation_games": len(games),
+            "validation_steps": len(validation),
+            "validation_label_share": round(float(sensitive.mean()), 5),
+            "auroc": round(auroc(probabilities, sensitive), 5),
+            "auprc": round(auprc(probabilities, sensitive), 5),
+            "brier": round(brier(probabilities, sensitive), 5),
+            "ece": round(expected_calibration_error(probabilities, sensitive), 5),
+            "brier_before_platt": round(brier(expit(unweighted), sensitive), 5),
+            "platt_scale": scale,
+            "platt_shift": shift,
+            "scale": router.settings.scale,
+            "offset": router.settings.offset,
+            "threshold": point.threshold,
+            "target_ratio": section.target_ratio,
+            "validation_high_ratio": round(point.high_ratio, 5),
+            "validation_success": round(point.success, 5),
+        },
+        measured={
+            "seconds_per_decision": clock.router / clock.steps,
+            "seconds_per_step": (clock.router + clock.agent + clock.environment) / clock.steps,
+        },
+    )
+
+
+def labels_of_steps(steps: pl.DataFrame, sensitivity: pl.DataFrame) -> list[list[bool]]:
+    """For each episode of the steps, in their order: is the step sensitive?
+
+    Raises:
+        UserError: a step has no label.
+    """
+    key = ["episode_id", "turn"]
+    joined = steps.select(key).join(sensitivity.select(*key, "sensitive"), on=key, how="left", maintain_order="left")
+    missing = joined["sensitive"].null_count()
+    if missing:
+        raise UserError(
+            f"sensitivity_dataset: {missing} of {len(steps)} steps of the trajectories have no label; make it anew"
+        )
+    return joined.group_by("episode_id", maintain_order=True).agg("sensitive")["sensitive"].to_list()
+
+
+def with_settings(router: Router, **changes: float) -> Router:
+    settings = RouterSettings.model_validate(router.settings.model_dump() | changes)
+    return Router(router.model, router.tokenizer, settings)
+
+
+def class_weights(labels: Sequence[Sequence[bool]]) -> tuple[float, float]:
+    """Weights of a step that is not sensitive and of one that is: inverse to their frequencies, 1 in the mean.
+
+    Raises:
+        UserError: there are no sensitive steps, or no others.
+    """
+    steps = [y for episode in labels for y in episode]
+    positives = sum(steps)
+    if positives in (0, len(steps)):
+        raise UserError(
+            f"kl_router: {positives} of {len(steps)} steps are sensitive, there is nothing to tell apart;"
+            " set another sensitivity.quantile or tau"
+        )
+    return len(steps) / (2 * (len(steps) - positives)), len(steps) / (2 * positives)
+
+
+def routing_loss(logits: Tensor, sensitive: Tensor, weights: tuple[float, float]) -> Tensor:
+    """Mean over the steps of weight times cross-entropy, in nats.
+
+    Args:
+        logits: of the routing tokens, low first, float [steps, 2].
+        sensitive: bool [steps].
+    """
+    losses = torch.nn.functional.cross_entropy(logits, sensitive.long(), logits.new_tensor(weights), reduction="none")
+    return losses.mean()
+
+
+def train(
+    router: Router,
+    sequences: Sequence[RoutingSequence],
+    labels: Sequence[Sequence[bool]],
+    section: KlRouter,
+    scratch: Path,
+) -> tuple[Router, pl.DataFrame]:
+    """Train, from where a killed run stopped if one did (at an epoch's start).
+
+    Returns:
+        The router with the class weights undone: they shift the optimal z by log(w1 / w0), so the offset is minus that.
+        And the loss of every update.
+    """
+    weights = class_weights(labels)
+    adapters = add_adapters(router, section.model.lora, section.seed) if section.model.lora is not None else None
+    model, device = router.model, router.model.device
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    optimizer = torch.optim.AdamW(trained.values(), lr=section.learning_rate)
+    epoch, losses = 0, list[float]()
+    saved = scratch / "training.pt"
+    if saved.exists():
+        state = torch.load(saved, map_location=device)
+        epoch, losses = state["epoch"], state["losses"]
+        optimizer.load_state_dict(state["optimizer"])
+        with torch.no_grad():
+            for name, value in state["weights"].items():
+                trained[name].copy_(value)
+    total = section.epochs * math.ceil(len(sequences) / section.batch_episodes)
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(TextColumn("{task.description}"), *columns, TextColumn("loss {task.fields[loss]:.3f}")) as progress:
+        bar = progress.add_task("training the router", total=total, completed=len(losses), loss=float("nan"))
+        model.train()
+        while epoch < section.epochs:
+            rng = random.Random(f"kl-router-{section.seed}-{epoch}")
+            for batch in batches_by_length(sequences, section.batch_episodes, rng):
+                for group in optimizer.param_groups:
+                    group["lr"] = section.learning_rate * (1 - len(losses) / total)
+                logits = routing_logits(model, [sequences[i] for i in batch], router.settings)
+                sensitive = torch.tensor([y for i in batch for y in labels[i]], device=device)
+                loss = routing_loss(logits, sensitive, weights)
+                optimizer.zero_grad()
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
+                optimizer.step()
+                losses.append(loss.item())
+                progress.update(bar, completed=len(losses), loss=float(np.mean(losses[-20:])))
+            epoch += 1
+            part = saved.with_suffix(".part")
+            values = {name: parameter.detach() for name, parameter in trained.items()}
+            torch.save({"epoch": epoch, "losses": losses, "optimizer": optimizer.state_dict(), "weights": values}, part)
+            part.replace(saved)
+    if adapters is not None:
+        model = adapters.merge_and_unload()
+    log = pl.DataFrame({"update": range(1, total + 1), "loss": losses}, schema={"update": pl.Int64, "loss": pl.Float64})
+    offset = math.log(weights[0] / weights[1])
+    return with_settings(Router(model.eval(), router.tokenizer, router.settings), offset=offset), log
+
+
+def add_adapters(router: Router, lora: Lora, seed: int) -> PreTrainedModel:
+    """Put adapters on the linear layers of the router's model, in place; only they and the routing tokens' rows train.
+
+    Returns:
+        peft's model around it, which can merge them.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    model = router.model
+    ends = [model.get_input_embeddings()]
+    if not model.config.tie_word_embeddings:
+        ends.append(model.get_output_embeddings())
+    names = [name for name, module in model.named_modules() if any(module is end for end in ends)]
+    torch.manual_seed(seed)
+    return get_peft_model(
+        model,
+        LoraConfig(
+            r=lora.rank,
+            lora_alpha=lora.alpha,
+            target_modules="all-linear",
+            trainable_token_indices=dict.fromkeys(names, router.settings.tokens),
+        ),
+    )
+
+
+def batches_by_length(sequences: Sequence[RoutingSequence], size: int, rng: random.Random) -> list[list[int]]:
+    """Indices of sequences of similar length, so that little of a batch is padding; the batches in random order."""
+    order = list(range(len(sequences)))
+    rng.shuffle(order)
+    order.sort(key=lambda i: len(sequences[i].tokens))
+    batches = [order[first : first + size] for first in range(0, len(order), size)]
+    rng.shuffle(batches)
+    return batches
+
+
+def validate(router: Router, games: Sequence[Game], ladder: Ladder, recipe: Recipe, tau: float) -> pl.DataFrame:
+    """Labelled steps of games that the router has not seen: `sensitivity.STEPS`' columns, and the router's margin z."""
+    policy = RandomMixing(_VALIDATION_MIX, recipe.kl_router.seed)
+    played = play_games(games, policy, ladder, recipe, "episodes to calibrate on", Clock())
+    episodes, steps = to_frames(played, "validation")
+    with Progress() as progress:
+        bar = progress.add_task("their labels", total=len(episodes))
+        rows = measure(ladder, episodes, steps, recipe.runtime.batch_episodes, lambda n: progress.advance(bar, n))
+    sequences = sequences_of_steps(steps, router.settings)
+    margins = routing_margins(router, sequences, recipe.kl_router.batch_episodes)
+    flat = pl.Series([z for episode in margins for z in episode], dtype=pl.Float64)
+    return label(rows, recipe.sensitivity, tau).with_columns(margin=flat)
+
+
+def play_games(
+    games: Sequence[Game], policy: RoutingPolicy, ladder: Ladder, recipe: Recipe, title: str, clock: Clock
+) -> list[Trajectory]:
+    """One episode of each game under the policy."""
+    with Progress() as progress:
+        bar = progress.add_task(title, total=len(games))
+        return play(
+            [Run(game) for game in games],
+            begin_episode,
+            ladder.streams(min(recipe.runtime.batch_episodes, len(games))),
+            ladder.prompter,
+            policy,
+            recipe.benchmark.step_limit,
+            action=recipe.agent.action,
+            temperature=recipe.agent.temperature,
+            seed=recipe.kl_router.seed,
+            clock=clock,
+            advance=lambda n: progress.advance(bar, n),
+        )

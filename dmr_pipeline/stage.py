@@ -1,0 +1,53 @@
+"""What a stage is, and what its function is given and gives back. Knows nothing of Dagster or DVC."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dmr_pipeline.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class StageContext:
+    """Where a stage reads and writes."""
+
+    recipe: Recipe
+    inputs: Mapping[str, Path]
+    """Upstream asset name -> its folder, verified."""
+    output: Path
+    """An empty folder that becomes the artefact once the stage returns; nothing run-dependent may be written here."""
+    scratch: Path
+    """Private resume state; survives a kill, never tracked, emptied after success."""
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What a stage tells people about its artefact."""
+
+    summary: Mapping[str, Any]
+    """JSON. Deterministic facts, kept in the artefact's manifest: counts, rates, metrics."""
+    measured: Mapping[str, Any] = field(default_factory=dict)
+    """JSON. What differs from run to run (times, throughput): goes to the unhashed sidecar."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A row of the pipeline table: a Dagster asset, a DVC stage and a folder of artefacts, all under one name."""
+
+    name: str
+    inputs: tuple[str, ...]
+    """Names of the stages whose artefacts this one reads."""
+    sections: tuple[str, ...]
+    """Recipe sections it reads; a change to any of them makes it stale."""
+    code_version: str
+    """Raise it when the stage's code would make other bytes from the same inputs and recipe."""
+    run: Callable[[StageContext], StageResult]
+    group: str
+    kinds: frozenset[str]
+    """What the Dagster UI shows as badges, such as 'parquet'."""
+    description: str
+    committed: bool = False
+    """Its artefact lies in Git (DVC output with `cache: false`), so that a clone can start from it."""
+    pool: str | None = None
+    """Dagster pool that limits how many of these run at once."""

@@ -1,0 +1,132 @@
+"""Stage `trajectories`: episodes on the router_train games by the behaviour policies that the recipe names."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import polars as pl
+import torch
+from rich.progress import Progress
+
+from dmr_pipeline.agent.rollout import Clock, RoutingPolicy, Run, SinglePrecision, Trajectory, play
+from dmr_pipeline.environments.tasks import begin_episode, read_games
+from dmr_pipeline.errors import UserError
+from dmr_pipeline.ladder import Ladder
+from dmr_pipeline.router.baselines import RandomMixing
+from dmr_pipeline.stage import StageContext, StageResult
+
+STEPS = pl.Schema(
+    {
+        "episode_id": pl.String(),
+        "turn": pl.Int64(),
+        "command": pl.String(),
+        "observation": pl.String(),
+        "high": pl.Boolean(),
+        "probability": pl.Float64(),
+        "segment": pl.List(pl.Int64),
+        "action": pl.List(pl.Int64),
+        "processed": pl.Int64(),
+    }
+)
+"""One row a step. `segment` and `action` are token ids; `observation` is what the command showed; `processed` counts the
+tokens that the acting precision's forward passes read."""
+
+EPISODES = pl.Schema(
+    {
+        "episode_id": pl.String(),
+        "task_id": pl.String(),
+        "task_type": pl.String(),
+        "policy": pl.String(),
+        "member": pl.Int64(),
+        "opening": pl.String(),
+        "success": pl.Boolean(),
+        "reward": pl.Float64(),
+        "steps": pl.Int64(),
+        "high_steps": pl.Int64(),
+    }
+)
+"""One row an episode. `opening` is the first observation."""
+
+
+def trajectories(context: StageContext) -> StageResult:
+    recipe = context.recipe
+    torch.set_num_threads(recipe.runtime.threads)
+    ladder = Ladder.load(context.inputs["quantized_checkpoints"], recipe)
+    runs = [Run(game) for game in read_games(context.inputs["benchmark_tasks"], "router_train")]
+    clock, frames, summary = Clock(), [], {}
+    with Progress() as progress:
+        for behaviour in recipe.trajectories.behaviour:
+            bar = progress.add_task(f"episodes by {behaviour.name}", total=len(runs))
+            played = play(
+                runs,
+                begin_episode,
+                ladder.streams(recipe.runtime.batch_episodes),
+                ladder.prompter,
+                behaviour_policy(behaviour.high_ratio, recipe.trajectories.seed),
+                recipe.benchmark.step_limit,
+                action=recipe.agent.action,
+                temperature=recipe.agent.temperature,
+                seed=recipe.trajectories.seed,
+                clock=clock,
+                advance=lambda n, bar=bar: progress.advance(bar, n),  # type: ignore[misc]
+            )
+            frames.append(to_frames(played, behaviour.name))
+            summary[behaviour.name] = {
+                "episodes": len(played),
+                "steps": sum(len(t.steps) for t in played),
+                "success": round(sum(t.success for t in played) / len(played), 4),
+            }
+    episodes, steps = (pl.concat(parts) for parts in zip(*frames, strict=True))
+    episodes.write_parquet(context.output / "episodes.parquet")
+    steps.write_parquet(context.output / "steps.parquet")
+    return StageResult(summary=summary, measured={"seconds_per_step": (clock.agent + clock.environment) / clock.steps})
+
+
+def behaviour_policy(high_ratio: float, seed: int) -> RoutingPolicy:
+    if high_ratio in (0.0, 1.0):
+        return SinglePrecision(high=high_ratio == 1.0)
+    return RandomMixing(high_ratio, seed)
+
+
+def to_frames(played: Sequence[Trajectory], policy: str) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Episodes and steps as tables of the schemas above."""
+    episodes, steps = [], []
+    for trajectory in played:
+        task = trajectory.run.task
+        episode_id = f"{policy}/{task.task_id}/{trajectory.run.member}"
+        episodes.append(
+            (
+                episode_id,
+                task.task_id,
+                task.task_type,
+                policy,
+                trajectory.run.member,
+                trajectory.opening,
+                trajectory.success,
+                trajectory.reward,
+                len(trajectory.steps),
+                sum(step.high for step in trajectory.steps),
+            )
+        )
+        steps += [
+            (episode_id, turn, s.command, s.observation, s.high, s.probability, s.segment, s.action, s.processed)
+            for turn, s in enumerate(trajectory.steps)
+        ]
+    return pl.DataFrame(episodes, schema=EPISODES, orient="row"), pl.DataFrame(steps, schema=STEPS, orient="row")
+
+
+def read_trajectories(folder: Path) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Episodes and steps, checked again on reading.
+
+    Raises:
+        UserError: a table has other columns than it should, missing values, or rows that are not unique.
+    """
+    tables = []
+    for name, schema, key in (("episodes", EPISODES, ["episode_id"]), ("steps", STEPS, ["episode_id", "turn"])):
+        path = folder / f"{name}.parquet"
+        table = pl.read_parquet(path)
+        if table.schema != schema:
+            raise UserError(f"{path}: its columns are {dict(table.schema)}, expected {dict(schema)}; make it anew")
+        if sum(table.null_count().row(0)) or table.select(key).is_duplicated().any():
+            raise UserError(f"{path}: missing values or repeated {key}; make it anew")
+        tables.append(table)
+    return tables[0], tables[1]

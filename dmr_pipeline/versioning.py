@@ -1,0 +1,106 @@
+"""DVC's side: `dvc.yaml` is rendered from the pipeline table, and what Dagster materialises is committed to DVC.
+
+All paths are relative to the project's folder, which is the working directory.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from ruamel.yaml import YAML
+
+from dmr_pipeline.artifacts import Artifact, artifact_folder
+from dmr_pipeline.errors import UserError
+from dmr_pipeline.recipe import RECIPE_FOLDER
+from dmr_pipeline.stage import Stage
+
+DVC_FILE = Path("dvc.yaml")
+LOCK_FILE = Path("dvc.lock")
+HEADER = "# Rendered from the table in dmr_pipeline/pipeline.py by `dmr render`: change that, not this.\n"
+
+
+def stage_address(stage: Stage, recipe: str) -> str:
+    """DVC's name of a stage for one recipe, such as `agent@alfworld-tiny`: how DVC itself names a matrix stage."""
+    return f"{stage.name}@{recipe}"
+
+
+def stage_command(stage: Stage, recipe: str) -> str:
+    """The code version is in the command, since DVC goes stale when a command changes."""
+    return f"dmr materialize {stage.name} --recipe {recipe} --code-version {stage.code_version}"
+
+
+def render(stages: Sequence[Stage], recipes: Sequence[str]) -> str:
+    """Content of `dvc.yaml`: one matrix stage over all recipes for each row of the table."""
+    rendered = {stage.name: _render_stage(stage, recipes) for stage in stages}
+    return HEADER + yaml.safe_dump({"stages": rendered}, sort_keys=False, width=1000)
+
+
+def _render_stage(stage: Stage, recipes: Sequence[str]) -> dict[str, Any]:
+    recipe = "${item.recipe}"
+    # `dvc repro` would delete an output before the command runs: `persist` leaves that to our own atomic replacement,
+    # so that a kill loses nothing and an artefact that is still current is not made again.
+    options: dict[str, bool] = {"persist": True}
+    if stage.committed:
+        options["cache"] = False
+    return {
+        "matrix": {"recipe": list(recipes)},
+        "desc": stage.description,
+        "cmd": stage_command(stage, recipe),
+        **({"deps": [artifact_folder(name, recipe).as_posix() for name in stage.inputs]} if stage.inputs else {}),
+        "params": [{f"{RECIPE_FOLDER}/{recipe}.yaml": list(stage.sections)}],
+        "outs": [{artifact_folder(stage.name, recipe).as_posix(): options}],
+    }
+
+
+def is_rendered(stages: Sequence[Stage], recipes: Sequence[str], file: Path = DVC_FILE) -> bool:
+    """Does the file say what the table says?"""
+    return file.is_file() and file.read_text(encoding="utf-8") == render(stages, recipes)
+
+
+def check_rendered(stages: Sequence[Stage], recipes: Sequence[str], file: Path = DVC_FILE) -> None:
+    """Raises: UserError: the file differs from the table or from the folder of recipes."""
+    if not is_rendered(stages, recipes, file):
+        raise UserError(f"{file} is not what the pipeline table and {RECIPE_FOLDER}/ say: run `dmr render`")
+
+
+def is_committed(stage: Stage, recipe: str, artifact: Artifact, lock_file: Path = LOCK_FILE) -> bool:
+    """Does `dvc.lock` record this artefact, made by this command from these inputs and parameters?"""
+    yaml_reader = YAML(typ="safe")  # DVC's own reader: PyYAML takes 1e-3 for a string
+    if not lock_file.is_file():
+        return False
+    entry = (yaml_reader.load(lock_file) or {}).get("stages", {}).get(stage_address(stage, recipe))
+    if entry is None:
+        return False
+    recipe_file = RECIPE_FOLDER / f"{recipe}.yaml"
+    content = yaml_reader.load(recipe_file)
+    return bool(
+        entry.get("cmd") == stage_command(stage, recipe)
+        and {out["path"]: out.get("md5") for out in entry.get("outs", [])} == {artifact.path.as_posix(): artifact.hash}
+        and {dep["path"]: dep.get("md5") for dep in entry.get("deps", [])}
+        == {artifact_folder(name, recipe).as_posix(): md5 for name, md5 in artifact.manifest.inputs.items()}
+        and entry.get("params", {}).get(recipe_file.as_posix()) == {name: content.get(name) for name in stage.sections}
+    )
+
+
+def commit(stage: Stage, recipe: str, *, rebuilt: bool, artifact: Artifact) -> bool:
+    """Record a materialised artefact in DVC; True where there was something to record.
+
+    Inside `dvc repro` nothing is to be done: DVC records the stage itself when its command ends.
+
+    Raises:
+        UserError: DVC refuses; its reason is in the message.
+    """
+    if "DVC_STAGE" in os.environ:
+        return False
+    if not rebuilt and is_committed(stage, recipe, artifact):
+        return False
+    command = [sys.executable, "-m", "dvc", "--wait-for-lock", "commit", "-q", "-f", stage_address(stage, recipe)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        reason = " ".join((done.stderr or done.stdout).split())
+        raise UserError(f"dvc could not commit {stage_address(stage, recipe)}: {reason}")
+    return True

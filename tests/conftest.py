@@ -1,0 +1,43 @@
+import shutil
+from pathlib import Path
+
+import pytest
+
+from dmr_pipeline import pipeline
+from dmr_pipeline.recipe import Recipe, load_recipe
+from tests.fake_project import RECIPE, fake_stages, make_project
+
+
+def enter_project(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("DAGSTER_HOME", str(folder / "dagster_home"))
+    monkeypatch.delenv("DVC_STAGE", raising=False)
+    monkeypatch.setattr(pipeline, "STAGES", fake_stages())
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
+    """The recipe of a fake project: the working directory, and its stages the pipeline's table, for one test."""
+    recipe = make_project(tmp_path, fake_stages())
+    enter_project(tmp_path, monkeypatch)
+    return recipe
+
+
+@pytest.fixture(scope="session")
+def finished_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from dmr_pipeline.defs import runs
+
+    folder = tmp_path_factory.mktemp("finished")
+    make_project(folder, fake_stages())
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        enter_project(folder, monkeypatch)
+        runs.materialize(pipeline.STAGES, RECIPE, [stage.name for stage in pipeline.STAGES])
+    return folder
+
+
+@pytest.fixture
+def finished_project(finished_template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
+    """As `project`, with every stage materialised."""
+    shutil.copytree(finished_template, tmp_path, dirs_exist_ok=True)
+    enter_project(tmp_path, monkeypatch)
+    return load_recipe(RECIPE)

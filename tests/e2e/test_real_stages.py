@@ -1,0 +1,108 @@
+"""Every real stage on a recipe of a few games and an agent that has learned nothing: it must run, and repeat itself."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dmr_pipeline import pipeline
+from dmr_pipeline.artifacts import artifact_folder, verify
+from tests.fake_project import make_project
+
+RECIPE_YAML = """\
+benchmark: {step_limit: 4, splits: {agent_train: 6, router_train: 4, validation: 4, test: 4}}
+agent:
+  training:
+    architecture: {layers: 2, width: 32, heads: 2, key_value_heads: 1, head_width: 16, feed_forward: 32}
+    updates: 6
+    episodes_per_update: 2
+    learning_rate: 0.004
+    warmup_updates: 2
+    looks_per_update: 0
+    looks_alone_until: 0
+    short_until: 2
+    short_steps: 30
+    dagger_from: 4
+    dagger_every: 2
+    dagger_episodes: 2
+    dagger_steps: 4
+    dagger_tokens: 100
+    mistake_rate: 0.05
+precisions:
+  ladder: [{name: float, weights: float}, {name: int4, weights: int4}, {name: int2, weights: int2}]
+  high: float
+  low: int2
+  kl_episodes: 2
+trajectories:
+  behaviour: [{name: all-high, high_ratio: 1.0}, {name: all-low, high_ratio: 0.0}, {name: mixed, high_ratio: 0.5}]
+sensitivity: {quantile: 0.5}
+kl_router:
+  model: {architecture: {layers: 1, width: 32, heads: 1, key_value_heads: 1, head_width: 32, feed_forward: 32}}
+  epochs: 1
+  batch_episodes: 4
+  learning_rate: 0.001
+  validation_games: 4
+  target_ratio: 0.3
+grpo_router:
+  updates: 2
+  games_per_update: 2
+  group_size: 2
+  learning_rate: 0.001
+  cost_weight: 0.3
+  validate_every: 1
+  validation_games: 3
+evaluation: {bootstrap: 50}
+"""
+
+
+def dmr(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [str(Path(sys.executable).parent / "dmr"), *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("real")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tests.fake_project.RECIPE_YAML", RECIPE_YAML)
+        patch.setattr("tests.fake_project.RECIPE", "micro")
+        make_project(folder, pipeline.STAGES)
+    return folder
+
+
+def test_the_whole_pipeline_runs_and_repeats_itself(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(project)
+    monkeypatch.setenv("DAGSTER_HOME", str(project / "dagster_home"))
+    first = dmr("run", "micro")
+    assert first.returncode == 0, first.stdout + first.stderr
+    assert "always_high" in first.stdout
+    assert "report.html" in first.stdout
+
+    report = json.loads(dmr("report", "micro", "--json").stdout)
+    policies = report["policies"]
+    assert set(policies) == {
+        "always_high",
+        "always_low",
+        "kl_router",
+        "grpo_router",
+        "random@kl_router",
+        "random@grpo_router",
+        "disagreement",
+    }
+    assert all(policy["n"] == 4 for policy in policies.values())
+    assert policies["always_high"]["high_ratio"] == 1.0
+    assert policies["random@kl_router"]["episodes"] == 12
+    assert Path(report["html"]).read_text().count("data:image/png;base64,") >= 4
+
+    again = dmr("run", "micro")
+    assert "nothing to do" in again.stdout
+
+    hashes = {stage.name: verify(artifact_folder(stage.name, "micro")).hash for stage in pipeline.STAGES}
+    for name in ("agent", "sensitivity_dataset", "grpo_router", "evaluation_report"):
+        done = dmr("materialize", name, "--recipe", "micro", "--force")
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert verify(artifact_folder(name, "micro")).hash == hashes[name], name

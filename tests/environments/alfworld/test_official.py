@@ -1,0 +1,75 @@
+"""Official games, where `$ALFWORLD_DATA` has them."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from dmr_pipeline.environments.alfworld.engine import AlfWorldEpisode
+from dmr_pipeline.environments.alfworld.game import read_game
+from dmr_pipeline.environments.alfworld.generator import expert_wins
+from dmr_pipeline.errors import UserError
+
+_FOLDER = Path(os.environ.get("ALFWORLD_DATA", "")) / "json_2.1.1" / "valid_seen"
+OFFICIAL = sorted(_FOLDER.glob("*/*/game.tw-pddl")) if os.environ.get("ALFWORLD_DATA") else []
+
+
+def _left_out() -> bool:
+    if not OFFICIAL:
+        sys.stderr.write("left out: official ALFWorld games ($ALFWORLD_DATA is not set)\n")
+    return not OFFICIAL
+
+
+def test_walkthroughs_of_official_games_win() -> None:
+    if _left_out():
+        return
+    won = 0
+    for path in OFFICIAL:
+        episode, over = AlfWorldEpisode(read_game(path)), False
+        for command in json.loads(path.read_text())["walkthrough"]:
+            _, _, over = episode.step(command)
+        won += over
+    assert won == len(OFFICIAL)
+
+
+def test_the_exploring_expert_wins_official_games() -> None:
+    if _left_out():
+        return
+    won = sum(expert_wins(read_game(path), 50) for path in OFFICIAL)
+    assert won >= 0.95 * len(OFFICIAL)
+
+
+PROBLEM = """(define (problem p) (:objects)
+(:init (receptacleType Desk_bar_1 DeskType) (receptacleType Bed_bar_1 BedType)
+(receptacleAtLocation Desk_bar_1 loc_1) (receptacleAtLocation Bed_bar_1 loc_2)
+(objectType Book_bar_1 BookType) (inReceptacle Book_bar_1 Bed_bar_1) (pickupable Book_bar_1)
+(canContain DeskType BookType))
+(:goal (and (exists (?r - receptacle) (exists (?o - object)
+ (and (inReceptacle ?o ?r) (objectType ?o BookType) (receptacleType ?r DeskType)))))))"""
+
+
+@pytest.mark.parametrize(
+    ("template", "command"),
+    [("move {o} to {r}", "move book 1 to desk 1"), ("put {o} in/on {r}", "put book 1 in/on desk 1")],
+)
+def test_an_official_file_of_either_grammar(tmp_path: Path, template: str, command: str) -> None:
+    folder = tmp_path / "pick" / "trial"
+    folder.mkdir(parents=True)
+    grammar = f'"rhs": "Your task is to: put a book in desk."  template :: "{template}";'
+    (folder / "game.tw-pddl").write_text(json.dumps({"pddl_problem": PROBLEM, "grammar": grammar}))
+    game = read_game(folder / "game.tw-pddl")
+    assert (game.task_id, game.instruction) == ("pick/trial", "put a book in desk")
+    episode = AlfWorldEpisode(game)
+    for step in ("go to bed 1", "take book 1 from bed 1", "go to desk 1"):
+        assert not episode.step(step)[2]
+    assert episode.step(command)[2]
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"pddl_problem": "(:init)", "grammar": ""}', "[1]"])
+def test_a_malformed_game_is_refused_by_name(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "game.tw-pddl"
+    path.write_text(content)
+    with pytest.raises(UserError, match=r"game\.tw-pddl: not an ALFWorld game"):
+        read_game(path)

@@ -1,0 +1,335 @@
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from itertools import product
+
+import numpy as np
+import polars as pl
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from scipy import stats
+
+from dmr_pipeline.errors import UserError
+from dmr_pipeline.evaluation.metrics import (
+    Metrics,
+    average_gap_recovered,
+    average_improvement_in_quality,
+    call_performance_threshold,
+    compute_metrics,
+    game_weights,
+    gap_recovered,
+    sign_flip_p_value,
+    success_interval,
+    wilson,
+)
+
+
+def compute(episodes: pl.DataFrame, **changes: object) -> Metrics:
+    arguments: dict = {
+        "recipe": "r",
+        "high": "always_high",
+        "low": "always_low",
+        "headline": "kl_router",
+        "bootstrap": 500,
+    }
+    return compute_metrics(episodes, **(arguments | changes))
+
+
+# Wilson's interval
+
+
+def test_wilson_known_numbers() -> None:
+    # 95%: 8 of 10 (textbook), and the closed form z^2 / (n + z^2) where nothing succeeds.
+    assert wilson(0.8, 10, 0.95) == pytest.approx([0.4902, 0.9433], abs=5e-5)
+    assert wilson(0.0, 100, 0.95) == pytest.approx([0.0, 1.959964**2 / (100 + 1.959964**2)], abs=1e-6)
+
+
+@given(st.integers(1, 400), st.floats(0, 1), st.sampled_from([0.8, 0.95, 0.99]))
+def test_wilson_is_scipys_and_holds_the_estimate(n: int, share: float, confidence: float) -> None:
+    successes = round(share * n)
+    expected = stats.binomtest(successes, n).proportion_ci(confidence, "wilson")
+    low, high = wilson(successes / n, n, confidence)
+    assert (low, high) == pytest.approx((expected.low, expected.high), abs=1e-9)
+    assert 0 <= low <= successes / n <= high <= 1
+
+
+# The bootstrap over games
+
+
+def test_bootstrap_interval_is_scipys() -> None:
+    success = np.random.default_rng(1).integers(0, 4, 150) / 3
+    ours = success_interval(success, 3, game_weights(150, 20_000, 0), 0.9)
+    theirs = stats.bootstrap(
+        (success,), np.mean, confidence_level=0.9, n_resamples=20_000, method="percentile", rng=np.random.default_rng(2)
+    ).confidence_interval
+    assert ours == pytest.approx([theirs.low, theirs.high], abs=0.004)
+
+
+def test_interval_covers_where_games_cluster() -> None:
+    """Games differ in difficulty, three draws each: 95% intervals over games hold the mean about that often, while one
+    over the 180 episodes as if they were independent would be too narrow."""
+    generator = np.random.default_rng(0)
+    weights = game_weights(60, 600, 0)
+    covered = naive = 0
+    for _ in range(400):
+        difficulty = generator.choice([0.05, 0.95], 60)
+        success = generator.binomial(3, difficulty) / 3
+        low, high = success_interval(success, 3, weights, 0.95)
+        covered += low <= 0.5 <= high
+        low, high = wilson(float(success.mean()), 180, 0.95)
+        naive += low <= 0.5 <= high
+    assert 0.91 <= covered / 400 <= 0.98
+    assert naive / 400 < 0.85
+
+
+@pytest.mark.parametrize("rate", [0.0, 1.0])
+def test_interval_without_variation_is_wilsons(rate: float) -> None:
+    assert success_interval(np.full(50, rate), 3, game_weights(50, 100, 0), 0.95) == wilson(rate, 50, 0.95)
+
+
+# Gap recovered
+
+
+@given(arrays(np.bool_, (3, 40)))
+def test_gap_recovered_algebra(outcomes: np.ndarray) -> None:
+    """The ends recover 0 and 1, and mixing is linear."""
+    success, high, low = outcomes.astype(float)
+    weights = game_weights(40, 200, 0)
+    value, interval = gap_recovered(success, high, low, weights, 0.95)
+    if high.mean() <= low.mean():
+        assert value is None
+        assert interval is None
+        return
+    assert value is not None
+    assert gap_recovered(high, high, low, weights, 0.95) == (1.0, pytest.approx([1.0, 1.0]))
+    assert gap_recovered(low, high, low, weights, 0.95) == (0.0, pytest.approx([0.0, 0.0]))
+    half, _ = gap_recovered((success + low) / 2, high, low, weights, 0.95)
+    assert half == pytest.approx(value / 2)
+
+
+def test_gap_interval_leaves_out_resamples_without_a_gap(make: Callable) -> None:
+    high, low = np.zeros(12), np.zeros(12)
+    high[:2], low[2] = 1, 1
+    rows = {
+        "always_high": ("single", high[None]),
+        "always_low": ("single", low[None]),
+        "kl_router": ("router", high[None]),
+    }
+    ratios = {"always_high": 1.0, "always_low": 0.0, "kl_router": 0.5}
+    metrics = compute(make(rows, ratios, {"always_high": 1.0, "always_low": 0.1, "kl_router": 0.5}), bootstrap=4000)
+    # The gap of a resample has the sign of Binomial(k, 2/3) - k/2 with k of 12 draws among the three games that differ.
+    k = np.arange(13)
+    no_gap = sum(
+        stats.binom.pmf(n, 12, 0.25) * stats.binom.cdf(n // 2, n, 2 / 3) for n in k
+    )  # at most half of the n for high
+    assert metrics["gap"]["resamples_without_gap"] == pytest.approx(no_gap, abs=0.025)
+    assert metrics["policies"]["kl_router"]["gap_ci95"] == [1.0, 1.0]
+
+
+def test_no_gap_is_said_and_not_divided_by(episodes: pl.DataFrame) -> None:
+    metrics = compute(episodes, high="always_low", low="always_high")
+    assert metrics["policies"]["kl_router"]["gap_recovered"] is None
+    assert metrics["policies"]["kl_router"]["gap_ci95"] is None
+    assert metrics["apgr"] is None
+    assert metrics["gap"]["difference"] == -0.4
+
+
+# The paired test
+
+
+@given(arrays(np.bool_, (2, 60)))
+def test_sign_flip_test_is_mcnemars_with_one_draw(outcomes: np.ndarray) -> None:
+    first, second = outcomes.astype(float)
+    better, worse = int((first > second).sum()), int((first < second).sum())
+    expected = stats.binomtest(better, better + worse).pvalue if better + worse else 1.0
+    assert sign_flip_p_value(first, second, 1) == pytest.approx(expected, rel=1e-9)
+
+
+@given(arrays(np.int64, (2, 7), elements=st.integers(0, 3)))
+def test_sign_flip_test_is_the_enumeration(outcomes: np.ndarray) -> None:
+    difference = outcomes[0] - outcomes[1]
+    sums = [abs(int(np.dot(signs, difference))) for signs in product((-1, 1), repeat=7)]
+    expected = np.mean([total >= abs(int(difference.sum())) for total in sums])
+    assert sign_flip_p_value(outcomes[0] / 3, outcomes[1] / 3, 3) == pytest.approx(expected)
+
+
+def test_sign_flip_test_is_scipys() -> None:
+    generator = np.random.default_rng(5)
+    first, second = generator.integers(0, 2, 120).astype(float), generator.integers(0, 4, 120) / 3
+    expected = stats.permutation_test(
+        (first, second),
+        lambda a, b, axis: np.mean(a - b, axis=axis),
+        permutation_type="samples",
+        vectorized=True,
+        n_resamples=20_000,
+        rng=np.random.default_rng(0),
+    ).pvalue
+    assert sign_flip_p_value(first, second, 3) == pytest.approx(expected, abs=0.012)
+
+
+# Curves
+
+
+def test_routing_curve_closed_forms() -> None:
+    assert average_gap_recovered([]) == 0.5
+    assert call_performance_threshold([], 0.8) == pytest.approx(0.8)
+    # Two triangles and a rectangle: 0.8 of the gap at a ratio of 0.4.
+    assert average_gap_recovered([(0.4, 0.8)]) == pytest.approx(0.4 * 0.8 / 2 + 0.6 * 0.9)
+    assert call_performance_threshold([(0.4, 0.8)], 0.5) == pytest.approx(0.25)
+    assert call_performance_threshold([(0.4, 0.8)], 0.8) == pytest.approx(0.4)
+    assert call_performance_threshold([(0.6, 0.2), (0.4, 0.8)], 0.8) == pytest.approx(0.4)
+
+
+def test_quality_over_cost_closed_forms() -> None:
+    ends = [(0.0, 0.5), (1.0, 0.9)]
+    assert average_improvement_in_quality(ends, 0.0, 1.0) == pytest.approx(0.7)
+    # A dominated point and one under the hull change nothing; the hull stays level past its best point.
+    assert average_improvement_in_quality([*ends, (0.5, 0.4), (0.5, 0.6)], 0.0, 1.0) == pytest.approx(0.7)
+    assert average_improvement_in_quality([*ends, (0.5, 0.9)], 0.0, 1.0) == pytest.approx(0.8)
+    assert average_improvement_in_quality(ends, 0.0, 2.0) == pytest.approx((0.7 + 0.9) / 2)
+
+
+@given(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=8))
+def test_quality_over_cost_is_the_best_mixture(points: list[tuple[float, float]]) -> None:
+    """At each cost the hull is the best that mixing two policies of at most that mean cost can do."""
+    points = [(0.0, 0.0), *points]
+    grid = np.linspace(0, 1, 401)
+    best = np.zeros_like(grid)
+    for (c1, s1), (c2, s2) in product(points, repeat=2):
+        share = np.clip((grid - c1) / (c2 - c1), 0, 1) if c2 > c1 + 1e-9 else np.zeros_like(grid)
+        best = np.maximum(best, np.where(grid >= c1, s1 + share * (s2 - s1), 0))
+    assert average_improvement_in_quality(points, 0.0, 1.0) == pytest.approx(np.trapezoid(best, grid), abs=0.01)
+
+
+# The whole
+
+
+def test_metrics_of_known_episodes(episodes: pl.DataFrame) -> None:
+    metrics = compute(episodes)
+    router = metrics["policies"]["kl_router"]
+    assert list(metrics["policies"]) == ["always_high", "always_low", "random@kl_router", "kl_router", "disagreement"]
+    assert (router["kind"], router["success"], router["high_ratio"], router["cost"]) == ("router", 0.85, 0.4, 0.5)
+    assert (router["n"], router["episodes"], router["steps"], router["switches"]) == (100, 100, 10.0, 2.0)
+    assert router["ci95"] == pytest.approx(list(stats.binomtest(85, 100).proportion_ci(method="wilson")), abs=1e-6)
+    assert router["gap_recovered"] == pytest.approx((0.85 - 0.5) / (0.9 - 0.5))
+    assert router["cost_per_success"] == pytest.approx(0.5 / 0.85, abs=1e-6)
+    # At cost 0.5 the line from (0.2, 50%) to (1, 90%) is at 65%.
+    assert router["gain_at_equal_cost"] == pytest.approx(0.2)
+    assert router["by_task_type"]["even"]["n"] == 50
+    assert "gap_recovered" not in metrics["policies"]["always_high"]
+    assert metrics["policies"]["random@kl_router"]["episodes"] == 300
+    assert router["token_high_ratio"] == 0.4
+    assert metrics["gap"]["difference"] == pytest.approx(0.4)
+    assert metrics["apgr"] == pytest.approx(0.4 * 0.875 / 2 + 0.6 * 1.875 / 2)
+    assert metrics["cpt50"] == pytest.approx(0.4 * 0.5 / 0.875, abs=1e-6)
+    # The hull goes through (0.2, 50%), (0.5, 85%), (1, 90%).
+    assert metrics["aiq"] == pytest.approx((0.3 * 0.675 + 0.5 * 0.875) / 0.8)
+    recovered = metrics["policies"]["random@kl_router"]["gap_recovered"]
+    assert recovered is not None
+    assert metrics["random_curve"]["apgr"] == pytest.approx(0.4 * recovered / 2 + 0.6 * (1 + recovered) / 2, abs=1e-6)
+
+
+def test_confidence_and_seed_reach_the_intervals(episodes: pl.DataFrame) -> None:
+    def intervals(metrics: Metrics) -> dict[str, tuple[float, float]]:
+        random, router = metrics["policies"]["random@kl_router"], metrics["policies"]["kl_router"]
+        found = {
+            "bootstrap": random["ci95"],
+            "wilson": router["ci95"],
+            "gap": router["gap_ci95"],
+            "paired": metrics["paired"][0]["ci95"],
+        }
+        return {name: (interval[0], interval[1]) for name, interval in found.items() if interval}
+
+    wide, narrow, reseeded = (intervals(compute(episodes, **c)) for c in ({}, {"confidence": 0.5}, {"seed": 1}))
+    assert len(wide) == 4
+    for name, (low, high) in wide.items():
+        assert low < narrow[name][0] < narrow[name][1] < high
+    assert reseeded["wilson"] == wide["wilson"]
+    assert reseeded["bootstrap"] != wide["bootstrap"]
+
+
+def test_paired_rows(episodes: pl.DataFrame) -> None:
+    random, high = compute(episodes)["paired"]
+    success = {
+        policy: episodes.filter(policy=policy).group_by("game_id").agg(pl.mean("success")).sort("game_id")["success"]
+        for policy in ("kl_router", "random@kl_router")
+    }
+    difference = (success["kl_router"] - success["random@kl_router"]).to_numpy()
+    assert (random["policy"], random["against"]) == ("kl_router", "random@kl_router")
+    assert random["difference"] == pytest.approx(difference.mean(), abs=1e-6)
+    assert (random["wins"], random["losses"]) == ((difference > 1e-9).sum(), (difference < -1e-9).sum())
+    assert random["wins"] + random["losses"] + random["ties"] == 100
+    assert random["p_value"] < 0.001
+    assert random["ci95"][0] > 0
+    # High solves five games more and no other: McNemar's 2 / 2^5.
+    assert (high["against"], high["losses"], high["p_value"]) == ("always_high", 5, 0.0625)
+    assert high["cost_difference"] == -0.5
+
+
+def test_headline_comes_first_and_routers_are_compared(episodes: pl.DataFrame) -> None:
+    def renamed(rows: pl.DataFrame) -> pl.DataFrame:
+        return rows.with_columns(pl.col("policy").str.replace("kl_router", "a_router"))
+
+    both = pl.concat([episodes, renamed(episodes.filter(pl.col("policy").str.contains("kl_router")))])
+    pairs = [(row["policy"], row["against"]) for row in compute(both)["paired"]]
+    assert pairs == [
+        ("kl_router", "random@kl_router"),
+        ("kl_router", "always_high"),
+        ("a_router", "random@a_router"),
+        ("a_router", "always_high"),
+        ("kl_router", "a_router"),
+    ]
+
+
+@settings(max_examples=25, deadline=None)
+@given(success=arrays(np.bool_, (6, 24)), seed=st.integers(0, 2**32 - 1))
+def test_any_episodes(make: Callable, success: np.ndarray, seed: int) -> None:
+    """Rates lie in [0, 1], success intervals hold their estimate, and the bytes don't depend on the order of rows."""
+    rows = {
+        "always_high": ("single", success[:1]),
+        "always_low": ("single", success[1:2]),
+        "kl_router": ("router", success[2:3]),
+        "random@kl_router": ("random", success[3:]),
+    }
+    ratios = {"always_high": 1.0, "always_low": 0.0, "random@kl_router": 0.3, "kl_router": 0.3}
+    costs = {"always_high": 1.0, "always_low": 0.2, "random@kl_router": 0.5, "kl_router": 0.5}
+    episodes = make(rows, ratios, costs)
+    metrics = compute(episodes)
+    for policy in metrics["policies"].values():
+        assert 0 <= policy["ci95"][0] <= policy["success"] <= policy["ci95"][1] <= 1
+        assert 0 <= policy["high_ratio"] <= 1
+        assert 0 <= policy["token_high_ratio"] <= 1
+        by_type = policy["by_task_type"].values()
+        assert sum(part["n"] * part["success"] for part in by_type) == pytest.approx(24 * policy["success"], abs=1e-3)
+    assert all(0 <= pair["p_value"] <= 1 for pair in metrics["paired"])
+    shuffled = episodes.sample(fraction=1, shuffle=True, seed=seed)
+    assert json.dumps(compute(shuffled), allow_nan=False) == json.dumps(metrics, allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda rows: rows.drop("cost"), "missing columns: cost"),
+        (lambda rows: rows.filter(pl.col("policy") != "always_low"), "no policy 'always_low'"),
+        (lambda rows: rows.head(-1), "'random@kl_router' lacks episodes"),
+        (lambda rows: pl.concat([rows, rows.head(1)]), "appears twice"),
+        (lambda rows: rows.with_columns(kind=pl.lit("magic")), "unknown kind magic"),
+        (lambda rows: rows.with_columns(high_steps=pl.lit(11, pl.Int64)), "impossible steps"),
+        (lambda rows: rows.with_columns(cost=pl.lit(float("nan"))), "impossible steps, tokens or cost"),
+        (lambda rows: rows.with_columns(success=pl.lit(None, pl.Boolean)), "missing values in success"),
+    ],
+)
+def test_bad_episodes_get_one_clear_line(
+    episodes: pl.DataFrame, damage: Callable[[pl.DataFrame], pl.DataFrame], message: str
+) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        compute(damage(episodes.sort("policy")))
+    assert "\n" not in str(caught.value)
+
+
+def test_metrics_do_not_import_matplotlib() -> None:
+    code = "import sys, dmr_pipeline.evaluation.metrics; sys.exit('matplotlib' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,86 @@
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import polars as pl
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dmr_pipeline.evaluation import plots
+from dmr_pipeline.evaluation.metrics import compute_metrics
+
+
+def draw_all(folder: Path, episodes: pl.DataFrame, shift: float = 0.0) -> dict[str, bytes]:
+    """All four pictures of fixed data; `shift` changes every picture's data a little."""
+    generator = np.random.default_rng(0)
+    metrics = compute_metrics(
+        episodes, recipe="tiny", high="always_high", low="always_low", headline="kl_router", bootstrap=100
+    )
+    metrics["policies"]["kl_router"]["cost"] += shift
+    plots.plot_accuracy_cost(metrics, folder / "accuracy_cost.png")
+    turns = pl.DataFrame({"turn": np.arange(200) % 20, "kl_high_low": generator.random(200) + shift})
+    # A KL of exactly zero must not break the logarithmic axis.
+    turns = turns.with_columns(kl_high_low=pl.when(pl.col("turn") == 3).then(0.0).otherwise("kl_high_low"))
+    plots.plot_kl_by_turn(turns.with_columns(sensitive=pl.col("kl_high_low") > 0.8), folder / "kl_by_turn.png")
+    kl_log = pl.DataFrame({"update": [0, 1, 2], "loss": [0.7, 0.5, 0.4 + shift]})
+    grpo_log = pl.DataFrame(
+        {
+            "update": [0, 1, 2],
+            "reward": [0.5, 0.6, 0.7],
+            "ratio": [0.4, 0.4, 0.3 + shift],
+            "success": [0.8, 0.9, 0.9],
+            "tied_groups": [0.5, 0.4, 0.4],
+            "divergence": [0.0, 0.01, 0.02],
+            "validation_success": [None, None, 0.9],
+            "validation_cost": [None, None, 0.4],
+        }
+    )
+    plots.plot_training_curves(kl_log, grpo_log, folder / "training_curves.png")
+    probabilities = generator.random(300)
+    labels = (generator.random(300) < probabilities - shift).astype(float)
+    plots.plot_calibration(probabilities, labels, folder / "calibration.png")
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_pictures_depend_on_the_data_alone(
+    tmp_path: Path, episodes: pl.DataFrame, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = draw_all(tmp_path / "first", episodes)
+    monkeypatch.setitem(matplotlib.rcParams, "font.size", 23)
+    assert draw_all(tmp_path / "again", episodes) == first
+    changed = draw_all(tmp_path / "changed", episodes, shift=0.1)
+    assert [name for name in first if first[name] == changed[name]] == []
+    assert all(png.startswith(b"\x89PNG") and b"Software" not in png for png in first.values())
+
+
+def test_labels_of_close_points_do_not_overlap(
+    tmp_path: Path, episodes: pl.DataFrame, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Measured with the renderer: no two names share pixels, and none leaves the picture."""
+    figures = []
+    figure_of = plots.Figure
+
+    def kept(**arguments: object) -> object:
+        figures.append(figure_of(**arguments))
+        return figures[-1]
+
+    monkeypatch.setattr(plots, "Figure", kept)
+    draw_all(tmp_path, episodes)
+    figure = figures[0]
+    boxes = [text.get_window_extent() for axes in figure.axes for text in axes.texts]
+    assert len(boxes) == episodes["policy"].n_unique()
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+    assert all(box.x0 >= 0 and box.x1 <= figure.bbox.width and box.y1 <= figure.bbox.height for box in boxes)
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=10))
+def test_spread_keeps_order_and_distance(wanted: list[float]) -> None:
+    spread: Callable[[list[float], float], list[float]] = plots._spread
+    heights = spread(sorted(wanted), 0.1)
+    assert all(upper - lower >= 0.1 - 1e-9 for lower, upper in pairwise(heights))
+    assert heights[-1] <= 1
+    far = [0.1, 0.5, 0.9]
+    assert spread(far, 0.1) == far

@@ -1,0 +1,184 @@
+import base64
+import io
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+
+import polars as pl
+import pytest
+from rich.console import Console
+
+from dmr_pipeline.errors import UserError
+from dmr_pipeline.evaluation.metrics import Metrics, compute_metrics
+from dmr_pipeline.evaluation.plots import plot_accuracy_cost
+from dmr_pipeline.evaluation.report import console_table, headline, markdown_table, render_html
+
+
+@pytest.fixture
+def metrics(episodes: pl.DataFrame) -> Metrics:
+    return compute_metrics(episodes, recipe="tiny", high="always_high", low="always_low", headline="kl_router")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, metrics: Metrics) -> Path:
+    folder = tmp_path / "evaluation_report"
+    folder.mkdir()
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    return folder
+
+
+class Page(HTMLParser):
+    """Text, pictures, references to other files, and whether every tag is closed."""
+
+    VOID = frozenset({"meta", "img", "br", "wbr", "link"})
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.words: list[str] = []
+        self.pictures: list[str] = []
+        self.references: list[str] = []
+        self.open: list[str] = []
+        self.feed(html)
+        self.close()
+        self.text = " ".join(" ".join(self.words).split())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = dict(attrs)
+        if tag == "img":
+            assert values["alt"]
+            self.pictures.append(values["src"] or "")
+        elif tag in ("script", "link", "iframe") or "href" in values or "src" in values:
+            self.references.append(tag)
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+
+def render(folder: Path, sidecar: Path | None = None) -> Page:
+    html = folder.parent / "out" / "report.html"
+    render_html(folder, sidecar, html)
+    assert [path.name for path in html.parent.iterdir()] == ["report.html"]
+    text = html.read_text(encoding="utf-8")
+    assert "@import" not in text
+    assert "url(" not in text
+    page = Page(text)
+    assert page.open == []
+    assert page.references == []
+    return page
+
+
+def test_headline_says_what_came_out(metrics: Metrics) -> None:
+    text = " ".join(headline(metrics))
+    assert "On 100 test games kl_router, the router chosen on validation, succeeds in 85.0%" in text
+    assert "at 40.0% of the steps; always_high succeeds in 90.0%, always_low in 50.0%." in text
+    assert "It recovers 88% of the gap" in text
+    assert "costs 50% of what one of always_high does" in text
+    assert "it is better in the paired test" in text
+    assert "p < 0.001" in text
+
+
+def test_headline_is_honest_about_bad_news(episodes: pl.DataFrame) -> None:
+    """The router's episodes swapped with random's, a dear router, and a high precision that is no better than low."""
+    arguments = {"recipe": "tiny", "high": "always_high", "low": "always_low", "headline": "kl_router"}
+
+    def like(policy: str, model: str) -> pl.DataFrame:
+        copied = episodes.filter(policy=model, draw=0).select("game_id", copied="success")
+        changed = (
+            episodes.filter(policy=policy).join(copied, on="game_id").with_columns(success="copied").drop("copied")
+        )
+        return pl.concat([episodes.filter(pl.col("policy") != policy), changed])
+
+    worse = compute_metrics(like("kl_router", "always_low"), **arguments)
+    assert "it is worse in the paired test" in " ".join(headline(worse))
+    equal = compute_metrics(like("random@kl_router", "kl_router"), **arguments)
+    assert "no difference is shown: +0.0 points" in " ".join(headline(equal))
+    no_gap = compute_metrics(like("always_high", "always_low"), **arguments)
+    assert "there is no gap to recover" in " ".join(headline(no_gap))
+    dear = episodes.with_columns(cost=pl.when(policy="kl_router").then(1.5).otherwise("cost"))
+    assert "It saves nothing: an episode costs 1.50 times always_high's" in " ".join(
+        headline(compute_metrics(dear, **arguments))
+    )
+
+
+def test_markdown_table_holds_the_metrics(metrics: Metrics) -> None:
+    lines = markdown_table(metrics).splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    assert {len(row) for row in rows} == {6}
+    assert [row[0].strip("*") for row in rows[2:]] == list(metrics["policies"])
+    interval = metrics["policies"]["kl_router"]["ci95"]
+    assert rows[5][0] == "**kl_router**"
+    assert rows[5][1] == f"85.0% [{interval[0] * 100:.1f}, {interval[1] * 100:.1f}]"
+    assert rows[5][2:5] == ["40.0%", "0.500", "10.0"]
+    assert rows[2][5] == "-"
+
+
+@pytest.mark.parametrize("width", [80, 100])
+def test_console_table_fits_and_cuts_nothing(metrics: Metrics, width: int) -> None:
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(console_table(metrics))
+    text = console.export_text()
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) <= width
+    line = next(line for line in text.splitlines() if line.strip().startswith("kl_router *"))
+    assert "85.0% [" in line
+    assert "40.0%" in line
+    assert "0.500" in line
+
+
+def test_html_from_metrics_alone(folder: Path, metrics: Metrics) -> None:
+    page = render(folder)
+    for name in metrics["policies"]:
+        assert name in page.text
+    assert headline(metrics)[0] in page.text
+    assert page.pictures == []
+    assert "Measured time" not in page.text
+    assert "The precision ladder" not in page.text
+
+
+def test_html_shows_all_that_the_folder_holds(folder: Path, metrics: Metrics, tmp_path: Path) -> None:
+    plot_accuracy_cost(metrics, folder / "plots" / "accuracy_cost.png")
+    context = {
+        "recipe": {"benchmark": {"splits": {"test": 100}}},
+        "ladder": [
+            {"name": "int2", "bits_per_weight": 2.5, "bytes": 820_000, "kl_to_float": 0.61, "success_validation": 0.585}
+        ],
+        "gate": {"passed": False, "verdict": "int2 is <only> 7 points under float"},
+        "kl_router": {"auroc": 0.8712},
+        "grpo_router": {"best_update": 49},
+        "sensitivity": {"steps": 21044},
+        "notes": ["A note of its own."],
+    }
+    (folder / "context.json").write_text(json.dumps(context))
+    (folder / "manifest.json").write_text(
+        json.dumps({"stage": "evaluation_report", "code_version": "7", "inputs": {"kl_router": "0123abcd.dir"}})
+    )
+    sidecar = tmp_path / "run.json"
+    times = {"kl_router": {"mean": 0.00421, "p95": 0.0098, "router_share": 0.125}}
+    sidecar.write_text(json.dumps({"measured": {"seconds_per_step": times}}))
+
+    page = render(folder, sidecar)
+    assert [base64.b64decode(src.removeprefix("data:image/png;base64,")) for src in page.pictures] == [
+        (folder / "plots" / "accuracy_cost.png").read_bytes()
+    ]
+    for text in (
+        "Gate not passed : int2 is <only> 7 points under float.",
+        "int2 2.50 0.82 0.6100 58.5%",
+        "kl_router 4.21 9.80 12.5%",
+        "auroc 0.8712",
+        "best update 49",
+        "steps 21,044",
+        "A note of its own.",
+        "splits.test 100",
+        "input kl_router 0123abcd.dir",
+    ):
+        assert text in page.text
+
+
+def test_html_needs_metrics(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no metrics\.json"):
+        render_html(tmp_path, None, tmp_path / "report.html")

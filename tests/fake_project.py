@@ -1,0 +1,106 @@
+"""A project whose stages take no time: the real table's names, edges and sections, with functions of our own."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import polars as pl
+
+from dmr_pipeline import pipeline, versioning
+from dmr_pipeline.artifacts import hash_files
+from dmr_pipeline.recipe import Recipe, load_recipe
+from dmr_pipeline.stage import Stage, StageContext, StageResult
+
+REPOSITORY = Path(__file__).parent.parent
+RECIPE = "fake"
+RECIPE_YAML = """\
+benchmark: {splits: {agent_train: 1, router_train: 1, validation: 1, test: 1}}
+agent: {pretrained: {model: models/tiny}}
+precisions:
+  ladder: [{name: float, weights: float}, {name: int2, weights: int2}]
+  high: float
+  low: int2
+trajectories: {behaviour: [{name: all_high, high_ratio: 1.0}]}
+sensitivity: {quantile: 0.5}
+kl_router:
+  model: {pretrained: {model: models/tiny}}
+  epochs: 1
+  batch_episodes: 1
+  learning_rate: 1e-3
+  validation_games: 1
+  target_ratio: 0.3
+grpo_router:
+  updates: 1
+  games_per_update: 1
+  group_size: 2
+  learning_rate: 1e-3
+  cost_weight: 0.1
+  validate_every: 1
+  validation_games: 1
+evaluation: {}
+"""
+
+
+def fake_run(context: StageContext) -> StageResult:
+    """Writes what the checks and the command line read; everything follows from recipe and inputs alone."""
+    name = context.output.name.removeprefix(".").removesuffix(".new")
+    content = {asset: hash_files(folder) for asset, folder in context.inputs.items()}
+    (context.output / "content.json").write_text(json.dumps(content, sort_keys=True))
+    steps = pl.DataFrame(
+        {
+            "episode_id": ["a", "a", "b"],
+            "game_id": ["g", "g", "h"],
+            "task_type": ["pick_and_place_simple"] * 3,
+            "turn": [0, 1, 0],
+            "kl_high_low": [0.0, 0.5, 0.1],
+            "kl_low_high": [0.0, 0.4, 0.1],
+            "js": [0.0, 0.1, 0.1],
+            "sensitive": [False, True, False],
+        }
+    )
+    if name in ("trajectories", "sensitivity_dataset"):
+        steps.write_parquet(context.output / "steps.parquet")
+    if name == "trajectories":
+        steps.select("episode_id", "task_type").unique(maintain_order=True).write_parquet(
+            context.output / "episodes.parquet"
+        )
+    if name == "evaluation_report":
+        metrics = {"recipe": RECIPE, "high": "float", "low": "int2", "headline": "kl_router", "policies": {}}
+        (context.output / "metrics.json").write_text(json.dumps(metrics))
+        (context.output / "table.md").write_text("| policy |\n|---|\n| always_high |\n")
+        (context.output / "plots").mkdir()
+        (context.output / "plots" / "cost.png").write_bytes(b"\x89PNG")
+    gate = {"gate": {"high": 0.9, "low": 0.5, "passed": True}} if name == "quantized_checkpoints" else {}
+    return StageResult(summary={"inputs": len(context.inputs), **gate}, measured={"seconds_a_step": 0.1})
+
+
+def fake_stages() -> tuple[Stage, ...]:
+    return tuple(replace(stage, run=fake_run) for stage in pipeline.STAGES)
+
+
+def make_project(folder: Path, stages: tuple[Stage, ...]) -> Recipe:
+    """A Git and DVC project in `folder` with one recipe and a rendered dvc.yaml, to be the working directory."""
+    (folder / "recipes").mkdir()
+    (folder / "recipes" / f"{RECIPE}.yaml").write_text(RECIPE_YAML)
+    for file in (".dvc/config", ".dvcignore", "data/.gitignore", "dagster_home/dagster.yaml"):
+        (folder / file).parent.mkdir(exist_ok=True)
+        shutil.copy(REPOSITORY / file, folder / file)
+    (folder / ".dvc" / ".gitignore").write_text("/tmp\n/cache\n")
+    subprocess.run(["git", "init", "-q", str(folder)], check=True)
+    (folder / "dvc.yaml").write_text(versioning.render(stages, [RECIPE]))
+    return load_recipe(RECIPE, folder / "recipes")
+
+
+def dvc(*arguments: str, scripts: Path | None = None) -> str:
+    """Run the real DVC in the working directory; its stages find `dmr` in `scripts`, or in this environment."""
+    environment = Path(sys.executable).parent
+    path = os.pathsep.join([str(scripts or environment), str(environment), os.environ["PATH"]])
+    done = subprocess.run(
+        ["dvc", *arguments], capture_output=True, text=True, check=False, env={**os.environ, "PATH": path}
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout

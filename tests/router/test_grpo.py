@@ -1,0 +1,193 @@
+import os
+import signal
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.special import expit
+
+from dmr_pipeline.agent.checkpoint import save_causal_lm
+from dmr_pipeline.agent.rollout import Run, Trajectory
+from dmr_pipeline.cost import episode_cost
+from dmr_pipeline.environments.tasks import benchmark_tasks, read_games
+from dmr_pipeline.errors import UserError
+from dmr_pipeline.ladder import Ladder, quantized_checkpoints
+from dmr_pipeline.recipe import Recipe, load_recipe
+from dmr_pipeline.router import grpo
+from dmr_pipeline.router.grpo import LOG, Player, Session, divergence, game_order, grpo_router, offset_for
+from dmr_pipeline.router.grpo_trainer import Rollout
+from dmr_pipeline.router.kl import ROUTER_FOLDER
+from dmr_pipeline.router.model import LmRouter, load_router, save_router
+from dmr_pipeline.stage import StageContext, StageResult
+from tests.router.test_model import CPU, TOKENIZER, random_model, random_router
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+@given(st.lists(st.floats(-30, 30), min_size=1, max_size=20), st.floats(0.05, 0.95))
+def test_offset_gives_the_ratio(scores: list[float], ratio: float) -> None:
+    assert expit(np.array(scores) + offset_for(np.array(scores), ratio)).mean() == pytest.approx(ratio, abs=1e-6)
+
+
+@pytest.mark.parametrize("ratio", [0.0, 1.0])
+def test_a_ratio_that_no_offset_gives_is_refused(ratio: float) -> None:
+    with pytest.raises(UserError, match="initial_ratio"):
+        offset_for(np.zeros(3), ratio)
+
+
+@given(st.floats(0.0, 1.0), st.floats(-20, 20))
+def test_divergence_is_that_of_two_bernoullis(p: float, score: float) -> None:
+    other = torch.distributions.Bernoulli(logits=torch.tensor(score, dtype=torch.double))
+    expected = torch.distributions.kl_divergence(
+        torch.distributions.Bernoulli(torch.tensor(p, dtype=torch.double)), other
+    )
+    assert divergence(np.array([p]), np.array([score]))[0] == pytest.approx(float(expected), abs=1e-6)
+
+
+def test_every_pass_over_the_games_meets_all_of_them() -> None:
+    order = game_order(["a", "b", "c", "d"], 10, seed=3)
+    assert len(order) == 10
+    assert Counter(order[:4]) == Counter(order[4:8]) == Counter("abcd")
+    assert order == game_order(["a", "b", "c", "d"], 10, seed=3)
+    assert len({tuple(game_order(["a", "b", "c", "d"], 4, seed)) for seed in range(10)}) > 3
+
+
+def tiny_recipe() -> Recipe:
+    """Agents that babble never win, so what can be learned is to cost less."""
+    section = {"updates": 4, "games_per_update": 2, "group_size": 3, "learning_rate": 0.003, "reward": "difference"}
+    changes = {
+        "benchmark": {"splits": {"agent_train": 1, "router_train": 3, "validation": 3, "test": 1}, "step_limit": 5},
+        "precisions": {
+            "ladder": [{"name": "float", "weights": "float"}, {"name": "int2", "weights": "int2"}],
+            "high": "float",
+            "low": "int2",
+        },
+        "grpo_router": section | {"cost_weight": 1.0, "initial_ratio": 0.6, "validate_every": 2, "validation_games": 3},
+        "runtime": {"device": "cpu", "threads": 1, "batch_episodes": 4},
+    }
+    return Recipe.model_validate(load_recipe("alfworld-tiny", REPOSITORY / "recipes").model_dump() | changes)
+
+
+def run_stage(artefacts: Path, folder: Path) -> StageResult:
+    names = ("benchmark_tasks", "quantized_checkpoints", "kl_router")
+    for name in ("output", "scratch"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    inputs = {name: artefacts / name for name in names}
+    return grpo_router(StageContext(tiny_recipe(), inputs, folder / "output", folder / "scratch"))
+
+
+@pytest.fixture(scope="module")
+def artefacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("artefacts")
+    save_causal_lm(random_model(7), TOKENIZER, folder / "agent" / "model", torch.float16)
+    done = {"agent": folder / "agent"}
+    for stage in (benchmark_tasks, quantized_checkpoints):
+        done[stage.__name__] = folder / stage.__name__
+        done[stage.__name__].mkdir()
+        stage(StageContext(tiny_recipe(), done, done[stage.__name__], folder))
+    save_router(random_router(scale=0.5, offset=-1.0, threshold=0.2), folder / "kl_router" / ROUTER_FOLDER)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def unbroken(artefacts: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, StageResult]:
+    folder = tmp_path_factory.mktemp("unbroken")
+    return folder, run_stage(artefacts, folder)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def test_artefact_and_log(artefacts: Path, unbroken: tuple[Path, StageResult]) -> None:
+    folder, result = unbroken
+    router, stage_1 = (load_router(path / ROUTER_FOLDER, CPU) for path in (folder / "output", artefacts / "kl_router"))
+    assert router.settings.threshold == 0.5
+    assert router.settings.scale == stage_1.settings.scale
+    assert router.settings.offset == result.summary["start_offset"] != stage_1.settings.offset
+
+    log = pl.read_parquet(folder / "output" / "training.parquet")
+    assert log.schema == LOG
+    assert log["update"].to_list() == [0, 1, 2, 3, 4]
+    assert log.filter(pl.col("validation_reward").is_not_null())["update"].to_list() == [0, 2, 4]
+    trained = log.filter(pl.col("update") > 0)
+    assert trained.drop_nulls("reward").height == 4
+    assert trained["divergence"][0] == pytest.approx(0.0, abs=1e-6)
+    assert trained["divergence"][-1] > 1e-5
+    assert (trained["reward"] - trained["success"] + trained["cost"]).abs().max() < 1e-9  # difference, lambda 1
+    assert trained["ratio"][0] == pytest.approx(0.6, abs=0.25)
+    best = log.filter(pl.col("validation_reward") == log["validation_reward"].max())
+    assert result.summary["chosen_update"] == best["update"][0] > 0
+    assert log["validation_cost"].drop_nulls()[-1] < log["validation_cost"][0]  # all there is to learn here
+
+    # What the manifest says of the chosen weights holds for those in the artefact.
+    recipe = tiny_recipe()
+    player = Player(Ladder.load(artefacts / "quantized_checkpoints", recipe), recipe, router.weight_bytes)
+    games = read_games(artefacts / "benchmark_tasks", "validation", 3)
+    means = player.means(player.play([Run(game) for game in games], LmRouter(router, 3), seed=0))
+    for name, value in means.items():
+        assert result.summary[f"validation_{name}"] == pytest.approx(value, abs=1e-6)
+
+
+def test_cost_is_in_always_high_episodes_with_the_router(artefacts: Path) -> None:
+    ladder = Ladder.load(artefacts / "quantized_checkpoints", tiny_recipe())
+    player = Player(ladder, tiny_recipe(), router_bytes=1000)
+    run = Run(read_games(artefacts / "benchmark_tasks", "validation", 1)[0])
+    trajectory = player.play([run], grpo.RandomMixing(0.5, 1), seed=0)[0]
+    agent_alone = episode_cost(trajectory, ladder.weight_bytes)
+    expected = (agent_alone + 1000 * len(trajectory.steps)) / ladder.always_high_cost
+    assert player.cost(trajectory) == pytest.approx(expected)
+    high = Trajectory(run, "", [step.__class__(**{**vars(step), "high": True}) for step in trajectory.steps])
+    assert player.cost(high) > player.cost(trajectory)
+
+
+def test_a_killed_training_resumes_with_the_bytes_of_an_unbroken_one(
+    artefacts: Path, unbroken: tuple[Path, StageResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed by SIGKILL in its fourth update, two after the last checkpoint."""
+    killed = "from tests.router.test_grpo import run_and_be_killed; run_and_be_killed()"
+    run = subprocess.run(
+        [sys.executable, "-c", killed, artefacts, tmp_path], cwd=REPOSITORY, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == -signal.SIGKILL, run.stderr
+    assert not any((tmp_path / "output").iterdir())
+
+    updates: list[int] = []
+    rollouts = Session.rollouts
+
+    def counted(session: Session, update: int, task_ids: list[str]) -> list[Rollout]:
+        updates.append(update)
+        return rollouts(session, update, task_ids)
+
+    monkeypatch.setattr(Session, "rollouts", counted)
+    result = run_stage(artefacts, tmp_path)
+    assert updates == [3, 4]
+    expected, summary = contents(unbroken[0] / "output"), unbroken[1].summary
+    assert contents(tmp_path / "output") == expected
+    assert result.summary == summary
+
+    # Killed once more, after the training and before the artefact was whole.
+    (tmp_path / "output").rename(tmp_path / "first")
+    assert run_stage(artefacts, tmp_path).summary == summary
+    assert updates == [3, 4]
+    assert contents(tmp_path / "output") == expected
+
+
+def run_and_be_killed() -> None:
+    rollouts = Session.rollouts
+
+    def killed(session: Session, update: int, task_ids: list[str]) -> list[Rollout]:
+        if update == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return rollouts(session, update, task_ids)
+
+    Session.rollouts = killed  # type: ignore[method-assign]
+    run_stage(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,266 @@
+import math
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dmr_pipeline.agent.checkpoint import save_causal_lm
+from dmr_pipeline.agent.prompts import Prompter
+from dmr_pipeline.environments.alfworld.engine import AlfWorldEpisode
+from dmr_pipeline.environments.alfworld.expert import ExploringExpert
+from dmr_pipeline.environments.alfworld.generator import generate_game
+from dmr_pipeline.environments.tasks import benchmark_tasks, read_games
+from dmr_pipeline.errors import UserError
+from dmr_pipeline.ladder import Ladder, quantized_checkpoints
+from dmr_pipeline.recipe import KlRouter, Lora, Pretrained, Prompt, Recipe, RouterModel, load_recipe
+from dmr_pipeline.router import kl
+from dmr_pipeline.router.calibration import auroc
+from dmr_pipeline.router.kl import class_weights, kl_router, labels_of_steps, play_games, routing_loss, train
+from dmr_pipeline.router.model import (
+    LmRouter,
+    Router,
+    RoutingSequence,
+    load_router,
+    new_router,
+    routing_logits,
+    routing_margins,
+    routing_sequence,
+    save_router,
+)
+from dmr_pipeline.sensitivity import sensitivity_dataset
+from dmr_pipeline.stage import StageContext
+from dmr_pipeline.trajectories import trajectories
+from tests.router.test_model import ARCHITECTURE, CPU, TOKENIZER, make_llm, random_model
+
+Labelled = tuple[list[RoutingSequence], list[list[bool]]]
+
+
+def section(model: RouterModel | None = None, **changes: float) -> KlRouter:
+    settings = {"epochs": 8, "batch_episodes": 2, "learning_rate": 0.003, "validation_games": 4, "target_ratio": 0.3}
+    return KlRouter(model=model or RouterModel(architecture=ARCHITECTURE), **(settings | changes))
+
+
+def expert_episodes(seeds: Sequence[int], router: Router) -> Labelled:
+    """The expert's episodes at random precisions. Sensitive are the steps at which something is seen to be closed."""
+    prompter = Prompter.of(TOKENIZER, Prompt(opening="<obs> {observation} <act>", turn="<obs> {observation} <act>"))
+    closed = TOKENIZER.convert_tokens_to_ids("closed")
+    sequences, labels = [], []
+    for seed in seeds:
+        game, _ = generate_game(seed, 50)
+        episode, expert, rng = AlfWorldEpisode(game), ExploringExpert(game.instruction), random.Random(seed)
+        observation = episode.reset()
+        expert.observe(None, observation)
+        segments, actions = [prompter.opening(observation, game.instruction)], []
+        for _ in range(20):
+            command = expert.act()
+            actions.append(prompter.action(command))
+            observation, _, over = episode.step(command)
+            if over:
+                break
+            expert.observe(command, observation)
+            segments.append(prompter.turn(observation, game.instruction))
+        high = [rng.random() < 0.5 for _ in segments]
+        sequences.append(routing_sequence(segments, actions, high, router.settings))
+        labels.append([closed in segment for segment in segments])
+    return sequences, labels
+
+
+def flat(rows: Sequence[Sequence[float]]) -> np.ndarray:
+    return np.array([value for row in rows for value in row])
+
+
+def same_weights(first: Router, second: Router) -> bool:
+    other = second.model.state_dict()
+    return all(torch.equal(value, other[name]) for name, value in first.model.state_dict().items())
+
+
+def new() -> Router:
+    return new_router(RouterModel(architecture=ARCHITECTURE), TOKENIZER, 0, CPU)
+
+
+@pytest.fixture(scope="module")
+def episodes() -> Labelled:
+    return expert_episodes(range(40), new())
+
+
+@given(st.integers(1, 99))
+def test_class_weights_shift_the_optimal_margin_by_what_is_undone(positives: int) -> None:
+    """The stationary point of the weighted loss, less log(w1 / w0), is the log-odds of the class."""
+    labels = [i < positives for i in range(100)]
+    weights = class_weights([labels[:30], labels[30:]])
+    assert np.mean([weights[y] for y in labels]) == pytest.approx(1.0)
+    log_odds = math.log(positives / (100 - positives))
+    margin = torch.tensor(log_odds + math.log(weights[1] / weights[0]), dtype=torch.double, requires_grad=True)
+    logits = torch.stack([torch.zeros(100, dtype=torch.double), margin.expand(100)], dim=1)
+    loss = routing_loss(logits, torch.tensor(labels), weights)
+    loss.backward()
+    assert margin.grad is not None
+    assert float(margin.grad) == pytest.approx(0.0, abs=1e-7)
+    by_hand = [weights[y] * math.log1p(math.exp(-margin.item() if y else margin.item())) for y in labels]
+    assert loss.item() == pytest.approx(np.mean(by_hand))
+
+
+@pytest.mark.parametrize("sensitive", [False, True])
+def test_labels_of_one_class_are_refused(sensitive: bool) -> None:
+    with pytest.raises(UserError, match="nothing to tell apart"):
+        class_weights([[sensitive] * 3, [sensitive]])
+
+
+def test_labels_are_joined_by_episode_and_turn() -> None:
+    steps = pl.DataFrame({"episode_id": ["b", "b", "a"], "turn": [0, 1, 0]})
+    sensitivity = pl.DataFrame(
+        {"episode_id": ["a", "b", "b", "c"], "turn": [0, 1, 0, 0], "sensitive": [True, True, False, False]}
+    )
+    assert labels_of_steps(steps, sensitivity) == [[False, True], [True]]
+    with pytest.raises(UserError, match="1 of 3 steps"):
+        labels_of_steps(steps, sensitivity.head(2))
+
+
+def test_the_router_learns_what_the_observation_tells(episodes: Labelled, tmp_path: Path) -> None:
+    sequences, labels = episodes
+    router, log = train(new(), sequences[:30], labels[:30], section(), tmp_path)
+    held_out = flat(routing_margins(router, sequences[30:], 4))
+    assert auroc(held_out, flat(labels[30:]).astype(bool)) > 0.9
+    assert log["update"].to_list() == list(range(1, 121))
+    assert log["loss"].tail(10).mean() < 0.5 * log["loss"].head(3).mean()
+    weights = class_weights(labels[:30])
+    assert router.settings.offset == pytest.approx(-math.log(weights[1] / weights[0]))
+    margins = torch.tensor(flat(routing_margins(router, sequences[:30], 4)))
+    probabilities = torch.sigmoid(router.settings.scale * margins + router.settings.offset)
+    assert float(probabilities.mean()) == pytest.approx(flat(labels[:30]).mean(), abs=0.05)
+
+
+def test_a_killed_training_resumes_with_the_same_result(
+    episodes: Labelled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sequences, labels = (rows[:6] for rows in episodes)
+    for name in ("whole", "broken"):
+        (tmp_path / name).mkdir()
+    whole, log = train(new(), sequences, labels, section(epochs=3), tmp_path / "whole")
+
+    batches, epochs = kl.batches_by_length, []
+
+    def killed(*arguments: object) -> list[list[int]]:
+        epochs.append(1)
+        if len(epochs) == 3:
+            raise KeyboardInterrupt
+        return batches(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(kl, "batches_by_length", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(new(), sequences, labels, section(epochs=3), tmp_path / "broken")
+    resumed, resumed_log = train(new(), sequences, labels, section(epochs=3), tmp_path / "broken")
+    assert len(epochs) == 4  # two epochs, the kill, and the third alone
+    assert same_weights(resumed, whole)
+    assert resumed_log.equals(log)
+    assert not same_weights(whole, new())
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_lora_trains_adapters_and_routing_tokens_only_and_is_merged(tmp_path: Path, tied: bool) -> None:
+    """Sensitive where the segment holds the word `apple`; everything else is noise."""
+    llm = make_llm(tmp_path / "llm", ["take", "go", "apple", *"abcdefgh"], tied=tied)
+    model = RouterModel(pretrained=Pretrained(model=str(llm.folder)), lora=Lora(rank=4, alpha=8))
+    start = new_router(model, llm.tokenizer, 0, CPU)
+    before = {name: value.clone() for name, value in start.model.state_dict().items()}
+    apple = llm.tokenizer.convert_tokens_to_ids("apple")
+    rng = random.Random(0)
+    sequences, labels = [], []
+    for _ in range(60):
+        segments = [[rng.randrange(2, 13) for _ in range(4)] for _ in range(6)]
+        actions = [[rng.randrange(2, 13), 1] for _ in segments]
+        high = [rng.random() < 0.5 for _ in segments]
+        sequences.append(routing_sequence(segments, actions, high, start.settings))
+        labels.append([apple in segment for segment in segments])
+    (tmp_path / "scratch").mkdir()
+    lora = section(model, epochs=5, batch_episodes=4, learning_rate=0.02)
+    router, _ = train(start, sequences[:50], labels[:50], lora, tmp_path / "scratch")
+    assert auroc(flat(routing_margins(router, sequences[50:], 4)), flat(labels[50:]).astype(bool)) > 0.9
+
+    after = router.model.state_dict()
+    assert after.keys() == before.keys()  # merged: no adapters are left
+    routing = router.settings.tokens
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        changed = (after[name] != before[name]).any(-1).nonzero().flatten().tolist()
+        assert changed == routing
+    assert not torch.equal(after["model.layers.0.mlp.up_proj.weight"], before["model.layers.0.mlp.up_proj.weight"])
+    assert torch.equal(after["model.norm.weight"], before["model.norm.weight"])
+
+    save_router(router, tmp_path / "router")
+    loaded = load_router(tmp_path / "router", CPU)
+    with torch.no_grad():
+        logits = [routing_logits(r.model, sequences[50:], r.settings) for r in (router, loaded)]
+    assert torch.equal(*logits)
+
+
+@pytest.fixture(scope="module")
+def recipe() -> Recipe:
+    sizes = {"agent_train": 1, "router_train": 4, "validation": 4, "test": 1}
+    small = {
+        "benchmark": {"splits": sizes, "step_limit": 6},
+        "kl_router": section(epochs=2).model_dump(),
+        "sensitivity": {"quantile": 0.6},
+        "runtime": {"device": "cpu", "batch_episodes": 4},
+    }
+    return Recipe.model_validate(load_recipe("alfworld-tiny").model_dump() | small)
+
+
+@pytest.fixture(scope="module")
+def inputs(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The real stages up to the labels, with an agent that babbles."""
+    folder = tmp_path_factory.mktemp("artefacts")
+    save_causal_lm(random_model(7), TOKENIZER, folder / "agent" / "model", torch.float16)
+    done = {"agent": folder / "agent"}
+    for stage in (benchmark_tasks, quantized_checkpoints, trajectories, sensitivity_dataset):
+        done[stage.__name__] = folder / stage.__name__
+        done[stage.__name__].mkdir()
+        stage(StageContext(recipe, done, done[stage.__name__], folder))
+    return done
+
+
+def run_stage(recipe: Recipe, inputs: dict[str, Path], folder: Path) -> tuple[Path, dict[str, object]]:
+    output, scratch = folder / "output", folder / "scratch"
+    output.mkdir(parents=True)
+    scratch.mkdir()
+    return output, dict(kl_router(StageContext(recipe, inputs, output, scratch)).summary)
+
+
+def test_the_stage_is_deterministic_and_its_numbers_hold(
+    recipe: Recipe, inputs: dict[str, Path], tmp_path: Path
+) -> None:
+    output, summary = run_stage(recipe, inputs, tmp_path / "one")
+    again, _ = run_stage(recipe, inputs, tmp_path / "two")
+    files = sorted(path.relative_to(output) for path in output.rglob("*") if path.is_file())
+    assert {str(file) for file in files} >= {
+        "router/model.safetensors",
+        "router/router.json",
+        "training.parquet",
+        "validation.parquet",
+        "calibration.parquet",
+    }
+    for file in files:
+        assert (output / file).read_bytes() == (again / file).read_bytes(), file
+
+    ladder = Ladder.load(inputs["quantized_checkpoints"], recipe)
+    router = load_router(output / "router", CPU)
+    assert summary["threshold"] == router.settings.threshold
+    assert router.settings.target_ratio == 0.3
+    games = read_games(inputs["benchmark_tasks"], "validation", 4)
+    played = play_games(games, LmRouter(router, 4), ladder, recipe, "", kl.Clock())
+    high = [step.high for trajectory in played for step in trajectory.steps]
+    assert summary["validation_high_ratio"] == pytest.approx(np.mean(high), abs=1e-5)
+    tried = pl.read_parquet(output / "calibration.parquet")
+    gap = (tried["high_ratio"] - 0.3).abs()
+    assert tried["threshold"][gap.arg_min()] == router.settings.threshold
+
+    validation = pl.read_parquet(output / "validation.parquet")
+    probabilities, sensitive = validation["probability"].to_numpy(), validation["sensitive"].to_numpy()
+    assert validation["episode_id"].n_unique() == 4
+    assert probabilities.mean() == pytest.approx(sensitive.mean(), abs=0.06)  # what Platt scaling makes equal
+    assert summary["auroc"] == pytest.approx(auroc(probabilities, sensitive), abs=1e-5)

@@ -1,0 +1,207 @@
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, Qwen3ForCausalLM
+
+from dmr_pipeline.agent.prompts import Prompter
+from dmr_pipeline.agent.rollout import Run, Trajectory, play
+from dmr_pipeline.agent.streams import Streams
+from dmr_pipeline.agent.train import new_model
+from dmr_pipeline.agent.vocabulary import word_tokenizer
+from dmr_pipeline.environments.alfworld.generator import generate_game
+from dmr_pipeline.environments.alfworld.words import alfworld_texts
+from dmr_pipeline.environments.tasks import begin_episode
+from dmr_pipeline.errors import UserError
+from dmr_pipeline.recipe import Architecture, Pretrained, Prompt, RouterModel
+from dmr_pipeline.router.model import (
+    HIGH,
+    LOW,
+    LmRouter,
+    Router,
+    RouterSettings,
+    load_router,
+    new_router,
+    routing_logits,
+    routing_margins,
+    routing_sequence,
+    save_router,
+    sequence_of_trajectory,
+    sequences_of_steps,
+)
+from dmr_pipeline.trajectories import to_frames
+
+CPU = torch.device("cpu")
+ARCHITECTURE = Architecture(layers=2, width=32, heads=2, key_value_heads=1, head_width=16, feed_forward=48)
+TOKENIZER = word_tokenizer(alfworld_texts())
+
+
+def random_model(seed: int) -> Qwen3ForCausalLM:
+    """Weights large enough for outputs that depend on the input."""
+    model = new_model(ARCHITECTURE, len(TOKENIZER), seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4 if parameter.ndim == 2 else 1)
+    return model.eval()
+
+
+def random_router(**settings: float) -> Router:
+    low, high = TOKENIZER.convert_tokens_to_ids([LOW, HIGH])
+    return Router(random_model(2), TOKENIZER, RouterSettings(low_token=low, high_token=high, **settings))
+
+
+def play_with(router: Router, games: int, slots: int, sample: bool = False, seed: int = 0) -> list[Trajectory]:
+    """Two random agents that babble, and the router between them."""
+    runs = [Run(generate_game(number, 50)[0], member) for number in range(games) for member in range(2)]
+    agents = {high: Streams(random_model(high), slots, 4096) for high in (False, True)}
+    policy = LmRouter(router, slots, sample=sample, seed=seed)
+    return play(runs, begin_episode, agents, Prompter.of(TOKENIZER, Prompt()), policy, step_limit=7)
+
+
+def test_routing_sequence_interleaves_the_precision_that_acted() -> None:
+    settings = RouterSettings(low_token=100, high_token=101)
+    sequence = routing_sequence([[1, 2], [3], [4, 5]], [[10], [11, 12], [13]], [True, False, True], settings)
+    assert sequence.tokens == [1, 2, 101, 10, 3, 100, 11, 12, 4, 5, 101]
+    assert sequence.positions == [1, 4, 9]
+    assert sequence.high == [True, False, True]
+
+
+def test_cached_probabilities_equal_a_plain_forward_pass() -> None:
+    router = random_router(scale=0.7, offset=-0.2, threshold=0.45)
+    played = play_with(router, games=3, slots=4)  # fewer slots than episodes: slots are used again
+    taken = set()
+    for trajectory in played:
+        sequence = sequence_of_trajectory(trajectory, router.settings)
+        with torch.no_grad():
+            logits = router.model(torch.tensor([sequence.tokens])).logits[0, sequence.positions]
+        low, high = logits[:, router.settings.low_token], logits[:, router.settings.high_token]
+        expected = 1 / (1 + torch.exp(-(0.7 * (high - low) - 0.2)))
+        assert [s.probability for s in trajectory.steps] == pytest.approx(expected.tolist(), abs=1e-4)
+        assert [s.high for s in trajectory.steps] == [s.probability >= 0.45 for s in trajectory.steps]
+        taken |= {s.high for s in trajectory.steps}
+    assert taken == {False, True}
+
+
+def test_batched_margins_equal_the_acting_routers() -> None:
+    router = random_router()
+    played = play_with(router, games=3, slots=6)
+    _, steps = to_frames(played, "router")
+    sequences = sequences_of_steps(steps, router.settings)
+    assert sequences == [sequence_of_trajectory(trajectory, router.settings) for trajectory in played]
+    for trajectory, values in zip(played, routing_margins(router, sequences, batch=4), strict=True):
+        assert torch.tensor(values).sigmoid().tolist() == pytest.approx(
+            [s.probability for s in trajectory.steps], abs=1e-4
+        )
+
+
+def test_sampled_decisions_follow_the_probability_and_their_seed() -> None:
+    router = random_router()
+    first, again, other = (play_with(router, 15, slots, True, seed) for slots, seed in ((5, 3), (30, 3), (30, 4)))
+    taken, repeated, changed = ([[s.high for s in t.steps] for t in played] for played in (first, again, other))
+    assert taken == repeated  # whatever the number of slots
+    assert taken != changed
+    assert taken[0::2] != taken[1::2]  # the members of a group differ
+    steps = [s for t in first for s in t.steps]
+    excess = sum(s.high - s.probability for s in steps)
+    deviation = sum(s.probability * (1 - s.probability) for s in steps) ** 0.5
+    assert abs(excess) < 4 * deviation
+
+
+def test_save_and_load_are_equal_and_deterministic(tmp_path: Path) -> None:
+    router = random_router(scale=1.5, offset=0.3, threshold=0.2)
+    for name in ("one", "two"):
+        save_router(router, tmp_path / name)
+    files = sorted(path.name for path in (tmp_path / "one").iterdir())
+    assert "router.json" in files
+    assert "model.safetensors" in files
+    for file in files:
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
+    loaded = load_router(tmp_path / "one", CPU)
+    assert loaded.settings == router.settings
+    assert loaded.tokenizer.get_vocab() == TOKENIZER.get_vocab()
+    for name, weight in router.model.state_dict().items():
+        assert torch.equal(weight, loaded.model.state_dict()[name])
+    assert loaded.weight_bytes == 4 * loaded.parameters
+    assert loaded.parameters == sum({id(p): p.numel() for p in router.model.parameters()}.values())
+
+
+@pytest.mark.parametrize("damage", [{"surprise": 1}, {"threshold": 2.0}, {"kind": "probe"}])
+def test_malformed_settings_are_refused(tmp_path: Path, damage: dict[str, object]) -> None:
+    save_router(random_router(), tmp_path)
+    path = tmp_path / "router.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | damage))
+    with pytest.raises(UserError, match=f"router.json: {next(iter(damage))}"):
+        load_router(tmp_path, CPU)
+
+
+def test_a_folder_without_settings_is_no_router(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no router: it has no router\.json"):
+        load_router(tmp_path, CPU)
+
+
+@dataclass(frozen=True)
+class Llm:
+    """A pretrained LLM's stand-in, without routing tokens."""
+
+    folder: Path
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerFast
+
+
+def make_llm(folder: Path, words: list[str], rows: int | None = None, tied: bool = False) -> Llm:
+    vocabulary = {word: i for i, word in enumerate(["<unk>", "<end>", *words])}
+    raw = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>")
+    torch.manual_seed(5)
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = LlamaConfig(
+        vocab_size=rows or len(vocabulary),
+        **shape,
+        initializer_range=0.2,
+        tie_word_embeddings=tied,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    model = LlamaForCausalLM(config).eval()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return Llm(folder, model, tokenizer)
+
+
+def pretrained(llm: Llm) -> RouterModel:
+    return RouterModel(pretrained=Pretrained(model=str(llm.folder)))
+
+
+@pytest.mark.parametrize("rows", [None, 40])
+def test_routing_tokens_are_added_to_a_pretrained_llm(tmp_path: Path, rows: int | None) -> None:
+    llm = make_llm(tmp_path, ["take", "go", "apple"], rows)
+    routers = [new_router(pretrained(llm), llm.tokenizer, 0, CPU) for _ in range(2)]
+    tokens = routers[0].settings.tokens
+    assert tokens == [5, 6]
+    assert routers[0].tokenizer.convert_tokens_to_ids([LOW, HIGH]) == tokens
+    assert LOW not in llm.tokenizer.get_vocab()  # the agent's own is left alone
+    embeddings = routers[0].model.get_input_embeddings().weight
+    assert len(embeddings) == (rows or 7)  # spare rows are used, and never cut off
+    assert torch.equal(embeddings[:5], llm.model.get_input_embeddings().weight[:5])
+    assert torch.equal(embeddings, routers[1].model.get_input_embeddings().weight)
+    sequence = routing_sequence([[2, 3]], [[4]], [False], routers[0].settings)
+    assert routing_logits(routers[0].model, [sequence], routers[0].settings).shape == (1, 2)
+
+
+def test_another_vocabulary_is_refused(tmp_path: Path) -> None:
+    llm = make_llm(tmp_path / "router", ["take", "go", "apple"])
+    agent = make_llm(tmp_path / "agent", ["go", "take", "apple"])
+    with pytest.raises(UserError, match="different vocabularies"):
+        new_router(pretrained(llm), agent.tokenizer, 0, CPU)
+
+
+def test_a_new_router_depends_on_its_seed_alone() -> None:
+    one, again, other = (new_router(RouterModel(architecture=ARCHITECTURE), TOKENIZER, seed, CPU) for seed in (0, 0, 1))
+    weights = [router.model.get_input_embeddings().weight for router in (one, again, other)]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+    assert len(weights[0]) == len(TOKENIZER)  # its tokenizer had routing tokens

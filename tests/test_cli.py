@@ -1,0 +1,264 @@
+import errno
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import types
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import dagster as dg
+import pytest
+from rich.table import Table
+from typer.testing import CliRunner, Result
+
+from dmr_pipeline import pipeline
+from dmr_pipeline.artifacts import verify
+from dmr_pipeline.cli import app, stage_states
+from dmr_pipeline.errors import UserError
+from dmr_pipeline.recipe import Recipe, load_recipe
+from dmr_pipeline.stage import StageContext, StageResult
+from tests.fake_project import RECIPE, REPOSITORY, dvc
+
+HEAVY = ("torch", "transformers", "trl", "great_expectations", "matplotlib")
+
+
+def dmr(*arguments: str) -> Result:
+    return CliRunner().invoke(app, list(arguments))
+
+
+@pytest.fixture(autouse=True)
+def fake_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    def render_html(folder: Path, sidecar: Path | None, html: Path) -> None:
+        html.write_text(f"{folder.name} {sidecar is not None}")
+
+    report = types.ModuleType("dmr_pipeline.evaluation.report")
+    report.render_html = render_html
+    report.console_table = lambda metrics: Table(f"policies of {metrics['recipe']}")
+    monkeypatch.setitem(sys.modules, report.__name__, report)
+
+
+def test_run_makes_everything_once_and_the_second_run_does_nothing(project: Recipe):
+    first = dmr("run", RECIPE)
+    assert first.exit_code == 0, first.output
+    for stage in pipeline.STAGES:
+        assert f"{stage.name}: done" in first.output
+    assert "report.html" in first.output
+    assert "up to date" in dvc("status")
+
+    started = time.perf_counter()
+    second = dmr("run", RECIPE)
+    assert second.exit_code == 0
+    assert "nothing to do" in second.output
+    assert time.perf_counter() - started < 20
+
+
+@pytest.mark.parametrize("damage", ["stage deleted", "recipe changed", "dvc.lock lost"])
+def test_run_does_only_what_is_not_up_to_date(finished_project: Recipe, damage: str):
+    if damage == "stage deleted":
+        shutil.rmtree("data/fake/evaluation_report")
+    if damage == "recipe changed":
+        recipe = Path("recipes/fake.yaml")
+        recipe.write_text(recipe.read_text().replace("evaluation: {}", "evaluation: {seed: 5}"))
+    if damage == "dvc.lock lost":
+        Path("dvc.lock").unlink()
+    again = dmr("run", RECIPE)
+    assert again.exit_code == 0, again.output
+    done = {stage.name for stage in pipeline.STAGES if f"{stage.name}: done" in again.output}
+    assert done == (set() if damage == "dvc.lock lost" else {"evaluation_report"})
+    assert "nothing to do" not in again.output
+    assert "up to date" in dvc("status")
+
+
+def test_a_clone_starts_from_the_committed_agent_and_ends_with_the_same_hashes(
+    finished_project: Recipe, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+):
+    agent = Path("data/fake/agent")
+    before = verify(agent)
+    identity = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+    for command in (["add", "."], [*identity, "commit", "-q", "-m", "all"]):
+        subprocess.run(["git", *command], check=True)
+    clone = tmp_path_factory.mktemp("clone")
+    subprocess.run(["git", "clone", "-q", ".", str(clone)], check=True)
+    monkeypatch.chdir(clone)
+    monkeypatch.setenv("DAGSTER_HOME", str(clone / "dagster_home"))
+    assert [path.name for path in Path("data/fake").iterdir()] == ["agent"], "nothing else is in Git"
+
+    result = dmr("run", RECIPE)
+    assert result.exit_code == 0, result.output
+    assert "agent: up to date" in result.output
+    assert verify(agent) == before
+    assert "up to date" in dvc("status")
+    changes = subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+    assert [line for line in changes.splitlines() if "dagster_home" not in line] == []
+
+
+def test_report_as_json_is_json_alone(finished_project: Recipe):
+    result = dmr("report", RECIPE, "--json")
+    report = json.loads(result.stdout)
+    assert report.keys() == {"recipe", "high", "low", "headline", "policies", "html"}
+    assert Path(report["html"]).read_text() == "evaluation_report True"
+    assert "policies of fake" in dmr("report", RECIPE).stdout
+
+
+def test_status_tells_present_stale_damaged_and_missing(finished_project: Recipe):
+    Path("data/fake/kl_router/content.json").write_text("{}")
+    shutil.rmtree("data/fake/agent")
+    recipe = Path("recipes/fake.yaml")
+    recipe.write_text(recipe.read_text().replace("sensitivity: {quantile: 0.5}", "sensitivity: {quantile: 0.4}"))
+    states = {name: state for name, state, _, _ in stage_states(load_recipe(RECIPE))}
+    assert states == {
+        "benchmark_tasks": "present",
+        "agent": "missing",
+        "quantized_checkpoints": "stale",
+        "trajectories": "stale",
+        "sensitivity_dataset": "stale",
+        "kl_router": "damaged",
+        "grpo_router": "stale",
+        "evaluation_report": "stale",
+    }
+    shown = dmr("status", "--recipe", RECIPE)
+    assert shown.exit_code == 0
+    assert all(word in shown.output for word in ("present", "stale", "damaged", "missing"))
+
+
+def test_render_check_exits_1_until_rendered(project: Recipe):
+    assert dmr("render", "--check").exit_code == 0
+    Path("recipes/other.yaml").write_text(Path("recipes/fake.yaml").read_text())
+    before = Path("dvc.yaml").read_text()
+    assert dmr("render", "--check").exit_code == 1
+    assert Path("dvc.yaml").read_text() == before
+    assert dmr("render").exit_code == 0
+    assert dmr("render", "--check").exit_code == 0
+    assert "agent@other" in dvc("stage", "list", "--name-only")
+
+
+def raise_user_error(context: StageContext) -> StageResult:
+    (context.output / "half").write_text("half")
+    raise UserError("no such game folder: games/: set ALFWORLD_DATA")
+
+
+def write_pickle(context: StageContext) -> StageResult:
+    (context.output / "model.pkl").write_bytes(b"")
+    return StageResult({})
+
+
+def fill_disk(context: StageContext) -> StageResult:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("run", "nope"), "unknown recipe 'nope'.*known recipes: fake"),
+        (("report", "nope"), "unknown recipe 'nope'"),
+        (("status", "--recipe", "nope"), "unknown recipe 'nope'"),
+        (("materialize", "agent"), "unknown recipe 'alfworld-tiny'"),
+        (("materialize", "nope", "--recipe", RECIPE), "unknown stage 'nope'.*benchmark_tasks"),
+        (("materialize", "agent", "--recipe", RECIPE), "benchmark_tasks is missing.*dmr materialize benchmark_tasks"),
+        (("materialize", "agent", "--recipe", RECIPE, "--code-version", "0"), "code version 1, not 0.*dmr render"),
+        (("report", RECIPE, "--json"), "evaluation_report is missing.*dmr materialize evaluation_report"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(project: Recipe, arguments: tuple[str, ...], said: str):
+    assert_one_line(dmr(*arguments), said)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("benchmark: [", "not valid YAML"),
+        ("- a list", "a recipe is a mapping"),
+        ("benchmark: {}", "recipes/fake.yaml: benchmark.splits: Field required"),
+        ("colour: red", "colour: Extra inputs are not permitted"),
+    ],
+)
+def test_malformed_recipe_is_one_line_and_exit_code_2(project: Recipe, text: str, said: str):
+    Path("recipes/fake.yaml").write_text(text)
+    assert_one_line(dmr("run", RECIPE), said)
+
+
+@pytest.mark.parametrize(
+    ("run", "said"),
+    [
+        (raise_user_error, "no such game folder: games/: set ALFWORLD_DATA"),
+        (write_pickle, "no pickles, found model.pkl"),
+        (fill_disk, "no space left on the disk"),
+    ],
+)
+def test_trouble_inside_a_run_is_one_line_and_leaves_nothing_half_written(
+    project: Recipe, monkeypatch: pytest.MonkeyPatch, run: Callable[[StageContext], StageResult], said: str
+):
+    monkeypatch.setattr(pipeline, "STAGES", (replace(pipeline.STAGES[0], run=run), *pipeline.STAGES[1:]))
+    for command in (("run", RECIPE), ("materialize", "benchmark_tasks", "--recipe", RECIPE)):
+        assert_one_line(dmr(*command), said)
+        assert [path.name for path in Path("data/fake").iterdir() if path.is_dir()] == []
+
+
+def assert_one_line(result: Result, said: str) -> None:
+    assert result.exit_code == 2, result.output
+    assert re.search(said, result.stderr), result.stderr
+    assert result.stderr.startswith("error: ")
+    assert len(result.stderr.splitlines()) == 1
+    assert "Traceback" not in result.output
+
+
+def test_outside_of_a_project_the_line_says_where_to_go(project: Recipe, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("DAGSTER_HOME", str(Path("nowhere").resolve()))
+    assert_one_line(dmr("run", RECIPE), "DAGSTER_HOME is .*nowhere, which is no folder")
+
+
+@pytest.mark.parametrize("code", ["dmr --help", "import dmr_pipeline.definitions as d; d.defs()"])
+def test_help_and_code_location_import_nothing_heavy(project: Recipe, code: str):
+    if code == "dmr --help":
+        code = (
+            "from typer.testing import CliRunner; from dmr_pipeline.cli import app; CliRunner().invoke(app, ['--help'])"
+        )
+    code += f"\nimport sys; print(sorted({set(HEAVY)} & sys.modules.keys()))"
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.strip() == "[]"
+
+
+KILLED = """
+import os, signal, sys
+from dataclasses import replace
+from dmr_pipeline import pipeline
+from dmr_pipeline.cli import app
+from tests.fake_project import fake_run, fake_stages
+
+def run(context):
+    half = context.scratch / "half"
+    if not half.exists():
+        half.write_text("")
+        os.kill(os.getpid(), signal.SIGKILL)
+    print("resumed")
+    return fake_run(context)
+
+pipeline.STAGES = tuple(replace(stage, run=run) if stage.name == "agent" else stage for stage in fake_stages())
+app(["materialize", "agent", "--recipe", "fake"])
+"""
+
+
+def test_a_killed_run_is_resumed_and_its_pool_slot_is_freed(project: Recipe):
+    """The killed process held the only slot of the pool `gpu`: were it not freed, the second run would wait forever."""
+    assert dmr("materialize", "benchmark_tasks", "--recipe", RECIPE).exit_code == 0
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, "-c", KILLED]
+    killed = subprocess.run(command, check=False, env=environment, capture_output=True)
+    assert killed.returncode == -signal.SIGKILL
+    assert not Path("data/fake/agent").exists()
+    resumed = subprocess.run(command, check=True, env=environment, capture_output=True, text=True, timeout=60)
+    assert "resumed" in resumed.stdout
+    unbroken = verify(Path("data/fake/agent")).hash
+    assert dmr("materialize", "agent", "--recipe", RECIPE, "--force").exit_code == 0
+    assert verify(Path("data/fake/agent")).hash == unbroken
+    with dg.DagsterInstance.get() as instance:
+        statuses = [run.status for run in instance.get_runs()]
+    assert statuses.count(dg.DagsterRunStatus.FAILURE) == 1
+    assert statuses.count(dg.DagsterRunStatus.SUCCESS) == 3

@@ -1,0 +1,38 @@
+import subprocess
+import sys
+
+import pytest
+
+from dmr_pipeline import pipeline
+from dmr_pipeline.errors import UserError
+from dmr_pipeline.pipeline import find_stage
+from dmr_pipeline.recipe import Recipe, Section
+
+
+def test_each_stage_comes_after_its_inputs_and_reads_sections_that_exist():
+    seen: set[str] = set()
+    sections = {name for name, field in Recipe.model_fields.items() if issubclass(field.annotation, Section)}
+    for stage in pipeline.STAGES:
+        assert set(stage.inputs) <= seen
+        assert set(stage.sections) <= sections - {"runtime"}, "how a stage runs must not make it stale"
+        seen.add(stage.name)
+    assert len(seen) == len(pipeline.STAGES)
+
+
+def test_every_section_but_runtime_is_read_by_a_stage():
+    read = {section for stage in pipeline.STAGES for section in stage.sections}
+    assert read == set(Recipe.model_fields) - {"name", "runtime"}
+
+
+def test_unknown_stage_lists_the_known_ones():
+    with pytest.raises(UserError, match=r"unknown stage 'nope' .*benchmark_tasks, agent"):
+        find_stage("nope", pipeline.STAGES)
+
+
+def test_reading_the_table_imports_nothing_heavy():
+    code = (
+        "import sys, dmr_pipeline.pipeline; print(sorted({'torch', 'polars', 'dagster', 'dvc'} & sys.modules.keys()))"
+    )
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )

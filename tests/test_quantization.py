@@ -1,0 +1,225 @@
+import json
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pytest
+import torch
+from optimum.quanto import QLinear, qint2, qint4
+from optimum.quanto.library.extensions import extension
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config, Qwen3Config
+
+from dmr_pipeline.errors import UserError
+from dmr_pipeline.quantization import dequantized, load_rung, quantize_rung, rung_size, save_rung
+from dmr_pipeline.recipe import Rung
+
+CPU = torch.device("cpu")
+VOCABULARY, WIDTH, FEED_FORWARD, LAYERS = 40, 160, 192, 2
+TOKENS = torch.arange(60).reshape(4, 15) * 7 % VOCABULARY
+Weights = Literal["float", "int8", "int4", "int2"]
+LADDER: list[Weights] = ["float", "int8", "int4", "int2"]
+
+
+def causal_lm(tied: bool = True, config_class: type = Qwen3Config) -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = config_class(
+        vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=FEED_FORWARD, num_hidden_layers=LAYERS,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=40, tie_word_embeddings=tied, initializer_range=0.1,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter)
+    return model
+
+
+def rung(weights: Weights, **settings: object) -> Rung:
+    return Rung.model_validate({"name": "rung", "weights": weights, **settings})
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel, tokens: Tensor = TOKENS) -> Tensor:
+    return model(tokens).logits
+
+
+def assert_same(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+@pytest.fixture(autouse=True)
+def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever quanto would compile or load, in any test here, is an error."""
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise AssertionError("quanto's C++ extension was asked for")
+
+    monkeypatch.setattr(extension, "load", refuse)
+    monkeypatch.setattr(extension.get_extension("quanto_cpp"), "_lib", None)
+
+
+@pytest.mark.parametrize("keep_float", [["lm_head"], []], ids=["head-float", "head-quantized"])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("weights", LADDER)
+def test_a_reloaded_rung_is_bit_identical(tmp_path: Path, weights: Weights, tied: bool, keep_float: list[str]) -> None:
+    model = causal_lm(tied)
+    before = logits(model)
+    quantized = quantize_rung(model, rung(weights, keep_float=keep_float))
+    assert_same(logits(model), before)
+    assert torch.equal(logits(quantized), before) == (weights == "float")
+
+    save_rung(quantized, tmp_path / "one")
+    random_state = torch.get_rng_state()
+    loaded = load_rung(tmp_path / "one", CPU)
+    assert torch.equal(torch.get_rng_state(), random_state), "loading must leave the caller's random numbers alone"
+    state, expected = loaded.state_dict(), quantized.state_dict()
+    assert state.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert_same(state[name], tensor)
+    for buffer, other in zip(loaded.buffers(), quantized.buffers(), strict=True):
+        assert_same(buffer, other)  # the rotary frequencies, which are in no file
+    assert_same(logits(loaded), logits(quantized))
+    assert rung_size(loaded) == rung_size(quantized)
+
+    save_rung(loaded, tmp_path / "two")
+    files = sorted(path.name for path in (tmp_path / "one").iterdir())
+    assert files == ["config.json", "model.safetensors", "quantization_map.json"]
+    for name in files:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4", "int2"])
+@pytest.mark.parametrize("config_class", [Qwen3Config, Qwen2Config], ids=["qwen3", "qwen2-with-biases"])
+def test_the_dequantized_copy_computes_the_same(weights: Weights, config_class: type) -> None:
+    quantized = quantize_rung(causal_lm(config_class=config_class), rung(weights))
+    plain = dequantized(quantized)
+    assert not any(isinstance(module, QLinear) for module in plain.modules())
+    assert any(isinstance(module, QLinear) for module in quantized.modules())
+    for tokens in (TOKENS, TOKENS[:1, :1]):
+        assert_same(logits(plain, tokens), logits(quantized, tokens))
+
+
+def test_divergence_from_float_grows_as_bits_fall() -> None:
+    model = causal_lm()
+    expected = logits(model).log_softmax(-1)
+    divergences = [
+        torch.nn.functional.kl_div(
+            logits(quantize_rung(model, rung(weights))).log_softmax(-1),
+            expected,
+            log_target=True,
+            reduction="batchmean",
+        )
+        for weights in LADDER
+    ]
+    assert divergences[0] == 0
+    assert divergences[0] < divergences[1] < divergences[2] < divergences[3]
+
+
+def test_int2_weights_are_the_nearest_of_four_levels_of_each_group() -> None:
+    """quanto's packing, our unpacking and the group size, against plain arithmetic."""
+    model = causal_lm()
+    weight = model.model.layers[0].mlp.down_proj.weight.detach().numpy()  # [160, 192]: groups of 96
+    groups = weight.reshape(-1, 96)
+    low, high = np.minimum(groups.min(1, keepdims=True), 0), np.maximum(groups.max(1, keepdims=True), 0)
+    step = (high - low) / 3
+    expected = (np.clip(np.round((groups - low) / step), 0, 3) * step + low).reshape(weight.shape)
+    plain = dequantized(quantize_rung(model, rung("int2")))
+    np.testing.assert_allclose(plain.model.layers[0].mlp.down_proj.weight.numpy(), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("width", "group"), [(64, None), (128, None), (160, 32), (192, 96), (256, 128), (320, 64), (200, None)]
+)
+def test_group_size_of_a_width(width: int, group: int | None) -> None:
+    for qtype in (qint2, qint4):
+        assert QLinear(width, 8, weights=qtype).weight_group_size == group
+
+
+def test_sizes_are_those_of_the_packed_weights(tmp_path: Path) -> None:
+    """Closed form: packed integers, and a float32 scale (and shift, below 8 bits) for each group."""
+    model = causal_lm()
+    # (outputs, inputs, groups in a row) of q, k, v, o, gate, up, down: 160 inputs in groups of 32, 192 in groups of 96
+    linears = [(160, 160, 5), (80, 160, 5), (80, 160, 5), (160, 160, 5), (192, 160, 5), (192, 160, 5), (160, 192, 2)]
+    quantized = LAYERS * sum(rows * columns for rows, columns, _ in linears)
+    norms = LAYERS * (2 * WIDTH + 2 * 40) + WIDTH
+    kept = VOCABULARY * WIDTH + norms  # the head is tied: once
+    rows = LAYERS * sum(rows for rows, _, _ in linears)
+    groups = LAYERS * sum(rows * groups for rows, _, groups in linears)
+    expected = {
+        "float": 4 * (quantized + kept),
+        "int8": quantized + 4 * rows + 4 * kept,
+        "int4": quantized // 2 + 8 * groups + 4 * kept,
+        "int2": quantized // 4 + 8 * groups + 4 * kept,
+    }
+    for weights in LADDER:
+        model_at_rung = quantize_rung(model, rung(weights))
+        size = rung_size(model_at_rung)
+        assert size.bytes == expected[weights]
+        assert size.bits_per_weight == pytest.approx(8 * expected[weights] / (quantized + kept))
+        save_rung(model_at_rung, tmp_path / weights)
+        stored = load_file(tmp_path / weights / "model.safetensors")
+        assert sum(t.nbytes for name, t in stored.items() if not name.endswith("put_scale")) == size.bytes
+
+
+def test_the_head_stays_float_by_default_and_patterns_must_fit() -> None:
+    model = quantize_rung(causal_lm(), rung("int4"))
+    assert not isinstance(model.lm_head, QLinear)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    model = quantize_rung(causal_lm(), rung("int4", keep_float=["*.down_proj"]))
+    assert isinstance(model.lm_head, QLinear)
+    assert not isinstance(model.model.layers[1].mlp.down_proj, QLinear)
+    with pytest.raises(UserError, match=r"'lm_haed' fits no module"):
+        quantize_rung(causal_lm(), rung("int4", keep_float=["lm_haed"]))
+
+
+def test_quantized_activations(tmp_path: Path) -> None:
+    model = causal_lm()
+    calls: list[PreTrainedModel] = []
+
+    def calibration(quantized: PreTrainedModel) -> None:
+        calls.append(quantized)
+        logits(quantized)
+
+    quantized = quantize_rung(model, rung("int2", activations="int8"), calibration)
+    assert calls == [quantized]
+    assert not torch.equal(logits(quantized), logits(quantize_rung(model, rung("int2"))))
+    # inputs only, with the scale that calibration has seen: the first layer's is its normalised embedding
+    with torch.no_grad():
+        first = model.model.layers[0].input_layernorm(model.model.embed_tokens(TOKENS))
+    projection = quantized.model.layers[0].self_attn.q_proj
+    torch.testing.assert_close(projection.input_scale, first.abs().max() / 127)
+    rounded = (first / projection.input_scale).round() * projection.input_scale
+    with torch.no_grad():
+        torch.testing.assert_close(projection(first), rounded @ projection.weight.dequantize().T, rtol=1e-4, atol=1e-4)
+
+    save_rung(quantized, tmp_path)
+    loaded = load_rung(tmp_path, CPU)
+    assert_same(logits(loaded), logits(quantized))
+    assert dequantized(loaded) is loaded
+    layers = json.loads((tmp_path / "quantization_map.json").read_text())
+    assert len(layers) == 7 * LAYERS
+    assert rung_size(loaded).bytes == rung_size(quantize_rung(model, rung("int2"))).bytes + 2 * 4 * len(layers)
+    for impossible in (rung("float", activations="int8"), rung("int8", activations="int8")):
+        with pytest.raises(UserError, match="calibration"):
+            quantize_rung(model, impossible)
+
+
+def test_unusable_folders_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no rung"):
+        load_rung(tmp_path / "nowhere", CPU)
+    save_rung(quantize_rung(causal_lm(), rung("int4")), tmp_path)
+    weights = tmp_path / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-10])
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load_rung(tmp_path, CPU)
+    weights.write_bytes(whole)
+    layers = json.loads((tmp_path / "quantization_map.json").read_text())
+    (tmp_path / "quantization_map.json").write_text(json.dumps(dict(list(layers.items())[1:])))
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load_rung(tmp_path, CPU)
+    weights.unlink()
+    torch.save(causal_lm().state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match="is a pickle"):
+        load_rung(tmp_path, CPU)

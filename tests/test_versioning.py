@@ -1,0 +1,125 @@
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import dagster as dg
+import pytest
+import yaml
+from dvc.repo import Repo
+
+from dmr_pipeline import pipeline, versioning
+from dmr_pipeline.artifacts import artifact_folder, materialize_stage, verify
+from dmr_pipeline.definitions import defs
+from dmr_pipeline.errors import UserError
+from dmr_pipeline.recipe import RECIPE_FOLDER, Recipe, recipe_names
+from tests.fake_project import RECIPE, REPOSITORY, dvc
+
+TABLE = {stage.name: set(stage.inputs) for stage in pipeline.STAGES}
+
+
+def test_committed_dvc_yaml_is_what_the_table_renders():
+    recipes = recipe_names(REPOSITORY / RECIPE_FOLDER)
+    assert versioning.is_rendered(pipeline.STAGES, recipes, REPOSITORY / "dvc.yaml"), "run `dmr render`"
+
+
+def test_dvc_reads_the_tables_edges(project: Recipe):
+    stages = {stage.addressing: stage for stage in Repo().index.stages}
+    assert set(stages) == {f"{name}@{RECIPE}" for name in TABLE}
+    for row in pipeline.STAGES:
+        stage = stages[f"{row.name}@{RECIPE}"]
+        assert {Path(dep.def_path) for dep in stage.deps if dep not in stage.params} == {
+            artifact_folder(name, RECIPE) for name in row.inputs
+        }
+        assert [Path(out.def_path) for out in stage.outs] == [artifact_folder(row.name, RECIPE)]
+        assert [out.use_cache for out in stage.outs] == [not row.committed]
+        assert [list(params.params) for params in stage.params] == [list(row.sections)]
+
+
+def test_dagster_has_the_tables_edges(project: Recipe):
+    graph = defs().resolve_asset_graph()
+    edges = {
+        key.to_user_string(): {parent.to_user_string() for parent in graph.get(key).parent_keys}
+        for key in graph.get_all_asset_keys()
+    }
+    assert edges == TABLE
+
+
+def test_a_code_version_makes_both_systems_stale(project: Recipe):
+    changed = [replace(pipeline.STAGES[0], code_version="2"), *pipeline.STAGES[1:]]
+    before = yaml.safe_load(versioning.render(pipeline.STAGES, [RECIPE]))["stages"]
+    after = yaml.safe_load(versioning.render(changed, [RECIPE]))["stages"]
+    differing = {name for name in before if before[name]["cmd"] != after[name]["cmd"]}
+    assert differing == {"benchmark_tasks"}
+    with pytest.raises(UserError, match="run `dmr render`"):
+        versioning.check_rendered(changed, [RECIPE])
+
+
+def test_commit_records_what_dvc_then_calls_up_to_date(project: Recipe):
+    stage = pipeline.STAGES[0]
+    artifact = materialize_stage(stage, project).artifact
+    assert not versioning.is_committed(stage, RECIPE, artifact)
+    assert versioning.commit(stage, RECIPE, artifact=artifact, rebuilt=True)
+    assert versioning.is_committed(stage, RECIPE, artifact)
+    assert not versioning.commit(stage, RECIPE, artifact=artifact, rebuilt=False)
+    out = yaml.safe_load(Path("dvc.lock").read_text())["stages"][f"benchmark_tasks@{RECIPE}"]["outs"][0]
+    assert out["md5"] == artifact.hash
+    assert "up to date" in dvc("status", f"benchmark_tasks@{RECIPE}")
+
+
+@pytest.mark.parametrize("change", ["output", "command", "params", "dependency"])
+def test_whatever_dvc_lock_does_not_record_is_not_committed(project: Recipe, change: str):
+    first, second = pipeline.STAGES[:2]
+    for stage in (first, second):
+        versioning.commit(stage, RECIPE, artifact=materialize_stage(stage, project).artifact, rebuilt=True)
+    artifact = verify(artifact_folder(second.name, RECIPE))
+    assert versioning.is_committed(second, RECIPE, artifact)
+    if change == "output":
+        artifact = replace(artifact, hash="0.dir")
+    if change == "command":
+        second = replace(second, code_version="2")
+    if change == "params":
+        recipe = RECIPE_FOLDER / f"{RECIPE}.yaml"
+        recipe.write_text(recipe.read_text().replace("models/tiny", "models/other"))
+    if change == "dependency":
+        manifest = artifact.manifest.model_copy(update={"inputs": {first.name: "0.dir"}})
+        artifact = replace(artifact, manifest=manifest)
+    assert not versioning.is_committed(second, RECIPE, artifact)
+
+
+def test_nothing_is_committed_inside_dvc_repro(project: Recipe, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("DVC_STAGE", "benchmark_tasks@fake")
+    artifact = materialize_stage(pipeline.STAGES[0], project).artifact
+    assert not versioning.commit(pipeline.STAGES[0], RECIPE, artifact=artifact, rebuilt=True)
+    assert not Path("dvc.lock").exists()
+
+
+def test_dvcs_refusal_is_one_line(project: Recipe):
+    artifact = materialize_stage(pipeline.STAGES[0], project).artifact
+    Path("dvc.yaml").write_text("stages: {}\n")
+    with pytest.raises(UserError, match=r"dvc could not commit benchmark_tasks@fake: .*") as raised:
+        versioning.commit(pipeline.STAGES[0], RECIPE, artifact=artifact, rebuilt=True)
+    assert "\n" not in str(raised.value)
+
+
+def test_dvc_repro_leaves_dagsters_record_and_its_own(project: Recipe, tmp_path: Path):
+    command = tmp_path / "bin" / "dmr"  # the real command line on the fake stages
+    command.parent.mkdir()
+    command.write_text(
+        f"#!{sys.executable}\nimport sys\nsys.path.insert(0, {str(REPOSITORY)!r})\n"
+        "from dmr_pipeline import pipeline\nfrom dmr_pipeline.cli import app\n"
+        "from tests.fake_project import fake_stages\n"
+        "pipeline.STAGES = fake_stages()\napp()\n"
+    )
+    command.chmod(0o755)
+
+    dvc("repro", f"agent@{RECIPE}", scripts=command.parent)
+    assert "up to date" in dvc("status", f"agent@{RECIPE}")
+    with dg.DagsterInstance.get() as instance:
+        event = instance.get_latest_materialization_event(dg.AssetKey("agent"))
+    assert event is not None
+    materialization = event.asset_materialization
+    assert materialization is not None
+    assert materialization.partition == RECIPE
+    artifact = verify(artifact_folder("agent", RECIPE))
+    assert materialization.tags["dagster/data_version"] == artifact.hash
+    assert versioning.is_committed(pipeline.STAGES[1], RECIPE, artifact)
