@@ -9,9 +9,9 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, PlainSerializer, ValidationError
 
 from dmr_pipeline.errors import UserError
 
@@ -23,6 +23,11 @@ TaskType = Literal[
     "pick_cool_then_place_in_recep",
     "pick_two_obj_and_place",
 ]
+
+
+_T = TypeVar("_T")
+_Set = Annotated[frozenset[_T], PlainSerializer(sorted)]
+"""Written in sorted order: the order of a set differs from process to process, and equal games have equal bytes."""
 
 
 class _Fact(BaseModel):
@@ -44,9 +49,7 @@ class Thing(_Fact):
     kind: str
     inside: tuple[int, ...]
     """Indices of the receptacles that it stands in at the start: one, but a few official games name two."""
-    abilities: frozenset[
-        Literal["pickupable", "cleanable", "heatable", "coolable", "sliceable", "toggleable", "receptacle"]
-    ]
+    abilities: _Set[Literal["pickupable", "cleanable", "heatable", "coolable", "sliceable", "toggleable", "receptacle"]]
 
 
 class Goal(_Fact):
@@ -59,7 +62,7 @@ class Goal(_Fact):
     kind: str
     receptacle_kind: str | None = None
     count: int = 1
-    states: frozenset[Literal["clean", "hot", "cool", "sliced"]] = frozenset()
+    states: _Set[Literal["clean", "hot", "cool", "sliced"]] = frozenset()
     lamp: str | None = None
 
 
@@ -71,7 +74,7 @@ class Game(_Fact):
     instruction: str
     receptacles: tuple[Receptacle, ...]
     things: tuple[Thing, ...]
-    may_contain: frozenset[tuple[str, str]]
+    may_contain: _Set[tuple[str, str]]
     """Pairs (receptacle kind, thing kind) that `move` admits."""
     goal: Goal
     put_wording: Literal["move", "put"] = "move"
