@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ParamSpec
 
 import typer
-from rich import get_console
+from rich import box, get_console
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
@@ -85,13 +85,16 @@ def materialize(
 @user_errors_exit_2
 def status(recipe: RecipeOption = DEFAULT_RECIPE) -> None:
     """Show which stages of a recipe are present, stale or missing."""
-    table = Table("stage", "state", "why", "hash", "size", "made", title=recipe)
+    table = Table(title=recipe, box=box.SIMPLE)
+    for column in ("stage", "hash", "size", "made"):
+        table.add_column(column, no_wrap=True, justify="right" if column == "size" else "left")
+    table.add_column("state", overflow="fold")
     for name, state, why, artifact in stage_states(load_recipe(recipe)):
         colour = {"present": "green", "stale": "yellow"}.get(state, "red")
         described = ("", "", "")
         if artifact is not None:
-            described = (artifact.hash[:12], f"{artifact.size / 1e6:.2f} MB", _when(artifact))
-        table.add_row(name, f"[{colour}]{state}[/]", why, *described)
+            described = (artifact.hash[:7], f"{artifact.size / 1e6:.2f} MB", _when(artifact))
+        table.add_row(name, *described, f"[{colour}]{state}[/]" + (f": {why}" if why else ""))
     console.print(table)
 
 

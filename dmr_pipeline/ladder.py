@@ -2,7 +2,7 @@
 
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,12 +14,12 @@ from transformers import PreTrainedModel
 from dmr_pipeline.agent.checkpoint import load_causal_lm, load_tokenizer, resolve_device
 from dmr_pipeline.agent.examples import Example, expert_example
 from dmr_pipeline.agent.prompts import Prompter
-from dmr_pipeline.agent.rollout import Run, SinglePrecision, Trajectory, play
+from dmr_pipeline.agent.rollout import CAPACITY, Clock, RoutingPolicy, Run, Trajectory, play, play_alone
 from dmr_pipeline.agent.streams import Streams
-from dmr_pipeline.agent.train import CAPACITY, trained_logits
+from dmr_pipeline.agent.train import trained_logits
 from dmr_pipeline.cost import episode_cost
 from dmr_pipeline.environments.alfworld.game import Game
-from dmr_pipeline.environments.tasks import begin_episode, read_games
+from dmr_pipeline.environments.tasks import read_games
 from dmr_pipeline.quantization import dequantized, load_rung, quantize_rung, rung_size, save_rung
 from dmr_pipeline.recipe import Precisions, Recipe
 from dmr_pipeline.stage import StageContext, StageResult
@@ -89,16 +89,14 @@ def quantized_checkpoints(context: StageContext) -> StageResult:
             size = rung_size(model)
             acting = acting_model(model, device)
             divergence, disagreement = divergence_to_float(float_model, acting, examples, device)
-            streams = Streams(acting, min(recipe.runtime.batch_episodes, len(games)), CAPACITY)
-            played = play(
-                [Run(game) for game in games],
-                begin_episode,
-                {False: streams, True: streams},
+            played = play_alone(
+                acting,
+                games,
                 prompter,
-                SinglePrecision(high=True),
                 recipe.benchmark.step_limit,
-                action=recipe.agent.action,
-                temperature=recipe.agent.temperature,
+                recipe.runtime.batch_episodes,
+                recipe.agent.action,
+                recipe.agent.temperature,
                 advance=lambda n: progress.advance(bar, n),
             )
             facts.append(
@@ -182,6 +180,7 @@ class Ladder:
     """Bytes read in a mean always-high episode on validation games: the unit of cost."""
     prompter: Prompter
     device: torch.device
+    recipe: Recipe
 
     @classmethod
     def load(cls, checkpoints: Path, recipe: Recipe) -> "Ladder":
@@ -193,7 +192,33 @@ class Ladder:
             sizes[high] = rung_size(model).bytes
             models[high] = acting_model(model, device)
         prompter = Prompter.of(load_tokenizer(checkpoints / "tokenizer"), recipe.agent.prompt)
-        return cls(models, sizes, read_ladder(checkpoints).always_high_cost, prompter, device)
+        return cls(models, sizes, read_ladder(checkpoints).always_high_cost, prompter, device, recipe)
+
+    def slots(self, runs: int) -> int:
+        """Episodes that are acted on at once, of so many."""
+        return min(self.recipe.runtime.batch_episodes, runs)
+
+    def play(
+        self,
+        runs: Sequence[Run],
+        policy: RoutingPolicy,
+        seed: int,
+        clock: Clock | None = None,
+        advance: Callable[[int], None] = lambda _: None,
+    ) -> list[Trajectory]:
+        """`rollout.play` with these two precisions and the recipe's way of acting; `seed` is that of the actions."""
+        return play(
+            runs,
+            self.streams(self.slots(len(runs))),
+            self.prompter,
+            policy,
+            self.recipe.benchmark.step_limit,
+            self.recipe.agent.action,
+            self.recipe.agent.temperature,
+            seed,
+            clock,
+            advance,
+        )
 
     def streams(self, slots: int) -> dict[bool, Streams]:
         """Fresh token streams of both precisions."""

@@ -1,14 +1,15 @@
 """Stage `trajectories`: episodes on the router_train games by the behaviour policies that the recipe names."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import polars as pl
 import torch
 from rich.progress import Progress
 
-from dmr_pipeline.agent.rollout import Clock, RoutingPolicy, Run, SinglePrecision, Trajectory, play
-from dmr_pipeline.environments.tasks import begin_episode, read_games
+from dmr_pipeline.agent.rollout import Clock, RoutingPolicy, Run, SinglePrecision, Trajectory
+from dmr_pipeline.environments.tasks import read_games
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.ladder import Ladder
 from dmr_pipeline.router.baselines import RandomMixing
@@ -56,19 +57,9 @@ def trajectories(context: StageContext) -> StageResult:
     with Progress() as progress:
         for behaviour in recipe.trajectories.behaviour:
             bar = progress.add_task(f"episodes by {behaviour.name}", total=len(runs))
-            played = play(
-                runs,
-                begin_episode,
-                ladder.streams(recipe.runtime.batch_episodes),
-                ladder.prompter,
-                behaviour_policy(behaviour.high_ratio, recipe.trajectories.seed),
-                recipe.benchmark.step_limit,
-                action=recipe.agent.action,
-                temperature=recipe.agent.temperature,
-                seed=recipe.trajectories.seed,
-                clock=clock,
-                advance=lambda n, bar=bar: progress.advance(bar, n),  # type: ignore[misc]
-            )
+            policy = behaviour_policy(behaviour.high_ratio, recipe.trajectories.seed)
+            advance = partial(progress.advance, bar)
+            played = ladder.play(runs, policy, recipe.trajectories.seed, clock, advance)
             frames.append(to_frames(played, behaviour.name))
             summary[behaviour.name] = {
                 "episodes": len(played),

@@ -13,10 +13,15 @@ from typing import Literal, Protocol
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from dmr_pipeline.agent.prompts import Prompter
 from dmr_pipeline.agent.streams import Streams
 from dmr_pipeline.environments.base import Episode, Task
+from dmr_pipeline.environments.tasks import begin_episode
+
+CAPACITY = 4096
+"""Tokens that a transcript may have."""
 
 Peek = Callable[[bool], list[list[int]]]
 """Peek(high): for each slot being decided, the action that this precision would take. Costs a forward pass; for oracles."""
@@ -126,7 +131,6 @@ class _Slot:
 
 def play(
     runs: Sequence[Run],
-    begin: Callable[[Task], Episode],
     agents: Mapping[bool, Streams],
     prompter: Prompter,
     policy: RoutingPolicy,
@@ -140,7 +144,6 @@ def play(
     """Play all runs; results are in the order of `runs` and do not depend on how many slots there are (but for rounding).
 
     Args:
-        begin: starts an episode of a task (the environment).
         agents: precision is high -> its token streams; both may be the same object where one precision acts alone.
         action: `generate` writes it token by token; `score` chooses among the admissible commands by their probability,
             each scored in full, the end included.
@@ -148,7 +151,7 @@ def play(
         advance: called with the number of episodes that have just ended (progress).
     """
     clock = clock if clock is not None else Clock()
-    batch = _Batch(begin, agents, prompter, policy, action, temperature, seed, clock)
+    batch = _Batch(agents, prompter, policy, action, temperature, seed, clock)
     queue = list(enumerate(runs))[::-1]
     done: dict[int, Trajectory] = {}
     free = list(range(min(len(agents[True].lengths), len(agents[False].lengths))))[::-1]
@@ -168,12 +171,28 @@ def play(
     return [done[i] for i in range(len(runs))]
 
 
+def play_alone(
+    model: PreTrainedModel,
+    tasks: Sequence[Task],
+    prompter: Prompter,
+    step_limit: int,
+    slots: int,
+    action: Literal["generate", "score"] = "generate",
+    temperature: float = 0.0,
+    advance: Callable[[int], None] = lambda _: None,
+) -> list[Trajectory]:
+    """One episode of each task, in which one model acts at every step; arguments as in `play`."""
+    streams = Streams(model, min(slots, len(tasks)), CAPACITY)
+    agents, policy = {False: streams, True: streams}, SinglePrecision(high=True)
+    runs = [Run(task) for task in tasks]
+    return play(runs, agents, prompter, policy, step_limit, action, temperature, advance=advance)
+
+
 class _Batch:
     """The episodes that run now."""
 
     def __init__(
         self,
-        begin: Callable[[Task], Episode],
         agents: Mapping[bool, Streams],
         prompter: Prompter,
         policy: RoutingPolicy,
@@ -182,13 +201,13 @@ class _Batch:
         seed: int,
         clock: Clock,
     ) -> None:
-        self.begin, self.agents, self.prompter, self.policy = begin, agents, prompter, policy
+        self.agents, self.prompter, self.policy = agents, prompter, policy
         self._act = self._generate if action == "generate" else self._score
         self.temperature, self.seed, self.clock = temperature, seed, clock
         self.slots: dict[int, _Slot] = {}
 
     def start(self, slot: int, run: Run) -> None:
-        episode = self.begin(run.task)
+        episode = begin_episode(run.task)
         opening = episode.reset()
         self.slots[slot] = _Slot(
             run, episode, Trajectory(run, opening), self.prompter.opening(opening, run.task.instruction)

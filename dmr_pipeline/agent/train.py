@@ -18,17 +18,14 @@ from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 from dmr_pipeline.agent.checkpoint import load_causal_lm, resolve_device, save_causal_lm
 from dmr_pipeline.agent.examples import IGNORED, Example, expert_example, look_example, relabelled_example
 from dmr_pipeline.agent.prompts import Prompter
-from dmr_pipeline.agent.rollout import Run, SinglePrecision, play
-from dmr_pipeline.agent.streams import Streams
+from dmr_pipeline.agent.rollout import CAPACITY, play_alone
 from dmr_pipeline.agent.vocabulary import word_tokenizer
 from dmr_pipeline.environments.alfworld.game import Game
 from dmr_pipeline.environments.alfworld.words import alfworld_texts
-from dmr_pipeline.environments.tasks import begin_episode, read_games
+from dmr_pipeline.environments.tasks import read_games
 from dmr_pipeline.recipe import Architecture, Benchmark, Runtime, Training
 from dmr_pipeline.stage import StageContext, StageResult
 
-CAPACITY = 4096
-"""Tokens that a transcript of a trained agent may have."""
 _PIECE = 2500
 """Tokens in one forward and backward pass, padding included."""
 _EMBEDDING_STD = 0.5
@@ -97,15 +94,7 @@ def success_rate(
     model: PreTrainedModel, games: Sequence[Game], prompter: Prompter, benchmark: Benchmark, runtime: Runtime
 ) -> float:
     """Share of games won when the model acts alone, greedily."""
-    streams = Streams(model, min(runtime.batch_episodes, len(games)), CAPACITY)
-    played = play(
-        [Run(game) for game in games],
-        begin_episode,
-        {False: streams, True: streams},
-        prompter,
-        SinglePrecision(high=True),
-        benchmark.step_limit,
-    )
+    played = play_alone(model, games, prompter, benchmark.step_limit, runtime.batch_episodes)
     return sum(trajectory.success for trajectory in played) / len(played)
 
 
@@ -253,15 +242,7 @@ def collect_own(
 ) -> tuple[list[Example], float]:
     """The agent plays training games greedily; its transcripts come back with the expert's actions as targets."""
     chosen = random.Random(f"dagger-{training.seed}-{update}").choices(games, k=training.dagger_episodes)
-    streams = Streams(model, min(runtime.batch_episodes, len(chosen)), CAPACITY)
-    played = play(
-        [Run(game) for game in chosen],
-        begin_episode,
-        {False: streams, True: streams},
-        prompter,
-        SinglePrecision(high=True),
-        training.dagger_steps,
-    )
+    played = play_alone(model, chosen, prompter, training.dagger_steps, runtime.batch_episodes)
     examples = [relabelled_example(trajectory, game, prompter) for trajectory, game in zip(played, chosen, strict=True)]
     return examples, sum(trajectory.success for trajectory in played) / len(played)
 

@@ -12,10 +12,10 @@ import torch
 from pydantic import JsonValue
 from rich.progress import Progress
 
-from dmr_pipeline.agent.rollout import Clock, RoutingPolicy, Run, SinglePrecision, Trajectory, play
+from dmr_pipeline.agent.rollout import Clock, RoutingPolicy, Run, SinglePrecision, Trajectory
 from dmr_pipeline.cost import episode_cost
 from dmr_pipeline.environments.alfworld.game import Game
-from dmr_pipeline.environments.tasks import begin_episode, read_games
+from dmr_pipeline.environments.tasks import read_games
 from dmr_pipeline.evaluation.metrics import EPISODES, compute_metrics
 from dmr_pipeline.evaluation.plots import (
     plot_accuracy_cost,
@@ -154,18 +154,8 @@ def evaluate(
     """Rows of `metrics.EPISODES` for one policy."""
     runs = [Run(game, draw) for draw in range(entry.draws) for game in games]
     bar = progress.add_task(entry.name + note, total=len(runs))
-    played = play(
-        runs,
-        begin_episode,
-        ladder.streams(min(recipe.runtime.batch_episodes, len(games))),
-        ladder.prompter,
-        entry.policy,
-        recipe.benchmark.step_limit,
-        action=recipe.agent.action,
-        temperature=recipe.agent.temperature,
-        seed=recipe.evaluation.seed,
-        advance=lambda n: progress.advance(bar, n),
-    )
+    seed = ladder.recipe.evaluation.seed
+    played = ladder.play(runs, entry.policy, seed, advance=lambda n: progress.advance(bar, n))
     return pl.DataFrame([_row(entry, trajectory, ladder) for trajectory in played], schema=EPISODES, orient="row")
 
 
@@ -193,10 +183,9 @@ def seconds_per_step(
     """One episode at a time, as an interactive agent runs: mean and p95 of a step, and the router's share of it."""
     seconds: list[float] = []
     router = 0.0
-    streams = ladder.streams(1)
     for game in games:
         clock = Clock()
-        play([Run(game)], begin_episode, streams, ladder.prompter, policy, recipe.benchmark.step_limit, clock=clock)
+        ladder.play([Run(game)], policy, ladder.recipe.evaluation.seed, clock)
         seconds += clock.durations
         router += clock.router
     return {

@@ -28,13 +28,13 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
-from dmr_pipeline.agent.rollout import RoutingPolicy, Run, Trajectory, play, seeded_generator
+from dmr_pipeline.agent.rollout import Run, Trajectory, seeded_generator
 from dmr_pipeline.cost import episode_cost
 from dmr_pipeline.environments.alfworld.game import Game
-from dmr_pipeline.environments.tasks import begin_episode, read_games
+from dmr_pipeline.environments.tasks import read_games
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.ladder import Ladder
-from dmr_pipeline.recipe import GrpoRouter, Recipe
+from dmr_pipeline.recipe import GrpoRouter
 from dmr_pipeline.router.baselines import RandomMixing
 from dmr_pipeline.router.grpo_trainer import Rollout, RoutingTrainer
 from dmr_pipeline.router.kl import ROUTER_FOLDER
@@ -83,11 +83,11 @@ def grpo_router(context: StageContext) -> StageResult:
     validation = read_games(context.inputs["benchmark_tasks"], "validation", section.validation_games)
     stage_1 = context.inputs["kl_router"] / ROUTER_FOLDER
     start = load_router(stage_1, ladder.device)
-    player = Player(ladder, recipe, start.weight_bytes)
-    settings = tempered_settings(start, player, validation, context.scratch)
+    scorer = Scorer(ladder, start.weight_bytes)
+    settings = tempered_settings(start, scorer, validation, context.scratch)
     start = Router(start.model, start.tokenizer, settings)
     router = Router(load_router(stage_1, ladder.device).model, start.tokenizer, settings)
-    session = Session(router, start, player, games, validation)
+    session = Session(router, start, scorer, games, validation)
     train(session, section, context.scratch)
     chosen = load_router(stage_1, ladder.device)  # again, since trl leaves marks in the config
     chosen.model.load_state_dict(session.best_weights)
@@ -107,28 +107,11 @@ def reward(success: bool, cost: float, section: GrpoRouter) -> float:
 
 
 @dataclass(frozen=True)
-class Player:
-    """Plays and scores episodes with a router of a given size."""
+class Scorer:
+    """Scores episodes of a router of a given size."""
 
     ladder: Ladder
-    recipe: Recipe
     router_bytes: int
-
-    def play(self, runs: Sequence[Run], policy: RoutingPolicy, seed: int) -> list[Trajectory]:
-        return play(
-            runs,
-            begin_episode,
-            self.ladder.streams(self.slots(len(runs))),
-            self.ladder.prompter,
-            policy,
-            self.recipe.benchmark.step_limit,
-            action=self.recipe.agent.action,
-            temperature=self.recipe.agent.temperature,
-            seed=seed,
-        )
-
-    def slots(self, runs: int) -> int:
-        return min(self.recipe.runtime.batch_episodes, runs)
 
     def cost(self, trajectory: Trajectory) -> float:
         """In mean always-high episodes."""
@@ -136,7 +119,7 @@ class Player:
         return spent / self.ladder.always_high_cost
 
     def reward(self, trajectory: Trajectory) -> float:
-        return reward(trajectory.success, self.cost(trajectory), self.recipe.grpo_router)
+        return reward(trajectory.success, self.cost(trajectory), self.ladder.recipe.grpo_router)
 
     def means(self, played: Sequence[Trajectory]) -> dict[str, float]:
         steps = [step for trajectory in played for step in trajectory.steps]
@@ -148,16 +131,16 @@ class Player:
         }
 
 
-def tempered_settings(router: Router, player: Player, games: Sequence[Game], scratch: Path) -> RouterSettings:
+def tempered_settings(router: Router, scorer: Scorer, games: Sequence[Game], scratch: Path) -> RouterSettings:
     """Stage 1's settings with the offset at which P(high) is `initial_ratio` in the mean, over the steps of one episode
     of each game that mixes the precisions at that ratio. A resumed run reads what it found before."""
-    section, saved = player.recipe.grpo_router, scratch / "start.json"
+    section, saved = scorer.ladder.recipe.grpo_router, scratch / "start.json"
     if saved.exists():
         return RouterSettings.model_validate_json(saved.read_text(encoding="utf-8"))
     policy = RandomMixing(section.initial_ratio, section.seed)
     with Progress(TextColumn("{task.description}"), TimeElapsedColumn()) as progress:
         progress.add_task(f"episodes to start from a ratio of {section.initial_ratio:.2f}", total=None)
-        played = player.play([Run(game) for game in games], policy, section.seed)
+        played = scorer.ladder.play([Run(game) for game in games], policy, section.seed)
     sequences = [sequence_of_trajectory(trajectory, router.settings) for trajectory in played]
     margins = np.concatenate(routing_margins(router, sequences, _BATCH))
     offset = offset_for(router.settings.scale * margins, section.initial_ratio)
@@ -205,11 +188,11 @@ class Session(TrainerCallback):
     """
 
     def __init__(
-        self, router: Router, start: Router, player: Player, games: Sequence[Game], validation: Sequence[Game]
+        self, router: Router, start: Router, scorer: Scorer, games: Sequence[Game], validation: Sequence[Game]
     ) -> None:
-        self.router, self.start, self.player, self.validation = router, start, player, validation
+        self.router, self.start, self.scorer, self.validation = router, start, scorer, validation
         self.games = {game.task_id: game for game in games}
-        self.section = player.recipe.grpo_router
+        self.section = scorer.ladder.recipe.grpo_router
         self.rows: list[dict[str, Any]] = []
         self.best_weights: Mapping[str, Tensor] = {}
         self.best_update, self.best_reward = 0, float("-inf")
@@ -228,17 +211,17 @@ class Session(TrainerCallback):
             runs.append(Run(self.games[task_id], members[task_id]))
             members[task_id] += 1
         seed = int(seeded_generator("grpo", self.section.seed, update).integers(2**62))
-        policy = LmRouter(self.router, self.player.slots(len(runs)), sample=True, seed=seed)
-        played = self.player.play(runs, policy, seed)
+        policy = LmRouter(self.router, self.scorer.ladder.slots(len(runs)), sample=True, seed=seed)
+        played = self.scorer.ladder.play(runs, policy, seed)
         sequences = [sequence_of_trajectory(trajectory, self.router.settings) for trajectory in played]
-        rewards = [self.player.reward(trajectory) for trajectory in played]
+        rewards = [self.scorer.reward(trajectory) for trajectory in played]
 
         settings = self.start.settings
         scores = settings.scale * np.concatenate(routing_margins(self.start, sequences, _BATCH)) + settings.offset
         probabilities = np.array([step.probability for trajectory in played for step in trajectory.steps])
         row = {
             "update": update,
-            **self.player.means(played),
+            **self.scorer.means(played),
             "tied_groups": float(np.mean(np.ptp(np.reshape(rewards, (-1, self.section.group_size)), axis=1) == 0)),
             "divergence": float(divergence(probabilities, scores).mean()),
         }
@@ -250,8 +233,8 @@ class Session(TrainerCallback):
     def validate(self, update: int) -> None:
         """Log how the router acts at its threshold, and keep its weights if none were better."""
         runs = [Run(game) for game in self.validation]
-        policy = LmRouter(self.router, self.player.slots(len(runs)))
-        means = self.player.means(self.player.play(runs, policy, self.section.seed))
+        policy = LmRouter(self.router, self.scorer.ladder.slots(len(runs)))
+        means = self.scorer.means(self.scorer.ladder.play(runs, policy, self.section.seed))
         self.rows[-1] |= {f"validation_{name}": value for name, value in means.items()}
         if means["reward"] > self.best_reward:
             self.best_update, self.best_reward = update, means["reward"]

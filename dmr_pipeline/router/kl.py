@@ -18,9 +18,9 @@ from scipy.special import expit
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dmr_pipeline.agent.rollout import Clock, RoutingPolicy, Run, Trajectory, play
+from dmr_pipeline.agent.rollout import Clock, RoutingPolicy, Run, Trajectory
 from dmr_pipeline.environments.alfworld.game import Game
-from dmr_pipeline.environments.tasks import begin_episode, read_games
+from dmr_pipeline.environments.tasks import read_games
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.ladder import Ladder
 from dmr_pipeline.recipe import KlRouter, Lora, Recipe
@@ -83,7 +83,7 @@ def kl_router(context: StageContext) -> StageResult:
     def play_at(value: float) -> OperatingPoint:
         slots = min(recipe.runtime.batch_episodes, len(games))
         policy = LmRouter(with_settings(router, threshold=value), slots)
-        played = play_games(games, policy, ladder, recipe, f"router at threshold {value:.3f}", clock)
+        played = play_games(games, policy, ladder, f"router at threshold {value:.3f}", clock)
         count = sum(len(t.steps) for t in played)
         high = sum(step.high for t in played for step in t.steps)
         return OperatingPoint(value, high / count, sum(t.success for t in played) / len(played), count)
@@ -275,7 +275,7 @@ def batches_by_length(sequences: Sequence[RoutingSequence], size: int, rng: rand
 def validate(router: Router, games: Sequence[Game], ladder: Ladder, recipe: Recipe, tau: float) -> pl.DataFrame:
     """Labelled steps of games that the router has not seen: `sensitivity.STEPS`' columns, and the router's margin z."""
     policy = RandomMixing(_VALIDATION_MIX, recipe.kl_router.seed)
-    played = play_games(games, policy, ladder, recipe, "episodes to calibrate on", Clock())
+    played = play_games(games, policy, ladder, "episodes to calibrate on", Clock())
     episodes, steps = to_frames(played, "validation")
     with Progress() as progress:
         bar = progress.add_task("their labels", total=len(episodes))
@@ -287,21 +287,10 @@ def validate(router: Router, games: Sequence[Game], ladder: Ladder, recipe: Reci
 
 
 def play_games(
-    games: Sequence[Game], policy: RoutingPolicy, ladder: Ladder, recipe: Recipe, title: str, clock: Clock
+    games: Sequence[Game], policy: RoutingPolicy, ladder: Ladder, title: str, clock: Clock
 ) -> list[Trajectory]:
     """One episode of each game under the policy."""
     with Progress() as progress:
         bar = progress.add_task(title, total=len(games))
-        return play(
-            [Run(game) for game in games],
-            begin_episode,
-            ladder.streams(min(recipe.runtime.batch_episodes, len(games))),
-            ladder.prompter,
-            policy,
-            recipe.benchmark.step_limit,
-            action=recipe.agent.action,
-            temperature=recipe.agent.temperature,
-            seed=recipe.kl_router.seed,
-            clock=clock,
-            advance=lambda n: progress.advance(bar, n),
-        )
+        runs, seed = [Run(game) for game in games], ladder.recipe.kl_router.seed
+        return ladder.play(runs, policy, seed, clock, advance=lambda n: progress.advance(bar, n))

@@ -22,9 +22,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dmr_pipeline.agent.checkpoint import load_causal_lm, save_causal_lm
-from dmr_pipeline.agent.rollout import Decision, Peek, Run, Trajectory, seeded_generator
+from dmr_pipeline.agent.rollout import CAPACITY, Decision, Peek, Run, Trajectory, seeded_generator
 from dmr_pipeline.agent.streams import Streams
-from dmr_pipeline.agent.train import CAPACITY, new_model
+from dmr_pipeline.agent.train import new_model
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.recipe import RouterModel
 

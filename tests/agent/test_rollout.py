@@ -32,7 +32,7 @@ STEPS = 6
 
 def roll(policy, slots=7, action="generate", temperature=0.0, seed=0) -> list[Trajectory]:
     agents = {True: Streams(HIGH, slots, 2048), False: Streams(LOW, slots, 2048)}
-    return play(RUNS, begin_episode, agents, PROMPTER, policy, STEPS, action=action, temperature=temperature, seed=seed)
+    return play(RUNS, agents, PROMPTER, policy, STEPS, action=action, temperature=temperature, seed=seed)
 
 
 def taken(played: list[Trajectory]) -> list[list[list[int]]]:

@@ -21,7 +21,7 @@ from dmr_pipeline.errors import UserError
 from dmr_pipeline.ladder import Ladder, quantized_checkpoints
 from dmr_pipeline.recipe import Recipe, load_recipe
 from dmr_pipeline.router import grpo
-from dmr_pipeline.router.grpo import LOG, Player, Session, divergence, game_order, grpo_router, offset_for
+from dmr_pipeline.router.grpo import LOG, Scorer, Session, divergence, game_order, grpo_router, offset_for
 from dmr_pipeline.router.grpo_trainer import Rollout
 from dmr_pipeline.router.kl import ROUTER_FOLDER
 from dmr_pipeline.router.model import LmRouter, load_router, save_router
@@ -130,23 +130,23 @@ def test_artefact_and_log(artefacts: Path, unbroken: tuple[Path, StageResult]) -
 
     # What the manifest says of the chosen weights holds for those in the artefact.
     recipe = tiny_recipe()
-    player = Player(Ladder.load(artefacts / "quantized_checkpoints", recipe), recipe, router.weight_bytes)
+    scorer = Scorer(Ladder.load(artefacts / "quantized_checkpoints", recipe), router.weight_bytes)
     games = read_games(artefacts / "benchmark_tasks", "validation", 3)
-    means = player.means(player.play([Run(game) for game in games], LmRouter(router, 3), seed=0))
+    means = scorer.means(scorer.ladder.play([Run(game) for game in games], LmRouter(router, 3), seed=0))
     for name, value in means.items():
         assert result.summary[f"validation_{name}"] == pytest.approx(value, abs=1e-6)
 
 
 def test_cost_is_in_always_high_episodes_with_the_router(artefacts: Path) -> None:
     ladder = Ladder.load(artefacts / "quantized_checkpoints", tiny_recipe())
-    player = Player(ladder, tiny_recipe(), router_bytes=1000)
+    scorer = Scorer(ladder, router_bytes=1000)
     run = Run(read_games(artefacts / "benchmark_tasks", "validation", 1)[0])
-    trajectory = player.play([run], grpo.RandomMixing(0.5, 1), seed=0)[0]
+    trajectory = scorer.ladder.play([run], grpo.RandomMixing(0.5, 1), seed=0)[0]
     agent_alone = episode_cost(trajectory, ladder.weight_bytes)
     expected = (agent_alone + 1000 * len(trajectory.steps)) / ladder.always_high_cost
-    assert player.cost(trajectory) == pytest.approx(expected)
+    assert scorer.cost(trajectory) == pytest.approx(expected)
     high = Trajectory(run, "", [step.__class__(**{**vars(step), "high": True}) for step in trajectory.steps])
-    assert player.cost(high) > player.cost(trajectory)
+    assert scorer.cost(high) > scorer.cost(trajectory)
 
 
 def test_a_killed_training_resumes_with_the_bytes_of_an_unbroken_one(

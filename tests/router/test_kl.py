@@ -252,7 +252,7 @@ def test_the_stage_is_deterministic_and_its_numbers_hold(
     assert summary["threshold"] == router.settings.threshold
     assert router.settings.target_ratio == 0.3
     games = read_games(inputs["benchmark_tasks"], "validation", 4)
-    played = play_games(games, LmRouter(router, 4), ladder, recipe, "", kl.Clock())
+    played = play_games(games, LmRouter(router, 4), ladder, "", kl.Clock())
     high = [step.high for trajectory in played for step in trajectory.steps]
     assert summary["validation_high_ratio"] == pytest.approx(np.mean(high), abs=1e-5)
     tried = pl.read_parquet(output / "calibration.parquet")
