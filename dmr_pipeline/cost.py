@@ -3,7 +3,8 @@
 Our definition, since the paper gives none: the sum, over an episode's forward passes at batch 1, of the weight bytes that the
 pass reads. Generating an action of n tokens takes n passes of the acting precision: one reads the new segment, together with
 whatever this precision has not seen yet (catch-up after a switch), and n - 1 read one token each; the router's decision takes
-one pass of the router. Reports divide by the mean cost of an always-high episode on validation games.
+one pass of the router. A policy that drafts at low precision before it decides pays for a draft that it throws away, a pass a
+token. Reports divide by the mean cost of an always-high episode on validation games.
 """
 
 from collections.abc import Mapping
@@ -18,4 +19,9 @@ def episode_cost(trajectory: Trajectory, weight_bytes: Mapping[bool, int], route
         weight_bytes: precision is high -> bytes that one pass of the agent reads.
         router_bytes: bytes that one decision of the router reads; 0 for policies that need none.
     """
-    return float(sum(weight_bytes[step.high] * len(step.action) + router_bytes for step in trajectory.steps))
+    return float(
+        sum(
+            weight_bytes[step.high] * len(step.action) + weight_bytes[False] * step.drafted + router_bytes
+            for step in trajectory.steps
+        )
+    )

@@ -255,6 +255,10 @@ class GrpoRouter(Section):
 
 class Evaluation(Section):
     random_draws: Count = Field(3, description="draws of random routing at each router's ratio")
+    confidence_ratio: Share = Field(
+        0.3, description="high-precision ratio that the confidence cascade is calibrated to on validation games"
+    )
+    confidence_games: Count = Field(60, description="validation games for that")
     confidence: Share = 0.95
     bootstrap: Count = Field(2000, description="bootstrap resamples, of games")
     seed: int = Field(0, ge=0)

@@ -23,8 +23,22 @@ from dmr_pipeline.environments.tasks import begin_episode
 CAPACITY = 4096
 """Tokens that a transcript may have."""
 
-Peek = Callable[[bool], list[list[int]]]
-"""Peek(high): for each slot being decided, the action that this precision would take. Costs a forward pass; for oracles."""
+
+@dataclass(frozen=True)
+class Draft:
+    """What one precision would do at a step."""
+
+    action: list[int]
+    """Tokens, the end included."""
+    processed: int
+    """Tokens that its forward passes read."""
+    margin: float
+    """How far the likeliest token led the next, in probability: the least lead of the action (where commands are scored,
+    the likeliest command's)."""
+
+
+Peek = Callable[[bool], list[Draft]]
+"""Peek(high): for each slot being decided, what this precision would do. Costs its forward passes."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +55,8 @@ class Decision:
     high: bool
     probability: float
     """The router's probability of high precision."""
+    drafted: int = 0
+    """Tokens of a low-precision action that the decision needed and that is thrown away."""
 
 
 class RoutingPolicy(Protocol):
@@ -86,6 +102,8 @@ class Step:
     probability: float
     processed: int
     """Tokens that the acting precision's forward passes read: catch-up, segment, and all but the last generated one."""
+    drafted: int = 0
+    """Tokens of a low-precision action that was thrown away."""
 
 
 @dataclass
@@ -222,17 +240,17 @@ class _Batch:
         running = [self.slots[slot] for slot in slots]
         for state in running:
             state.transcript += state.segment
-        drafts: dict[bool, list[tuple[list[int], int]]] = {}
+        drafts: dict[bool, list[Draft]] = {}
 
-        def peek(high: bool) -> list[list[int]]:
+        def peek(high: bool) -> list[Draft]:
             if high not in drafts:
                 drafts[high] = self._act(high, slots)
-            return [action for action, _ in drafts[high]]
+            return drafts[high]
 
         started = time.perf_counter()
         decisions = self.policy.decide(slots, [state.segment for state in running], peek)
         decided = time.perf_counter()
-        chosen: dict[int, tuple[list[int], int]] = {}
+        chosen: dict[int, Draft] = {}
         for high in (False, True):
             mine = [slot for slot, decision in zip(slots, decisions, strict=True) if decision.high == high]
             if high in drafts:
@@ -245,14 +263,23 @@ class _Batch:
         acted = time.perf_counter()
         ended = []
         for slot, state, decision in zip(slots, running, decisions, strict=True):
-            action, processed = chosen[slot]
-            command = self.prompter.command(action)
+            taken = chosen[slot]
+            command = self.prompter.command(taken.action)
             observation, reward, over = state.episode.step(command)
             state.trajectory.steps.append(
-                Step(state.segment, action, command, observation, decision.high, decision.probability, processed)
+                Step(
+                    state.segment,
+                    taken.action,
+                    command,
+                    observation,
+                    decision.high,
+                    decision.probability,
+                    taken.processed,
+                    decision.drafted,
+                )
             )
-            state.transcript += action
-            self.policy.acted(slot, action)
+            state.transcript += taken.action
+            self.policy.acted(slot, taken.action)
             if over or len(state.trajectory.steps) >= step_limit:
                 state.trajectory.reward = reward
                 ended.append(slot)
@@ -265,31 +292,32 @@ class _Batch:
         self.clock.steps += len(slots)
         return ended
 
-    def _generate(self, high: bool, slots: list[int]) -> list[tuple[list[int], int]]:
-        """The action of one precision for each slot, and the tokens that its forward passes read."""
+    def _generate(self, high: bool, slots: list[int]) -> list[Draft]:
+        """The action of one precision for each slot, token by token."""
         streams, prompter = self.agents[high], self.prompter
         chunks = [self.slots[slot].transcript[streams.lengths[slot] :] for slot in slots]
         actions: list[list[int]] = [[] for _ in slots]
         processed = [len(chunk) for chunk in chunks]
+        margins = [1.0] * len(slots)
         waiting = list(range(len(slots)))
         logits = streams.extend(slots, chunks)
         while True:
-            for i, token in zip(
-                waiting, self._choose(logits, [(slots[i], len(actions[i])) for i in waiting]), strict=True
-            ):
+            tokens = self._choose(logits, [(slots[i], len(actions[i])) for i in waiting])
+            for i, token, lead in zip(waiting, tokens, _leads(logits), strict=True):
                 actions[i].append(token)
+                margins[i] = min(margins[i], lead)
             waiting = [
                 i
                 for i in waiting
                 if actions[i][-1] != prompter.end_token and len(actions[i]) < prompter.prompt.max_action_tokens
             ]
             if not waiting:
-                return list(zip(actions, processed, strict=True))
+                return [Draft(*parts) for parts in zip(actions, processed, margins, strict=True)]
             for i in waiting:
                 processed[i] += 1
             logits = streams.extend([slots[i] for i in waiting], [[actions[i][-1]] for i in waiting])
 
-    def _score(self, high: bool, slots: list[int]) -> list[tuple[list[int], int]]:
+    def _score(self, high: bool, slots: list[int]) -> list[Draft]:
         """The admissible command that one precision finds likeliest, or a draw by probability, for each slot."""
         streams = self.agents[high]
         chunks = [self.slots[slot].transcript[streams.lengths[slot] :] for slot in slots]
@@ -311,10 +339,12 @@ class _Batch:
                 following = logits.log_softmax(-1).gather(-1, torch.tensor(command[1:], device=logits.device)[:, None])
                 scores[i].append(float(first[i, command[0]] + following.sum()))
                 streams.truncate(slots[i], len(self.slots[slots[i]].transcript))
-        chosen = [
-            self._choose(torch.tensor([values]), [(slot, 0)])[0] for values, slot in zip(scores, slots, strict=True)
-        ]
-        return [(candidates[i][k], processed[i]) for i, k in enumerate(chosen)]
+        drafts = []
+        for i, slot in enumerate(slots):
+            values = torch.tensor([scores[i]])
+            chosen = self._choose(values, [(slot, 0)])[0]
+            drafts.append(Draft(candidates[i][chosen], processed[i], _leads(values)[0]))
+        return drafts
 
     def _choose(self, logits: Tensor, positions: list[tuple[int, int]]) -> list[int]:
         """A token for each (slot, index in the action)."""
@@ -329,6 +359,14 @@ class _Batch:
             draw = seeded_generator(*key).random() * row.sum()
             tokens.append(int(min(np.searchsorted(np.cumsum(row), draw), len(row) - 1)))
         return tokens
+
+
+def _leads(logits: Tensor) -> list[float]:
+    """For each row of logits [n, choices], how far the likeliest choice leads the next, in probability; 1 if it is alone."""
+    if logits.shape[-1] == 1:
+        return [1.0] * len(logits)
+    best = (logits.topk(2, -1).values - logits.logsumexp(-1, keepdim=True)).exp()
+    return list((best[:, 0] - best[:, 1]).tolist())
 
 
 def seeded_generator(*key: object) -> np.random.Generator:

@@ -1,6 +1,7 @@
 """Stage `evaluation_report`: every policy on the test games, once; the headline router is chosen on validation."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -26,7 +27,8 @@ from dmr_pipeline.evaluation.plots import (
 from dmr_pipeline.evaluation.report import headline, markdown_table
 from dmr_pipeline.ladder import Ladder, read_ladder
 from dmr_pipeline.recipe import Recipe
-from dmr_pipeline.router.baselines import Disagreement, RandomMixing
+from dmr_pipeline.router.baselines import Confidence, Disagreement, RandomMixing
+from dmr_pipeline.router.calibration import OperatingPoint, find_threshold
 from dmr_pipeline.router.kl import ROUTER_FOLDER
 from dmr_pipeline.router.model import LmRouter, Router, load_router
 from dmr_pipeline.sensitivity import read_sensitivity
@@ -60,9 +62,10 @@ def evaluation_report(context: StageContext) -> StageResult:
 
     frames: list[pl.DataFrame] = []
     with Progress() as progress:
-        for entry in entries(routers, len(test), recipe):
+        cascade = confidence_cascade(ladder, validation[: recipe.evaluation.confidence_games], progress)
+        for entry in entries(routers, cascade, len(test), recipe):
             frames.append(evaluate(entry, ladder, test, recipe, progress))
-            if entry.kind == "router":
+            if entry.kind == "router":  # random mixing follows once the router's ratio is known
                 at_ratio = RandomMixing(_ratio(frames[-1]), recipe.evaluation.seed)
                 baseline = Entry(f"random@{entry.name}", "random", at_ratio, draws=recipe.evaluation.random_draws)
                 frames.append(evaluate(baseline, ladder, test, recipe, progress))
@@ -107,6 +110,7 @@ def evaluation_report(context: StageContext) -> StageResult:
     acting: dict[str, RoutingPolicy] = {
         "always_high": SinglePrecision(high=True),
         "always_low": SinglePrecision(high=False),
+        "confidence": cascade,
         **{name: LmRouter(router, 1) for name, router in routers.items()},
     }
     games = test[:_TIMED_GAMES]
@@ -114,18 +118,33 @@ def evaluation_report(context: StageContext) -> StageResult:
     return StageResult(summary=summary, measured={"seconds_per_step": timed})
 
 
-def entries(routers: dict[str, Router], games: int, recipe: Recipe) -> list[Entry]:
-    """Policies to evaluate; random mixing at each router's ratio follows once that ratio is known."""
+def entries(routers: dict[str, Router], cascade: Confidence, games: int, recipe: Recipe) -> list[Entry]:
+    """Policies to evaluate, but for random mixing."""
     slots = min(recipe.runtime.batch_episodes, games)
     return [
         Entry("always_high", "single", SinglePrecision(high=True)),
         Entry("always_low", "single", SinglePrecision(high=False)),
+        Entry("confidence", "baseline", cascade),
         *(
             Entry(name, "router", LmRouter(router, slots), router_bytes=router.weight_bytes)
             for name, router in routers.items()
         ),
         Entry("disagreement", "oracle", Disagreement()),
     ]
+
+
+def confidence_cascade(ladder: Ladder, games: Sequence[Game], progress: Progress) -> Confidence:
+    """At the threshold that gives the recipe's ratio in closed loop on validation games."""
+    section, runs = ladder.recipe.evaluation, [Run(game) for game in games]
+    bar = progress.add_task("confidence on validation", total=None)
+
+    def play(threshold: float) -> list[Trajectory]:
+        return ladder.play(runs, Confidence(threshold), section.seed, advance=lambda n: progress.advance(bar, n))
+
+    alone = np.array([step.probability for trajectory in play(math.inf) for step in trajectory.steps])
+    point, _ = find_threshold(lambda t: OperatingPoint.of(t, play(t)), alone, section.confidence_ratio)
+    progress.update(bar, total=1, completed=1)
+    return Confidence(point.threshold)
 
 
 def choose_headline(
@@ -170,7 +189,7 @@ def _row(entry: Entry, trajectory: Trajectory, ladder: Ladder) -> tuple[object, 
         trajectory.success,
         len(steps),
         sum(step.high for step in steps),
-        sum(step.processed + 1 for step in steps),
+        sum(step.processed + 1 + step.drafted for step in steps),
         sum(step.processed + 1 for step in steps if step.high),
         sum(before.high != after.high for before, after in pairwise(steps)),
         episode_cost(trajectory, ladder.weight_bytes, entry.router_bytes) / ladder.always_high_cost,

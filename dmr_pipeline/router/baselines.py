@@ -1,4 +1,4 @@
-"""Routing policies that need no training: random mixing, and the disagreement oracle."""
+"""Routing policies that need no training: random mixing, confidence of the draft, and the disagreement oracle."""
 
 from collections.abc import Sequence
 
@@ -24,12 +24,39 @@ class RandomMixing:
         pass
 
 
+class Confidence:
+    """Cascade: the low precision drafts every action, and the high one acts instead where the draft's margin is small.
+
+    Unlike a router it decides after the low precision's forward passes, and pays for them at every step.
+
+    Args:
+        threshold: high precision acts where 1 - margin is at least this.
+    """
+
+    def __init__(self, threshold: float) -> None:
+        self.threshold = threshold
+
+    def begin(self, slot: int, run: Run) -> None:
+        pass
+
+    def decide(self, slots: Sequence[int], segments: Sequence[list[int]], peek: Peek) -> list[Decision]:
+        decisions = []
+        for draft in peek(False):
+            high = 1 - draft.margin >= self.threshold
+            decisions.append(Decision(high, 1 - draft.margin, len(draft.action) if high else 0))
+        return decisions
+
+    def acted(self, slot: int, action: list[int]) -> None:
+        pass
+
+
 class Disagreement:
     """Oracle: high precision exactly where the two precisions' greedy actions differ. With exact caches and greedy acting
     it takes the actions of always-high throughout."""
 
     def decide(self, slots: Sequence[int], segments: Sequence[list[int]], peek: Peek) -> list[Decision]:
-        return [Decision(low != high, float(low != high)) for low, high in zip(peek(False), peek(True), strict=True)]
+        differ = [low.action != high.action for low, high in zip(peek(False), peek(True), strict=True)]
+        return [Decision(high, float(high)) for high in differ]
 
     def begin(self, slot: int, run: Run) -> None:
         pass

@@ -1,6 +1,6 @@
 """How good predicted probabilities are, and how to make them so."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,6 +8,8 @@ from numpy.typing import NDArray
 from scipy.optimize import minimize
 from scipy.special import expit
 from scipy.stats import rankdata
+
+from dmr_pipeline.agent.rollout import Trajectory
 
 Floats = NDArray[np.float64]
 Labels = NDArray[np.bool_]
@@ -72,7 +74,7 @@ def expected_calibration_error(probabilities: Floats, labels: Labels, bins: int 
 
 @dataclass(frozen=True)
 class OperatingPoint:
-    """The router at one threshold, in closed loop."""
+    """A policy at one threshold, in closed loop."""
 
     threshold: float
     high_ratio: float
@@ -80,6 +82,12 @@ class OperatingPoint:
     success: float
     """Share of the episodes."""
     steps: int
+
+    @classmethod
+    def of(cls, threshold: float, played: Sequence[Trajectory]) -> "OperatingPoint":
+        high = [step.high for trajectory in played for step in trajectory.steps]
+        success = [trajectory.success for trajectory in played]
+        return cls(threshold, sum(high) / len(high), sum(success) / len(success), len(high))
 
 
 def find_threshold(

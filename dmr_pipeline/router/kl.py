@@ -84,9 +84,7 @@ def kl_router(context: StageContext) -> StageResult:
         slots = min(recipe.runtime.batch_episodes, len(games))
         policy = LmRouter(with_settings(router, threshold=value), slots)
         played = play_games(games, policy, ladder, f"router at threshold {value:.3f}", clock)
-        count = sum(len(t.steps) for t in played)
-        high = sum(step.high for t in played for step in t.steps)
-        return OperatingPoint(value, high / count, sum(t.success for t in played) / len(played), count)
+        return OperatingPoint.of(value, played)
 
     point, tried = find_threshold(play_at, probabilities, section.target_ratio)
     router = with_settings(router, threshold=point.threshold, target_ratio=section.target_ratio)
