@@ -15,7 +15,7 @@ from dmr_pipeline.environments.alfworld.generator import generate_game
 from dmr_pipeline.environments.alfworld.words import alfworld_texts
 from dmr_pipeline.environments.tasks import begin_episode
 from dmr_pipeline.recipe import Architecture, Prompt
-from dmr_pipeline.router.baselines import Disagreement, RandomMixing
+from dmr_pipeline.router.baselines import Confidence, Disagreement, RandomMixing
 
 PROMPTER = Prompter.of(word_tokenizer(alfworld_texts()), Prompt(max_action_tokens=6))
 ARCHITECTURE = Architecture(layers=2, width=32, heads=2, key_value_heads=1, head_width=16, feed_forward=32)
@@ -68,6 +68,30 @@ def test_the_disagreement_oracle_repeats_always_high() -> None:
     assert taken(low) != taken(high)
     ratios = [trajectory.high_ratio for trajectory in oracle]
     assert 0 < sum(ratios) < len(ratios)
+
+
+@torch.no_grad()
+def test_the_cascade_acts_high_where_the_low_draft_was_unsure_and_pays_for_the_draft() -> None:
+    probabilities = [step.probability for t in roll(Confidence(2.0)) for step in t.steps]
+    threshold = (min(probabilities) + max(probabilities)) / 2
+    played = roll(Confidence(threshold), slots=3)
+    precisions = set()
+    for trajectory in played:
+        for turn, step in enumerate(trajectory.steps):
+            prefix = transcript(trajectory, turn)
+            draft = greedy_uncached(LOW, prefix)
+            leads = []
+            for i in range(len(draft)):
+                best = LOW(torch.tensor([prefix + draft[:i]])).logits[0, -1].softmax(-1).sort(descending=True).values
+                leads.append(float(best[0] - best[1]))
+            assert step.probability == pytest.approx(1 - min(leads), abs=1e-4)
+            assert step.high == (step.probability >= threshold)
+            assert step.action == (greedy_uncached(HIGH, prefix) if step.high else draft)
+            assert step.drafted == (len(draft) if step.high else 0)
+            precisions.add(step.high)
+        by_hand = sum(100 * (s.drafted or len(s.action)) + 1000 * len(s.action) * s.high for s in trajectory.steps)
+        assert episode_cost(trajectory, {True: 1000, False: 100}) == by_hand
+    assert precisions == {False, True}
 
 
 @pytest.mark.parametrize("slots", [1, 2, 5])

@@ -1,5 +1,8 @@
 """Generated games: reproducible, solvable by exploring, and in about the official proportions."""
 
+import os
+import subprocess
+import sys
 from collections import Counter
 
 import pytest
@@ -15,6 +18,25 @@ GAMES = [generate_game(seed)[0] for seed in range(300)]
 def test_a_seed_gives_the_same_game_again() -> None:
     assert generate_game(7) == generate_game(7)
     assert generate_game(7)[0] != generate_game(8)[0]
+
+
+def test_equal_games_have_equal_bytes_in_every_process() -> None:
+    """The order of a set of strings changes with the hash seed that a process draws."""
+    program = (
+        "from dmr_pipeline.environments.alfworld.generator import generate_game;"
+        "print(*(generate_game(seed)[0].model_dump_json() for seed in range(5)))"
+    )
+    written = [
+        subprocess.run(
+            [sys.executable, "-c", program],
+            env=os.environ | {"PYTHONHASHSEED": seed},
+            capture_output=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2")
+    ]
+    assert written[0] == written[1]
+    assert written[0]
 
 
 def test_the_exploring_expert_solves_every_generated_game() -> None:
