@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -130,6 +131,7 @@ def report(
 
 
 def _materialize(recipe: str, stages: list[str], *, force: bool = False) -> None:
+    os.environ.setdefault("TQDM_DELAY", "1")  # bars of less than a second, as when a tiny model is loaded, are noise
     from dmr_pipeline.defs import runs  # Dagster takes a second to import
 
     with _progress_lines():
