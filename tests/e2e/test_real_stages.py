@@ -87,6 +87,7 @@ def test_the_whole_pipeline_runs_and_repeats_itself(project: Path, monkeypatch: 
     assert set(policies) == {
         "always_high",
         "always_low",
+        "confidence",
         "kl_router",
         "grpo_router",
         "random@kl_router",
