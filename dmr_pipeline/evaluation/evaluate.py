@@ -26,7 +26,6 @@ from dmr_pipeline.evaluation.plots import (
 )
 from dmr_pipeline.evaluation.report import headline, markdown_table
 from dmr_pipeline.ladder import Ladder, read_ladder
-from dmr_pipeline.recipe import Recipe
 from dmr_pipeline.router.baselines import Confidence, Disagreement, RandomMixing
 from dmr_pipeline.router.calibration import OperatingPoint, find_threshold
 from dmr_pipeline.router.kl import ROUTER_FOLDER
@@ -58,17 +57,17 @@ def evaluation_report(context: StageContext) -> StageResult:
     routers = {name: load_router(context.inputs[name] / ROUTER_FOLDER, ladder.device) for name in ROUTERS}
     validation = read_games(context.inputs["benchmark_tasks"], "validation")
     test = read_games(context.inputs["benchmark_tasks"], "test")
-    chosen, on_validation = choose_headline(ladder, routers, validation, recipe)
+    chosen, on_validation = choose_headline(ladder, routers, validation)
 
     frames: list[pl.DataFrame] = []
     with Progress() as progress:
         cascade = confidence_cascade(ladder, validation[: recipe.evaluation.confidence_games], progress)
-        for entry in entries(routers, cascade, len(test), recipe):
-            frames.append(evaluate(entry, ladder, test, recipe, progress))
+        for entry in entries(routers, cascade, ladder.slots(len(test))):
+            frames.append(evaluate(entry, ladder, test, progress))
             if entry.kind == "router":  # random mixing follows once the router's ratio is known
                 at_ratio = RandomMixing(_ratio(frames[-1]), recipe.evaluation.seed)
                 baseline = Entry(f"random@{entry.name}", "random", at_ratio, draws=recipe.evaluation.random_draws)
-                frames.append(evaluate(baseline, ladder, test, recipe, progress))
+                frames.append(evaluate(baseline, ladder, test, progress))
     episodes = pl.concat(frames)
     section = recipe.evaluation
     metrics = compute_metrics(
@@ -114,13 +113,12 @@ def evaluation_report(context: StageContext) -> StageResult:
         **{name: LmRouter(router, 1) for name, router in routers.items()},
     }
     games = test[:_TIMED_GAMES]
-    timed = {name: seconds_per_step(policy, ladder, games, recipe) for name, policy in acting.items()}
+    timed = {name: seconds_per_step(policy, ladder, games) for name, policy in acting.items()}
     return StageResult(summary=summary, measured={"seconds_per_step": timed})
 
 
-def entries(routers: dict[str, Router], cascade: Confidence, games: int, recipe: Recipe) -> list[Entry]:
+def entries(routers: dict[str, Router], cascade: Confidence, slots: int) -> list[Entry]:
     """Policies to evaluate, but for random mixing."""
-    slots = min(recipe.runtime.batch_episodes, games)
     return [
         Entry("always_high", "single", SinglePrecision(high=True)),
         Entry("always_low", "single", SinglePrecision(high=False)),
@@ -148,16 +146,15 @@ def confidence_cascade(ladder: Ladder, games: Sequence[Game], progress: Progress
 
 
 def choose_headline(
-    ladder: Ladder, routers: dict[str, Router], games: Sequence[Game], recipe: Recipe
+    ladder: Ladder, routers: dict[str, Router], games: Sequence[Game]
 ) -> tuple[str, dict[str, dict[str, float]]]:
     """The router with the higher success on validation games among those within HEADLINE_RATIO (all, if none is); equal
     success is decided by the lower cost. This rule is ours."""
     found: dict[str, dict[str, float]] = {}
     with Progress() as progress:
         for name, router in routers.items():
-            slots = min(recipe.runtime.batch_episodes, len(games))
-            entry = Entry(name, "router", LmRouter(router, slots), router_bytes=router.weight_bytes)
-            frame = evaluate(entry, ladder, games, recipe, progress, note=" on validation")
+            entry = Entry(name, "router", LmRouter(router, ladder.slots(len(games))), router_bytes=router.weight_bytes)
+            frame = evaluate(entry, ladder, games, progress, note=" on validation")
             found[name] = {
                 "success": round(float(frame["success"].mean()), 6),  # type: ignore[arg-type]
                 "high_ratio": round(_ratio(frame), 6),
@@ -167,9 +164,7 @@ def choose_headline(
     return max(within, key=lambda name: (found[name]["success"], -found[name]["cost"])), found
 
 
-def evaluate(
-    entry: Entry, ladder: Ladder, games: Sequence[Game], recipe: Recipe, progress: Progress, note: str = ""
-) -> pl.DataFrame:
+def evaluate(entry: Entry, ladder: Ladder, games: Sequence[Game], progress: Progress, note: str = "") -> pl.DataFrame:
     """Rows of `metrics.EPISODES` for one policy."""
     runs = [Run(game, draw) for draw in range(entry.draws) for game in games]
     bar = progress.add_task(entry.name + note, total=len(runs))
@@ -196,9 +191,7 @@ def _row(entry: Entry, trajectory: Trajectory, ladder: Ladder) -> tuple[object, 
     )
 
 
-def seconds_per_step(
-    policy: RoutingPolicy, ladder: Ladder, games: Sequence[Game], recipe: Recipe
-) -> dict[str, JsonValue]:
+def seconds_per_step(policy: RoutingPolicy, ladder: Ladder, games: Sequence[Game]) -> dict[str, JsonValue]:
     """One episode at a time, as an interactive agent runs: mean and p95 of a step, and the router's share of it."""
     seconds: list[float] = []
     router = 0.0

@@ -81,8 +81,7 @@ def kl_router(context: StageContext) -> StageResult:
     clock = Clock()
 
     def play_at(value: float) -> OperatingPoint:
-        slots = min(recipe.runtime.batch_episodes, len(games))
-        policy = LmRouter(with_settings(router, threshold=value), slots)
+        policy = LmRouter(with_settings(router, threshold=value), ladder.slots(len(games)))
         played = play_games(games, policy, ladder, f"router at threshold {value:.3f}", clock)
         return OperatingPoint.of(value, played)
 
