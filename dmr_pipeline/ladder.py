@@ -20,6 +20,7 @@ from dmr_pipeline.agent.train import trained_logits
 from dmr_pipeline.cost import episode_cost
 from dmr_pipeline.environments.alfworld.game import Game
 from dmr_pipeline.environments.tasks import read_games
+from dmr_pipeline.parallel import deal, gather, in_processes, processes_on
 from dmr_pipeline.quantization import dequantized, load_rung, quantize_rung, rung_size, save_rung
 from dmr_pipeline.recipe import Precisions, Recipe
 from dmr_pipeline.stage import StageContext, StageResult
@@ -89,16 +90,7 @@ def quantized_checkpoints(context: StageContext) -> StageResult:
             size = rung_size(model)
             acting = acting_model(model, device)
             divergence, disagreement = divergence_to_float(float_model, acting, examples, device)
-            played = play_alone(
-                acting,
-                games,
-                prompter,
-                recipe.benchmark.step_limit,
-                recipe.runtime.batch_episodes,
-                recipe.agent.action,
-                recipe.agent.temperature,
-                advance=lambda n: progress.advance(bar, n),
-            )
+            played = _play_validation(acting, games, prompter, recipe, device, lambda n: progress.advance(bar, n))
             facts.append(
                 RungFacts(
                     name=rung.name,
@@ -116,6 +108,31 @@ def quantized_checkpoints(context: StageContext) -> StageResult:
     text = json.dumps(ladder.model_dump(), indent=2) + "\n"
     (context.output / LADDER_FILE).write_text(text, encoding="utf-8")
     return StageResult(summary=ladder.model_dump())
+
+
+def _play_validation(
+    model: PreTrainedModel,
+    games: Sequence[Game],
+    prompter: Prompter,
+    recipe: Recipe,
+    device: torch.device,
+    advance: Callable[[int], None],
+) -> list[Trajectory]:
+    """One episode of each game by one rung."""
+
+    def play_part(part: Sequence[Game], advance: Callable[[int], None]) -> list[Trajectory]:
+        return play_alone(
+            model,
+            part,
+            prompter,
+            recipe.benchmark.step_limit,
+            recipe.runtime.batch_episodes,
+            recipe.agent.action,
+            recipe.agent.temperature,
+            advance=advance,
+        )
+
+    return gather(in_processes(play_part, deal(games, processes_on(device, recipe.runtime)), advance))
 
 
 def expert_steps(games: Sequence[Game], prompter: Prompter, step_limit: int) -> list[Example]:
@@ -194,8 +211,13 @@ class Ladder:
         prompter = Prompter.of(load_tokenizer(checkpoints / "tokenizer"), recipe.agent.prompt)
         return cls(models, sizes, read_ladder(checkpoints).always_high_cost, prompter, device, recipe)
 
+    @property
+    def processes(self) -> int:
+        """Processes in which episodes are played at once."""
+        return processes_on(self.device, self.recipe.runtime)
+
     def slots(self, runs: int) -> int:
-        """Episodes that are acted on at once, of so many."""
+        """Episodes that are acted on at once in one process, of so many."""
         return min(self.recipe.runtime.batch_episodes, runs)
 
     def play(
@@ -206,19 +228,35 @@ class Ladder:
         clock: Clock | None = None,
         advance: Callable[[int], None] = lambda _: None,
     ) -> list[Trajectory]:
-        """`rollout.play` with these two precisions and the recipe's way of acting; `seed` is that of the actions."""
-        return play(
-            runs,
-            self.streams(self.slots(len(runs))),
-            self.prompter,
-            policy,
-            self.recipe.benchmark.step_limit,
-            self.recipe.agent.action,
-            self.recipe.agent.temperature,
-            seed,
-            clock,
-            advance,
-        )
+        """`rollout.play` with these two precisions and the recipe's way of acting, in the recipe's number of processes.
+
+        Args:
+            policy: each process has a copy of its own; what it remembers of the episodes is lost.
+            seed: of the actions.
+            clock: gets the seconds of all processes.
+        """
+
+        def play_part(part: Sequence[Run], advance: Callable[[int], None]) -> tuple[list[Trajectory], Clock]:
+            spent = Clock()
+            played = play(
+                part,
+                self.streams(self.slots(len(part))),
+                self.prompter,
+                policy,
+                self.recipe.benchmark.step_limit,
+                self.recipe.agent.action,
+                self.recipe.agent.temperature,
+                seed,
+                spent,
+                advance,
+            )
+            return played, spent
+
+        parts = in_processes(play_part, deal(runs, self.processes), advance)
+        for _, spent in parts:
+            if clock is not None:
+                clock.add(spent)
+        return gather([played for played, _ in parts])
 
     def streams(self, slots: int) -> dict[bool, Streams]:
         """Fresh token streams of both precisions."""

@@ -265,11 +265,19 @@ class Evaluation(Section):
 
 
 class Runtime(Section):
-    """How a stage runs, not what it computes. Not part of any hash; results on CPU are equal for a fixed number of threads."""
+    """How a stage runs, not what it computes. Not part of any hash; results on CPU are equal for fixed numbers
+    of threads and processes."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: Count = Field(1, description="torch threads a process")
-    batch_episodes: Count = Field(64, description="episodes acted on at once")
+    processes: Count = Field(2, description="processes that play episodes at once on a CPU; one on a GPU")
+    batch_episodes: Count = Field(64, description="episodes acted on at once in a process")
+
+    @model_validator(mode="after")
+    def _threads_or_processes(self) -> Self:
+        if self.threads > 1 and self.processes > 1:
+            raise ValueError("runtime: torch's threads do not survive a fork; give more 'threads' or more 'processes'")
+        return self
 
 
 class Recipe(Section):

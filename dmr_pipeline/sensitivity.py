@@ -8,6 +8,7 @@ two distributions over whole actions that lies on the path high precision takes.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import polars as pl
@@ -18,6 +19,7 @@ from torch import Tensor
 from dmr_pipeline.agent.streams import Streams
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.ladder import Ladder
+from dmr_pipeline.parallel import deal, in_processes
 from dmr_pipeline.recipe import Sensitivity
 from dmr_pipeline.stage import StageContext, StageResult
 from dmr_pipeline.trajectories import read_trajectories
@@ -41,6 +43,9 @@ STEPS = pl.Schema(
 )
 """Divergences in nats. `entropy_low` (nats, summed) and `margin_low` (smallest gap between the two likeliest tokens'
 probabilities) are those of low precision along its own greedy action. `success` is the episode's outcome."""
+
+_Batch = tuple[list[str], list[list[list[int]]], list[list[list[int]]]]
+"""Episodes that are measured at once: their ids, and token ids of the segment and of the action of each step."""
 
 
 @dataclass(frozen=True)
@@ -95,18 +100,25 @@ def measure(
     longest_first = transcripts.with_columns(turns=pl.col("segment").list.len()).sort(
         ["turns", "episode_id"], descending=[True, False]
     )
-    rows: list[tuple[object, ...]] = []
-    for batch in longest_first.iter_slices(slots):
-        ids, segments, actions = batch["episode_id"].to_list(), batch["segment"].to_list(), batch["action"].to_list()
-        streams = ladder.streams(len(batch))
-        for turn in range(len(segments[0])):
-            live = [i for i in range(len(ids)) if turn < len(segments[i])]
-            new = [(actions[i][turn - 1] if turn else []) + segments[i][turn] for i in live]
-            for i, divergence in zip(
-                live, compare(streams, live, new, ladder.prompter.end_token, max_tokens), strict=True
-            ):
-                rows.append((ids[i], turn, *vars(divergence).values()))
-        advance(len(batch))
+
+    def compare_batches(batches: Sequence[_Batch], advance: Callable[[int], None]) -> list[tuple[object, ...]]:
+        rows: list[tuple[object, ...]] = []
+        for ids, segments, actions in batches:
+            streams = ladder.streams(len(ids))
+            for turn in range(len(segments[0])):
+                live = [i for i in range(len(ids)) if turn < len(segments[i])]
+                new = [(actions[i][turn - 1] if turn else []) + segments[i][turn] for i in live]
+                compared = compare(streams, live, new, ladder.prompter.end_token, max_tokens)
+                rows += [(ids[i], turn, *vars(found).values()) for i, found in zip(live, compared, strict=True)]
+            advance(len(ids))
+        return rows
+
+    # Lists, since polars does not survive the fork into several processes.
+    batches: list[_Batch] = [
+        (batch["episode_id"].to_list(), batch["segment"].to_list(), batch["action"].to_list())
+        for batch in longest_first.iter_slices(slots)
+    ]
+    rows = list(chain(*in_processes(compare_batches, deal(batches, ladder.processes), advance)))
     columns = {name: STEPS[name] for name in ("episode_id", "turn", *Divergence.__dataclass_fields__)}
     measured = pl.DataFrame(rows, schema=columns, orient="row").join(context, on="episode_id")
     return (

@@ -137,6 +137,14 @@ class Clock:
     """Router and agent together, of each step of the whole batch."""
     steps: int = 0
 
+    def add(self, other: "Clock") -> None:
+        """The seconds of another batch of episodes; of batches that ran at the same time, each counts in full."""
+        self.router += other.router
+        self.agent += other.agent
+        self.environment += other.environment
+        self.durations += other.durations
+        self.steps += other.steps
+
 
 @dataclass
 class _Slot:

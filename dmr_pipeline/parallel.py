@@ -1,0 +1,110 @@
+"""One computation in several processes at once: tiny models leave a CPU core idle while Python runs between their operations.
+
+The processes are forked, so that they share the loaded models' memory and nothing has to be sent to them; only what they
+return is pickled, from process to process.
+"""
+
+import multiprocessing
+import os
+import traceback
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection, wait
+from typing import Any, TypeVar, cast
+
+import torch
+
+from dmr_pipeline.recipe import Runtime
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+Advance = Callable[[int], None]
+Work = Callable[[Sequence[Item], Advance], Result]
+
+
+def processes_on(device: torch.device, runtime: Runtime) -> int:
+    """How many to use: one on a GPU, which does not survive a fork, and where the system cannot fork (Windows)."""
+    can_fork = "fork" in multiprocessing.get_all_start_methods()
+    return runtime.processes if can_fork and device.type == "cpu" else 1
+
+
+def deal(items: Sequence[Item], processes: int) -> list[Sequence[Item]]:
+    """The items in at most so many parts, dealt out in turn; none is empty, but for the only part of no items."""
+    return [items[first::processes] for first in range(min(processes, len(items)))] or [items]
+
+
+def gather(results: Sequence[Sequence[Result]]) -> list[Result]:
+    """Undoes `deal` on results that stand in the order of each part's items."""
+    count = len(results)
+    return [results[i % count][i // count] for i in range(sum(map(len, results)))]
+
+
+def in_processes(
+    work: Callable[[Sequence[Item], Advance], Result],
+    parts: Sequence[Sequence[Item]],
+    advance: Advance = lambda _: None,
+) -> list[Result]:
+    """`work(part, advance)` for each part, each but a single one in a process of its own.
+
+    Changes that `work` makes to objects are lost with its process: what is needed of them must be in its result.
+
+    Args:
+        work: uses no GPU, and no more than one torch thread (neither survives a fork).
+        advance: called here with what the processes report (progress).
+
+    Returns:
+        Results in the order of the parts.
+
+    Raises:
+        Exception: whatever `work` raised, with its traceback as a note.
+        RuntimeError: a process was killed.
+    """
+    if len(parts) == 1:
+        return [work(parts[0], advance)]
+    context = multiprocessing.get_context("fork")
+    running: dict[Connection, tuple[int, Any]] = {}
+    for index, part in enumerate(parts):
+        receiver, sender = context.Pipe(duplex=False)
+        process = context.Process(target=_child, args=(work, part, sender, os.getpid()), daemon=True)
+        process.start()
+        sender.close()
+        running[receiver] = index, process
+    results: dict[int, Result] = {}
+    try:
+        while running:
+            for receiver in cast(list[Connection], wait(list(running))):
+                index, process = running[receiver]
+                try:
+                    kind, value = receiver.recv()
+                except EOFError:
+                    process.join()
+                    raise RuntimeError(
+                        f"process {process.pid} ended with exit code {process.exitcode} before its work was done;"
+                        " if memory ran out, set runtime.processes to 1 or runtime.batch_episodes lower"
+                    ) from None
+                if kind == "advance":
+                    advance(value)
+                elif kind == "failed":
+                    raise value
+                else:
+                    results[index] = value
+                    del running[receiver]
+                    process.join()
+    finally:
+        for _, process in running.values():
+            process.terminate()
+            process.join()
+    return [results[index] for index in range(len(parts))]
+
+
+def _child(work: Work[Item, Result], part: Sequence[Item], sender: Connection, parent: int) -> None:
+    def advance(number: int) -> None:
+        if os.getppid() != parent:  # it was killed: nobody waits for the result
+            os._exit(1)
+        sender.send(("advance", number))
+
+    try:
+        sender.send(("done", work(part, advance)))
+    except Exception as error:  # noqa: BLE001 - it is raised again in the parent
+        error.add_note(traceback.format_exc())
+        sender.send(("failed", error))
