@@ -3,8 +3,8 @@
 Our definition, since the paper gives none: the sum, over an episode's forward passes at batch 1, of the weight bytes that the
 pass reads. Generating an action of n tokens takes n passes of the acting precision: one reads the new segment, together with
 whatever this precision has not seen yet (catch-up after a switch), and n - 1 read one token each; the router's decision takes
-one pass of the router. A policy that drafts at low precision before it decides pays for a draft that it throws away, a pass a
-token. Reports divide by the mean cost of an always-high episode on validation games.
+one pass of the router. A policy that lets low precision draft, or read, before it decides pays for the passes that are thrown
+away where high precision then acts. Reports divide by the mean cost of an always-high episode on validation games.
 """
 
 from collections.abc import Mapping

@@ -204,17 +204,25 @@ class Lora(Section):
     alpha: Count = 16
 
 
-class RouterModel(Section):
-    """A small causal LM over the transcript whose next token at a routing position is a precision."""
+class Probe(Section):
+    """A head on the hidden states of the low-precision agent, which has read the transcript."""
 
+    layers: tuple[Count, ...] = Field(min_length=1, description="decoder layers, from 1, whose outputs are read")
+    hidden: Count = Field(32, description="width of the head's hidden layer")
+
+
+class RouterModel(Section):
+    """A probe; or a small causal LM over the transcript whose next token at a routing position is a precision."""
+
+    probe: Probe | None = None
     architecture: Architecture | None = None
     pretrained: Pretrained | None = None
     lora: Lora | None = Field(None, description="train adapters only (needs 'pretrained')")
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
-        if (self.pretrained is None) == (self.architecture is None):
-            raise ValueError("router: give exactly one of 'pretrained' and 'architecture'")
+        if [self.probe, self.architecture, self.pretrained].count(None) != 2:
+            raise ValueError("router: give exactly one of 'probe', 'architecture' and 'pretrained'")
         if self.lora is not None and self.pretrained is None:
             raise ValueError("router.lora: needs 'pretrained'")
         return self
@@ -238,6 +246,8 @@ class GrpoRouter(Section):
     updates: Count
     games_per_update: Count
     group_size: int = Field(ge=2, description="episodes of one game in a group")
+    iterations: Count = Field(1, description="optimizer steps on the same episodes (GRPO's mu)")
+    clip: float = Field(0.2, gt=0, description="GRPO's epsilon: bounds the importance ratio to 1 - clip and 1 + clip")
     learning_rate: float = Field(gt=0)
     reward: Literal["gated", "difference"] = Field(
         "gated",
@@ -250,6 +260,10 @@ class GrpoRouter(Section):
     )
     validate_every: Count = Field(description="updates between two validations; the best checkpoint is kept")
     validation_games: Count
+    target_ratio: Share | None = Field(
+        None,
+        description="high-precision ratio that the threshold is calibrated to, in closed loop; without it, it is 0.5",
+    )
     seed: int = Field(0, ge=0)
 
 
@@ -291,6 +305,14 @@ class Recipe(Section):
     grpo_router: GrpoRouter
     evaluation: Evaluation
     runtime: Runtime = Runtime()
+
+    @model_validator(mode="after")
+    def _reference_model(self) -> Self:
+        if self.grpo_router.beta and self.kl_router.model.probe:
+            raise ValueError(
+                "grpo_router.beta: trl reloads the reference as a causal LM, which a probe is not; set it to 0"
+            )
+        return self
 
 
 def load_recipe(name: str, folder: Path = RECIPE_FOLDER) -> Recipe:

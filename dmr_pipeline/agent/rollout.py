@@ -12,6 +12,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -37,8 +38,22 @@ class Draft:
     the likeliest command's)."""
 
 
-Peek = Callable[[bool], list[Draft]]
-"""Peek(high): for each slot being decided, what this precision would do. Costs its forward passes."""
+class Peek(Protocol):
+    """What a policy may ask for about the slots being decided. It costs forward passes of the agent."""
+
+    def drafts(self, high: bool) -> list[Draft]:
+        """What this precision would do."""
+        ...
+
+    def states(self, layers: Sequence[int]) -> Tensor:
+        """Low precision's hidden states once it has read the transcript: float32 [slots, len(layers) * hidden size].
+
+        One forward pass, which is lost only where high precision then acts: otherwise generation goes on from it.
+
+        Args:
+            layers: decoder layers, from 1.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -56,7 +71,9 @@ class Decision:
     probability: float
     """The router's probability of high precision."""
     drafted: int = 0
-    """Tokens of a low-precision action that the decision needed and that is thrown away."""
+    """Low-precision forward passes that the decision needed and that are thrown away."""
+    features: NDArray[np.float32] | None = None
+    """What the router decided on, where it is to learn from it."""
 
 
 class RoutingPolicy(Protocol):
@@ -103,7 +120,9 @@ class Step:
     processed: int
     """Tokens that the acting precision's forward passes read: catch-up, segment, and all but the last generated one."""
     drafted: int = 0
-    """Tokens of a low-precision action that was thrown away."""
+    """Low-precision forward passes that were thrown away."""
+    features: NDArray[np.float32] | None = field(default=None, compare=False)
+    """What the router decided on, where it is to learn from it."""
 
 
 @dataclass
@@ -228,9 +247,12 @@ class _Batch:
         clock: Clock,
     ) -> None:
         self.agents, self.prompter, self.policy = agents, prompter, policy
-        self._act = self._generate if action == "generate" else self._score
+        self.act = self._generate if action == "generate" else self._score
+        """act(high, slots): the action of one precision for each slot."""
         self.temperature, self.seed, self.clock = temperature, seed, clock
         self.slots: dict[int, _Slot] = {}
+        self._read: dict[int, tuple[Tensor, int]] = {}
+        """Where low precision has read the transcript in this step: logits after it, and how many tokens were new."""
 
     def start(self, slot: int, run: Run) -> None:
         episode = begin_episode(run.task)
@@ -248,26 +270,21 @@ class _Batch:
         running = [self.slots[slot] for slot in slots]
         for state in running:
             state.transcript += state.segment
-        drafts: dict[bool, list[Draft]] = {}
-
-        def peek(high: bool) -> list[Draft]:
-            if high not in drafts:
-                drafts[high] = self._act(high, slots)
-            return drafts[high]
-
+        peek = _BatchPeek(self, slots)
         started = time.perf_counter()
         decisions = self.policy.decide(slots, [state.segment for state in running], peek)
         decided = time.perf_counter()
         chosen: dict[int, Draft] = {}
         for high in (False, True):
             mine = [slot for slot, decision in zip(slots, decisions, strict=True) if decision.high == high]
-            if high in drafts:
-                chosen |= {slot: draft for slot, draft in zip(slots, drafts[high], strict=True) if slot in mine}
+            if high in peek.drafted:
+                chosen |= {slot: draft for slot, draft in zip(slots, peek.drafted[high], strict=True) if slot in mine}
             elif mine:
-                chosen |= dict(zip(mine, self._act(high, mine), strict=True))
-        for high in drafts:
+                chosen |= dict(zip(mine, self.act(high, mine), strict=True))
+        for high in peek.drafted:
             for slot, state in zip(slots, running, strict=True):
                 self.agents[high].truncate(slot, len(state.transcript))
+        self._read.clear()
         acted = time.perf_counter()
         ended = []
         for slot, state, decision in zip(slots, running, decisions, strict=True):
@@ -284,6 +301,7 @@ class _Batch:
                     decision.probability,
                     taken.processed,
                     decision.drafted,
+                    decision.features,
                 )
             )
             state.transcript += taken.action
@@ -300,15 +318,32 @@ class _Batch:
         self.clock.steps += len(slots)
         return ended
 
+    def read_states(self, slots: list[int], layers: Sequence[int]) -> Tensor:
+        """`Peek.states`; what is read here is not read again by an action of this step."""
+        chunks = self._unread(False, slots)
+        logits, states = self.agents[False].read(slots, chunks, layers)
+        self._read = {slot: (row, len(chunk)) for slot, row, chunk in zip(slots, logits, chunks, strict=True)}
+        return states
+
+    def _unread(self, high: bool, slots: list[int]) -> list[list[int]]:
+        lengths = self.agents[high].lengths
+        return [self.slots[slot].transcript[lengths[slot] :] for slot in slots]
+
+    def _first_logits(self, high: bool, slots: list[int]) -> tuple[Tensor, list[int]]:
+        """Logits [slots, vocabulary] of the action's first token, and for each slot the tokens that were read for them."""
+        if self._read and not high:
+            rows, counts = zip(*(self._read[slot] for slot in slots), strict=True)
+            return torch.stack(rows), list(counts)
+        chunks = self._unread(high, slots)
+        return self.agents[high].extend(slots, chunks), [len(chunk) for chunk in chunks]
+
     def _generate(self, high: bool, slots: list[int]) -> list[Draft]:
         """The action of one precision for each slot, token by token."""
         streams, prompter = self.agents[high], self.prompter
-        chunks = [self.slots[slot].transcript[streams.lengths[slot] :] for slot in slots]
         actions: list[list[int]] = [[] for _ in slots]
-        processed = [len(chunk) for chunk in chunks]
         margins = [1.0] * len(slots)
         waiting = list(range(len(slots)))
-        logits = streams.extend(slots, chunks)
+        logits, processed = self._first_logits(high, slots)
         while True:
             tokens = self._choose(logits, [(slots[i], len(actions[i])) for i in waiting])
             for i, token, lead in zip(waiting, tokens, _leads(logits), strict=True):
@@ -328,23 +363,23 @@ class _Batch:
     def _score(self, high: bool, slots: list[int]) -> list[Draft]:
         """The admissible command that one precision finds likeliest, or a draw by probability, for each slot."""
         streams = self.agents[high]
-        chunks = [self.slots[slot].transcript[streams.lengths[slot] :] for slot in slots]
         candidates = [
             [self.prompter.action(command) for command in self.slots[slot].episode.admissible_commands()]
             for slot in slots
         ]
+        logits, read = self._first_logits(high, slots)
         processed = [
-            len(chunk) + sum(len(command) - 1 for command in commands)
-            for chunk, commands in zip(chunks, candidates, strict=True)
+            tokens + sum(len(command) - 1 for command in commands)
+            for tokens, commands in zip(read, candidates, strict=True)
         ]
-        first = streams.extend(slots, chunks).log_softmax(-1)
+        first = logits.log_softmax(-1)
         scores: list[list[float]] = [[] for _ in slots]
         for k in range(max(len(commands) for commands in candidates)):
             mine = [i for i in range(len(slots)) if k < len(candidates[i])]
             rest = streams.extend_all([slots[i] for i in mine], [candidates[i][k][:-1] for i in mine])
-            for i, logits in zip(mine, rest, strict=True):
+            for i, rows in zip(mine, rest, strict=True):
                 command = candidates[i][k]
-                following = logits.log_softmax(-1).gather(-1, torch.tensor(command[1:], device=logits.device)[:, None])
+                following = rows.log_softmax(-1).gather(-1, torch.tensor(command[1:], device=rows.device)[:, None])
                 scores[i].append(float(first[i, command[0]] + following.sum()))
                 streams.truncate(slots[i], len(self.slots[slots[i]].transcript))
         drafts = []
@@ -367,6 +402,22 @@ class _Batch:
             draw = seeded_generator(*key).random() * row.sum()
             tokens.append(int(min(np.searchsorted(np.cumsum(row), draw), len(row) - 1)))
         return tokens
+
+
+class _BatchPeek:
+    """`Peek` into a batch, for one step."""
+
+    def __init__(self, batch: _Batch, slots: list[int]) -> None:
+        self._batch, self._slots = batch, slots
+        self.drafted: dict[bool, list[Draft]] = {}
+
+    def drafts(self, high: bool) -> list[Draft]:
+        if high not in self.drafted:
+            self.drafted[high] = self._batch.act(high, self._slots)
+        return self.drafted[high]
+
+    def states(self, layers: Sequence[int]) -> Tensor:
+        return self._batch.read_states(self._slots, layers)
 
 
 def _leads(logits: Tensor) -> list[float]:

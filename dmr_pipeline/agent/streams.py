@@ -138,12 +138,30 @@ class Streams:
         """As `extend`, with float32 logits after every token: [len(chunk), vocabulary] for each chunk."""
         return list(self._head(torch.cat(self._hidden(slots, chunks))).split([len(chunk) for chunk in chunks]))
 
+    @torch.no_grad()
+    def read(
+        self, slots: Sequence[int], chunks: Sequence[Sequence[int]], layers: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        """As `extend`, with the hidden states after the last token of each chunk.
+
+        Args:
+            layers: decoder layers, from 1, whose outputs are wanted.
+
+        Returns:
+            float32 logits [len(slots), vocabulary] and states [len(slots), len(layers) * hidden size], layer by layer.
+        """
+        last = torch.stack([hidden[-1] for hidden in self._hidden(slots, chunks, layers)])
+        width = self.model.config.hidden_size
+        return self._head(last[:, :width]), last[:, width:].float()
+
     def _head(self, hidden: Tensor) -> Tensor:
         logits: Tensor = self.model.get_output_embeddings()(hidden)
         return logits.float()
 
-    def _hidden(self, slots: Sequence[int], chunks: Sequence[Sequence[int]]) -> list[Tensor]:
-        """Append the chunks; last hidden states [len(chunk), width] of each."""
+    def _hidden(
+        self, slots: Sequence[int], chunks: Sequence[Sequence[int]], layers: Sequence[int] = ()
+    ) -> list[Tensor]:
+        """Append the chunks; last hidden states [len(chunk), width] of each, beside them the outputs of these layers."""
         longest = max(self.lengths[slot] + len(chunk) for slot, chunk in zip(slots, chunks, strict=True))
         if longest > self.capacity:
             raise UserError(
@@ -153,15 +171,15 @@ class Streams:
         if len(set(slots)) < len(slots) or not all(chunks):
             raise ValueError("slots must be distinct and chunks not empty")
         cut = _first_pass([len(chunk) for chunk in chunks])
-        hidden = self._forward(slots, [chunk[:cut] for chunk in chunks])
+        hidden = self._forward(slots, [chunk[:cut] for chunk in chunks], layers)
         rest = [index for index, chunk in enumerate(chunks) if len(chunk) > cut]
         if rest:
-            more = self._hidden([slots[index] for index in rest], [chunks[index][cut:] for index in rest])
+            more = self._hidden([slots[index] for index in rest], [chunks[index][cut:] for index in rest], layers)
             for index, states in zip(rest, more, strict=True):
                 hidden[index] = torch.cat([hidden[index], states])
         return hidden
 
-    def _forward(self, slots: Sequence[int], chunks: Sequence[Sequence[int]]) -> list[Tensor]:
+    def _forward(self, slots: Sequence[int], chunks: Sequence[Sequence[int]], layers: Sequence[int]) -> list[Tensor]:
         """One forward pass over all the chunks, padded on the right.
 
         A padded token has a position after its chunk: no token of the chunk attends to it, and it is not stored.
@@ -187,9 +205,15 @@ class Streams:
         mask = torch.zeros(len(slots), 1, width, cache.read, dtype=self.model.dtype, device=device)
         mask.masked_fill_(torch.arange(cache.read, device=device) > positions[:, None, :, None], float("-inf"))
         with _shared_heads() if device.type == "cpu" and width > 1 else nullcontext():
-            hidden = self.model.base_model(
-                input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
-            ).last_hidden_state
+            output = self.model.base_model(
+                input_ids=tokens,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                output_hidden_states=bool(layers),
+            )
+        hidden = torch.cat([output.last_hidden_state, *(output.hidden_states[layer] for layer in layers)], dim=-1)
         return [hidden[self._row_of[slot], : len(chunk)] for slot, chunk in zip(slots, chunks, strict=True)]
 
     def _bring_to_front(self, slots: Sequence[int]) -> None:

@@ -29,7 +29,8 @@ from dmr_pipeline.ladder import Ladder, read_ladder
 from dmr_pipeline.router.baselines import Confidence, Disagreement, RandomMixing
 from dmr_pipeline.router.calibration import OperatingPoint, find_threshold
 from dmr_pipeline.router.kl import ROUTER_FOLDER
-from dmr_pipeline.router.model import LmRouter, Router, load_router
+from dmr_pipeline.router.model import Router, load_router
+from dmr_pipeline.router.policies import routing_policy
 from dmr_pipeline.sensitivity import read_sensitivity
 from dmr_pipeline.stage import StageContext, StageResult
 
@@ -54,7 +55,9 @@ def evaluation_report(context: StageContext) -> StageResult:
     recipe = context.recipe
     torch.set_num_threads(recipe.runtime.threads)
     ladder = Ladder.load(context.inputs["quantized_checkpoints"], recipe)
-    routers = {name: load_router(context.inputs[name] / ROUTER_FOLDER, ladder.device) for name in ROUTERS}
+    routers = {
+        name: load_router(context.inputs[name] / ROUTER_FOLDER, ladder.device, ladder.models[False]) for name in ROUTERS
+    }
     validation = read_games(context.inputs["benchmark_tasks"], "validation")
     test = read_games(context.inputs["benchmark_tasks"], "test")
     chosen, on_validation = choose_headline(ladder, routers, validation)
@@ -110,7 +113,7 @@ def evaluation_report(context: StageContext) -> StageResult:
         "always_high": SinglePrecision(high=True),
         "always_low": SinglePrecision(high=False),
         "confidence": cascade,
-        **{name: LmRouter(router, 1) for name, router in routers.items()},
+        **{name: routing_policy(router, 1) for name, router in routers.items()},
     }
     games = test[:_TIMED_GAMES]
     timed = {name: seconds_per_step(policy, ladder, games) for name, policy in acting.items()}
@@ -124,7 +127,7 @@ def entries(routers: dict[str, Router], cascade: Confidence, slots: int) -> list
         Entry("always_low", "single", SinglePrecision(high=False)),
         Entry("confidence", "baseline", cascade),
         *(
-            Entry(name, "router", LmRouter(router, slots), router_bytes=router.weight_bytes)
+            Entry(name, "router", routing_policy(router, slots), router_bytes=router.weight_bytes)
             for name, router in routers.items()
         ),
         Entry("disagreement", "oracle", Disagreement()),
@@ -153,7 +156,8 @@ def choose_headline(
     found: dict[str, dict[str, float]] = {}
     with Progress() as progress:
         for name, router in routers.items():
-            entry = Entry(name, "router", LmRouter(router, ladder.slots(len(games))), router_bytes=router.weight_bytes)
+            policy = routing_policy(router, ladder.slots(len(games)))
+            entry = Entry(name, "router", policy, router_bytes=router.weight_bytes)
             frame = evaluate(entry, ladder, games, progress, note=" on validation")
             found[name] = {
                 "success": round(float(frame["success"].mean()), 6),  # type: ignore[arg-type]

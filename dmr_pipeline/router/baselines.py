@@ -41,7 +41,7 @@ class Confidence:
 
     def decide(self, slots: Sequence[int], segments: Sequence[list[int]], peek: Peek) -> list[Decision]:
         decisions = []
-        for draft in peek(False):
+        for draft in peek.drafts(False):
             high = 1 - draft.margin >= self.threshold
             decisions.append(Decision(high, 1 - draft.margin, len(draft.action) if high else 0))
         return decisions
@@ -55,7 +55,7 @@ class Disagreement:
     it takes the actions of always-high throughout."""
 
     def decide(self, slots: Sequence[int], segments: Sequence[list[int]], peek: Peek) -> list[Decision]:
-        differ = [low.action != high.action for low, high in zip(peek(False), peek(True), strict=True)]
+        differ = [low.action != high.action for low, high in zip(peek.drafts(False), peek.drafts(True), strict=True)]
         return [Decision(high, float(high)) for high in differ]
 
     def begin(self, slot: int, run: Run) -> None:

@@ -3,8 +3,8 @@
 A group is several episodes of one game by the router that samples; each is credited with its reward minus the group's
 mean. The paper's reward is success - lambda * cost; the default, success * (1 - lambda * cost), is ours: cheap failure
 must not pay. Ours as well: start from the stage-1 router, shifted to a ratio at which groups do not tie; train all its
-weights; act at a threshold of 0.5; keep the weights that are best on validation games. The training resumes after a
-kill with the same result.
+weights; keep those that are best on validation games, acting at a threshold of 0.5; then calibrate the threshold to a ratio,
+if the recipe names one. The training resumes after a kill with the same result.
 """
 
 import time
@@ -12,7 +12,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count, islice
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
-from dmr_pipeline.agent.rollout import Run, Trajectory, seeded_generator
+from dmr_pipeline.agent.rollout import Clock, Run, Trajectory, seeded_generator
 from dmr_pipeline.cost import episode_cost
 from dmr_pipeline.environments.alfworld.game import Game
 from dmr_pipeline.environments.tasks import read_games
@@ -37,16 +37,17 @@ from dmr_pipeline.ladder import Ladder
 from dmr_pipeline.recipe import GrpoRouter
 from dmr_pipeline.router.baselines import RandomMixing
 from dmr_pipeline.router.grpo_trainer import Rollout, RoutingTrainer
-from dmr_pipeline.router.kl import ROUTER_FOLDER
+from dmr_pipeline.router.kl import ROUTER_FOLDER, calibrate_threshold, play_games
 from dmr_pipeline.router.model import (
-    LmRouter,
     Router,
     RouterSettings,
     load_router,
     routing_margins,
     save_router,
     sequence_of_trajectory,
+    with_features,
 )
+from dmr_pipeline.router.policies import routing_policy
 from dmr_pipeline.stage import StageContext, StageResult
 
 Floats = NDArray[np.float64]
@@ -82,21 +83,36 @@ def grpo_router(context: StageContext) -> StageResult:
     games = read_games(context.inputs["benchmark_tasks"], "router_train")
     validation = read_games(context.inputs["benchmark_tasks"], "validation", section.validation_games)
     stage_1 = context.inputs["kl_router"] / ROUTER_FOLDER
-    start = load_router(stage_1, ladder.device)
+
+    def load() -> Router:
+        return load_router(stage_1, ladder.device, ladder.models[False])
+
+    start = load()
     scorer = Scorer(ladder, start.weight_bytes)
     settings = tempered_settings(start, scorer, validation, context.scratch)
-    start = Router(start.model, start.tokenizer, settings)
-    router = Router(load_router(stage_1, ladder.device).model, start.tokenizer, settings)
-    session = Session(router, start, scorer, games, validation)
+    start = replace(start, settings=settings)
+    session = Session(replace(load(), settings=settings), start, scorer, games, validation)
     train(session, section, context.scratch)
-    chosen = load_router(stage_1, ladder.device)  # again, since trl leaves marks in the config
+    chosen = replace(load(), settings=settings)  # again, since trl leaves marks in the config
     chosen.model.load_state_dict(session.best_weights)
-    save_router(Router(chosen.model, chosen.tokenizer, settings), context.output / ROUTER_FOLDER)
     log = session.log()
+    summary = summarize(log, session.best_update, settings)
+    if section.target_ratio is not None:
+        policy = routing_policy(chosen, ladder.slots(len(validation)))
+        played = play_games(validation, policy, ladder, section.seed, "router at threshold 0.5", Clock())
+        probabilities = np.array([step.probability for trajectory in played for step in trajectory.steps])
+        chosen, point, _ = calibrate_threshold(
+            chosen, probabilities, section.target_ratio, validation, ladder, section.seed, Clock()
+        )
+        summary |= {
+            "target_ratio": section.target_ratio,
+            "threshold": point.threshold,
+            "calibrated_validation_success": round(point.success, 6),
+            "calibrated_validation_ratio": round(point.high_ratio, 6),
+        }
+    save_router(chosen, context.output / ROUTER_FOLDER)
     log.write_parquet(context.output / "training.parquet")
-    return StageResult(
-        summary=summarize(log, session.best_update, settings), measured={"seconds": time.perf_counter() - started}
-    )
+    return StageResult(summary=summary, measured={"seconds": time.perf_counter() - started})
 
 
 def reward(success: bool, cost: float, section: GrpoRouter) -> float:
@@ -142,6 +158,7 @@ def tempered_settings(router: Router, scorer: Scorer, games: Sequence[Game], scr
         progress.add_task(f"episodes to start from a ratio of {section.initial_ratio:.2f}", total=None)
         played = scorer.ladder.play([Run(game) for game in games], policy, section.seed)
     sequences = [sequence_of_trajectory(trajectory, router.settings) for trajectory in played]
+    sequences = with_features(router, sequences, _BATCH, scorer.ladder.processes)
     margins = np.concatenate(routing_margins(router, sequences, _BATCH))
     offset = offset_for(router.settings.scale * margins, section.initial_ratio)
     settings = router.settings.model_copy(update={"offset": offset, "threshold": 0.5, "target_ratio": None})
@@ -211,7 +228,7 @@ class Session(TrainerCallback):
             runs.append(Run(self.games[task_id], members[task_id]))
             members[task_id] += 1
         seed = int(seeded_generator("grpo", self.section.seed, update).integers(2**62))
-        policy = LmRouter(self.router, self.scorer.ladder.slots(len(runs)), sample=True, seed=seed)
+        policy = routing_policy(self.router, self.scorer.ladder.slots(len(runs)), sample=True, seed=seed)
         played = self.scorer.ladder.play(runs, policy, seed)
         sequences = [sequence_of_trajectory(trajectory, self.router.settings) for trajectory in played]
         rewards = [self.scorer.reward(trajectory) for trajectory in played]
@@ -233,7 +250,7 @@ class Session(TrainerCallback):
     def validate(self, update: int) -> None:
         """Log how the router acts at its threshold, and keep its weights if none were better."""
         runs = [Run(game) for game in self.validation]
-        policy = LmRouter(self.router, self.scorer.ladder.slots(len(runs)))
+        policy = routing_policy(self.router, self.scorer.ladder.slots(len(runs)))
         means = self.scorer.means(self.scorer.ladder.play(runs, policy, self.section.seed))
         self.rows[-1] |= {f"validation_{name}": value for name, value in means.items()}
         if means["reward"] > self.best_reward:
@@ -249,8 +266,9 @@ class Session(TrainerCallback):
             self.validate(0)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
-        if state.global_step % self.section.validate_every == 0 or state.global_step == self.section.updates:
-            self.validate(state.global_step)
+        update, unfinished = divmod(state.global_step, self.section.iterations)
+        if not unfinished and (update % self.section.validate_every == 0 or update == self.section.updates):
+            self.validate(update)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         """After the trainer has saved its own state: the checkpoint is complete once `session.pt` is there."""

@@ -7,7 +7,7 @@ by a group's standard deviation, which would cancel the cost's weight in groups 
 """
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ from exactly the router's present weights."""
 class RoutingTrainer(GRPOTrainer):
     """Trains the weights of `router.model` in place; scale and offset stay as they are.
 
-    One optimizer step an update, on the episodes just sampled: the importance ratio is 1, nothing is clipped. The loss
+    An update is `iterations` optimizer steps on the episodes just sampled; the importance ratio is 1 at the first. The loss
     is a mean over the routing tokens of the update's episodes, each weighted by its episode's advantage: reward minus
     the group's mean (`dapo`; `dr_grpo` would divide by the length of completions of which few tokens are trained).
 
@@ -59,9 +59,13 @@ class RoutingTrainer(GRPOTrainer):
         callbacks: list[TrainerCallback],
     ) -> None:
         self._settings = router.settings
+        self._features: dict[tuple[int, ...], Tensor] = {}
+        """What a probe decides on in the episodes of this update, by their tokens."""
 
         def rollout_func(prompts: list[str], trainer: GRPOTrainer) -> dict[str, Any]:
-            played = rollouts(trainer.state.global_step + 1, prompts)
+            played = rollouts(trainer.state.global_step // section.iterations + 1, prompts)
+            sequences = [rollout.sequence for rollout in played]
+            self._features = {tuple(s.tokens): s.features for s in sequences if s.features is not None}
             trainer.model.train()  # trl asks it for the mode, and acting has put it into evaluation mode
             return as_completions(played)
 
@@ -91,7 +95,7 @@ class RoutingTrainer(GRPOTrainer):
         """Log-probabilities and entropies [episodes, logits_to_keep] of the routing tokens; 0 elsewhere."""
         batch_size = batch_size or len(input_ids)
         parts = [
-            two_way(model, ids, mask, logits_to_keep, self._settings)
+            two_way(model, ids, mask, logits_to_keep, self._settings, self._features)
             for ids, mask in zip(input_ids.split(batch_size), attention_mask.split(batch_size), strict=True)
         ]
         log_probabilities, entropies = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
@@ -102,7 +106,7 @@ def training_arguments(section: GrpoRouter, folder: Path, device: torch.device) 
     return GRPOConfig(
         output_dir=str(folder),
         seed=section.seed,
-        max_steps=section.updates,
+        max_steps=section.updates * section.iterations,
         learning_rate=section.learning_rate,
         lr_scheduler_type="constant",
         weight_decay=0.0,
@@ -110,7 +114,8 @@ def training_arguments(section: GrpoRouter, folder: Path, device: torch.device) 
         beta=section.beta,
         loss_type="dapo",
         scale_rewards="none",
-        num_iterations=1,
+        num_iterations=section.iterations,
+        epsilon=section.clip,
         num_generations=section.group_size,
         per_device_train_batch_size=section.group_size,
         gradient_accumulation_steps=section.games_per_update,
@@ -118,7 +123,7 @@ def training_arguments(section: GrpoRouter, folder: Path, device: torch.device) 
         use_cpu=device.type == "cpu",
         bf16=False,
         gradient_checkpointing=False,
-        save_steps=section.validate_every,
+        save_steps=section.validate_every * section.iterations,
         save_total_limit=2,
         logging_strategy="no",
         report_to="none",
@@ -145,7 +150,12 @@ def as_completions(played: Sequence[Rollout]) -> dict[str, Any]:
 
 
 def two_way(
-    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, completion: int, settings: RouterSettings
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    completion: int,
+    settings: RouterSettings,
+    features: Mapping[tuple[int, ...], Tensor],
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities and entropies (nats) of the choice between the routing tokens, at those among the last
     `completion` positions: float32 [rows, completion], 0 at all other tokens.
@@ -153,6 +163,7 @@ def two_way(
     Args:
         input_ids: int64 [rows, width], padded on either side.
         attention_mask: [rows, width], 0 at padding.
+        features: a row's tokens -> what a probe decides on there; an LM needs none.
     """
     routing = torch.isin(input_ids, input_ids.new_tensor(settings.tokens)) & attention_mask.bool()
     routing[:, : input_ids.shape[1] - completion] = False
@@ -160,7 +171,8 @@ def two_way(
     for ids, mask, routed in zip(input_ids, attention_mask.bool(), routing, strict=True):
         positions = routed[mask].nonzero().flatten() - 1
         high = ids[routed] == settings.high_token
-        sequences.append(RoutingSequence(ids[mask].tolist(), positions.tolist(), high.tolist()))
+        tokens = ids[mask].tolist()
+        sequences.append(RoutingSequence(tokens, positions.tolist(), high.tolist(), features.get(tuple(tokens))))
     logits = routing_logits(model, sequences, settings)
     score = settings.scale * (logits[:, 1] - logits[:, 0]) + settings.offset
     acted_high = input_ids[routing] == settings.high_token

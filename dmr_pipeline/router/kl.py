@@ -8,6 +8,7 @@ resumes after a kill with the same result.
 import math
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from dmr_pipeline.ladder import Ladder
 from dmr_pipeline.recipe import KlRouter, Lora, Recipe
 from dmr_pipeline.router.baselines import RandomMixing
 from dmr_pipeline.router.calibration import (
+    Floats,
     OperatingPoint,
     auprc,
     auroc,
@@ -35,7 +37,6 @@ from dmr_pipeline.router.calibration import (
     platt,
 )
 from dmr_pipeline.router.model import (
-    LmRouter,
     Router,
     RouterSettings,
     RoutingSequence,
@@ -44,7 +45,10 @@ from dmr_pipeline.router.model import (
     routing_margins,
     save_router,
     sequences_of_steps,
+    with_features,
 )
+from dmr_pipeline.router.policies import routing_policy
+from dmr_pipeline.router.probe import ProbeHead
 from dmr_pipeline.sensitivity import label, measure, read_sensitivity, threshold
 from dmr_pipeline.stage import StageContext, StageResult
 from dmr_pipeline.trajectories import read_trajectories, to_frames
@@ -60,8 +64,12 @@ def kl_router(context: StageContext) -> StageResult:
     ladder = Ladder.load(context.inputs["quantized_checkpoints"], recipe)
     _, steps = read_trajectories(context.inputs["trajectories"])
     sensitivity = read_sensitivity(context.inputs["sensitivity_dataset"])
-    router = new_router(section.model, ladder.prompter.tokenizer, section.seed, ladder.device)
-    sequences, labels = sequences_of_steps(steps, router.settings), labels_of_steps(steps, sensitivity)
+    router = new_router(section.model, ladder.prompter.tokenizer, section.seed, ladder.device, ladder.models[False])
+    sequences = sequences_of_steps(steps, router.settings)
+    sequences = with_features(router, sequences, section.batch_episodes, ladder.processes)
+    if isinstance(router.model, ProbeHead):
+        router.model.standardize(torch.cat([s.features for s in sequences if s.features is not None]))
+    labels = labels_of_steps(steps, sensitivity)
     router, log = train(router, sequences, labels, section, context.scratch)
 
     games = read_games(context.inputs["benchmark_tasks"], "validation", section.validation_games)
@@ -79,14 +87,9 @@ def kl_router(context: StageContext) -> StageResult:
     router = with_settings(router, scale=scale, offset=scale * router.settings.offset + shift)
     probabilities = expit(router.settings.scale * margins + router.settings.offset)
     clock = Clock()
-
-    def play_at(value: float) -> OperatingPoint:
-        policy = LmRouter(with_settings(router, threshold=value), ladder.slots(len(games)))
-        played = play_games(games, policy, ladder, f"router at threshold {value:.3f}", clock)
-        return OperatingPoint.of(value, played)
-
-    point, tried = find_threshold(play_at, probabilities, section.target_ratio)
-    router = with_settings(router, threshold=point.threshold, target_ratio=section.target_ratio)
+    router, point, tried = calibrate_threshold(
+        router, probabilities, section.target_ratio, games, ladder, section.seed, clock
+    )
 
     save_router(router, context.output / ROUTER_FOLDER)
     log.write_parquet(context.output / "training.parquet")
@@ -145,8 +148,28 @@ def labels_of_steps(steps: pl.DataFrame, sensitivity: pl.DataFrame) -> list[list
 
 
 def with_settings(router: Router, **changes: float) -> Router:
-    settings = RouterSettings.model_validate(router.settings.model_dump() | changes)
-    return Router(router.model, router.tokenizer, settings)
+    return replace(router, settings=RouterSettings.model_validate(router.settings.model_dump() | changes))
+
+
+def calibrate_threshold(
+    router: Router, probabilities: Floats, target: float, games: Sequence[Game], ladder: Ladder, seed: int, clock: Clock
+) -> tuple[Router, OperatingPoint, list[OperatingPoint]]:
+    """The router at the threshold that gives the target ratio in closed loop on these games.
+
+    Args:
+        probabilities: P(high) at steps that the router may meet, to start from.
+
+    Returns:
+        Beside it, how it then acts, and all thresholds that were tried.
+    """
+
+    def play_at(value: float) -> OperatingPoint:
+        policy = routing_policy(with_settings(router, threshold=value), ladder.slots(len(games)))
+        played = play_games(games, policy, ladder, seed, f"router at threshold {value:.3f}", clock)
+        return OperatingPoint.of(value, played)
+
+    point, tried = find_threshold(play_at, probabilities, target)
+    return with_settings(router, threshold=point.threshold, target_ratio=target), point, tried
 
 
 def class_weights(labels: Sequence[Sequence[bool]]) -> tuple[float, float]:
@@ -231,7 +254,7 @@ def train(
         model = adapters.merge_and_unload()
     log = pl.DataFrame({"update": range(1, total + 1), "loss": losses}, schema={"update": pl.Int64, "loss": pl.Float64})
     offset = math.log(weights[0] / weights[1])
-    return with_settings(Router(model.eval(), router.tokenizer, router.settings), offset=offset), log
+    return with_settings(replace(router, model=model.eval()), offset=offset), log
 
 
 def add_adapters(router: Router, lora: Lora, seed: int) -> PreTrainedModel:
@@ -271,23 +294,25 @@ def batches_by_length(sequences: Sequence[RoutingSequence], size: int, rng: rand
 
 def validate(router: Router, games: Sequence[Game], ladder: Ladder, recipe: Recipe, tau: float) -> pl.DataFrame:
     """Labelled steps of games that the router has not seen: `sensitivity.STEPS`' columns, and the router's margin z."""
-    policy = RandomMixing(_VALIDATION_MIX, recipe.kl_router.seed)
-    played = play_games(games, policy, ladder, "episodes to calibrate on", Clock())
+    seed = recipe.kl_router.seed
+    played = play_games(games, RandomMixing(_VALIDATION_MIX, seed), ladder, seed, "episodes to calibrate on", Clock())
     episodes, steps = to_frames(played, "validation")
     with Progress() as progress:
         bar = progress.add_task("their labels", total=len(episodes))
         rows = measure(ladder, episodes, steps, recipe.runtime.batch_episodes, lambda n: progress.advance(bar, n))
-    sequences = sequences_of_steps(steps, router.settings)
-    margins = routing_margins(router, sequences, recipe.kl_router.batch_episodes)
+    batch = recipe.kl_router.batch_episodes
+    sequences = with_features(router, sequences_of_steps(steps, router.settings), batch, ladder.processes)
+    margins = routing_margins(router, sequences, batch)
     flat = pl.Series([z for episode in margins for z in episode], dtype=pl.Float64)
     return label(rows, recipe.sensitivity, tau).with_columns(margin=flat)
 
 
 def play_games(
-    games: Sequence[Game], policy: RoutingPolicy, ladder: Ladder, title: str, clock: Clock
+    games: Sequence[Game], policy: RoutingPolicy, ladder: Ladder, seed: int, title: str, clock: Clock
 ) -> list[Trajectory]:
     """One episode of each game under the policy."""
     with Progress() as progress:
         bar = progress.add_task(title, total=len(games))
-        runs, seed = [Run(game) for game in games], ladder.recipe.kl_router.seed
-        return ladder.play(runs, policy, seed, clock, advance=lambda n: progress.advance(bar, n))
+        return ladder.play(
+            [Run(game) for game in games], policy, seed, clock, advance=lambda n: progress.advance(bar, n)
+        )

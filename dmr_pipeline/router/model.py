@@ -1,37 +1,44 @@
-"""The `lm` router: a small causal LM over the transcript whose next token is a precision.
+"""Routers: logits of the two precisions at each step of a transcript.
 
-Its sequence is the agent's transcript with a routing token, `<low>` or `<high>`, between each segment and the action:
+There are two kinds. `lm` is a small causal LM over the transcript whose next token is a precision; `probe` is a head on the
+hidden states of the low-precision agent. Both are given the agent's transcript with a routing token, `<low>` or `<high>`,
+between each segment and the action (which a probe's agent does not read):
 
     segment <route> action segment <route> action ...
 
 A routing position is the last token of a segment; the routing token after it is the precision that really acted. With z
-the logit of `<high>` minus that of `<low>` there, P(high) = sigmoid(scale * z + offset). Routing by an LM's next token
-is ours: the paper's router is a Transformer encoder.
+the logit of `<high>` minus that of `<low>` there, P(high) = sigmoid(scale * z + offset). Both kinds are ours: the paper's
+router is a Transformer encoder.
 """
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar, cast
 
+import numpy as np
 import polars as pl
 import torch
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dmr_pipeline.agent.checkpoint import load_causal_lm, save_causal_lm
-from dmr_pipeline.agent.rollout import CAPACITY, Decision, Peek, Run, Trajectory, seeded_generator
-from dmr_pipeline.agent.streams import Streams
+from dmr_pipeline.agent.checkpoint import load_causal_lm, load_tokenizer, refuse_pickles, save_causal_lm
+from dmr_pipeline.agent.rollout import Trajectory
 from dmr_pipeline.agent.train import new_model
 from dmr_pipeline.errors import UserError
+from dmr_pipeline.parallel import deal, gather, in_processes
 from dmr_pipeline.recipe import RouterModel
+from dmr_pipeline.router.probe import ProbeHead, new_probe, probe_features
+
+T = TypeVar("T")
 
 LOW, HIGH = "<low>", "<high>"
 SETTINGS_FILE = "router.json"
-ROUTER_CAPACITY = CAPACITY + CAPACITY // 2
-"""Tokens that a router's sequence may have: one more a step than the transcript's, and a step has at least two."""
 
 
 class RouterSettings(BaseModel):
@@ -39,7 +46,7 @@ class RouterSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    kind: Literal["lm"] = "lm"
+    kind: Literal["lm", "probe"] = "lm"
     low_token: int
     high_token: int
     scale: float = 1.0
@@ -68,6 +75,8 @@ class Router:
     tokenizer: PreTrainedTokenizerBase
     """The agent's, with the routing tokens."""
     settings: RouterSettings
+    agent: PreTrainedModel | None = None
+    """The low-precision agent whose hidden states a probe reads."""
 
     @property
     def parameters(self) -> int:
@@ -75,23 +84,33 @@ class Router:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of weights that the forward pass of one decision reads; tied weights count once."""
+        """Bytes of weights that the forward pass of one decision reads; tied weights count once, the agent's not at all."""
         return sum(parameter.nbytes for parameter in self.model.parameters())
 
 
 def new_router(
-    section: RouterModel, agent_tokenizer: PreTrainedTokenizerBase, seed: int, device: torch.device
+    section: RouterModel,
+    agent_tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    device: torch.device,
+    agent: PreTrainedModel | None = None,
 ) -> Router:
     """A router that has not been trained yet, of random weights or from a pretrained LLM.
 
     Where the tokenizer has no routing tokens they are added, with random embeddings.
 
+    Args:
+        agent: at low precision, for a probe.
+
     Raises:
-        UserError: the pretrained LLM cannot be loaded, or does not share the agent's vocabulary.
+        UserError: the pretrained LLM cannot be loaded, or does not share the agent's vocabulary; or a probe's layer is none.
     """
-    if section.architecture is not None:
+    if section.probe is not None:
         tokenizer = _with_routing_tokens(agent_tokenizer)
-        model: PreTrainedModel = new_model(section.architecture, len(tokenizer), seed)
+        model: PreTrainedModel = new_probe(section.probe, _given(agent), seed)
+    elif section.architecture is not None:
+        tokenizer = _with_routing_tokens(agent_tokenizer)
+        model = new_model(section.architecture, len(tokenizer), seed)
     else:
         assert section.pretrained is not None
         source = section.pretrained
@@ -106,7 +125,8 @@ def new_router(
             torch.manual_seed(seed)
             model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     low, high = (tokenizer.convert_tokens_to_ids(token) for token in (LOW, HIGH))
-    return Router(model.to(device), tokenizer, RouterSettings(low_token=low, high_token=high))
+    kind: Literal["lm", "probe"] = "lm" if section.probe is None else "probe"
+    return Router(model.to(device), tokenizer, RouterSettings(kind=kind, low_token=low, high_token=high), agent)
 
 
 def save_router(router: Router, folder: Path) -> None:
@@ -116,8 +136,11 @@ def save_router(router: Router, folder: Path) -> None:
     (folder / SETTINGS_FILE).write_text(text, encoding="utf-8")
 
 
-def load_router(folder: Path, device: torch.device) -> Router:
+def load_router(folder: Path, device: torch.device, agent: PreTrainedModel | None = None) -> Router:
     """Read what `save_router` wrote; float32 on any device, in evaluation mode.
+
+    Args:
+        agent: at low precision, for a probe.
 
     Raises:
         UserError: a file is missing or malformed, or the weights are a pickle.
@@ -130,6 +153,13 @@ def load_router(folder: Path, device: torch.device) -> Router:
     except ValidationError as error:
         problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         raise UserError(f"{path}: {problems}; make the router anew") from error
+    if settings.kind == "probe":
+        refuse_pickles(folder)
+        try:
+            head = ProbeHead.from_pretrained(folder, use_safetensors=True)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"router {folder} cannot be loaded: {' '.join(str(error).split())}") from error
+        return Router(head.to(device).eval(), load_tokenizer(folder), settings, _given(agent))
     # Through the CPU, where weights are float32: a router is small, and its probabilities should be smooth.
     model, tokenizer = load_causal_lm(folder, None, torch.device("cpu"))
     return Router(model.to(device).eval(), tokenizer, settings)
@@ -145,6 +175,8 @@ class RoutingSequence:
     """Routing positions. The routing token of step t is `tokens[positions[t] + 1]`."""
     high: list[bool]
     """Precision that acted at each step."""
+    features: Tensor | None = field(default=None, compare=False)
+    """What a probe decides on, float32 [steps, features]; an LM reads the tokens instead."""
 
 
 def routing_sequence(
@@ -164,7 +196,10 @@ def routing_sequence(
 
 def sequence_of_trajectory(trajectory: Trajectory, settings: RouterSettings) -> RoutingSequence:
     steps = trajectory.steps
-    return routing_sequence([s.segment for s in steps], [s.action for s in steps], [s.high for s in steps], settings)
+    high = [s.high for s in steps]
+    sequence = routing_sequence([s.segment for s in steps], [s.action for s in steps], high, settings)
+    rows = [s.features for s in steps if s.features is not None]
+    return replace(sequence, features=torch.from_numpy(np.stack(rows))) if rows else sequence
 
 
 def sequences_of_steps(steps: pl.DataFrame, settings: RouterSettings) -> list[RoutingSequence]:
@@ -176,17 +211,54 @@ def sequences_of_steps(steps: pl.DataFrame, settings: RouterSettings) -> list[Ro
     ]
 
 
+def with_features(
+    router: Router, sequences: Sequence[RoutingSequence], batch: int, processes: int = 1
+) -> list[RoutingSequence]:
+    """The sequences with what a probe decides on, from plain forward passes of its agent; those of an LM as they are.
+
+    Args:
+        batch: sequences in one forward pass.
+    """
+    if not isinstance(router.model, ProbeHead):
+        return list(sequences)
+    agent, layers = _given(router.agent), router.model.config.layers
+    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i].tokens))
+
+    @torch.no_grad()
+    def read(indices: Sequence[int], _: object) -> list[list[NDArray[np.float32]]]:
+        features: list[list[NDArray[np.float32]]] = []
+        for first in range(0, len(indices), batch):
+            read_now = [sequences[i] for i in indices[first : first + batch]]
+            # The agent does not see the routing tokens: each that is left out moves what follows one place to the front.
+            routed = [{position + 1 for position in s.positions} for s in read_now]
+            tokens = [
+                [t for i, t in enumerate(s.tokens) if i not in out] for s, out in zip(read_now, routed, strict=True)
+            ]
+            positions = [[position - turn for turn, position in enumerate(s.positions)] for s in read_now]
+            output = agent.base_model(
+                input_ids=_padded(tokens, agent.device), use_cache=False, output_hidden_states=True
+            )
+            for row, at in enumerate(positions):
+                states = torch.cat([output.hidden_states[layer][row, at] for layer in layers], dim=-1).float()
+                features.append([probe_features(states, torch.arange(len(at))).cpu().numpy()])
+        return features
+
+    read_in_order = gather(in_processes(read, deal(order, processes)))
+    found = dict(zip(order, chain(*read_in_order), strict=True))
+    return [replace(s, features=torch.from_numpy(found[i])) for i, s in enumerate(sequences)]
+
+
 def routing_logits(model: PreTrainedModel, sequences: Sequence[RoutingSequence], settings: RouterSettings) -> Tensor:
     """Logits of the routing tokens, low first, at all routing positions: float32 [positions, 2], sequence by sequence.
 
     Padding is on the right and attention is causal: no mask is needed, and none keeps the fast attention path.
     """
-    tokens = torch.zeros(len(sequences), max(len(s.tokens) for s in sequences), dtype=torch.long)
-    for row, sequence in enumerate(sequences):
-        tokens[row, : len(sequence.tokens)] = torch.tensor(sequence.tokens)
+    if isinstance(model, ProbeHead):
+        return cast(Tensor, model(torch.cat([_given(s.features) for s in sequences]).to(model.device)))
     rows = [row for row, sequence in enumerate(sequences) for _ in sequence.positions]
     columns = [position for sequence in sequences for position in sequence.positions]
-    hidden = model.base_model(input_ids=tokens.to(model.device), use_cache=False).last_hidden_state[rows, columns]
+    tokens = _padded([s.tokens for s in sequences], model.device)
+    hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state[rows, columns]
     logits: Tensor = model.get_output_embeddings()(hidden)
     return logits[:, settings.tokens].float()
 
@@ -206,45 +278,19 @@ def routing_margins(router: Router, sequences: Sequence[RoutingSequence], batch:
     return margins
 
 
-class LmRouter:
-    """The router as a `RoutingPolicy`: one cached forward pass a decision, over what is new since the last one.
+def _given(needed: T | None) -> T:
+    """What a probe cannot do without."""
+    if needed is None:
+        raise TypeError("a probe needs the low-precision agent, and features from it")
+    return needed
 
-    Args:
-        slots: episodes at once, at least as many as the agents' streams have.
-        sample: draw the precision, seeded by (seed, task, member, turn), instead of comparing with the threshold.
-    """
 
-    def __init__(self, router: Router, slots: int, sample: bool = False, seed: int = 0) -> None:
-        self.router, self.sample, self.seed = router, sample, seed
-        self._streams = Streams(router.model, slots, ROUTER_CAPACITY)
-        self._runs: dict[int, Run] = {}
-        self._turns: dict[int, int] = {}
-        self._pending: dict[int, list[int]] = {}
-        """Tokens that the stream of a slot has not read: the last step's routing token and action."""
-
-    def begin(self, slot: int, run: Run) -> None:
-        self._streams.reset([slot])
-        self._runs[slot], self._turns[slot], self._pending[slot] = run, 0, []
-
-    def decide(self, slots: Sequence[int], segments: Sequence[list[int]], peek: Peek) -> list[Decision]:
-        settings = self.router.settings
-        chunks = [self._pending[slot] + segment for slot, segment in zip(slots, segments, strict=True)]
-        logits = self._streams.extend(slots, chunks)[:, settings.tokens]
-        decisions = []
-        for slot, probability in zip(slots, settings.probability(logits.double()).tolist(), strict=True):
-            high = probability >= (self._draw(slot) if self.sample else settings.threshold)
-            decisions.append(Decision(high, probability))
-            self._pending[slot] = [settings.tokens[high]]
-            self._turns[slot] += 1
-        return decisions
-
-    def acted(self, slot: int, action: list[int]) -> None:
-        self._pending[slot] += action
-
-    def _draw(self, slot: int) -> float:
-        """In (0, 1], so that a probability of 0 is never taken."""
-        task = self._runs[slot].task.task_id
-        return 1.0 - seeded_generator("router", self.seed, task, self._runs[slot].member, self._turns[slot]).random()
+def _padded(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """Token ids int64 [rows, longest], padded on the right with 0."""
+    tokens = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
+    for row, ids in enumerate(rows):
+        tokens[row, : len(ids)] = torch.tensor(ids)
+    return tokens.to(device)
 
 
 def _with_routing_tokens(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
