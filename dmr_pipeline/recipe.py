@@ -188,6 +188,11 @@ class Sensitivity(Section):
     )
     tau: float | None = Field(None, gt=0, description="absolute threshold in nats")
     quantile: Share | None = Field(None, description="threshold as a quantile of the KL over all steps")
+    won_only: bool = Field(
+        False,
+        description="ours: only steps of episodes that were won can be sensitive. In a lost episode the precisions diverge"
+        " the most, but high precision no longer helps there",
+    )
     label_share: tuple[Share, Share] = Field(
         (0.02, 0.6), description="bounds for the share of sensitive steps; outside them the check fails"
     )

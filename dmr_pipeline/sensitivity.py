@@ -171,8 +171,12 @@ def threshold(rows: pl.DataFrame, section: Sensitivity) -> float:
 
 
 def label(rows: pl.DataFrame, section: Sensitivity, tau: float) -> pl.DataFrame:
-    """A step is sensitive where its divergence is at least tau (the paper's label)."""
-    return rows.with_columns(sensitive=pl.col(_column(section)) >= tau).select(STEPS.names())
+    """A step is sensitive where its divergence is at least tau (the paper's label) and, with `won_only` (ours), its
+    episode was won."""
+    sensitive = pl.col(_column(section)) >= tau
+    return rows.with_columns(sensitive=sensitive & pl.col("success") if section.won_only else sensitive).select(
+        STEPS.names()
+    )
 
 
 def read_sensitivity(folder: Path) -> pl.DataFrame:

@@ -9,7 +9,7 @@ from typing import cast
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.recipe import Probe
@@ -31,10 +31,15 @@ class ProbeConfig(PreTrainedConfig):
         super().__init__(**rest)
 
 
+AutoConfig.register("dmr-probe", ProbeConfig)  # AutoTokenizer looks at the config beside the tokenizer
+
+
 class ProbeHead(PreTrainedModel):
     """Standardised features -> one hidden layer -> logits of the two precisions, low first."""
 
     config_class = ProbeConfig
+    generation_config = GenerationConfig()
+    """trl asks every model for one, though nothing is generated here."""
 
     def __init__(self, config: ProbeConfig) -> None:
         super().__init__(config)

@@ -40,7 +40,7 @@ trajectories:
   behaviour: [{name: all-high, high_ratio: 1.0}, {name: all-low, high_ratio: 0.0}, {name: mixed, high_ratio: 0.5}]
 sensitivity: {quantile: 0.5}
 kl_router:
-  model: {architecture: {layers: 1, width: 32, heads: 1, key_value_heads: 1, head_width: 32, feed_forward: 32}}
+  model: {probe: {layers: [1, 2], hidden: 4}}
   epochs: 1
   batch_episodes: 4
   learning_rate: 0.001
@@ -50,10 +50,12 @@ grpo_router:
   updates: 2
   games_per_update: 2
   group_size: 2
+  iterations: 2
   learning_rate: 0.001
   cost_weight: 0.3
   validate_every: 1
   validation_games: 3
+  target_ratio: 0.4
 evaluation: {bootstrap: 50}
 """
 

@@ -24,7 +24,8 @@ from dmr_pipeline.router import grpo
 from dmr_pipeline.router.grpo import LOG, Scorer, Session, divergence, game_order, grpo_router, offset_for
 from dmr_pipeline.router.grpo_trainer import Rollout
 from dmr_pipeline.router.kl import ROUTER_FOLDER
-from dmr_pipeline.router.model import LmRouter, load_router, save_router
+from dmr_pipeline.router.model import load_router, save_router
+from dmr_pipeline.router.policies import LmRouter
 from dmr_pipeline.stage import StageContext, StageResult
 from tests.router.test_model import CPU, TOKENIZER, random_model, random_router
 

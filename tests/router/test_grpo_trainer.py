@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from dmr_pipeline.agent.rollout import Run
+from dmr_pipeline.agent.rollout import Draft, Run
 from dmr_pipeline.recipe import GrpoRouter
 from dmr_pipeline.router.grpo import reward
 from dmr_pipeline.router.grpo_trainer import Rollout, RoutingTrainer, two_way
 from dmr_pipeline.router.model import (
-    LmRouter,
     Router,
     RoutingSequence,
     load_router,
@@ -24,6 +23,7 @@ from dmr_pipeline.router.model import (
     save_router,
     sequence_of_trajectory,
 )
+from dmr_pipeline.router.policies import LmRouter
 from tests.router.test_model import CPU, play_with, random_router
 
 Gradient = dict[str, Tensor]
@@ -100,7 +100,7 @@ def test_probabilities_are_those_that_were_sampled_from() -> None:
         ids[row, first : first + len(sequence.tokens)] = torch.tensor(sequence.tokens)
         mask[row, first : first + len(sequence.tokens)] = 1
     with torch.no_grad():
-        log_probabilities, entropies = two_way(router.model, ids, mask, width - 1, router.settings)
+        log_probabilities, entropies = two_way(router.model, ids, mask, width - 1, router.settings, {})
     for row, (trajectory, sequence) in enumerate(zip(played, drawn, strict=True)):
         first = prompt - sequence.positions[0] % prompt
         columns = [first + position for position in sequence.positions]  # a token's place in the completion: one less
@@ -180,11 +180,21 @@ def test_beta_pulls_towards_the_router_in_the_folder(tmp_path: Path) -> None:
         for sequence in played:
             ids = torch.tensor([sequence.tokens])
             mask = torch.ones_like(ids)
-            one, other = (two_way(r.model, ids, mask, ids.shape[1], r.settings)[0][0] for r in (router, start))
+            one, other = (two_way(r.model, ids, mask, ids.shape[1], r.settings, {})[0][0] for r in (router, start))
             weights.append([-0.1 * float((one - other)[position + 1]) for position in sequence.positions])
     expected = by_hand(router, played, weights)
     gradient, _ = trained_gradient(router, played, [0.0] * 4, tmp_path / "moved", section(beta=0.1))
     assert_close(gradient, expected)
+
+
+class NothingToPeekAt:
+    """An LM router needs nothing of the agents."""
+
+    def drafts(self, high: bool) -> list[Draft]:
+        raise AssertionError
+
+    def states(self, layers: Sequence[int]) -> Tensor:
+        raise AssertionError
 
 
 @dataclass(frozen=True)
@@ -211,7 +221,7 @@ def test_learns_where_high_precision_pays(tmp_path: Path) -> None:
         for slot in slots:
             policy.begin(slot, Run(tasks[slot], member=slot))
         for turn in range(4):
-            decisions = policy.decide(slots, [task.steps()[turn] for task in tasks], lambda _: [])
+            decisions = policy.decide(slots, [task.steps()[turn] for task in tasks], NothingToPeekAt())
             for slot, decision in enumerate(decisions):
                 high[slot].append(decision.high)
                 policy.acted(slot, [20, 5])

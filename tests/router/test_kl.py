@@ -23,7 +23,6 @@ from dmr_pipeline.router import kl
 from dmr_pipeline.router.calibration import auroc
 from dmr_pipeline.router.kl import class_weights, kl_router, labels_of_steps, play_games, routing_loss, train
 from dmr_pipeline.router.model import (
-    LmRouter,
     Router,
     RoutingSequence,
     load_router,
@@ -33,6 +32,7 @@ from dmr_pipeline.router.model import (
     routing_sequence,
     save_router,
 )
+from dmr_pipeline.router.policies import LmRouter
 from dmr_pipeline.sensitivity import sensitivity_dataset
 from dmr_pipeline.stage import StageContext
 from dmr_pipeline.trajectories import trajectories
@@ -252,7 +252,7 @@ def test_the_stage_is_deterministic_and_its_numbers_hold(
     assert summary["threshold"] == router.settings.threshold
     assert router.settings.target_ratio == 0.3
     games = read_games(inputs["benchmark_tasks"], "validation", 4)
-    played = play_games(games, LmRouter(router, 4), ladder, "", kl.Clock())
+    played = play_games(games, LmRouter(router, 4), ladder, 0, "", kl.Clock())
     high = [step.high for trajectory in played for step in trajectory.steps]
     assert summary["validation_high_ratio"] == pytest.approx(np.mean(high), abs=1e-5)
     tried = pl.read_parquet(output / "calibration.parquet")

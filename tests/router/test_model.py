@@ -19,7 +19,6 @@ from dmr_pipeline.recipe import Architecture, Pretrained, Prompt, RouterModel
 from dmr_pipeline.router.model import (
     HIGH,
     LOW,
-    LmRouter,
     Router,
     RouterSettings,
     load_router,
@@ -31,6 +30,7 @@ from dmr_pipeline.router.model import (
     sequence_of_trajectory,
     sequences_of_steps,
 )
+from dmr_pipeline.router.policies import LmRouter
 from dmr_pipeline.trajectories import to_frames
 
 CPU = torch.device("cpu")
@@ -129,7 +129,7 @@ def test_save_and_load_are_equal_and_deterministic(tmp_path: Path) -> None:
     assert loaded.parameters == sum({id(p): p.numel() for p in router.model.parameters()}.values())
 
 
-@pytest.mark.parametrize("damage", [{"surprise": 1}, {"threshold": 2.0}, {"kind": "probe"}])
+@pytest.mark.parametrize("damage", [{"surprise": 1}, {"threshold": 2.0}, {"kind": "encoder"}])
 def test_malformed_settings_are_refused(tmp_path: Path, damage: dict[str, object]) -> None:
     save_router(random_router(), tmp_path)
     path = tmp_path / "router.json"

@@ -1,0 +1,233 @@
+"""The probe router: what it reads, what it costs, and that it learns."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from dmr_pipeline.agent.prompts import Prompter
+from dmr_pipeline.agent.rollout import Run, Trajectory, play
+from dmr_pipeline.agent.streams import Streams
+from dmr_pipeline.cost import episode_cost
+from dmr_pipeline.environments.alfworld.generator import generate_game
+from dmr_pipeline.errors import UserError
+from dmr_pipeline.recipe import KlRouter, Probe, Prompt, Recipe, RouterModel, load_recipe
+from dmr_pipeline.router.calibration import auroc
+from dmr_pipeline.router.grpo_trainer import Rollout, RoutingTrainer
+from dmr_pipeline.router.kl import train
+from dmr_pipeline.router.model import (
+    Router,
+    load_router,
+    new_router,
+    routing_margins,
+    routing_sequence,
+    save_router,
+    sequence_of_trajectory,
+    with_features,
+)
+from dmr_pipeline.router.policies import routing_policy
+from tests.router.test_grpo_trainer import CHOICES, EPISODES, section
+from tests.router.test_kl import expert_episodes, flat
+from tests.router.test_model import CPU, TOKENIZER, random_model
+
+PROBE = RouterModel(probe=Probe(layers=(1, 2), hidden=8))
+LOW, HIGH = random_model(0), random_model(1)
+
+
+def new_probe(seed: int = 0, **settings: float) -> Router:
+    router = new_router(PROBE, TOKENIZER, seed, CPU, LOW)
+    return replace(router, settings=router.settings.model_copy(update=settings))
+
+
+def play_with(router: Router, slots: int = 3, action: str = "generate", sample: bool = True) -> list[Trajectory]:
+    runs = [Run(generate_game(number, 50)[0]) for number in range(4)]
+    agents = {False: Streams(LOW, slots, 4096), True: Streams(HIGH, slots, 4096)}
+    policy = routing_policy(router, slots, sample=sample, seed=5)
+    return play(runs, agents, Prompter.of(TOKENIZER, Prompt()), policy, step_limit=6, action=action)
+
+
+def transcripts(trajectory: Trajectory) -> list[list[int]]:
+    """What the agent has read before each action."""
+    prefixes: list[list[int]] = []
+    for step in trajectory.steps:
+        before = prefixes[-1] + trajectory.steps[len(prefixes) - 1].action if prefixes else []
+        prefixes.append(before + step.segment)
+    return prefixes
+
+
+@torch.no_grad()
+def by_hand(router: Router, prefix: list[int], turn: int) -> Tensor:
+    """Features from one plain forward pass over the whole transcript."""
+    states = LOW(torch.tensor([prefix]), output_hidden_states=True).hidden_states
+    layers = [states[layer][0, -1] for layer in (1, 2)]
+    return torch.cat([*layers, torch.tensor([turn / 10, np.log1p(turn)], dtype=torch.float32)])
+
+
+@torch.no_grad()
+def greedy(model: torch.nn.Module, prefix: list[int]) -> list[int]:
+    prompt, action = Prompt(), list[int]()
+    end = TOKENIZER.convert_tokens_to_ids(prompt.action_end)
+    while len(action) < prompt.max_action_tokens and end not in action:
+        action.append(int(model(torch.tensor([prefix + action])).logits[0, -1].argmax()))
+    return action
+
+
+def test_decisions_are_the_heads_on_what_low_has_read_and_actions_stay_exact() -> None:
+    router = new_probe(scale=3.0, offset=0.1)
+    precisions = set()
+    for trajectory in play_with(router):
+        for turn, (step, prefix) in enumerate(zip(trajectory.steps, transcripts(trajectory), strict=True)):
+            features = by_hand(router, prefix, turn)
+            assert step.features is not None
+            assert step.features.tolist() == pytest.approx(features.tolist(), abs=1e-3)
+            with torch.no_grad():
+                low, high = router.model(features[None])[0].tolist()
+            assert step.probability == pytest.approx(1 / (1 + np.exp(-3 * (high - low) - 0.1)), abs=1e-3)
+            assert step.action == greedy(HIGH if step.high else LOW, prefix)
+            precisions.add(step.high)
+    assert precisions == {False, True}
+
+
+def test_slots_do_not_matter_and_the_threshold_decides_where_nothing_is_drawn() -> None:
+    router = new_probe(scale=3.0)
+    drawn = [[step.action for step in t.steps] for t in play_with(router, slots=4)]
+    assert drawn == [[step.action for step in t.steps] for t in play_with(router, slots=1)]
+    played = play_with(router, sample=False)
+    assert all(step.high == (step.probability >= 0.5) for t in played for step in t.steps)
+
+
+def test_scored_actions_go_on_from_what_was_read() -> None:
+    for trajectory in play_with(new_probe(), action="score"):
+        for step, prefix in zip(trajectory.steps, transcripts(trajectory), strict=True):
+            if not step.high:  # the first token's logits are those after the whole transcript
+                with torch.no_grad():
+                    logits = LOW(torch.tensor([prefix + step.action])).logits[0].log_softmax(-1)
+                likelihood = sum(float(logits[len(prefix) - 1 + i, token]) for i, token in enumerate(step.action))
+                assert likelihood > -1e3
+                assert step.processed >= len(step.segment)
+
+
+def test_a_decision_costs_a_low_pass_where_high_acts_and_the_head() -> None:
+    trajectory = max(play_with(new_probe(scale=3.0)), key=lambda t: t.high_ratio)
+    assert trajectory.high_ratio > 0
+    passes = sum(len(s.action) * (1000 if s.high else 100) + 100 * s.high + 7 for s in trajectory.steps)
+    assert episode_cost(trajectory, {True: 1000, False: 100}, router_bytes=7) == passes
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_features_of_whole_sequences_are_those_of_acting(processes: int) -> None:
+    router = new_probe(scale=3.0)
+    acted = [sequence_of_trajectory(trajectory, router.settings) for trajectory in play_with(router)]
+    bare = [replace(sequence, features=None) for sequence in acted]
+    for sequence, again in zip(acted, with_features(router, bare, batch=3, processes=processes), strict=True):
+        assert again.tokens == sequence.tokens
+        assert sequence.features is not None
+        assert again.features is not None
+        torch.testing.assert_close(again.features, sequence.features, atol=1e-3, rtol=1e-3)
+
+
+def test_standardized_features_have_mean_0_and_deviation_1() -> None:
+    router = new_probe()
+    features = torch.randn(500, 66) * 7 + 3
+    router.model.standardize(features)
+    standard = (features - router.model.mean) / router.model.deviation
+    torch.testing.assert_close(standard.mean(0), torch.zeros(66), atol=1e-4, rtol=0)
+    torch.testing.assert_close(standard.std(0), torch.ones(66), atol=1e-3, rtol=0)
+
+
+def test_saved_and_loaded_it_is_the_same_and_holds_nothing_of_the_agent(tmp_path: Path) -> None:
+    router = new_probe(seed=3, scale=1.5, threshold=0.2)
+    router.model.standardize(torch.randn(50, 66) + 2)
+    for name in ("one", "two"):
+        save_router(router, tmp_path / name)
+    for path in (tmp_path / "one").iterdir():
+        assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
+    loaded = load_router(tmp_path / "one", CPU, LOW)
+    assert loaded.settings == router.settings
+    features = torch.randn(9, 66)
+    with torch.no_grad():
+        assert torch.equal(loaded.model(features), router.model(features))
+    assert loaded.weight_bytes == 4 * (66 * 8 + 8 + 8 * 2 + 2)
+    with pytest.raises(TypeError, match="needs the low-precision agent"):
+        load_router(tmp_path / "one", CPU)
+
+
+def test_it_depends_on_its_seed_alone() -> None:
+    weights = [new_probe(seed).model.inner.weight for seed in (0, 0, 1)]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+def test_it_learns_what_the_agent_has_read(tmp_path: Path) -> None:
+    router = new_probe()
+    sequences, labels = expert_episodes(range(40), router)
+    sequences = with_features(router, sequences, batch=8)
+    router.model.standardize(torch.cat([s.features for s in sequences if s.features is not None]))
+    settings = KlRouter(
+        model=PROBE, epochs=40, batch_episodes=4, learning_rate=0.003, validation_games=1, target_ratio=0.3
+    )
+    before = auroc(flat(routing_margins(router, sequences[30:], 4)), flat(labels[30:]).astype(bool))
+    trained, _ = train(router, sequences[:30], labels[:30], settings, tmp_path)
+    assert before < 0.75
+    assert auroc(flat(routing_margins(trained, sequences[30:], 4)), flat(labels[30:]).astype(bool)) > 0.9
+
+
+def test_iterations_are_clipped_steps_on_the_same_episodes(tmp_path: Path) -> None:
+    """Against a loop of our own: AdamW on min(ratio * A, clip(ratio) * A), the ratio to the policy that sampled."""
+    settings = section(iterations=3, clip=0.01, learning_rate=0.01)
+    router, other = new_probe(scale=0.7, offset=-0.2), new_probe(scale=0.7, offset=-0.2)
+    torch.manual_seed(1)
+    played = [
+        replace(routing_sequence(*episode, high, router.settings), features=torch.randn(len(high), 66))
+        for episode, high in zip(EPISODES, CHOICES, strict=True)
+    ]
+    rewards = [0.9, 0.1, 0.5, 0.2]
+    asked: list[int] = []
+
+    def rollouts(update: int, ids: Sequence[str]) -> list[Rollout]:
+        asked.append(update)
+        return [Rollout(*pair) for pair in zip(played, rewards, strict=True)]
+
+    RoutingTrainer(router, ["a", "b"], rollouts, settings, tmp_path, []).train()
+    assert asked == [1]
+
+    features = torch.cat([s.features for s in played if s.features is not None])
+    high = torch.tensor([taken for s in played for taken in s.high])
+    advantages = torch.tensor([0.4] * 2 + [-0.4] * 3 + [0.15] + [-0.15] * 2)
+    optimizer = torch.optim.AdamW(other.model.parameters(), lr=0.01, weight_decay=0.0)
+
+    def log_p() -> Tensor:
+        logits = other.model(features)
+        score = 0.7 * (logits[:, 1] - logits[:, 0]) - 0.2
+        return torch.nn.functional.logsigmoid(torch.where(high, score, -score))
+
+    old, clipped = log_p().detach(), 0
+    for _ in range(3):
+        ratio = (log_p() - old).exp()
+        bounded = ratio.clamp(0.99, 1.01)
+        clipped += int((bounded != ratio).sum())
+        loss = -torch.minimum(ratio * advantages, bounded * advantages).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(other.model.parameters(), 1.0)
+        optimizer.step()
+    assert clipped
+    for name, value in router.model.state_dict().items():
+        torch.testing.assert_close(value, other.model.state_dict()[name], atol=1e-4, rtol=1e-3, msg=name)
+
+
+def test_a_layer_that_the_agent_has_not_is_refused() -> None:
+    with pytest.raises(UserError, match=r"probe.layers: \[3\], but the agent has 2"):
+        new_router(RouterModel(probe=Probe(layers=(3,))), TOKENIZER, 0, CPU, LOW)
+
+
+def test_beta_is_refused() -> None:
+    content = load_recipe("alfworld-tiny").model_dump()
+    content["grpo_router"]["beta"] = 0.1
+    with pytest.raises(ValidationError, match="a probe is not"):
+        Recipe.model_validate(content)
