@@ -1,4 +1,4 @@
-"""One computation in several processes at once: tiny models leave a CPU core idle while Python runs between their operations.
+"""One computation in several processes at once: with tiny models they use a CPU's cores far better than torch's threads do.
 
 The processes are forked, so that they share the loaded models' memory and nothing has to be sent to them; only what they
 return is pickled, from process to process.
@@ -40,7 +40,7 @@ def gather(results: Sequence[Sequence[Result]]) -> list[Result]:
 
 
 def in_processes(
-    work: Callable[[Sequence[Item], Advance], Result],
+    work: Work[Item, Result],
     parts: Sequence[Sequence[Item]],
     advance: Advance = lambda _: None,
 ) -> list[Result]:
