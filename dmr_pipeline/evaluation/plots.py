@@ -10,7 +10,7 @@ import polars as pl
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from dmr_pipeline.evaluation.metrics import Floats, Metrics, PolicyMetrics, wilson
 
@@ -123,7 +123,10 @@ def plot_training_curves(kl_log: pl.DataFrame, grpo_log: pl.DataFrame, path: Pat
     with _figure(path, 10.5, 5.4) as figure:
         (loss, success, ratio), (reward, tied, divergence) = figure.subplots(2, 3)
         figure.subplots_adjust(left=0.06, right=0.985, bottom=0.1, top=0.94, wspace=0.24, hspace=0.42)
-        _curve(loss, kl_log, "loss", BLUE, "Stage 1: cross-entropy")
+        loss.plot(kl_log["update"], kl_log["loss"], color=BLUE, linewidth=0.6, alpha=0.3)
+        window = max(1, len(kl_log) // 20)
+        smooth = kl_log.with_columns(pl.col("loss").rolling_mean(window, min_samples=1))
+        _curve(loss, smooth, "loss", BLUE, "Stage 1: cross-entropy")
         validated = grpo_log.drop_nulls(["validation_success", "validation_cost"])
         _curve(success, grpo_log, "success", ORANGE, "Stage 2: success", "training", share=True)
         success.plot(validated["update"], validated["validation_success"], "o", color=INK, ms=4, label="validation")
@@ -136,6 +139,8 @@ def plot_training_curves(kl_log: pl.DataFrame, grpo_log: pl.DataFrame, path: Pat
         _curve(divergence, grpo_log, "divergence", ORANGE, "Stage 2: KL to stage 1 (nats)")
         for axes in (success, ratio):
             axes.legend(loc="best")
+        for axes in (loss, success, ratio, reward, tied, divergence):
+            axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         for axes in (reward, tied, divergence, loss):
             axes.set_xlabel("update")
 
@@ -154,16 +159,19 @@ def plot_calibration(probabilities: Floats, labels: Floats, path: Path, bins: in
     predicted = np.array([probabilities[group].mean() for group in groups])
     observed = np.array([labels[group].mean() for group in groups])
     intervals = np.array([wilson(float(labels[group].mean()), group.size, 0.95) for group in groups])
+    end = min(1.0, 1.08 * max(float(probabilities.max()), float(intervals.max())))  # sensitive steps may be rare
     with _figure(path, 5.6, 5.2) as figure:
         axes, count = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": [3.2, 1]})
         figure.subplots_adjust(left=0.14, right=0.96, bottom=0.11, top=0.93, hspace=0.12)
         axes.plot([0, 1], [0, 1], "--", color=GREY, linewidth=1.2, label="perfect")
         errors = np.abs(intervals.T - observed)
         axes.errorbar(predicted, observed, errors, fmt="o-", color=BLUE, ms=5, lw=1.2, capsize=2, label="router")
-        axes.set(title="Calibration on held-out steps", ylabel="observed share of sensitive", ylim=(-0.03, 1.03))
+        axes.set(
+            title="Calibration on held-out steps", ylabel="observed share of sensitive", ylim=(-0.03 * end, 1.03 * end)
+        )
         axes.legend(loc="upper left")
-        count.hist(probabilities, bins=25, range=(0, 1), color="#cbd2d9")
-        count.set(xlabel="predicted probability of sensitive", ylabel="steps", xlim=(-0.02, 1.02))
+        count.hist(probabilities, bins=25, range=(0, end), color="#cbd2d9")
+        count.set(xlabel="predicted probability of sensitive", ylabel="steps", xlim=(-0.02 * end, 1.02 * end))
 
 
 @contextmanager
