@@ -14,7 +14,6 @@ router is a Transformer encoder.
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain
 from pathlib import Path
 from typing import Literal, TypeVar, cast
 
@@ -225,8 +224,8 @@ def with_features(
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i].tokens))
 
     @torch.no_grad()
-    def read(indices: Sequence[int], _: object) -> list[list[NDArray[np.float32]]]:
-        features: list[list[NDArray[np.float32]]] = []
+    def read(indices: Sequence[int], _: object) -> list[NDArray[np.float32]]:
+        features: list[NDArray[np.float32]] = []
         for first in range(0, len(indices), batch):
             read_now = [sequences[i] for i in indices[first : first + batch]]
             # The agent does not see the routing tokens: each that is left out moves what follows one place to the front.
@@ -240,11 +239,10 @@ def with_features(
             )
             for row, at in enumerate(positions):
                 states = torch.cat([output.hidden_states[layer][row, at] for layer in layers], dim=-1).float()
-                features.append([probe_features(states, torch.arange(len(at))).cpu().numpy()])
+                features.append(probe_features(states, torch.arange(len(at))).cpu().numpy())
         return features
 
-    read_in_order = gather(in_processes(read, deal(order, processes)))
-    found = dict(zip(order, chain(*read_in_order), strict=True))
+    found = dict(zip(order, gather(in_processes(read, deal(order, processes))), strict=True))
     return [replace(s, features=torch.from_numpy(found[i])) for i, s in enumerate(sequences)]
 
 
