@@ -15,6 +15,7 @@ from dmr_pipeline.agent.rollout import Run, Trajectory, play
 from dmr_pipeline.agent.streams import Streams
 from dmr_pipeline.cost import episode_cost
 from dmr_pipeline.environments.alfworld.generator import generate_game
+from dmr_pipeline.environments.tasks import begin_episode
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.recipe import KlRouter, Probe, Prompt, Recipe, RouterModel, load_recipe
 from dmr_pipeline.router.calibration import auroc
@@ -101,15 +102,22 @@ def test_slots_do_not_matter_and_the_threshold_decides_where_nothing_is_drawn() 
     assert all(step.high == (step.probability >= 0.5) for t in played for step in t.steps)
 
 
-def test_scored_actions_go_on_from_what_was_read() -> None:
-    for trajectory in play_with(new_probe(), action="score"):
+@torch.no_grad()
+def test_scored_actions_are_the_likeliest_after_what_was_read() -> None:
+    prompter, precisions = Prompter.of(TOKENIZER, Prompt()), set()
+    for trajectory in play_with(new_probe(scale=3.0), action="score"):
+        episode = begin_episode(trajectory.run.task)
+        episode.reset()
         for step, prefix in zip(trajectory.steps, transcripts(trajectory), strict=True):
-            if not step.high:  # the first token's logits are those after the whole transcript
-                with torch.no_grad():
-                    logits = LOW(torch.tensor([prefix + step.action])).logits[0].log_softmax(-1)
-                likelihood = sum(float(logits[len(prefix) - 1 + i, token]) for i, token in enumerate(step.action))
-                assert likelihood > -1e3
-                assert step.processed >= len(step.segment)
+            model, scores = HIGH if step.high else LOW, {}
+            for command in episode.admissible_commands():
+                action = prompter.action(command)
+                logits = model(torch.tensor([prefix + action])).logits[0].log_softmax(-1)
+                scores[command] = sum(float(logits[len(prefix) - 1 + i, token]) for i, token in enumerate(action))
+            assert step.command == max(scores, key=scores.__getitem__)
+            episode.step(step.command)
+            precisions.add(step.high)
+    assert precisions == {False, True}
 
 
 def test_a_decision_costs_a_low_pass_where_high_acts_and_the_head() -> None:
