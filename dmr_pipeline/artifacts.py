@@ -187,9 +187,9 @@ def materialize_stage(
             itself found bad input.
     """
     folder = artifact_folder(stage.name, recipe.name, data_root)
-    with _disk_full_is_user_error(folder, data_root):
+    with disk_full_is_user_error(folder, data_root):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(folder):
+        with locked(folder):
             inputs = {name: verify(artifact_folder(name, recipe.name, data_root)) for name in stage.inputs}
             wanted = provenance(stage, recipe, {name: artifact.hash for name, artifact in inputs.items()})
             current = None if force else _current(folder, wanted, committed=stage.committed)
@@ -204,7 +204,7 @@ def materialize_stage(
 
 
 def recover(folder: Path) -> None:
-    """Put back the old artefact where a kill fell between the two renames of `_publish`."""
+    """Put back the old artefact where a kill fell between the two renames of `publish`."""
     old = _old_folder(folder)
     if folder.exists() or not old.is_dir():
         return
@@ -237,7 +237,7 @@ def _current(folder: Path, wanted: Provenance, *, committed: bool) -> Artifact |
 def _build(
     stage: Stage, recipe: Recipe, wanted: Provenance, inputs: Mapping[str, Path], folder: Path, scratch: Path
 ) -> Artifact:
-    output = _new_folder(folder)
+    output = new_folder(folder)
     shutil.rmtree(output, ignore_errors=True)
     output.mkdir()
     log.info("%s: started", stage.name)
@@ -255,14 +255,14 @@ def _build(
         manifest = Manifest(**vars(wanted), files=files, summary=dict(result.summary))
         (output / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
         _write_sidecar(folder, recipe, started, seconds, result, lines)
-        _publish(output, folder)
+        publish(output, folder)
     finally:
         shutil.rmtree(output, ignore_errors=True)
     log.info("%s: done in %.1f s", stage.name, seconds)
     return verify(folder)
 
 
-def _publish(output: Path, folder: Path) -> None:
+def publish(output: Path, folder: Path) -> None:
     """Two renames, since no portable one replaces a folder that is not empty; `recover` mends a kill between them."""
     old = _old_folder(folder)
     shutil.rmtree(old, ignore_errors=True)
@@ -272,7 +272,7 @@ def _publish(output: Path, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _new_folder(folder: Path) -> Path:
+def new_folder(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.new")
 
 
@@ -285,7 +285,7 @@ def _lock_path(folder: Path) -> Path:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
     recover(folder)
     lock = FileLock(_lock_path(folder))
     try:
@@ -311,7 +311,7 @@ def _scratch_folder(data_root: Path, wanted: Provenance) -> Path:
 
 
 @contextmanager
-def _disk_full_is_user_error(folder: Path, data_root: Path) -> Iterator[None]:
+def disk_full_is_user_error(folder: Path, data_root: Path) -> Iterator[None]:
     try:
         yield
     except UserError:

@@ -25,7 +25,7 @@ class Section(BaseModel):
 
 
 class Splits(Section):
-    """Numbers of games in the four disjoint splits. Each split draws its games from a seed range of its own."""
+    """Numbers of games in the four disjoint splits."""
 
     agent_train: Count = Field(description="games; the agent learns on these")
     router_train: Count = Field(
@@ -35,13 +35,31 @@ class Splits(Section):
     test: Count = Field(description="games; touched once, by the evaluation report")
 
 
-class Benchmark(Section):
-    """Which games are played."""
+class Games(Section):
+    """Which games are played, whatever the environment."""
+
+    splits: Splits
+    seed: int = Field(0, ge=0, description="decides which games there are, or which of them each split gets")
+    step_limit: Count = Field(50, description="steps an episode may take; 50 is ALFWorld's norm, ExpeL used 20")
+
+
+class GeneratedAlfWorld(Games):
+    """ALFWorld games made by the generator; each split draws its games from a seed range of its own."""
 
     environment: Literal["alfworld"] = "alfworld"
-    splits: Splits
-    seed: int = Field(0, ge=0, description="moves all four seed ranges")
-    step_limit: Count = Field(50, description="steps an episode may take; 50 is ALFWorld's norm, ExpeL used 20")
+
+
+class OfficialAlfWorld(Games):
+    """The official games, packed by `dmr data alfworld`. The official train split, shuffled, gives agent_train, router_train and
+    validation; the test games are those of an official validation split."""
+
+    environment: Literal["alfworld-official"] = "alfworld-official"
+    test_split: Literal["valid_seen", "valid_unseen"] = Field(
+        "valid_seen", description="rooms that the train split has (140 games), or others (134 games)"
+    )
+
+
+Benchmark = Annotated[GeneratedAlfWorld | OfficialAlfWorld, Field(discriminator="environment")]
 
 
 class Architecture(Section):

@@ -78,7 +78,7 @@ def look_example(game: Game, prompter: Prompter, rng: random.Random) -> Example:
     few times. Numbers are random, so that they have to be read.
     """
     receptacle = rng.choice(game.receptacles)
-    kinds = sorted(household().stands_in)
+    kinds = sorted(household().abilities)
     shown = sorted(rng.sample(kinds, rng.randint(1, 8)))
     names = [f"{kind} {rng.randint(1, 4)}" for kind in shown]
     wanted = rng.choice(shown if rng.random() < 0.5 else kinds)

@@ -23,7 +23,7 @@ from dmr_pipeline.agent.vocabulary import word_tokenizer
 from dmr_pipeline.environments.alfworld.game import Game
 from dmr_pipeline.environments.alfworld.words import alfworld_texts
 from dmr_pipeline.environments.tasks import read_games
-from dmr_pipeline.recipe import Architecture, Benchmark, Runtime, Training
+from dmr_pipeline.recipe import Architecture, Games, Runtime, Training
 from dmr_pipeline.stage import StageContext, StageResult
 
 _PIECE = 2500
@@ -91,7 +91,7 @@ def new_model(architecture: Architecture, vocabulary: int, seed: int) -> Qwen3Fo
 
 
 def success_rate(
-    model: PreTrainedModel, games: Sequence[Game], prompter: Prompter, benchmark: Benchmark, runtime: Runtime
+    model: PreTrainedModel, games: Sequence[Game], prompter: Prompter, benchmark: Games, runtime: Runtime
 ) -> float:
     """Share of games won when the model acts alone, greedily."""
     played = play_alone(model, games, prompter, benchmark.step_limit, runtime.batch_episodes)
@@ -111,7 +111,7 @@ def train(
     games: Sequence[Game],
     prompter: Prompter,
     training: Training,
-    benchmark: Benchmark,
+    benchmark: Games,
     runtime: Runtime,
     device: torch.device,
     scratch: Path,
@@ -251,7 +251,7 @@ def _batch(
     games: Sequence[Game],
     prompter: Prompter,
     training: Training,
-    benchmark: Benchmark,
+    benchmark: Games,
     state: _State,
     rng: random.Random,
 ) -> list[Example]:

@@ -1,7 +1,7 @@
 """What every benchmark offers to the agent, the router and the evaluation."""
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Hashable, Sequence
+from typing import Any, Protocol
 
 
 class Task(Protocol):
@@ -22,8 +22,20 @@ class Task(Protocol):
 class Episode(Protocol):
     """One running episode of a task."""
 
+    @property
+    def state(self) -> Hashable:
+        """All that changes in it. Immutable and picklable: to clone it is to keep it, to restore it is to assign it."""
+        ...
+
+    @state.setter
+    def state(self, state: Any) -> None: ...
+
     def reset(self) -> str:
         """Start anew; returns the first observation, without the task sentence."""
+        ...
+
+    def first_observation(self) -> str:
+        """Start anew; returns what the benchmark's own environment says then, the task included."""
         ...
 
     def step(self, command: str) -> tuple[str, float, bool]:

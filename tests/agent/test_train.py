@@ -13,11 +13,11 @@ from dmr_pipeline.agent.train import learn, make_optimizers, new_model, schedule
 from dmr_pipeline.agent.vocabulary import word_tokenizer
 from dmr_pipeline.environments.alfworld.generator import generate_game
 from dmr_pipeline.environments.alfworld.words import alfworld_texts
-from dmr_pipeline.recipe import Architecture, Benchmark, Prompt, Runtime, Splits, Training
+from dmr_pipeline.recipe import Architecture, GeneratedAlfWorld, Prompt, Runtime, Splits, Training
 
 PROMPTER = Prompter.of(word_tokenizer(alfworld_texts()), Prompt())
 GAMES = [generate_game(seed)[0] for seed in range(12)]
-BENCHMARK = Benchmark(step_limit=50, splits=Splits(agent_train=1, router_train=1, validation=1, test=1))
+BENCHMARK = GeneratedAlfWorld(step_limit=50, splits=Splits(agent_train=1, router_train=1, validation=1, test=1))
 TRAINING = Training(
     architecture=Architecture(layers=2, width=32, heads=2, key_value_heads=1, head_width=16, feed_forward=32),
     updates=6,

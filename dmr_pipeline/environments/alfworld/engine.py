@@ -1,278 +1,308 @@
-"""ALFWorld's rules, observation texts and admissible commands, on sets of facts: nothing is parsed or planned in a step."""
+"""ALFWorld's rules, observation texts and admissible commands: nothing is parsed, planned or translated in a step.
 
-from dmr_pipeline.environments.alfworld.game import Game
+Equal to the official engine (alfworld 0.4.2 on textworld 1.7.0, names not shuffled) in every text and command;
+`dmr env verify alfworld --against textworld` compares the two. Its quirks are kept:
+
+- `look` before the first `go to` sees nothing, although the first observation lists every receptacle;
+- of things, only the one that is held can be examined: the rule for what stands in an open receptacle never applies;
+- there is no `go to` a receptacle that shares the agent's place;
+- a thing moved between two receptacles of one place is from then on also seen "next to" them;
+- a lamp can be used, and a thing sliced, through the closed door of what it stands in;
+- a toggled lamp stays on: using it again turns it on again;
+- what lies in a bowl or a box is listed there for ever, wherever it has been carried since;
+- things that two receptacles hold are taken from one at a time.
+"""
+
+from typing import NamedTuple
+
+from dmr_pipeline.environments.alfworld.game import Game, Thing
 
 NOTHING = "Nothing happens."
-HELP = """
-Available commands:
-  look:                             look around your current location
-  inventory:                        check your current inventory
-  go to (receptacle):               move to a receptacle
-  open (receptacle):                open a receptacle
-  close (receptacle):               close a receptacle
-  take (object) from (receptacle):  take an object from a receptacle
-  move (object) to (receptacle):  place an object in or on a receptacle
-  examine (something):              examine a receptacle or an object
-  use (object):                     use an object
-  heat (object) with (receptacle):  heat an object using a receptacle
-  clean (object) with (receptacle): clean an object using a receptacle
-  cool (object) with (receptacle):  cool an object using a receptacle
-  slice (object) with (object):     slice an object using a sharp object
-"""
 _TREATMENTS = {
-    "clean": ("clean", "cleanable", ("sinkbasin", "sink")),
-    "heat": ("hot", "heatable", ("microwave",)),
-    "cool": ("cool", "coolable", ("fridge",)),
+    "clean": ("cleanable", ("sinkbasin", "sink")),
+    "heat": ("heatable", ("microwave",)),
+    "cool": ("coolable", ("fridge",)),
 }
 _KNIVES = ("knife", "butterknife")
 
 
+class State(NamedTuple):
+    """All that changes in an episode. Immutable: to clone a state is to keep it, to restore it is to assign it."""
+
+    place: int | None
+    """None before the first `go to`."""
+    held: int | None
+    """The thing in the agent's hand."""
+    opened: frozenset[int]
+    contents: tuple[tuple[int, ...], ...]
+    """For each receptacle, the things in it in listing order."""
+    lying: frozenset[tuple[int, int]]
+    """(thing, place): where a thing lies, in a receptacle or not."""
+    left: frozenset[tuple[int, int]]
+    """(thing, receptacle): taken out of it and not put back."""
+    clean: frozenset[int] = frozenset()
+    hot: frozenset[int] = frozenset()
+    cool: frozenset[int] = frozenset()
+    sliced: frozenset[int] = frozenset()
+    toggled: frozenset[int] = frozenset()
+
+
+class Action(NamedTuple):
+    """What a command does. `target` is the receptacle, or for `slice` the knife; -1 where there is none."""
+
+    verb: str
+    thing: int = -1
+    target: int = -1
+
+
 class AlfWorldEpisode:
-    """One running episode. Implements `dmr_pipeline.environments.base.Episode`."""
+    """One running episode. Implements `dmr_pipeline.environments.base.Episode`.
+
+    `state` can be kept, compared, hashed, pickled and set at any time.
+    """
 
     def __init__(self, game: Game) -> None:
         self.game = game
-        self._receptacle = {receptacle.name: i for i, receptacle in enumerate(game.receptacles)}
-        self._thing = {thing.name: i for i, thing in enumerate(game.things)}
         self._at: dict[int, list[int]] = {}
         for i, receptacle in enumerate(game.receptacles):
             self._at.setdefault(receptacle.place, []).append(i)
+        self._start = start_state(game)
         self.reset()
 
+    @property
+    def state(self) -> State:
+        return self._state
+
+    @state.setter
+    def state(self, state: State) -> None:
+        self._state = state
+        self._actions: dict[str, Action] | None = None
+
     def reset(self) -> str:
-        self.place: int | None = None
-        self.held: int | None = None
-        self.opened: set[int] = set()
-        self.contents: list[set[int]] = [set() for _ in self.game.receptacles]
-        for i, thing in enumerate(self.game.things):
-            for receptacle in thing.inside:
-                self.contents[receptacle].add(i)
-        self.states: dict[str, set[int]] = {
-            "clean": set(),
-            "hot": set(),
-            "cool": set(),
-            "sliced": set(),
-            "toggled": set(),
-        }
-        return self._look()
+        self.state = self._start
+        if self._start.place is not None:
+            return self._look()
+        return _middle_of_a_room(listing([receptacle.name for receptacle in self.game.receptacles]))
+
+    def first_observation(self) -> str:
+        """What the official engine says on a reset: a welcome, what `reset` returns, and the task."""
+        return f"-= Welcome to TextWorld, ALFRED! =-\n\n{self.reset()}\n\nYour task is to: {self.game.instruction}."
 
     def step(self, command: str) -> tuple[str, float, bool]:
-        observation = self._act(command)
+        action = self.actions().get(command)
+        observation = NOTHING if action is None else self._act(action)
         won = self.won()
         return observation, float(won), won
 
+    def admissible_commands(self) -> list[str]:
+        return sorted(self.actions())
+
     def won(self) -> bool:
-        goal, game = self.game.goal, self.game
+        goal, game, state = self.game.goal, self.game, self._state
         if goal.lamp is not None:
             return (
-                self.held is not None
-                and game.things[self.held].kind == goal.kind
+                state.held is not None
+                and game.things[state.held].kind == goal.kind
                 and any(
-                    thing in self.states["toggled"] and game.things[thing].kind == goal.lamp
+                    game.things[thing].kind == goal.lamp and thing in state.toggled
                     for receptacle in self._here()
-                    for thing in self.contents[receptacle]
+                    for thing in state.contents[receptacle]
                 )
             )
-        for i, receptacle in enumerate(game.receptacles):
+        for receptacle, contents in zip(game.receptacles, state.contents, strict=True):
             if receptacle.kind == goal.receptacle_kind:
-                wanted = [thing for thing in self.contents[i] if game.things[thing].kind == goal.kind]
+                wanted = [thing for thing in contents if game.things[thing].kind == goal.kind]
                 if len(wanted) >= goal.count and any(
-                    all(thing in self.states[state] for state in goal.states) for thing in wanted
+                    all(thing in getattr(state, done) for done in goal.states) for thing in wanted
                 ):
                     return True
         return False
 
-    def admissible_commands(self) -> list[str]:
-        game, commands = self.game, ["look", "inventory", "help"]
+    def actions(self) -> dict[str, Action]:
+        """What each admissible command does in this state."""
+        if self._actions is None:
+            self._actions = self._list_actions()
+        return self._actions
+
+    def _list_actions(self) -> dict[str, Action]:
+        game, state = self.game, self._state
+        things, held = game.things, state.held
+        found = {"look": Action("look"), "inventory": Action("inventory")}
+        if game.help is not None:
+            found["help"] = Action("help")
         for i, receptacle in enumerate(game.receptacles):
-            if receptacle.place != self.place:
-                commands.append(f"go to {receptacle.name}")
+            name = receptacle.name
+            if receptacle.place != state.place:
+                found[f"go to {name}"] = Action("go", target=i)
                 continue
-            commands.append(f"examine {receptacle.name}")
+            found[f"examine {name}"] = Action("examine", target=i)
             if receptacle.openable:
-                commands.append(f"{'close' if i in self.opened else 'open'} {receptacle.name}")
-            if self._reachable(i):
-                if self.held is None:
-                    commands += [
-                        f"take {game.things[t].name} from {receptacle.name}"
-                        for t in self.contents[i]
-                        if "pickupable" in game.things[t].abilities
-                    ]
-                elif (receptacle.kind, game.things[self.held].kind) in game.may_contain:
-                    commands.append(self._put_command(self.held, i))
-            commands += [
-                f"use {game.things[t].name}" for t in self.contents[i] if "toggleable" in game.things[t].abilities
-            ]
-            if self.held is not None:
-                for verb, (_, ability, kinds) in _TREATMENTS.items():
-                    if receptacle.kind in kinds and ability in game.things[self.held].abilities:
-                        commands.append(f"{verb} {game.things[self.held].name} with {receptacle.name}")
-                if game.things[self.held].kind in _KNIVES:
-                    knife = game.things[self.held].name
-                    commands += [
-                        f"slice {game.things[t].name} with {knife}"
-                        for t in self.contents[i]
-                        if "sliceable" in game.things[t].abilities
-                    ]
-        if self.held is not None:
-            commands.append(f"examine {game.things[self.held].name}")
-        return sorted(commands)
+                verb = "close" if i in state.opened else "open"
+                found[f"{verb} {name}"] = Action(verb, target=i)
+            for t in state.contents[i]:
+                if "toggleable" in things[t].abilities:
+                    found[f"use {things[t].name}"] = Action("use", t)
+            if not receptacle.openable or i in state.opened:
+                if held is None:
+                    for t in state.contents[i]:
+                        if "pickupable" in things[t].abilities:
+                            found[f"take {things[t].name} from {name}"] = Action("take", t, i)
+                elif (receptacle.kind, things[held].kind) in game.may_contain:
+                    put = (
+                        f"move {things[held].name} to {name}"
+                        if game.put_wording == "move"
+                        else f"put {things[held].name} in/on {name}"
+                    )
+                    found[put] = Action("put", held, i)
+            if held is not None:
+                for verb, (ability, kinds) in _TREATMENTS.items():
+                    if receptacle.kind in kinds and ability in things[held].abilities:
+                        found[f"{verb} {things[held].name} with {name}"] = Action(verb, held, i)
+        if held is not None:
+            found[f"examine {things[held].name}"] = Action("examine", held)
+            if things[held].kind in _KNIVES:
+                for t, place in state.lying:
+                    if place == state.place and "sliceable" in things[t].abilities:
+                        found[f"slice {things[t].name} with {things[held].name}"] = Action("slice", t, held)
+        return found
+
+    def _act(self, action: Action) -> str:
+        """Take an action that is admissible; returns the observation."""
+        game, state = self.game, self._state
+        verb, thing, target = action
+        if verb == "look":
+            return self._look() if state.place is not None else _middle_of_a_room("nothing")
+        if verb == "inventory":
+            if state.held is None:
+                return "You are not carrying anything."
+            return f"You are carrying: a {game.things[state.held].name}."
+        if verb == "help":
+            assert game.help is not None
+            return game.help
+        if verb == "examine":
+            return self._examine_thing(thing) if thing >= 0 else self._examine_receptacle(target)
+        if verb == "go":
+            place = game.receptacles[target].place
+            self.state = state._replace(place=place)
+            where = game.receptacles[target].name if game.arrival == "receptacle" else game.place_names[place]
+            return f"You arrive at {where}. {self._examine_receptacle(target)}"
+        if verb == "use":
+            self.state = state._replace(toggled=state.toggled | {thing})
+            return f"You turn on the {game.things[thing].name}."
+        if verb == "slice":
+            self.state = state._replace(sliced=state.sliced | {thing})
+            return f"You sliced the {game.things[thing].name} with the {game.things[target].name}."
+        name = game.receptacles[target].name
+        if verb == "open":
+            self.state = state._replace(opened=state.opened | {target})
+            return f"You open the {name}. {self._examine_receptacle(target)}"
+        if verb == "close":
+            self.state = state._replace(opened=state.opened - {target})
+            return f"You close the {name}."
+        what = game.things[thing].name
+        contents = state.contents[target]
+        if verb == "take":
+            self.state = state._replace(
+                held=thing,
+                contents=_replaced(state.contents, target, tuple(t for t in contents if t != thing)),
+                lying=state.lying - {(thing, game.receptacles[target].place)},
+                left=state.left | {(thing, target)},
+            )
+            return f"You pick up the {what} from the {name}."
+        if verb == "put":
+            self.state = state._replace(
+                held=None,
+                contents=_replaced(state.contents, target, tuple(sorted({*contents, thing}))),
+                lying=state.lying | {(thing, game.receptacles[target].place)},
+                left=state.left - {(thing, target)},
+            )
+            if game.put_wording == "move":
+                return f"You move the {what} to the {name}."
+            return f"You put the {what} in/on the {name}."
+        if verb == "clean":
+            self.state = state._replace(clean=state.clean | {thing})
+        elif verb == "heat":
+            self.state = state._replace(hot=state.hot | {thing}, cool=state.cool - {thing})
+        elif verb == "cool":
+            self.state = state._replace(cool=state.cool | {thing}, hot=state.hot - {thing})
+        return f"You {verb} the {what} using the {name}."
 
     def _here(self) -> list[int]:
-        return [] if self.place is None else self._at[self.place]
-
-    def _reachable(self, receptacle: int) -> bool:
-        return not self.game.receptacles[receptacle].openable or receptacle in self.opened
-
-    def _put_command(self, thing: int, receptacle: int) -> str:
-        name, where = self.game.things[thing].name, self.game.receptacles[receptacle].name
-        return f"move {name} to {where}" if self.game.put_wording == "move" else f"put {name} in/on {where}"
-
-    def _act(self, command: str) -> str:
-        verb, _, rest = command.partition(" ")
-        game = self.game
-        match verb:
-            case "look" if not rest:
-                return self._look()
-            case "inventory" if not rest:
-                return (
-                    f"You are carrying: a {game.things[self.held].name}."
-                    if self.held is not None
-                    else "You are not carrying anything."
-                )
-            case "help" if not rest:
-                return HELP
-            case "go":
-                target = self._receptacle.get(rest.removeprefix("to "))
-                if target is None or game.receptacles[target].place == self.place:
-                    return NOTHING
-                self.place = game.receptacles[target].place
-                return f"You arrive at {game.receptacles[target].name}. {self._examine_receptacle(target)}"
-            case "examine":
-                if (target := self._receptacle.get(rest)) is not None and target in self._here():
-                    return self._examine_receptacle(target)
-                if self.held is not None and game.things[self.held].name == rest:
-                    return self._examine_thing(self.held)
-                return NOTHING
-            case "open" | "close":
-                target = self._receptacle.get(rest)
-                if target is None or target not in self._here() or not game.receptacles[target].openable:
-                    return NOTHING
-                if (target in self.opened) == (verb == "open"):
-                    return NOTHING
-                if verb == "close":
-                    self.opened.remove(target)
-                    return f"You close the {rest}."
-                self.opened.add(target)
-                return f"You open the {rest}. {self._examine_receptacle(target)}"
-            case "take":
-                return self._take(*_two(rest, " from "))
-            case "move" if game.put_wording == "move":
-                return self._put(*_two(rest, " to "))
-            case "put" if game.put_wording == "put":
-                return self._put(*_two(rest, " in/on "))
-            case "clean" | "heat" | "cool":
-                return self._treat(verb, *_two(rest, " with "))
-            case "use":
-                thing = self._thing.get(rest)
-                if thing is None or "toggleable" not in game.things[thing].abilities:
-                    return NOTHING
-                if not any(thing in self.contents[receptacle] for receptacle in self._here()):
-                    return NOTHING
-                self.states["toggled"].add(thing)
-                return f"You turn on the {rest}."
-            case "slice":
-                return self._slice(*_two(rest, " with "))
-        return NOTHING
-
-    def _take(self, name: str, where: str) -> str:
-        thing, receptacle = self._thing.get(name), self._receptacle.get(where)
-        if thing is None or receptacle is None or self.held is not None or receptacle not in self._here():
-            return NOTHING
-        if not self._reachable(receptacle) or thing not in self.contents[receptacle]:
-            return NOTHING
-        if "pickupable" not in self.game.things[thing].abilities:
-            return NOTHING
-        self.contents[receptacle].remove(thing)
-        self.held = thing
-        return f"You pick up the {name} from the {where}."
-
-    def _put(self, name: str, where: str) -> str:
-        thing, receptacle = self._thing.get(name), self._receptacle.get(where)
-        if thing is None or receptacle is None or self.held != thing or receptacle not in self._here():
-            return NOTHING
-        kinds = (self.game.receptacles[receptacle].kind, self.game.things[thing].kind)
-        if not self._reachable(receptacle) or kinds not in self.game.may_contain:
-            return NOTHING
-        self.contents[receptacle].add(thing)
-        self.held = None
-        return (
-            f"You move the {name} to the {where}."
-            if self.game.put_wording == "move"
-            else f"You put the {name} in/on the {where}."
-        )
-
-    def _treat(self, verb: str, name: str, where: str) -> str:
-        thing, receptacle = self._thing.get(name), self._receptacle.get(where)
-        if thing is None or receptacle is None or self.held != thing or receptacle not in self._here():
-            return NOTHING
-        state, ability, kinds = _TREATMENTS[verb]
-        if self.game.receptacles[receptacle].kind not in kinds or ability not in self.game.things[thing].abilities:
-            return NOTHING
-        self.states[state].add(thing)
-        if state != "clean":
-            self.states["cool" if state == "hot" else "hot"].discard(thing)
-        return f"You {verb} the {name} using the {where}."
-
-    def _slice(self, name: str, knife: str) -> str:
-        thing, held = self._thing.get(name), self._thing.get(knife)
-        if thing is None or held is None or self.held != held or self.game.things[held].kind not in _KNIVES:
-            return NOTHING
-        if "sliceable" not in self.game.things[thing].abilities:
-            return NOTHING
-        if not any(thing in self.contents[receptacle] for receptacle in self._here()):
-            return NOTHING
-        self.states["sliced"].add(thing)
-        return f"You sliced the {name} with the {knife}."
+        return [] if self._state.place is None else self._at[self._state.place]
 
     def _look(self) -> str:
-        if self.place is None:
-            seen = listing([receptacle.name for receptacle in self.game.receptacles])
-            return f"You are in the middle of a room. Looking quickly around you, you see {seen}."
-        names = [self.game.receptacles[i].name for i in self._here()]
-        facing = ", and ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else names[0]
-        return f"You are facing the {facing}. Next to it, you see nothing."
+        game, state, here = self.game, self._state, self._here()
+        facing = _series([game.receptacles[i].name for i in here])
+        beside = [
+            game.things[thing].name
+            for thing, place in sorted(state.lying)
+            if place == state.place
+            for receptacle in here
+            if (thing, receptacle) in state.left
+        ]
+        return f"You are facing the {facing}. Next to it, you see {listing(beside)}."
 
     def _examine_receptacle(self, receptacle: int) -> str:
-        name = self.game.receptacles[receptacle].name
-        if self.game.receptacles[receptacle].openable and receptacle not in self.opened:
+        name, state = self.game.receptacles[receptacle].name, self._state
+        openable = self.game.receptacles[receptacle].openable
+        if openable and receptacle not in state.opened:
             return f"The {name} is closed."
-        seen = listing([self.game.things[thing].name for thing in sorted(self.contents[receptacle])])
-        if self.game.receptacles[receptacle].openable:
-            return f"The {name} is open. In it, you see {seen}."
-        return f"On the {name}, you see {seen}."
+        seen = listing([self.game.things[thing].name for thing in state.contents[receptacle]])
+        return f"The {name} is open. In it, you see {seen}." if openable else f"On the {name}, you see {seen}."
 
     def _examine_thing(self, thing: int) -> str:
-        name = self.game.things[thing].name
-        if "receptacle" in self.game.things[thing].abilities:
-            return f"This is a normal {name}. In it, you see nothing."
-        clean, hot, cool, sliced = (thing in self.states[s] for s in ("clean", "hot", "cool", "sliced"))
-        words = " and ".join(word for word, true in (("hot", hot), ("cool", cool), ("clean", clean)) if true)
-        if words == "cool" and not sliced:
-            words = "cold"
-        if words or sliced:
-            return f"This is a {' '.join(filter(None, (words, 'sliced' if sliced else '')))} {name}."
-        return f"There's nothing special about {name}."
+        state, name = self._state, self.game.things[thing].name
+        abilities = self.game.things[thing].abilities
+        if "receptacle" in abilities:
+            return f"This is a normal {name}. In it, you see {listing(list(self.game.things[thing].holds))}."
+        clean, sliced = thing in state.clean, thing in state.sliced
+        warmth = "hot" if thing in state.hot else "cool" if thing in state.cool else ""
+        if warmth == "cool" and not clean and not sliced:
+            warmth = "cold"
+        words = " and ".join(filter(None, (warmth, "clean" if clean else "")))
+        if not words and "toggleable" in abilities and thing in state.toggled:
+            return f"This {name} is on."
+        words = " ".join(filter(None, (words, "sliced" if sliced else "")))
+        return f"This is a {words} {name}." if words else f"There's nothing special about {name}."
 
 
-def _two(text: str, separator: str) -> tuple[str, str]:
-    first, _, second = text.partition(separator)
-    return first, second
+def start_state(game: Game) -> State:
+    contents: list[list[int]] = [[] for _ in game.receptacles]
+    lying: set[tuple[int, int]] = set()
+    for i, thing in enumerate(game.things):
+        for receptacle in thing.inside:
+            contents[receptacle].append(i)
+        lying.update((i, place) for place in _places(game, thing))
+    return State(
+        place=game.start,
+        held=None,
+        opened=frozenset(),
+        contents=tuple(map(tuple, contents)),
+        lying=frozenset(lying),
+        left=frozenset(),
+        cool=frozenset(i for i, thing in enumerate(game.things) if thing.starts_cool),
+    )
+
+
+def _places(game: Game, thing: Thing) -> tuple[int, ...]:
+    if thing.lying is not None:
+        return thing.lying
+    return tuple(game.receptacles[receptacle].place for receptacle in thing.inside)
+
+
+def _replaced(contents: tuple[tuple[int, ...], ...], at: int, new: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+    return (*contents[:at], new, *contents[at + 1 :])
+
+
+def _middle_of_a_room(seen: str) -> str:
+    return f"You are in the middle of a room. Looking quickly around you, you see {seen}."
+
+
+def _series(words: list[str]) -> str:
+    """Words as the engine strings them together."""
+    return ", and ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else words[0]
 
 
 def listing(names: list[str]) -> str:
-    """Names as the engine strings them together."""
-    if not names:
-        return "nothing"
-    listed = [f"a {name}" for name in names]
-    return listed[0] if len(listed) == 1 else f"{', '.join(listed[:-1])}, and {listed[-1]}"
+    """Things as the engine lists them."""
+    return _series([f"a {name}" for name in names]) if names else "nothing"

@@ -6,7 +6,7 @@ ids, and numbers within a type are given out from the highest down, so that a li
 
 import json
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
@@ -48,8 +48,15 @@ class Thing(_Fact):
     name: str
     kind: str
     inside: tuple[int, ...]
-    """Indices of the receptacles that it stands in at the start: one, but a few official games name two."""
+    """Indices of the receptacles that it stands in at the start: one, but some official games name two or, for what can
+    only be sliced, none."""
     abilities: _Set[Literal["pickupable", "cleanable", "heatable", "coolable", "sliceable", "toggleable", "receptacle"]]
+    lying: tuple[int, ...] | None = None
+    """Places where it lies, if they are not those of the receptacles that it stands in (in some official games)."""
+    starts_cool: bool = False
+    """It was in a fridge when the official game was recorded."""
+    holds: tuple[str, ...] = ()
+    """Names of what lies in it, listed when it is examined."""
 
 
 class Goal(_Fact):
@@ -66,6 +73,23 @@ class Goal(_Fact):
     lamp: str | None = None
 
 
+HELP = """Available commands:
+  look:                             look around your current location
+  inventory:                        check your current inventory
+  go to (receptacle):               move to a receptacle
+  open (receptacle):                open a receptacle
+  close (receptacle):               close a receptacle
+  take (object) from (receptacle):  take an object from a receptacle
+  move (object) to (receptacle):  place an object in or on a receptacle
+  examine (something):              examine a receptacle or an object
+  use (object):                     use an object
+  heat (object) with (receptacle):  heat an object using a receptacle
+  clean (object) with (receptacle): clean an object using a receptacle
+  cool (object) with (receptacle):  cool an object using a receptacle
+  slice (object) with (object):     slice an object using a sharp object
+"""
+
+
 class Game(_Fact):
     """One game. Receptacles and things are in the engine's order."""
 
@@ -77,8 +101,16 @@ class Game(_Fact):
     may_contain: _Set[tuple[str, str]]
     """Pairs (receptacle kind, thing kind) that `move` admits."""
     goal: Goal
+    start: int | None = None
+    """Place where the agent stands at the start; None where no receptacle is, as in all official games."""
     put_wording: Literal["move", "put"] = "move"
     """Grammars since ALFWorld 0.4 say "move X to Y", older ones "put X in/on Y"."""
+    arrival: Literal["receptacle", "place"] = "receptacle"
+    """Grammars since ALFWorld 0.4 say "You arrive at desk 1", older ones "You arrive at loc 7"."""
+    place_names: tuple[str, ...] = ()
+    """Names of the places, for `arrival` at one."""
+    help: str | None = HELP
+    """What `help` says; None where the game has no such command (before ALFWorld 0.4)."""
 
 
 def engine_order(identifiers: Iterable[str]) -> list[tuple[str, str]]:
@@ -121,22 +153,37 @@ def read_game(path: Path) -> Game:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         problem, grammar = content["pddl_problem"], content["grammar"]
+        if not isinstance(problem, str) or not isinstance(grammar, str):
+            raise TypeError("pddl_problem and grammar must be text")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not an ALFWorld game ({type(error).__name__}: {error})") from error
     sentence = re.search(r"Your task is to: (.*?)\"", grammar)
-    goal_at = problem.find("(:goal")
-    if sentence is None or goal_at < 0:
-        raise UserError(f"{path}: not an ALFWorld game: it has no {'task sentence' if sentence is None else 'goal'}")
+    init_at, goal_at = problem.find("(:init"), problem.find("(:goal")
+    if sentence is None or init_at < 0 or goal_at < 0:
+        missing = "task sentence" if sentence is None else "initial state" if init_at < 0 else "goal"
+        raise UserError(f"{path}: not an ALFWorld game: it has no {missing}")
     try:
         return parse_game(
             task_id="/".join(path.parent.parts[-2:]),
-            instruction=sentence.group(1).rstrip(". "),
-            facts=_FACT.findall(problem[problem.index("(:init") : goal_at]),
+            instruction=sentence.group(1).removesuffix("."),
+            facts=_FACT.findall(problem[init_at:goal_at]),
             goal=_FACT.findall(problem[goal_at:]),
             put_wording="put" if re.search(r'template :: "put \{o\} in/on', grammar) else "move",
+            arrival="place" if "You arrive at {lend.name}" in grammar else "receptacle",
+            help=_help(grammar),
         )
-    except (KeyError, StopIteration, ValidationError) as error:
+    except (KeyError, IndexError, StopIteration, ValidationError) as error:
         raise UserError(f"{path}: the problem is incomplete ({type(error).__name__}: {error})") from error
+
+
+def _help(grammar: str) -> str | None:
+    """What the grammar's `help` action says: a text of its own, or the expansion of a rule."""
+    if "action help" not in grammar:
+        return None
+    if found := re.search(r'action help \{.*?feedback :: "([^#"]*)"', grammar, re.DOTALL):
+        return found[1].lstrip("\n")
+    rule = re.search(r'"help\.feedback": \[\s*\{\s*"rhs": ("[^"]*")', grammar)
+    return None if rule is None else json.loads(rule[1])
 
 
 def parse_game(
@@ -144,44 +191,69 @@ def parse_game(
     instruction: str,
     facts: list[tuple[str, str, str]],
     goal: list[tuple[str, str, str]],
-    put_wording: Literal["move", "put"],
+    **wording: str | None,
 ) -> Game:
     """A game from PDDL facts `(predicate, first, second)` of its initial state and its goal formula."""
-    receptacle_kind = {a: _kind(b) for predicate, a, b in facts if predicate == "receptacleType"}
-    thing_kind = {a: _kind(b) for predicate, a, b in facts if predicate == "objectType"}
-    place_of = {a: b for predicate, a, b in facts if predicate == "receptacleAtLocation"}
-    openable = {a for predicate, a, _ in facts if predicate == "openable"}
-    inside: dict[str, list[str]] = {}
+    pairs: dict[str, list[tuple[str, str]]] = defaultdict(list)
     for predicate, a, b in facts:
-        if predicate == "inReceptacle":
-            inside.setdefault(a, []).append(b)
-    abilities: dict[str, set[str]] = {thing: set() for thing in thing_kind}
-    for predicate, a, _ in facts:
-        if predicate in _ABILITIES and a in abilities:
-            abilities[a].add(_ABILITIES[predicate])
+        pairs[predicate].append((a, b))
+    receptacle_kind = {a: _kind(b) for a, b in pairs["receptacleType"]}
+    thing_kind = {a: _kind(b) for a, b in pairs["objectType"]}
+    place_of = dict(pairs["receptacleAtLocation"])
+    openable = {a for a, _ in pairs["openable"]}
+    inside, lying = _grouped(pairs["inReceptacle"]), _grouped(pairs["objectAtLocation"])
+    holds = _grouped([(outer, inner) for inner, outer in pairs["inReceptacleObject"]])
+    abilities: dict[str, set[str]] = defaultdict(set)
+    for predicate, ability in _ABILITIES.items():
+        for a, _ in pairs[predicate]:
+            abilities[a].add(ability)
     places = {name: i for i, name in enumerate(sorted(set(place_of.values())))}
-    order = engine_order(set(receptacle_kind) | set(thing_kind))
-    receptacles = [(i, name) for i, name in order if i in receptacle_kind and i in place_of]
-    index = {identifier: n for n, (identifier, _) in enumerate(receptacles)}
+    # Ids without a type are counted too where names are numbered: a few official games have them.
+    names = dict(engine_order({i for _, a, b in facts for i in (a, b) if "_bar_" in i}))
+    receptacles = [i for i in names if i in receptacle_kind and i in place_of]
+    index = {identifier: n for n, identifier in enumerate(receptacles)}
+    starts_cool = {a for a, _ in pairs["isCool"]}
+
+    def thing(i: str) -> dict[str, object] | None:
+        stands_in = [index[r] for r in inside.get(i, ()) if r in index]
+        lies_at = sorted({places[place] for place in lying.get(i, ()) if place in places})
+        if not stands_in and not (lies_at and "sliceable" in abilities[i]):
+            return None  # nothing can be done with it
+        usual = sorted({places[place_of[receptacles[r]]] for r in stands_in})
+        return {
+            "name": names[i],
+            "kind": thing_kind.get(i, ""),
+            "inside": stands_in,
+            "abilities": abilities[i],
+            "lying": None if lies_at == usual else lies_at,
+            "starts_cool": i in starts_cool,
+            "holds": [names[inner] for inner in names if inner in holds.get(i, ())],
+        }
+
     return Game.model_validate(
         {
             "task_id": task_id,
             "task_type": _task_type(goal),
             "instruction": instruction,
             "receptacles": [
-                {"name": name, "kind": receptacle_kind[i], "place": places[place_of[i]], "openable": i in openable}
-                for i, name in receptacles
+                {"name": names[i], "kind": receptacle_kind[i], "place": places[place_of[i]], "openable": i in openable}
+                for i in receptacles
             ],
-            "things": [
-                {"name": name, "kind": thing_kind[i], "inside": where, "abilities": abilities[i]}
-                for i, name in order
-                if i in thing_kind and (where := [index[r] for r in inside.get(i, ()) if r in index])
-            ],
-            "may_contain": {(_kind(a), _kind(b)) for predicate, a, b in facts if predicate == "canContain"},
+            "things": [made for i in names if i not in receptacle_kind and (made := thing(i)) is not None],
+            "may_contain": {(_kind(a), _kind(b)) for a, b in pairs["canContain"]},
             "goal": _goal(goal),
-            "put_wording": put_wording,
+            "start": next((places.get(place) for _, place in pairs["atLocation"]), None),
+            "place_names": [names[place] for place in places] if wording.get("arrival") == "place" else [],
+            **wording,
         }
     )
+
+
+def _grouped(pairs: list[tuple[str, str]]) -> dict[str, list[str]]:
+    grouped: dict[str, list[str]] = {}
+    for a, b in pairs:
+        grouped.setdefault(a, []).append(b)
+    return grouped
 
 
 def _kind(pddl_type: str) -> str:

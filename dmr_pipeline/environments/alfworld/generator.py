@@ -1,6 +1,7 @@
 """New ALFWorld games by seed, in about the official proportions."""
 
 import random
+from collections import Counter
 from collections.abc import Mapping
 
 from dmr_pipeline.environments.alfworld.engine import AlfWorldEpisode
@@ -22,34 +23,46 @@ _STATE = {
     "pick_cool_then_place_in_recep": "cool",
 }
 _NEEDS = {"clean": "sinkbasin", "hot": "microwave", "cool": "fridge"}
-_LAMP_SURFACES = ("sidetable", "desk", "dresser", "shelf", "coffeetable", "diningtable")
+_ROOMS_A_TASK = 200
+"""Some official tasks suit few rooms, so another is drawn after that many: rare, or the proportions would shift."""
 
 
 def generate_game(seed: int, step_limit: int = 50) -> tuple[Game, int]:
     """The game of a seed, and how many candidates were rejected before it.
 
-    A candidate is rejected where its task can't be set in the room drawn, or where the exploring expert does not win it
-    within `step_limit` steps: the official games come with a solution too, which is what makes them games.
+    The task is drawn first, and rooms until one suits it. A room is rejected where the task can't be set in it, or where the
+    exploring expert does not win within `step_limit` steps: the official games come with a solution too, which is what
+    makes them games.
     """
     rng = random.Random(f"alfworld-game-{seed}")
+    table = household()
     rejected = 0
     while True:
-        game = _candidate(rng, seed)
-        if game is not None and expert_wins(game, step_limit):
-            return game, rejected
-        rejected += 1
+        task_type = _draw(rng, {task: sum(rooms.values()) for task, rooms in table.tasks.items()})
+        targets = table.targets[task_type]
+        room, kind, target, _ = rng.choices(targets, weights=[games for *_, games in targets])[0]
+        for _ in range(_ROOMS_A_TASK):
+            game = _candidate(rng, f"generated/{seed}", task_type, room, kind, target)
+            if game is not None and expert_wins(game, step_limit):
+                return game, rejected
+            rejected += 1
 
 
 def expert_wins(game: Game, step_limit: int) -> bool:
+    return expert_steps(game, step_limit) is not None
+
+
+def expert_steps(game: Game, step_limit: int) -> int | None:
+    """Steps that the exploring expert takes to win; None where they are more than `step_limit`."""
     episode, expert = AlfWorldEpisode(game), ExploringExpert(game.instruction)
     expert.observe(None, episode.reset())
-    for _ in range(step_limit):
+    for step in range(1, step_limit + 1):
         command = expert.act()
         observation, _, done = episode.step(command)
         if done:
-            return True
+            return step
         expert.observe(command, observation)
-    return False
+    return None
 
 
 def _draw(rng: random.Random, weights: Mapping[str, float]) -> str:
@@ -60,46 +73,34 @@ def _draw_count(rng: random.Random, histogram: Histogram) -> int:
     return rng.choices(list(histogram), weights=list(histogram.values()))[0]
 
 
-def _candidate(rng: random.Random, seed: int) -> Game | None:
+def _candidate(rng: random.Random, task_id: str, task_type: str, room: str, kind: str, target: str) -> Game | None:
+    """A room with the task in it; None where the room drawn has no place for it."""
     table = household()
-    task_type = _draw(rng, {task: sum(rooms.values()) for task, rooms in table.tasks.items()})
-    targets = table.targets[task_type]
-    room, kind, target, _ = rng.choices(targets, weights=[games for *_, games in targets])[0]
     state = _STATE.get(task_type)
     receptacles = _receptacles(rng, room)
     present = {receptacle.kind for receptacle in receptacles}
     looking = task_type == "look_at_obj_in_light"
     if (state and _NEEDS[state] not in present) or (not looking and target not in present):
         return None
-    if looking and target != "desklamp":
-        return None
-
-    things: list[tuple[str, int]] = []
-
-    def place(thing: str, banned: str | None = None) -> bool:
-        weights = {k: n for k, n in table.stands_in[thing].items() if k in present and k != banned}
-        if not weights:
-            return False
-        where = _draw(rng, weights)
-        things.append((thing, rng.choice([i for i, r in enumerate(receptacles) if r.kind == where])))
-        return True
-
-    wanted = max(
-        _draw_count(rng, table.things[room].get(kind, {1: 1.0})), 2 if task_type == "pick_two_obj_and_place" else 1
-    )
-    if not all(place(kind, banned=None if looking else target) for _ in range(wanted)):
-        return None
+    numbers = {other: _draw_count(rng, histogram) for other, histogram in table.things[room].items() if other != kind}
     if looking:
-        surfaces = [i for i, r in enumerate(receptacles) if r.kind in _LAMP_SURFACES]
-        if not surfaces:
-            return None
-        things.append(("desklamp", rng.choice(surfaces)))
-    for other, histogram in table.things[room].items():
-        if other not in (kind, "desklamp"):
-            for _ in range(_draw_count(rng, histogram)):
-                place(other)
-    named = _named([thing for thing, _ in things])
-    placed = sorted(zip(named, things, strict=True), key=lambda pair: pair[0][0])
+        numbers[target] = max(1, numbers[target])
+    numbers[kind] = _draw_count(rng, table.wanted[task_type])
+    things: list[tuple[str, int]] = []
+    for thing, number in numbers.items():
+        where = None
+        for _ in range(number):
+            # What is wanted must not stand where it is to be brought.
+            if where is None or rng.random() >= table.together.get(thing, 0.0):
+                banned = target if thing == kind and not looking else None
+                where = _standing_place(rng, table.stands_in[room].get(thing, {}), receptacles, banned)
+            if where is not None:
+                things.append((thing, where))
+    placed = Counter(thing for thing, _ in things)
+    if placed[kind] < min(numbers[kind], 2 if task_type == "pick_two_obj_and_place" else 1):
+        return None
+    if looking and not placed[target]:
+        return None
     goal = (
         Goal(kind=kind, lamp=target)
         if looking
@@ -112,20 +113,27 @@ def _candidate(rng: random.Random, seed: int) -> Game | None:
     )
     return Game.model_validate(
         {
-            "task_id": f"generated/{seed}",
+            "task_id": task_id,
             "task_type": task_type,
             "instruction": rng.choice(SENTENCES[task_type]).format(thing=kind, target=target),
             "receptacles": receptacles,
-            "things": [
-                Thing.model_validate(
-                    {"name": name, "kind": thing, "inside": (where,), "abilities": table.abilities[thing]}
-                )
-                for (_, name), (thing, where) in placed
-            ],
+            "things": _named(things),
             "may_contain": {(k, t) for k in present for t in table.may_contain.get(k, ())},
             "goal": goal,
         }
     )
+
+
+def _standing_place(
+    rng: random.Random, stands_in: Mapping[str, int], receptacles: list[Receptacle], banned: str | None
+) -> int | None:
+    """Index of a receptacle of a kind where such a thing stands; None where the room has none."""
+    present = {receptacle.kind for receptacle in receptacles} - {banned}
+    weights = {kind: times for kind, times in stands_in.items() if kind in present}
+    if not weights:
+        return None
+    kind = _draw(rng, weights)
+    return rng.choice([i for i, receptacle in enumerate(receptacles) if receptacle.kind == kind])
 
 
 def _receptacles(rng: random.Random, room: str) -> list[Receptacle]:
@@ -134,22 +142,27 @@ def _receptacles(rng: random.Random, room: str) -> list[Receptacle]:
     made: list[Receptacle] = []
     places = 0
     for kind, histogram in table.receptacles[room].items():
-        count = _draw_count(rng, histogram)
-        for number in range(count, 0, -1):
-            shares = bool(made) and made[-1].kind == kind and rng.random() < table.shares_place.get(kind, 0.0)
-            place = made[-1].place if shares else places
-            places += not shares
+        for number in range(_draw_count(rng, histogram), 0, -1):
+            shared = table.shares_place.get(kind, {})
+            other = _draw(rng, {**shared, "": 1 - sum(shared.values())})
+            neighbours = [receptacle.place for receptacle in made if receptacle.kind == other]
+            place = rng.choice(neighbours) if neighbours else places
+            places += not neighbours
             openable = rng.random() < table.openable.get(kind, 0.0)
             made.append(Receptacle(name=f"{kind} {number}", kind=kind, place=place, openable=openable))
     return made
 
 
-def _named(kinds: list[str]) -> list[tuple[tuple[str, int], str]]:
-    """For each thing its sort key in the engine's listing order, and its name."""
-    total = {kind: kinds.count(kind) for kind in kinds}
-    used = dict.fromkeys(total, 0)
+def _named(things: list[tuple[str, int]]) -> list[Thing]:
+    """The (kind, receptacle) pairs as things in listing order: kinds sorted, numbers from the highest down."""
+    left = Counter(kind for kind, _ in things)
     named = []
-    for kind in kinds:
-        used[kind] += 1
-        named.append(((f"{kind}_", used[kind]), f"{kind} {total[kind] - used[kind] + 1}"))
+    for kind, where in sorted(things, key=lambda thing: thing[0]):
+        abilities = household().abilities[kind]
+        named.append(
+            Thing.model_validate(
+                {"name": f"{kind} {left[kind]}", "kind": kind, "inside": (where,), "abilities": abilities}
+            )
+        )
+        left[kind] -= 1
     return named

@@ -1,6 +1,7 @@
 """Every word that ALFWorld's texts can hold, for tokenizers that are made for it."""
 
-from dmr_pipeline.environments.alfworld.engine import HELP, NOTHING
+from dmr_pipeline.environments.alfworld.engine import NOTHING
+from dmr_pipeline.environments.alfworld.game import HELP
 from dmr_pipeline.environments.alfworld.generator import SENTENCES
 from dmr_pipeline.environments.alfworld.household import household
 

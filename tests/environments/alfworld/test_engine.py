@@ -154,9 +154,7 @@ def test_exactly_the_admissible_commands_do_something(seed: int, walk: int) -> N
 
 def _copy(episode: AlfWorldEpisode) -> AlfWorldEpisode:
     twin = AlfWorldEpisode(episode.game)
-    twin.place, twin.held, twin.opened = episode.place, episode.held, set(episode.opened)
-    twin.contents = [set(c) for c in episode.contents]
-    twin.states = {name: set(held) for name, held in episode.states.items()}
+    twin.state = episode.state
     return twin
 
 

@@ -1,0 +1,156 @@
+"""Is the engine right? Walkthroughs of official games must win, and the official engine must say the same at every step."""
+
+import json
+import multiprocessing
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from dmr_pipeline.environments.alfworld.engine import AlfWorldEpisode
+from dmr_pipeline.environments.alfworld.game import Game, read_game
+from dmr_pipeline.environments.alfworld.stock import StockEpisode
+from dmr_pipeline.errors import UserError
+
+_GAMES_A_PROCESS = 25
+"""The official engine leaks a mapped library for every episode."""
+_FOLLOWS_WALKTHROUGH = 0.5
+"""Share of the games that are walked to their goal, so that rewards are compared too."""
+_INERT = ("look", "inventory", "help")
+
+
+@dataclass(frozen=True)
+class Replay:
+    path: Path
+    failure: str | None
+    """Why the walkthrough does not win; None where it does."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    path: Path
+    steps: int
+    differences: tuple[str, ...]
+    """What differed first, and after which commands: later differences follow from the first."""
+
+
+def game_files(folder: Path) -> list[Path]:
+    """All `game.tw-pddl` below a folder, sorted.
+
+    Raises:
+        UserError: there is none.
+    """
+    found = sorted(folder.rglob("game.tw-pddl"))
+    if not found:
+        raise UserError(f"{folder}: no game.tw-pddl below it; official games lie in $ALFWORLD_DATA/json_2.1.1")
+    return found
+
+
+def read_walkthrough(path: Path) -> list[str]:
+    """The solution that comes with an official game; none where the file has none."""
+    return json.loads(path.read_text(encoding="utf-8")).get("walkthrough") or []
+
+
+def replay(paths: Iterable[Path]) -> Iterator[Replay]:
+    """Play each game's walkthrough."""
+    for path in paths:
+        yield Replay(path, _failure(read_game(path), read_walkthrough(path)))
+
+
+def _failure(game: Game, walkthrough: Sequence[str]) -> str | None:
+    if not walkthrough:
+        return "the file has no walkthrough"
+    episode = AlfWorldEpisode(game)
+    for number, command in enumerate(walkthrough, 1):
+        if command not in episode.admissible_commands():
+            return f"step {number}, {command!r}: not admissible"
+        if episode.step(command)[2]:
+            return None if number == len(walkthrough) else f"won {len(walkthrough) - number} steps early"
+    return "not won at its end"
+
+
+def compare(paths: Sequence[Path], steps: int, seed: int, processes: int) -> Iterator[Comparison]:
+    """Seeded walks of `steps` commands, admissible and not, through the official engine and ours, in order of `paths`.
+
+    Raises:
+        UserError: the official engine is not installed.
+    """
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, mp_context=context, max_tasks_per_child=_GAMES_A_PROCESS) as pool:
+        yield from pool.map(partial(compare_game, steps=steps, seed=seed), paths)
+
+
+def compare_game(path: Path, steps: int, seed: int) -> Comparison:
+    game = read_game(path)
+    ours, stock = AlfWorldEpisode(game), StockEpisode(path)
+    # Seeded by the game's name, not its path: the walk is the same wherever the games lie.
+    rng = random.Random(f"{seed}-{game.task_id}")
+    plan = read_walkthrough(path) if rng.random() < _FOLLOWS_WALKTHROUGH else []
+    plan.reverse()
+    history: list[str] = []
+    differences = _differences("the first observation", stock.first_observation(), ours.first_observation())
+    differences += _differences("admissible commands", stock.admissible_commands(), ours.admissible_commands())
+    while not differences and len(history) < steps:
+        command = _next_command(rng, ours, plan)
+        history.append(command)
+        for name, theirs, mine in zip(
+            ("observation", "reward", "done"), stock.step(command), ours.step(command), strict=True
+        ):
+            differences += _differences(name, theirs, mine)
+        differences += _differences("won", stock.won(), ours.won())
+        differences += _differences("admissible commands", stock.admissible_commands(), ours.admissible_commands())
+    after = f" after {history}" if history else ""
+    return Comparison(path, len(history), tuple(difference + after for difference in differences))
+
+
+def _differences(name: str, stock: object, ours: object) -> list[str]:
+    if stock == ours:
+        return []
+    if isinstance(stock, list) and isinstance(ours, list):
+        return [f"{name}: only stock {sorted({*stock} - {*ours})}, only ours {sorted({*ours} - {*stock})}"]
+    return [f"{name}: stock {stock!r}, ours {ours!r}"]
+
+
+def _next_command(rng: random.Random, episode: AlfWorldEpisode, plan: list[str]) -> str:
+    """The plan's next command (with commands that change nothing in between), or a random one; one in six does nothing here."""
+    admissible = episode.admissible_commands()
+    draw = rng.random()
+    if draw < 1 / 6:
+        return _inadmissible(rng, episode.game, admissible)
+    if plan:
+        return plan.pop() if draw < 5 / 6 else rng.choice(_INERT)
+    # A verb first: there are thirty places to go to for every thing to take.
+    verb = rng.choice(sorted({command.split()[0] for command in admissible}))
+    return rng.choice([command for command in admissible if command.split()[0] == verb])
+
+
+def _inadmissible(rng: random.Random, game: Game, admissible: Sequence[str]) -> str:
+    """A command that looks like one but does nothing here."""
+    receptacle, other = (rng.choice(game.receptacles).name for _ in range(2))
+    thing, second = (rng.choice(game.things).name for _ in range(2))
+    put = f"move {thing} to {receptacle}", f"put {thing} in/on {receptacle}"
+    candidates = [
+        f"go to {receptacle}",
+        f"go {receptacle}",
+        f"go to  {receptacle}",
+        f"go to {receptacle} and {other}",
+        f"open {receptacle}",
+        f"close {receptacle}",
+        f"take {thing} from {receptacle}",
+        *put,
+        f"clean {thing} with {receptacle}",
+        f"heat {thing} with {receptacle}",
+        f"cool {thing} with {receptacle}",
+        f"use {thing}",
+        f"slice {thing} with {second}",
+        f"examine {thing}",
+        f"examine {receptacle}",
+        rng.choice(admissible).upper(),
+        f"{rng.choice(admissible)} please",
+        "sing",
+        "",
+    ]
+    left = [command for command in candidates if command not in admissible]
+    return rng.choice(left)
