@@ -8,7 +8,7 @@ RECIPE ?= alfworld-tiny
 
 export DAGSTER_HOME := $(CURDIR)/dagster_home
 
-.PHONY: setup demo test lint ui render
+.PHONY: setup official-engine demo test test-slow lint ui render
 
 setup: $(READY)
 
@@ -19,11 +19,18 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
 	touch $(READY)
 
+# ALFWorld's own engine, which the tests compare ours with; needs gcc, g++ and make, and takes minutes.
+official-engine: setup
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,alfworld]'
+
 demo: setup
 	$(BIN)/dmr run $(RECIPE)
 
 test: setup lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m 'not slow'
+
+test-slow: setup
+	$(BIN)/python -m pytest -m slow
 
 lint: setup
 	$(BIN)/ruff check .

@@ -28,7 +28,7 @@ class Episode(Protocol):
         ...
 
     @state.setter
-    def state(self, state: Any) -> None: ...
+    def state(self, state: Any) -> None: ...  # noqa: ANN401 - a state of the same environment
 
     def reset(self) -> str:
         """Start anew; returns the first observation, without the task sentence."""

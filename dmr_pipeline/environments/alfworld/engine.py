@@ -18,12 +18,12 @@ from typing import NamedTuple
 from dmr_pipeline.environments.alfworld.game import Game, Thing
 
 NOTHING = "Nothing happens."
-_TREATMENTS = {
+TREATMENTS = {
     "clean": ("cleanable", ("sinkbasin", "sink")),
     "heat": ("heatable", ("microwave",)),
     "cool": ("coolable", ("fridge",)),
 }
-_KNIVES = ("knife", "butterknife")
+KNIVES = ("knife", "butterknife")
 
 
 class State(NamedTuple):
@@ -67,6 +67,14 @@ class AlfWorldEpisode:
         for i, receptacle in enumerate(game.receptacles):
             self._at.setdefault(receptacle.place, []).append(i)
         self._start = start_state(game)
+        # Made once: there are thirty places to go to, and a command apiece in every state.
+        self._standing = {"look": Action("look"), "inventory": Action("inventory")}
+        if game.help is not None:
+            self._standing["help"] = Action("help")
+        self._going = [
+            (f"go to {receptacle.name}", Action("go", target=i), receptacle.place)
+            for i, receptacle in enumerate(game.receptacles)
+        ]
         self.reset()
 
     @property
@@ -127,14 +135,10 @@ class AlfWorldEpisode:
     def _list_actions(self) -> dict[str, Action]:
         game, state = self.game, self._state
         things, held = game.things, state.held
-        found = {"look": Action("look"), "inventory": Action("inventory")}
-        if game.help is not None:
-            found["help"] = Action("help")
-        for i, receptacle in enumerate(game.receptacles):
-            name = receptacle.name
-            if receptacle.place != state.place:
-                found[f"go to {name}"] = Action("go", target=i)
-                continue
+        found = {command: action for command, action, place in self._going if place != state.place}
+        found.update(self._standing)
+        for i in self._here():
+            receptacle, name = game.receptacles[i], game.receptacles[i].name
             found[f"examine {name}"] = Action("examine", target=i)
             if receptacle.openable:
                 verb = "close" if i in state.opened else "open"
@@ -155,12 +159,12 @@ class AlfWorldEpisode:
                     )
                     found[put] = Action("put", held, i)
             if held is not None:
-                for verb, (ability, kinds) in _TREATMENTS.items():
+                for verb, (ability, kinds) in TREATMENTS.items():
                     if receptacle.kind in kinds and ability in things[held].abilities:
                         found[f"{verb} {things[held].name} with {name}"] = Action(verb, held, i)
         if held is not None:
             found[f"examine {things[held].name}"] = Action("examine", held)
-            if things[held].kind in _KNIVES:
+            if things[held].kind in KNIVES:
                 for t, place in state.lying:
                     if place == state.place and "sliceable" in things[t].abilities:
                         found[f"slice {things[t].name} with {things[held].name}"] = Action("slice", t, held)

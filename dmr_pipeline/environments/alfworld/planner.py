@@ -7,12 +7,12 @@ import heapq
 import itertools
 import math
 from collections import Counter
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from dmr_pipeline.environments.alfworld.engine import _KNIVES, _TREATMENTS, Action, AlfWorldEpisode, State, start_state
+from dmr_pipeline.environments.alfworld.engine import KNIVES, TREATMENTS, Action, AlfWorldEpisode, State, start_state
 from dmr_pipeline.environments.alfworld.game import Game
 
-_RESULT = {"clean": "clean", "heat": "hot", "cool": "cool"}
+_RESULT = {"clean": "clean", "heat": "hot", "cool": "cool", "slice": "sliced"}
 _THING_STATES = ("clean", "hot", "cool", "sliced", "toggled")
 
 
@@ -82,76 +82,59 @@ def _matters(game: Game, action: Action) -> bool:
     commands). Treating a thing otherwise than the goal says never helps, and may undo what it says.
     """
     goal = game.goal
+    if action.verb in ("go", "open", "put"):
+        return True
+    if action.verb in ("look", "inventory", "help", "examine", "close"):
+        return False
     kind = game.things[action.thing].kind
-    match action.verb:
-        case "go" | "open" | "put":
-            return True
-        case "take":
-            return kind == goal.kind or ("sliced" in goal.states and kind in _KNIVES)
-        case "use":
-            return kind == goal.lamp
-        case "slice":
-            return kind == goal.kind and "sliced" in goal.states
-        case "clean" | "heat" | "cool":
-            return kind == goal.kind and _RESULT[action.verb] in goal.states
-    return False
+    if action.verb == "take":
+        return kind == goal.kind or ("sliced" in goal.states and kind in KNIVES)
+    if action.verb == "use":
+        return kind == goal.lamp
+    return kind == goal.kind and _RESULT[action.verb] in goal.states
 
 
 def _cut_down(game: Game, state: State) -> tuple[Game, State]:
-    """The part of a game that its plans need, with the state there.
+    """The part of a game that a shortest plan needs, with the state there.
 
-    Names and rules stay, so that each plan of the part is one of the whole. Conversely, of things that stand together and
-    are alike in all, a plan needs no more than the goal counts. And a place with nothing of interest in it is left out
-    where a place kept has, for each receptacle there, one that serves in all its roles: a plan that uses that instead
-    works too and is no longer. (Not so where a thing stands in two receptacles: a plan might want it in both.)
+    Names and rules stay, so that each plan of the part is one of the whole. Conversely, a place where nothing of interest
+    lies is left out only where a kept place has, for each receptacle there, one that serves in all its roles: a plan that
+    uses that instead works too and is no longer. (Not so where a thing stands in two receptacles, or in one while it is
+    held: a plan might want it in both.)
     """
     goal = game.goal
-    kinds = {goal.kind, goal.lamp, *(_KNIVES if "sliced" in goal.states else ())}
-    alike: Counter[tuple[Any, ...]] = Counter()
-    number: dict[int, int] = {}
-    in_two = False
-    for t, thing in enumerate(game.things):
-        if t == state.held or thing.kind in kinds:
-            stands_in = tuple(r for r, contents in enumerate(state.contents) if t in contents)
-            lies_at = frozenset(place for lying, place in state.lying if lying == t)
-            states = tuple(t in getattr(state, name) for name in _THING_STATES)
-            twin = (thing.kind, thing.abilities, t == state.held, stands_in, lies_at, states)
-            alike[twin] += 1
-            if alike[twin] <= goal.count:
-                number[t] = len(number)
-                in_two |= len(stands_in) + (t == state.held) > 1
-    moved_kinds = {game.things[t].kind for t in number}
+    kinds = {goal.kind, goal.lamp, *(KNIVES if "sliced" in goal.states else ())}
+    things = [t for t, thing in enumerate(game.things) if t == state.held or thing.kind in kinds]
+    number = {t: n for n, t in enumerate(things)}
+    spots = Counter(t for contents in (*state.contents, (state.held,)) for t in contents if t in number)
+    movable = {game.things[t].kind for t in things}
 
     def roles(r: int) -> set[str]:
         kind, openable = game.receptacles[r].kind, game.receptacles[r].openable
-        found = {f"admits {moved}" for moved in moved_kinds if (kind, moved) in game.may_contain}
-        found |= {verb for verb, (_, tools) in _TREATMENTS.items() if kind in tools and _RESULT[verb] in goal.states}
-        return (
-            found
-            | ({"goal"} if kind == goal.receptacle_kind else set())
-            | ({"open"} if not openable or r in state.opened else set())
-        )
+        found = {f"admits {moved}" for moved in movable if (kind, moved) in game.may_contain}
+        found |= {verb for verb, (_, tools) in TREATMENTS.items() if kind in tools and _RESULT[verb] in goal.states}
+        found |= {"goal"} if kind == goal.receptacle_kind else set()
+        return found if openable and r not in state.opened else found | {"open"}
 
-    at: dict[int, list[set[str]]] = {}
+    at: dict[int | None, list[set[str]]] = {}
+    places = {state.place, *(place for t, place in state.lying if t in number)}
     for r, receptacle in enumerate(game.receptacles):
         at.setdefault(receptacle.place, []).append(roles(r))
-    places = {game.receptacles[r].place for r, contents in enumerate(state.contents) if number.keys() & {*contents}}
-    places |= {place for t, place in state.lying if t in number}
-    if state.place is not None:
-        places.add(state.place)
+        if number.keys() & {*state.contents[r]}:
+            places.add(receptacle.place)
+    everywhere = max(spots.values(), default=0) > 1
     for place in sorted(at, key=lambda place: -sum(map(len, at[place]))):
-        if in_two or not any(all(any(one <= other for other in at[kept]) for one in at[place]) for kept in places):
+        served = (all(any(one <= other for other in at.get(kept, ())) for one in at[place]) for kept in places)
+        if everywhere or not any(served):
             places.add(place)
     receptacles = [r for r, receptacle in enumerate(game.receptacles) if receptacle.place in places]
-    part = game.model_copy(
-        update={
-            "receptacles": tuple(game.receptacles[r] for r in receptacles),
-            # Only the state says where things are.
-            "things": tuple(game.things[t].model_copy(update={"inside": (), "lying": ()}) for t in number),
-            "start": None,
-        }
-    )
-    return part, State(
+    changes = {
+        "receptacles": tuple(game.receptacles[r] for r in receptacles),
+        # Only the state says where things are.
+        "things": tuple(game.things[t].model_copy(update={"inside": (), "lying": ()}) for t in things),
+        "start": None,
+    }
+    return game.model_copy(update=changes), State(
         place=state.place,
         held=None if state.held is None else number[state.held],
         opened=frozenset(n for n, r in enumerate(receptacles) if r in state.opened),
@@ -166,82 +149,77 @@ class _Bound:
     """No more than the commands that a state which has not won still needs; infinite only where it can't be won.
 
     For the last thing that is wanted this counts `take`, treatments and `put`, the way between agent, thing, tool and
-    goal, doors, and laying down what is held instead. Of those before it, only what can't be shared with others.
+    goal, doors, and laying down what is held instead. For those before it, only what they can't share.
     """
 
     def __init__(self, game: Game) -> None:
         self.game, self.goal = game, game.goal
         self.place = [receptacle.place for receptacle in game.receptacles]
-        self.openable = frozenset(r for r, receptacle in enumerate(game.receptacles) if receptacle.openable)
-        self.targets = [
-            r for r, receptacle in enumerate(game.receptacles) if receptacle.kind == self.goal.receptacle_kind
-        ]
+        self.targets = [r for r, one in enumerate(game.receptacles) if one.kind == self.goal.receptacle_kind]
         self.tools = {
-            _RESULT[verb]: (ability, {receptacle.place for receptacle in game.receptacles if receptacle.kind in kinds})
-            for verb, (ability, kinds) in _TREATMENTS.items()
+            _RESULT[verb]: (ability, {one.place for one in game.receptacles if one.kind in kinds})
+            for verb, (ability, kinds) in TREATMENTS.items()
         }
 
     def __call__(self, state: State) -> float:
-        things, goal = self.game.things, self.goal
-        standing = [(t, r) for r, contents in enumerate(state.contents) for t in contents]
-        wanted: list[tuple[int, int | None]] = [(t, r) for t, r in standing if things[t].kind == goal.kind]
-        if state.held is not None and things[state.held].kind == goal.kind:
-            wanted.append((state.held, None))
-        if goal.lamp is not None:
-            lamps = [(self.place[r], t not in state.toggled) for t, r in standing if things[t].kind == goal.lamp]
-            return min(
-                (
-                    cost + (place != at) + off
-                    for cost, at in (self._fetch(state, r) for _, r in wanted)
-                    for place, off in lamps
-                ),
-                default=math.inf,
-            )
-        return max(1, min((self._filling(state, wanted, target) for target in self.targets), default=math.inf))
+        kind, lamp = self.goal.kind, self.goal.lamp
+        things: list[tuple[int, int | None]] = [(t, r) for r, contents in enumerate(state.contents) for t in contents]
+        if state.held is not None:
+            things.append((state.held, None))
+        wanted = [(t, r) for t, r in things if self.game.things[t].kind == kind]
+        if lamp is None:
+            bounds = [self._filling(state, wanted, target) for target in self.targets]
+        else:
+            fetched = [self._fetch(state, r) for _, r in wanted]
+            bounds = [
+                cost + (r is not None and self.place[r] != at) + (t not in state.toggled)
+                for t, r in things
+                if self.game.things[t].kind == lamp
+                for cost, at in fetched
+            ]
+        return max(1, min(bounds, default=math.inf))
 
     def _filling(self, state: State, wanted: list[tuple[int, int | None]], target: int) -> float:
         """To bring a target what it lacks."""
-        count = self.goal.count
-        if count == 1:
-            return min((self._delivery(state, t, r, target) for t, r in wanted), default=math.inf)
-        inside = state.contents[target]
-        need = count - sum(self.game.things[t].kind == self.goal.kind for t in inside)
+        goal = self.goal
+        inside = state.contents[target] if goal.count > 1 else ()
+        need = goal.count - sum(self.game.things[t].kind == goal.kind for t in inside)
+        if need <= 0:
+            return 0
         outside = [(t, r) for t, r in wanted if t not in inside]
         if len(outside) < need:
             return math.inf
-        if need <= 0:
-            return 1
         last = min(self._delivery(state, t, r, target) for t, r in outside)
         if need == 1:
             return last
-        each = sorted((1 if r is None else 2 + 2 * (self.place[r] != self.place[target])) for _, r in outside)
-        return max(last, sum(each[:need]) - 1)
+        each = sorted(1 if r is None else 2 + 2 * (self.place[r] != self.place[target]) for _, r in outside)
+        return max(last, sum(each[:need]) - 1)  # the agent may stand where the first is
 
-    def _fetch(self, state: State, source: int | None) -> tuple[float, int | None]:
-        """To have in hand what stands in a receptacle (None: what is in hand), and where that is."""
+    def _fetch(self, state: State, source: int | None) -> tuple[int, int | None]:
+        """To have in hand what stands in a receptacle (None: what is in hand), and where the agent is then."""
         if source is None:
             return 0, state.place
-        lay_down = state.held is not None and "sliced" not in self.goal.states
-        return 1 + lay_down + self._shut(state, source) + (self.place[source] != state.place), self.place[source]
+        at = self.place[source]
+        return 1 + (state.held is not None) + self._shut(state, source) + (at != state.place), at
 
     def _shut(self, state: State, receptacle: int) -> bool:
-        return receptacle in self.openable and receptacle not in state.opened
+        return self.game.receptacles[receptacle].openable and receptacle not in state.opened
 
     def _delivery(self, state: State, thing: int, source: int | None, target: int) -> float:
-        """To bring a thing to a target, treated as the goal says."""
+        """To bring a thing to a target, treated as the goal says (of several things, only one need be)."""
         goal, end = self.goal, self.place[target]
-        missing = [name for name in goal.states if thing not in getattr(state, name)]
+        missing = [name for name in goal.states if thing not in getattr(state, name)] if goal.count == 1 else []
         tools = [self.tools[name] for name in missing if name != "sliced"]
-        if any(ability not in self.game.things[thing].abilities or not places for ability, places in tools):
+        if any(ability not in self.game.things[thing].abilities for ability, _ in tools):
             return math.inf
-        there = thing in state.contents[target]
-        if there and source == target and not tools:
+        if source == target and not tools:
             return len(missing)
         cost, at = self._fetch(state, source)
-        cost += len(missing)
-        if there and source != target:  # it stands in both: what is done to it in hand is done to it there
-            return cost + max((min(at != p for p in places) for _, places in tools), default=0)
-        if (goal.receptacle_kind, goal.kind) not in self.game.may_contain:
+        if thing in state.contents[target] and source != target:  # it stands in both
+            detours = [min((at != p for p in places), default=math.inf) for _, places in tools]
+            return cost + len(missing) + max(detours, default=0)
+        if (self.game.receptacles[target].kind, goal.kind) not in self.game.may_contain:
             return math.inf
-        way = max((min((at != p) + (p != end) for p in places) for _, places in tools), default=at != end)
-        return cost + way + (source != target and self._shut(state, target)) + 1
+        ways = [min(((at != p) + (p != end) for p in places), default=math.inf) for _, places in tools]
+        put = 1 + (source != target and self._shut(state, target))
+        return cost + len(missing) + max(ways, default=at != end) + put

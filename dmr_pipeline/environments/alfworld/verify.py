@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from dmr_pipeline.environments.alfworld.engine import AlfWorldEpisode
+from dmr_pipeline.environments.alfworld.engine import KNIVES, AlfWorldEpisode
 from dmr_pipeline.environments.alfworld.game import Game, read_game
 from dmr_pipeline.environments.alfworld.stock import StockEpisode
 from dmr_pipeline.errors import UserError
@@ -19,6 +19,9 @@ _GAMES_A_PROCESS = 25
 _FOLLOWS_WALKTHROUGH = 0.5
 """Share of the games that are walked to their goal, so that rewards are compared too."""
 _INERT = ("look", "inventory", "help")
+_RARE = ("clean", "heat", "cool", "slice", "use")
+_WEIGHTS = {"go": 6, "take": 6, "open": 3, "close": 2, "move": 2, "put": 2, **dict.fromkeys(_RARE, 8)}
+"""Of the verbs in a random walk; 1 for the others."""
 
 
 @dataclass(frozen=True)
@@ -122,8 +125,24 @@ def _next_command(rng: random.Random, episode: AlfWorldEpisode, plan: list[str])
     if plan:
         return plan.pop() if draw < 5 / 6 else rng.choice(_INERT)
     # A verb first: there are thirty places to go to for every thing to take.
-    verb = rng.choice(sorted({command.split()[0] for command in admissible}))
-    return rng.choice([command for command in admissible if command.split()[0] == verb])
+    verbs = sorted({command.split()[0] for command in admissible})
+    verb = rng.choices(verbs, [_WEIGHTS.get(verb, 1) for verb in verbs])[0]
+    candidates = [command for command in admissible if command.split()[0] == verb]
+    if verb in ("go", "take") and rng.random() < 0.5:
+        candidates = [command for command in candidates if _leads_to_rare(episode, command)] or candidates
+    return rng.choice(candidates)
+
+
+def _leads_to_rare(episode: AlfWorldEpisode, command: str) -> bool:
+    """Can something be done after the command that a random walk seldom comes to? A knife in hand makes it likely."""
+    before = episode.state
+    episode.step(command)
+    held = episode.state.held
+    rare = any(action.verb in _RARE for action in episode.actions().values()) or (
+        command.startswith("take") and held is not None and episode.game.things[held].kind in KNIVES
+    )
+    episode.state = before
+    return rare
 
 
 def _inadmissible(rng: random.Random, game: Game, admissible: Sequence[str]) -> str:
