@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from datetime import datetime
 from functools import wraps
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import TYPE_CHECKING, Annotated, Literal, ParamSpec
 
 import typer
@@ -298,6 +298,42 @@ def compare_alfworld(
         for name in sorted(spread.official.keys() | spread.generated.keys()):
             table.add_row(name, f"{spread.official.get(name, 0.0):.1%}", f"{spread.generated.get(name, 0.0):.1%}")
         console.print(table)
+
+
+experts_env = typer.Typer(help="See how well the hand-written experts do.", no_args_is_help=True)
+env.add_typer(experts_env, name="experts")
+
+
+@experts_env.command("alfworld")
+@user_errors_exit_2
+def experts_alfworld(
+    split: Annotated[
+        Literal["train", "valid_seen", "valid_unseen"], typer.Option(help="official games (`dmr data alfworld` first)")
+    ] = "valid_seen",
+    step_limit: Annotated[int, typer.Option(min=1, help="steps that the exploring expert may take")] = 50,
+) -> None:
+    """Let the exploring expert, which knows what it has seen, and the planner, which knows all, play official games."""
+    from rich.progress import track
+
+    from dmr_pipeline.environments.alfworld.generator import expert_steps
+    from dmr_pipeline.environments.alfworld.official import read_official
+    from dmr_pipeline.environments.alfworld.planner import shortest_plan
+
+    games = read_official(split)
+    explored = [expert_steps(game, step_limit) for game in games]
+    won = [steps for steps in explored if steps is not None]
+    plans = [shortest_plan(game) for game in track(games, description="planning")]
+    found = [plan for plan in plans if plan is not None]
+    console.print(
+        f"exploring expert: {len(won)} of {len(games)} won in {step_limit} steps ({len(won) / len(games):.1%}), "
+        f"{mean(won):.1f} steps on average",
+        soft_wrap=True,
+    )
+    console.print(
+        f"planner: {len(found)} of {len(games)} won, {mean(len(plan.commands) for plan in found):.1f} steps on average, "
+        f"{sum(plan.shortest for plan in found)} plans proven shortest",
+        soft_wrap=True,
+    )
 
 
 bench = typer.Typer(help="Measure how quick a part is.", no_args_is_help=True)

@@ -4,7 +4,6 @@ import multiprocessing
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -15,6 +14,7 @@ import psutil
 from dmr_pipeline.environments.alfworld.engine import AlfWorldEpisode
 from dmr_pipeline.environments.alfworld.game import Game, read_game
 from dmr_pipeline.environments.alfworld.stock import StockEpisode
+from dmr_pipeline.environments.alfworld.verify import GAMES_A_PROCESS
 from dmr_pipeline.environments.vector import TextVectorEnv
 
 _REPEATS = 20
@@ -36,9 +36,9 @@ class Timing:
 
 def timings(paths: Sequence[Path], steps: int, *, stock: bool) -> Iterator[tuple[Timing, Timing | None]]:
     """Ours and the official engine's (None without `stock`), game by game."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=25) as pool:
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=GAMES_A_PROCESS) as pool:
         for path in paths:
-            yield pool.submit(_timings, path, steps, stock).result()
+            yield pool.apply(_timings, (path, steps, stock))
 
 
 def _timings(path: Path, steps: int, stock: bool) -> tuple[Timing, Timing | None]:
@@ -82,8 +82,8 @@ def packed_load_seconds(packed: str) -> float:
 
 def memory_bytes(packed: Sequence[str], environments: int) -> int:
     """What `environments` live episodes take, each with a game of its own in memory, a few steps in."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(_memory_bytes, packed, environments).result()
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_memory_bytes, (packed, environments))
 
 
 def _memory_bytes(packed: Sequence[str], environments: int) -> int:

@@ -4,7 +4,6 @@ import json
 import multiprocessing
 import random
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,7 +13,7 @@ from dmr_pipeline.environments.alfworld.game import Game, read_game
 from dmr_pipeline.environments.alfworld.stock import StockEpisode
 from dmr_pipeline.errors import UserError
 
-_GAMES_A_PROCESS = 25
+GAMES_A_PROCESS = 25
 """The official engine leaks a mapped library for every episode."""
 _FOLLOWS_WALKTHROUGH = 0.5
 """Share of the games that are walked to their goal, so that rewards are compared too."""
@@ -80,9 +79,9 @@ def compare(paths: Sequence[Path], steps: int, seed: int, processes: int) -> Ite
     Raises:
         UserError: the official engine is not installed.
     """
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, mp_context=context, max_tasks_per_child=_GAMES_A_PROCESS) as pool:
-        yield from pool.map(partial(compare_game, steps=steps, seed=seed), paths)
+    # Not an executor: with max_tasks_per_child it hangs in Python 3.11 (CPython issue 115634).
+    with multiprocessing.get_context("spawn").Pool(processes, maxtasksperchild=GAMES_A_PROCESS) as pool:
+        yield from pool.imap(partial(compare_game, steps=steps, seed=seed), paths)
 
 
 def compare_game(path: Path, steps: int, seed: int) -> Comparison:

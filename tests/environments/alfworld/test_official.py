@@ -1,8 +1,6 @@
 """Official games, where `$ALFWORLD_DATA` has them."""
 
 import json
-import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,19 +9,11 @@ from dmr_pipeline.environments.alfworld.engine import AlfWorldEpisode
 from dmr_pipeline.environments.alfworld.game import read_game
 from dmr_pipeline.environments.alfworld.generator import expert_wins
 from dmr_pipeline.errors import UserError
-
-_FOLDER = Path(os.environ.get("ALFWORLD_DATA", "")) / "json_2.1.1" / "valid_seen"
-OFFICIAL = sorted(_FOLDER.glob("*/*/game.tw-pddl")) if os.environ.get("ALFWORLD_DATA") else []
-
-
-def _left_out() -> bool:
-    if not OFFICIAL:
-        sys.stderr.write("left out: official ALFWorld games ($ALFWORLD_DATA is not set)\n")
-    return not OFFICIAL
+from tests.environments.alfworld.left_out import OFFICIAL, no_official_games
 
 
 def test_walkthroughs_of_official_games_win() -> None:
-    if _left_out():
+    if no_official_games():
         return
     won = 0
     for path in OFFICIAL:
@@ -35,7 +25,7 @@ def test_walkthroughs_of_official_games_win() -> None:
 
 
 def test_the_exploring_expert_wins_official_games() -> None:
-    if _left_out():
+    if no_official_games():
         return
     won = sum(expert_wins(read_game(path), 50) for path in OFFICIAL)
     assert won >= 0.95 * len(OFFICIAL)

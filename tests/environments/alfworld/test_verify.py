@@ -197,3 +197,25 @@ def test_the_bench_command_prints_every_number(tmp_path: Path, monkeypatch: pyte
         assert words in result.stdout
     assert result.stdout.count("steps a second") == 4
     sys.stderr.write("left out of this test: the official engine (dmr bench env shows it)\n")
+
+
+def test_experts_and_likeness_of_packed_games(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trial = tmp_path / "games" / "json_2.1.1" / "train" / "pick_and_place_simple-Book-None-Desk-301" / "trial"
+    path = write(trial, WALKTHROUGH)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"solvable": True}))
+    monkeypatch.chdir(tmp_path)
+    for command, shown in (
+        (["data", "alfworld", "--from", "games"], ["1 games, but the official split has 3553"]),
+        (
+            ["env", "experts", "alfworld", "--split", "train"],
+            ["exploring expert: 1 of 1 won", "planner: 1 of 1 won, 4.0 steps on average, 1 plans proven shortest"],
+        ),
+        (
+            ["env", "compare", "alfworld", "--generated", "30"],
+            ["1 official games, 30 generated", "shortest plan", "put a {thing} in {target}"],
+        ),
+    ):
+        result = CliRunner().invoke(app, command)
+        assert result.exit_code == 0, result.output
+        for words in shown:
+            assert words in result.stdout
