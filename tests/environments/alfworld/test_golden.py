@@ -16,7 +16,7 @@ import pytest
 from dmr_pipeline.environments.alfworld import verify
 from dmr_pipeline.environments.alfworld.engine import AlfWorldEpisode
 from dmr_pipeline.environments.alfworld.export import write_game
-from dmr_pipeline.environments.alfworld.game import Game
+from dmr_pipeline.environments.alfworld.game import Game, Thing
 from dmr_pipeline.environments.alfworld.stock import StockEpisode
 from dmr_pipeline.environments.alfworld.store import to_json
 from tests.environments.alfworld.test_export import ODD_GAMES, generated
@@ -24,9 +24,24 @@ from tests.environments.alfworld.test_export import ODD_GAMES, generated
 RECORD = Path(__file__).with_name("official_engine.json")
 EPISODES: list[dict[str, Any]] = json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.is_file() else []
 STEPS = 60
-SELDOM = ["go to desk 3", "take knife 2 from desk 3", "open desk 1", "move knife 2 to desk 1", "look"]
-SELDOM += ["go to bathtubbasin 1", "take mug 9 from bathtubbasin 1", "examine mug 9"]
-"""Random walks seldom move a thing between two receptacles of one place, or look at one that started cool."""
+_LAMP = Thing(name="desklamp 1", kind="desklamp", inside=(2,), abilities=frozenset({"pickupable", "toggleable"}))
+LAMP = ODD_GAMES[0].model_copy(update={"task_id": "odd/lamp", "things": (*ODD_GAMES[0].things, _LAMP)})
+"""Official lamps can't be picked up, and so not examined."""
+SELDOM = {
+    "odd/game": [
+        "go to desk 3",
+        "take knife 2 from desk 3",
+        "open desk 1",
+        "move knife 2 to desk 1",
+        "look",
+        "go to bathtubbasin 1",
+        "take mug 9 from bathtubbasin 1",
+        "examine mug 9",
+    ],
+    "odd/lamp": ["go to desk 1", "use desklamp 1", "open desk 1", "take desklamp 1 from desk 1", "examine desklamp 1"],
+}
+"""Task id -> what random walks seldom come to: a thing moved between receptacles of one place, one that started cool, a lamp
+in hand."""
 
 
 def digest(commands: list[str]) -> str:
@@ -78,7 +93,7 @@ def record(game: Game) -> dict[str, Any]:
         path = Path(folder) / game.task_id / "game.tw-pddl"
         write_game(game, path)
         stock, ours = StockEpisode(path), AlfWorldEpisode(game)
-        plan = SELDOM if game is ODD_GAMES[0] else verify.read_walkthrough(path) if game.goal.count == 2 else []
+        plan = SELDOM.get(game.task_id) or (verify.read_walkthrough(path) if game.goal.count == 2 else [])
         plan = plan[::-1]
         recorded: dict[str, Any] = {
             "game": json.loads(to_json(game)),
@@ -95,7 +110,7 @@ def record(game: Game) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    games = [generated(seed) for seed in (0, 5, 10, 33)] + ODD_GAMES
+    games = [*(generated(seed) for seed in (0, 5, 10, 33)), *ODD_GAMES, LAMP]
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         episodes = pool.map(record, games)
     RECORD.write_text(json.dumps(episodes, indent=1) + "\n", encoding="utf-8")
