@@ -5,10 +5,10 @@ exactly those stages stale. Unknown keys are refused. Sizes in the field descrip
 """
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from dmr_pipeline.errors import UserError
 
@@ -59,7 +59,15 @@ class OfficialAlfWorld(Games):
     )
 
 
-Benchmark = Annotated[GeneratedAlfWorld | OfficialAlfWorld, Field(discriminator="environment")]
+def _environment(benchmark: Any) -> str:  # noqa: ANN401 - what a recipe file holds, or a section
+    """Generated ALFWorld games where none is named."""
+    return benchmark.get("environment", "alfworld") if isinstance(benchmark, dict) else benchmark.environment
+
+
+Benchmark = Annotated[
+    Annotated[GeneratedAlfWorld, Tag("alfworld")] | Annotated[OfficialAlfWorld, Tag("alfworld-official")],
+    Discriminator(_environment),
+]
 
 
 class Architecture(Section):

@@ -161,7 +161,7 @@ def fill_disk(context: StageContext) -> StageResult:
         (("materialize", "agent"), "unknown recipe 'alfworld-tiny'"),
         (("materialize", "nope", "--recipe", RECIPE), "unknown stage 'nope'.*benchmark_tasks"),
         (("materialize", "agent", "--recipe", RECIPE), "benchmark_tasks is missing.*dmr materialize benchmark_tasks"),
-        (("materialize", "agent", "--recipe", RECIPE, "--code-version", "0"), "code version 1, not 0.*dmr render"),
+        (("materialize", "agent", "--recipe", RECIPE, "--code-version", "0"), "code version 2, not 0.*dmr render"),
         (("report", RECIPE, "--json"), "evaluation_report is missing.*dmr materialize evaluation_report"),
     ],
 )
@@ -174,7 +174,8 @@ def test_bad_input_is_one_line_and_exit_code_2(project: Recipe, arguments: tuple
     [
         ("benchmark: [", "not valid YAML"),
         ("- a list", "a recipe is a mapping"),
-        ("benchmark: {}", "recipes/fake.yaml: benchmark.splits: Field required"),
+        ("benchmark: {}", "recipes/fake.yaml: benchmark.alfworld.splits: Field required"),
+        ("benchmark: {environment: mars}", "recipes/fake.yaml: benchmark: Input tag 'mars' .*'alfworld-official'"),
         ("colour: red", "colour: Extra inputs are not permitted"),
     ],
 )

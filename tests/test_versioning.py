@@ -45,7 +45,7 @@ def test_dagster_has_the_tables_edges(project: Recipe):
 
 
 def test_a_code_version_makes_both_systems_stale(project: Recipe):
-    changed = [replace(pipeline.STAGES[0], code_version="2"), *pipeline.STAGES[1:]]
+    changed = [replace(pipeline.STAGES[0], code_version="3"), *pipeline.STAGES[1:]]
     before = yaml.safe_load(versioning.render(pipeline.STAGES, [RECIPE]))["stages"]
     after = yaml.safe_load(versioning.render(changed, [RECIPE]))["stages"]
     differing = {name for name in before if before[name]["cmd"] != after[name]["cmd"]}
@@ -76,7 +76,7 @@ def test_whatever_dvc_lock_does_not_record_is_not_committed(project: Recipe, cha
     if change == "output":
         artifact = replace(artifact, hash="0.dir")
     if change == "command":
-        second = replace(second, code_version="2")
+        second = replace(second, code_version="3")
     if change == "params":
         recipe = RECIPE_FOLDER / f"{RECIPE}.yaml"
         recipe.write_text(recipe.read_text().replace("models/tiny", "models/other"))
