@@ -155,7 +155,7 @@ def alfworld(
 
     The games are those of the ALFWorld project, under the MIT licence.
 
-    The download is 36 MB, and 350 MB while it is unpacked; the pack that stays is 1.4 MB.
+    The download is about 36 MB, and some ten times that while it is unpacked; the pack that stays is 1.4 MB.
 
     A download that was cut is resumed by the same command.
     """

@@ -23,6 +23,7 @@ TREATMENTS = {
     "heat": ("heatable", ("microwave",)),
     "cool": ("coolable", ("fridge",)),
 }
+"""Verb -> what a thing must be for it, and the kinds of receptacle that do it (the official domain names both sinks)."""
 KNIVES = ("knife", "butterknife")
 
 
