@@ -92,7 +92,7 @@ def in_processes(
                     process.join()
     finally:
         for _, process in running.values():
-            process.terminate()
+            process.kill()  # not SIGTERM: inside a run, the fork has Dagster's handler, which only takes note of it
             process.join()
     return [results[index] for index in range(len(parts))]
 

@@ -144,7 +144,7 @@ def test_a_user_error_in_a_stage_comes_out_as_itself(project: Recipe):
 
 
 def test_a_stale_dvc_yaml_stops_a_run_before_it_works(project: Recipe):
-    changed = [replace(pipeline.STAGES[0], code_version="2"), *pipeline.STAGES[1:]]
+    changed = [replace(pipeline.STAGES[0], code_version="3"), *pipeline.STAGES[1:]]
     with pytest.raises(UserError, match="run `dmr render`"):
         runs.materialize(changed, RECIPE, ["benchmark_tasks"])
     assert not artifact_folder("benchmark_tasks", RECIPE).exists()

@@ -173,16 +173,16 @@ def test_it_depends_on_its_seed_alone() -> None:
 
 def test_it_learns_what_the_agent_has_read(tmp_path: Path) -> None:
     router = new_probe()
-    sequences, labels = expert_episodes(range(40), router)
+    sequences, labels = expert_episodes(range(120), router)
     sequences = with_features(router, sequences, batch=8)
     router.model.standardize(torch.cat([s.features for s in sequences if s.features is not None]))
     settings = KlRouter(
-        model=PROBE, epochs=40, batch_episodes=4, learning_rate=0.003, validation_games=1, target_ratio=0.3
+        model=PROBE, epochs=40, batch_episodes=4, learning_rate=0.01, validation_games=1, target_ratio=0.3
     )
-    before = auroc(flat(routing_margins(router, sequences[30:], 4)), flat(labels[30:]).astype(bool))
-    trained, _ = train(router, sequences[:30], labels[:30], settings, tmp_path)
-    assert before < 0.75
-    assert auroc(flat(routing_margins(trained, sequences[30:], 4)), flat(labels[30:]).astype(bool)) > 0.9
+    before = auroc(flat(routing_margins(router, sequences[100:], 4)), flat(labels[100:]).astype(bool))
+    trained, _ = train(router, sequences[:100], labels[:100], settings, tmp_path)
+    assert before < 0.6
+    assert auroc(flat(routing_margins(trained, sequences[100:], 4)), flat(labels[100:]).astype(bool)) > 0.75
 
 
 def test_iterations_are_clipped_steps_on_the_same_episodes(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import pytest
 from dmr_pipeline.environments.alfworld.engine import AlfWorldEpisode
 from dmr_pipeline.environments.alfworld.game import read_game
 from dmr_pipeline.environments.alfworld.generator import expert_wins
+from dmr_pipeline.environments.alfworld.household import count_household, household
 from dmr_pipeline.errors import UserError
 from tests.environments.alfworld.left_out import OFFICIAL, no_official_games
 
@@ -29,6 +30,13 @@ def test_the_exploring_expert_wins_official_games() -> None:
         return
     won = sum(expert_wins(read_game(path), 50) for path in OFFICIAL)
     assert won >= 0.95 * len(OFFICIAL)
+
+
+def test_the_household_was_counted_over_the_official_train_split() -> None:
+    if no_official_games():
+        return
+    train = sorted((OFFICIAL[0].parents[3] / "train").glob("*/*/game.tw-pddl"))
+    assert count_household(read_game(path) for path in train) == household()
 
 
 PROBLEM = """(define (problem p) (:objects)
