@@ -297,7 +297,7 @@ def test_the_official_games():
         assert (split, found.games) == (split, OFFICIAL_GAMES[split])
     started = time.perf_counter()
     games = read_official("valid_seen")
-    assert time.perf_counter() - started < 0.5
+    assert time.perf_counter() - started < 3  # 0.03 s at rest
     assert len(games) == 140
     folder = Path(OFFICIAL) / "json_2.1.1" / "valid_seen"
     assert games == [read_game(folder / game.task_id / "game.tw-pddl") for game in games]
