@@ -277,7 +277,7 @@ def start_state(game: Game) -> State:
     for i, thing in enumerate(game.things):
         for receptacle in thing.inside:
             contents[receptacle].append(i)
-        lying.update((i, place) for place in _places(game, thing))
+        lying.update((i, place) for place in places_of(game, thing))
     return State(
         place=game.start,
         held=None,
@@ -289,7 +289,8 @@ def start_state(game: Game) -> State:
     )
 
 
-def _places(game: Game, thing: Thing) -> tuple[int, ...]:
+def places_of(game: Game, thing: Thing) -> tuple[int, ...]:
+    """Where a thing lies at the start."""
     if thing.lying is not None:
         return thing.lying
     return tuple(game.receptacles[receptacle].place for receptacle in thing.inside)

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from itertools import combinations, count
 from pathlib import Path
 
-from dmr_pipeline.environments.alfworld.engine import AlfWorldEpisode
+from dmr_pipeline.environments.alfworld.engine import AlfWorldEpisode, places_of
 from dmr_pipeline.environments.alfworld.expert import ExploringExpert, kind_of
 from dmr_pipeline.environments.alfworld.game import Game, Goal
 from dmr_pipeline.errors import UserError
@@ -173,8 +173,7 @@ def _facts(game: Game, ids: dict[str, str], places: list[str]) -> Iterator[str]:
             yield f"({'isReceptacleObject' if ability == 'receptacle' else ability} {identifier})"
         for where in thing.inside:
             yield f"(inReceptacle {identifier} {ids[game.receptacles[where].name]})"
-        lying = {game.receptacles[where].place for where in thing.inside} if thing.lying is None else thing.lying
-        for place in sorted(lying):
+        for place in sorted(set(places_of(game, thing))):
             yield f"(objectAtLocation {identifier} {ids[places[place]]})"
         for inner in thing.holds:
             yield f"(inReceptacleObject {ids[inner]} {identifier})"
