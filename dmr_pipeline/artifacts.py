@@ -116,6 +116,11 @@ def artifact_folder(stage: str, recipe: str, data_root: Path = DATA_ROOT) -> Pat
     return data_root / recipe / stage
 
 
+def incoming_folder(recipe: str, data_root: Path = DATA_ROOT) -> Path:
+    """Where people drop new trajectories for a recipe."""
+    return data_root / "incoming" / recipe
+
+
 def sidecar_path(folder: Path) -> Path:
     """The unhashed record of the run that made the artefact in `folder`."""
     return folder.with_name(f"{folder.name}.run.json")
@@ -180,7 +185,8 @@ def materialize_stage(
     """Make a stage's artefact from its inputs' artefacts, unless a valid one of the same provenance is there already.
 
     Dagster and DVC both come here. A kill at any moment leaves the old artefact or the new one. One process at a time
-    works on a stage of a recipe; a second one waits, and then finds the work done.
+    works on a stage of a recipe; a second one waits, and then finds the work done. A stage that keeps its history is
+    given the artefact that it replaces.
 
     Raises:
         UserError: an input is missing or damaged, the disk is full, the committed artefact is damaged, or the stage
@@ -192,15 +198,24 @@ def materialize_stage(
         with locked(folder):
             inputs = {name: verify(artifact_folder(name, recipe.name, data_root)) for name in stage.inputs}
             wanted = provenance(stage, recipe, {name: artifact.hash for name, artifact in inputs.items()})
-            current = None if force else _current(folder, wanted, committed=stage.committed)
+            current = None if force or _waiting(stage, recipe, data_root) else _current(folder, wanted, stage)
             if current is not None:
                 log.info("%s: up to date", stage.name)
-                return Materialized(current, skipped=True)
-            scratch = _scratch_folder(data_root, wanted)
-            paths = {name: artifact.path for name, artifact in inputs.items()}
-            artifact = _build(stage, recipe, wanted, paths, folder, scratch)
-            shutil.rmtree(scratch.parent)
-            return Materialized(artifact, skipped=False)
+            else:
+                scratch = _scratch_folder(data_root, wanted)
+                context = StageContext(
+                    recipe,
+                    {name: artifact.path for name, artifact in inputs.items()},
+                    new_folder(folder),
+                    scratch,
+                    verify(folder).path if stage.keeps_history and folder.is_dir() else None,
+                    incoming_folder(recipe.name, data_root),
+                )
+                built = _build(stage, context, wanted, folder)
+                shutil.rmtree(scratch.parent)
+            if stage.file_away is not None:
+                stage.file_away(data_root, recipe.name)
+            return Materialized(current or built, skipped=current is not None)
 
 
 def recover(folder: Path) -> None:
@@ -216,15 +231,21 @@ def recover(folder: Path) -> None:
         return  # the process that publishes is alive and will finish
 
 
-def _current(folder: Path, wanted: Provenance, *, committed: bool) -> Artifact | None:
+def _waiting(stage: Stage, recipe: Recipe, data_root: Path) -> bool:
+    return stage.waiting is not None and bool(stage.waiting(data_root, recipe.name))
+
+
+def _current(folder: Path, wanted: Provenance, stage: Stage) -> Artifact | None:
     """The artefact, where it is valid and of the wanted provenance."""
     if not folder.is_dir():
         return None
     try:
         artifact = verify(folder)
     except UserError as error:
-        if committed:  # hours of training must not start because a file in Git was touched
+        if stage.committed:  # hours of training must not start because a file in Git was touched
             raise UserError(f"{error}, or restore it with `git checkout -- {folder}`") from error
+        if stage.keeps_history:  # what it holds is nowhere else
+            raise UserError(f"{error}, or restore it with `dvc checkout {folder}`") from error
         log.warning("%s; it is made again", error)
         return None
     difference = wanted.difference(artifact.manifest)
@@ -234,17 +255,15 @@ def _current(folder: Path, wanted: Provenance, *, committed: bool) -> Artifact |
     return artifact
 
 
-def _build(
-    stage: Stage, recipe: Recipe, wanted: Provenance, inputs: Mapping[str, Path], folder: Path, scratch: Path
-) -> Artifact:
-    output = new_folder(folder)
+def _build(stage: Stage, context: StageContext, wanted: Provenance, folder: Path) -> Artifact:
+    output = context.output
     shutil.rmtree(output, ignore_errors=True)
     output.mkdir()
     log.info("%s: started", stage.name)
     started, clock = datetime.now(UTC), time.perf_counter()
     try:
         with _recorded_log() as lines:
-            result = stage.run(StageContext(recipe, inputs, output, scratch))
+            result = stage.run(context)
         seconds = time.perf_counter() - clock
         files = hash_files(output)
         pickles = [relpath for relpath in files if Path(relpath).suffix in PICKLE_SUFFIXES]
@@ -254,7 +273,7 @@ def _build(
             )
         manifest = Manifest(**vars(wanted), files=files, summary=dict(result.summary))
         (output / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
-        _write_sidecar(folder, recipe, started, seconds, result, lines)
+        _write_sidecar(folder, context.recipe, started, seconds, result, lines)
         publish(output, folder)
     finally:
         shutil.rmtree(output, ignore_errors=True)

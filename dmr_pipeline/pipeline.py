@@ -4,9 +4,10 @@ Each function imports its stage's module when it runs, so that reading the table
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from dmr_pipeline.errors import UserError
-from dmr_pipeline.stage import Stage, StageContext, StageResult
+from dmr_pipeline.stage import Resources, Stage, StageContext, StageResult
 
 
 def _benchmark_tasks(context: StageContext) -> StageResult:
@@ -33,6 +34,24 @@ def _trajectories(context: StageContext) -> StageResult:
     return trajectories(context)
 
 
+def _ingested_trajectories(context: StageContext) -> StageResult:
+    from dmr_pipeline.ingestion import ingested_trajectories
+
+    return ingested_trajectories(context)
+
+
+def _waiting_files(data_root: Path, recipe: str) -> Sequence[Path]:
+    from dmr_pipeline.ingestion import waiting_files
+
+    return waiting_files(data_root, recipe)
+
+
+def _file_away(data_root: Path, recipe: str) -> None:
+    from dmr_pipeline.ingestion import file_away
+
+    file_away(data_root, recipe)
+
+
 def _sensitivity_dataset(context: StageContext) -> StageResult:
     from dmr_pipeline.sensitivity import sensitivity_dataset
 
@@ -57,6 +76,14 @@ def _evaluation_report(context: StageContext) -> StageResult:
     return evaluation_report(context)
 
 
+def _released_router(context: StageContext) -> StageResult:
+    from dmr_pipeline.release import released_router
+
+    return released_router(context)
+
+
+ONE_GPU = Resources(cpus=2, gpus=1, memory_gb=8)
+
 STAGES: tuple[Stage, ...] = (
     Stage(
         name="benchmark_tasks",
@@ -79,6 +106,7 @@ STAGES: tuple[Stage, ...] = (
         description="The float LLM: trained here by behaviour cloning and DAgger, or brought along.",
         committed=True,
         pool="gpu",
+        resources=ONE_GPU,
     ),
     Stage(
         name="quantized_checkpoints",
@@ -90,6 +118,7 @@ STAGES: tuple[Stage, ...] = (
         kinds=frozenset({"pytorch", "huggingface"}),
         description="The precision ladder of one float checkpoint, and the gate: is there a gap between high and low?",
         pool="gpu",
+        resources=ONE_GPU,
     ),
     Stage(
         name="trajectories",
@@ -101,28 +130,50 @@ STAGES: tuple[Stage, ...] = (
         kinds=frozenset({"pytorch", "parquet"}),
         description="Episodes on the router_train games by the behaviour policies that the recipe names.",
         pool="gpu",
+        resources=ONE_GPU,
+    ),
+    Stage(
+        name="ingested_trajectories",
+        inputs=("benchmark_tasks",),
+        sections=("benchmark", "precisions"),
+        code_version="1",
+        run=_ingested_trajectories,
+        group="labels",
+        kinds=frozenset({"parquet"}),
+        description="Episodes that people dropped into data/incoming/<recipe>/, from an agent at work. It only grows.",
+        keeps_history=True,
+        waiting=_waiting_files,
+        file_away=_file_away,
     ),
     Stage(
         name="sensitivity_dataset",
-        inputs=("quantized_checkpoints", "trajectories"),
+        inputs=("quantized_checkpoints", "trajectories", "ingested_trajectories"),
         sections=("agent", "precisions", "sensitivity"),
-        code_version="1",
+        code_version="2",
         run=_sensitivity_dataset,
         group="labels",
         kinds=frozenset({"pytorch", "parquet"}),
         description="One row a step: how far the precisions' action distributions diverge on a prefix, and the label.",
         pool="gpu",
+        resources=ONE_GPU,
     ),
     Stage(
         name="kl_router",
-        inputs=("benchmark_tasks", "quantized_checkpoints", "trajectories", "sensitivity_dataset"),
+        inputs=(
+            "benchmark_tasks",
+            "quantized_checkpoints",
+            "trajectories",
+            "ingested_trajectories",
+            "sensitivity_dataset",
+        ),
         sections=("benchmark", "agent", "precisions", "sensitivity", "kl_router"),
-        code_version="1",
+        code_version="2",
         run=_kl_router,
         group="router",
         kinds=frozenset({"pytorch", "huggingface"}),
         description="Stage 1 of the router: class-weighted cross-entropy on the sensitivity labels.",
         pool="gpu",
+        resources=ONE_GPU,
     ),
     Stage(
         name="grpo_router",
@@ -134,6 +185,7 @@ STAGES: tuple[Stage, ...] = (
         kinds=frozenset({"pytorch", "huggingface"}),
         description="Stage 2 of the router: GRPO on success and cost.",
         pool="gpu",
+        resources=ONE_GPU,
     ),
     Stage(
         name="evaluation_report",
@@ -145,6 +197,20 @@ STAGES: tuple[Stage, ...] = (
         kinds=frozenset({"pytorch", "matplotlib"}),
         description="Every policy on the test games: success, high-precision ratio and cost, with intervals.",
         pool="gpu",
+        resources=ONE_GPU,
+    ),
+    Stage(
+        name="released_router",
+        inputs=("benchmark_tasks", "quantized_checkpoints", "grpo_router"),
+        sections=("benchmark", "agent", "precisions", "release"),
+        code_version="1",
+        run=_released_router,
+        group="router",
+        kinds=frozenset({"pytorch", "huggingface"}),
+        description="The router in use, and the history of releases: a new one takes its place only if it is not worse.",
+        pool="gpu",
+        resources=ONE_GPU,
+        keeps_history=True,
     ),
 )
 """In an order in which each stage comes after its inputs."""

@@ -309,6 +309,46 @@ class Evaluation(Section):
     seed: int = Field(0, ge=0)
 
 
+class Release(Section):
+    """When a newly trained router takes the place of the released one. The rule and its numbers are ours."""
+
+    success_margin: Share = Field(
+        0.05,
+        description="promoted only if the lower bound of the paired difference in success, new minus released, is above"
+        " minus this",
+    )
+    cost_increase: float = Field(
+        0.0, ge=0, description="mean cost of an episode may rise by this share of the released router's at most"
+    )
+    games: Count | None = Field(None, description="validation games that both play; all of them by default")
+    confidence: Share = 0.95
+    bootstrap: Count = Field(2000, description="bootstrap resamples, of games")
+    seed: int = Field(0, ge=0)
+
+
+class Retraining(Section):
+    """When new trajectories start a retraining. Not part of any hash."""
+
+    min_new_steps: Count = Field(
+        2000, description="steps that were ingested since the last sensitivity dataset was made"
+    )
+
+
+class Versioning(Section):
+    """What becomes of materialised artefacts besides DVC's cache and `dvc.lock`. Not part of any hash."""
+
+    git: Literal["none", "commit"] = Field(
+        "none",
+        description="commit: each new entry of dvc.lock also becomes a commit on the branch retrain/<date, UTC>; what is"
+        " checked out is never touched",
+    )
+    remote: str | None = Field(
+        None,
+        description="DVC remote over which machines exchange artefacts by hash: a worker pulls the inputs that Dagster's"
+        " instance records and pushes what it made; without it all stages work on one data folder",
+    )
+
+
 class Runtime(Section):
     """How a stage runs, not what it computes. Not part of any hash; results on CPU are equal for fixed numbers
     of threads and processes."""
@@ -335,6 +375,9 @@ class Recipe(Section):
     kl_router: KlRouter
     grpo_router: GrpoRouter
     evaluation: Evaluation
+    release: Release = Release()
+    retraining: Retraining = Retraining()
+    versioning: Versioning = Versioning()
     runtime: Runtime = Runtime()
 
     @model_validator(mode="after")
@@ -344,6 +387,10 @@ class Recipe(Section):
                 "grpo_router.beta: trl reloads the reference as a causal LM, which a probe is not; set it to 0"
             )
         return self
+
+
+UNHASHED_SECTIONS = frozenset({"retraining", "versioning", "runtime"})
+"""Sections that say how a pipeline is run, not what it computes; no stage reads them into its provenance."""
 
 
 def load_recipe(name: str, folder: Path = RECIPE_FOLDER) -> Recipe:

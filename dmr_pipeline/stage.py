@@ -1,6 +1,6 @@
 """What a stage is, and what its function is given and gives back. Knows nothing of Dagster or DVC."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,10 @@ class StageContext:
     """An empty folder that becomes the artefact once the stage returns; nothing run-dependent may be written here."""
     scratch: Path
     """Private resume state; survives a kill, never tracked, emptied after success."""
+    previous: Path | None = None
+    """The artefact that `output` will replace, verified; given only to stages that keep their history."""
+    incoming: Path = Path()
+    """Folder in which people drop new trajectories for this recipe; it need not exist."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,15 @@ class StageResult:
     """JSON. Deterministic facts, kept in the artefact's manifest: counts, rates, metrics."""
     measured: Mapping[str, Any] = field(default_factory=dict)
     """JSON. What differs from run to run (times, throughput): goes to the unhashed sidecar."""
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one run of a stage needs of a worker, for executors that place stages on machines (Ray, Kubernetes)."""
+
+    cpus: int = 1
+    gpus: int = 0
+    memory_gb: int = 2
 
 
 @dataclass(frozen=True)
@@ -51,3 +64,10 @@ class Stage:
     """Its artefact lies in Git (DVC output with `cache: false`), so that a clone can start from it."""
     pool: str | None = None
     """Dagster pool that limits how many of these run at once."""
+    resources: Resources = Resources()
+    keeps_history: bool = False
+    """Its artefact grows out of the one before, so that one is never thrown away: a damaged one stops the stage."""
+    waiting: Callable[[Path, str], Sequence[Path]] | None = None
+    """(data root, recipe) -> files that it has yet to take in; any make it stale."""
+    file_away: Callable[[Path, str], None] | None = None
+    """(data root, recipe): move aside what the published artefact has taken in. Repeated after a kill."""

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import polars as pl
 
-from dmr_pipeline import pipeline, versioning
+from dmr_pipeline import pipeline
 from dmr_pipeline.artifacts import hash_files
 from dmr_pipeline.recipe import Recipe, load_recipe
 from dmr_pipeline.stage import Stage, StageContext, StageResult
+from dmr_pipeline.versioning import dvc_stages
 
 REPOSITORY = Path(__file__).parent.parent
 RECIPE = "fake"
@@ -91,7 +92,7 @@ def make_project(folder: Path, stages: tuple[Stage, ...]) -> Recipe:
         shutil.copy(REPOSITORY / file, folder / file)
     (folder / ".dvc" / ".gitignore").write_text("/tmp\n/cache\n")
     subprocess.run(["git", "init", "-q", str(folder)], check=True)
-    (folder / "dvc.yaml").write_text(versioning.render(stages, [RECIPE]))
+    (folder / "dvc.yaml").write_text(dvc_stages.render(stages, [RECIPE]))
     return load_recipe(RECIPE, folder / "recipes")
 
 

@@ -19,7 +19,8 @@ from typer.testing import CliRunner, Result
 
 from dmr_pipeline import pipeline
 from dmr_pipeline.artifacts import verify
-from dmr_pipeline.cli import app, stage_states
+from dmr_pipeline.cli import app
+from dmr_pipeline.cli.stages import stage_states
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.recipe import Recipe, load_recipe
 from dmr_pipeline.stage import StageContext, StageResult

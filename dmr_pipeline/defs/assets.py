@@ -8,10 +8,10 @@ from pathlib import Path
 import dagster as dg
 from pydantic import Field, JsonValue
 
-from dmr_pipeline import versioning
 from dmr_pipeline.artifacts import Materialized, materialize_stage, sidecar_path
 from dmr_pipeline.recipe import load_recipe, recipe_names
 from dmr_pipeline.stage import Stage
+from dmr_pipeline.versioning import dvc_stages
 
 OWNERS = ["team:dmr-pipeline"]
 
@@ -47,9 +47,9 @@ def _build_asset(stage: Stage, stages: Sequence[Stage], partitions: dg.Partition
     )
     def asset(context: dg.AssetExecutionContext, config: Materialization) -> dg.MaterializeResult:
         recipe = load_recipe(context.partition_key)
-        versioning.check_rendered(stages, recipe_names())
+        dvc_stages.check_rendered(stages, recipe_names())
         done = materialize_stage(stage, recipe, force=config.force)
-        committed = versioning.commit(stage, recipe.name, artifact=done.artifact, rebuilt=not done.skipped)
+        committed = dvc_stages.commit(stage, recipe.name, artifact=done.artifact, rebuilt=not done.skipped)
         return dg.MaterializeResult(
             metadata={**describe(done), "committed_to_dvc": committed}, data_version=dg.DataVersion(done.artifact.hash)
         )

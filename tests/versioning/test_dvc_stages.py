@@ -7,11 +7,12 @@ import pytest
 import yaml
 from dvc.repo import Repo
 
-from dmr_pipeline import pipeline, versioning
+from dmr_pipeline import pipeline
 from dmr_pipeline.artifacts import artifact_folder, materialize_stage, verify
 from dmr_pipeline.definitions import defs
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.recipe import RECIPE_FOLDER, Recipe, recipe_names
+from dmr_pipeline.versioning import dvc_stages
 from tests.fake_project import RECIPE, REPOSITORY, dvc
 
 TABLE = {stage.name: set(stage.inputs) for stage in pipeline.STAGES}
@@ -19,7 +20,7 @@ TABLE = {stage.name: set(stage.inputs) for stage in pipeline.STAGES}
 
 def test_committed_dvc_yaml_is_what_the_table_renders():
     recipes = recipe_names(REPOSITORY / RECIPE_FOLDER)
-    assert versioning.is_rendered(pipeline.STAGES, recipes, REPOSITORY / "dvc.yaml"), "run `dmr render`"
+    assert dvc_stages.is_rendered(pipeline.STAGES, recipes, REPOSITORY / "dvc.yaml"), "run `dmr render`"
 
 
 def test_dvc_reads_the_tables_edges(project: Recipe):
@@ -46,21 +47,21 @@ def test_dagster_has_the_tables_edges(project: Recipe):
 
 def test_a_code_version_makes_both_systems_stale(project: Recipe):
     changed = [replace(pipeline.STAGES[0], code_version="3"), *pipeline.STAGES[1:]]
-    before = yaml.safe_load(versioning.render(pipeline.STAGES, [RECIPE]))["stages"]
-    after = yaml.safe_load(versioning.render(changed, [RECIPE]))["stages"]
+    before = yaml.safe_load(dvc_stages.render(pipeline.STAGES, [RECIPE]))["stages"]
+    after = yaml.safe_load(dvc_stages.render(changed, [RECIPE]))["stages"]
     differing = {name for name in before if before[name]["cmd"] != after[name]["cmd"]}
     assert differing == {"benchmark_tasks"}
     with pytest.raises(UserError, match="run `dmr render`"):
-        versioning.check_rendered(changed, [RECIPE])
+        dvc_stages.check_rendered(changed, [RECIPE])
 
 
 def test_commit_records_what_dvc_then_calls_up_to_date(project: Recipe):
     stage = pipeline.STAGES[0]
     artifact = materialize_stage(stage, project).artifact
-    assert not versioning.is_committed(stage, RECIPE, artifact)
-    assert versioning.commit(stage, RECIPE, artifact=artifact, rebuilt=True)
-    assert versioning.is_committed(stage, RECIPE, artifact)
-    assert not versioning.commit(stage, RECIPE, artifact=artifact, rebuilt=False)
+    assert not dvc_stages.is_committed(stage, RECIPE, artifact)
+    assert dvc_stages.commit(stage, RECIPE, artifact=artifact, rebuilt=True)
+    assert dvc_stages.is_committed(stage, RECIPE, artifact)
+    assert not dvc_stages.commit(stage, RECIPE, artifact=artifact, rebuilt=False)
     out = yaml.safe_load(Path("dvc.lock").read_text())["stages"][f"benchmark_tasks@{RECIPE}"]["outs"][0]
     assert out["md5"] == artifact.hash
     assert "up to date" in dvc("status", f"benchmark_tasks@{RECIPE}")
@@ -70,9 +71,9 @@ def test_commit_records_what_dvc_then_calls_up_to_date(project: Recipe):
 def test_whatever_dvc_lock_does_not_record_is_not_committed(project: Recipe, change: str):
     first, second = pipeline.STAGES[:2]
     for stage in (first, second):
-        versioning.commit(stage, RECIPE, artifact=materialize_stage(stage, project).artifact, rebuilt=True)
+        dvc_stages.commit(stage, RECIPE, artifact=materialize_stage(stage, project).artifact, rebuilt=True)
     artifact = verify(artifact_folder(second.name, RECIPE))
-    assert versioning.is_committed(second, RECIPE, artifact)
+    assert dvc_stages.is_committed(second, RECIPE, artifact)
     if change == "output":
         artifact = replace(artifact, hash="0.dir")
     if change == "command":
@@ -83,13 +84,13 @@ def test_whatever_dvc_lock_does_not_record_is_not_committed(project: Recipe, cha
     if change == "dependency":
         manifest = artifact.manifest.model_copy(update={"inputs": {first.name: "0.dir"}})
         artifact = replace(artifact, manifest=manifest)
-    assert not versioning.is_committed(second, RECIPE, artifact)
+    assert not dvc_stages.is_committed(second, RECIPE, artifact)
 
 
 def test_nothing_is_committed_inside_dvc_repro(project: Recipe, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("DVC_STAGE", "benchmark_tasks@fake")
     artifact = materialize_stage(pipeline.STAGES[0], project).artifact
-    assert not versioning.commit(pipeline.STAGES[0], RECIPE, artifact=artifact, rebuilt=True)
+    assert not dvc_stages.commit(pipeline.STAGES[0], RECIPE, artifact=artifact, rebuilt=True)
     assert not Path("dvc.lock").exists()
 
 
@@ -97,7 +98,7 @@ def test_dvcs_refusal_is_one_line(project: Recipe):
     artifact = materialize_stage(pipeline.STAGES[0], project).artifact
     Path("dvc.yaml").write_text("stages: {}\n")
     with pytest.raises(UserError, match=r"dvc could not commit benchmark_tasks@fake: .*") as raised:
-        versioning.commit(pipeline.STAGES[0], RECIPE, artifact=artifact, rebuilt=True)
+        dvc_stages.commit(pipeline.STAGES[0], RECIPE, artifact=artifact, rebuilt=True)
     assert "\n" not in str(raised.value)
 
 
@@ -122,4 +123,4 @@ def test_dvc_repro_leaves_dagsters_record_and_its_own(project: Recipe, tmp_path:
     assert materialization.partition == RECIPE
     artifact = verify(artifact_folder("agent", RECIPE))
     assert materialization.tags["dagster/data_version"] == artifact.hash
-    assert versioning.is_committed(pipeline.STAGES[1], RECIPE, artifact)
+    assert dvc_stages.is_committed(pipeline.STAGES[1], RECIPE, artifact)

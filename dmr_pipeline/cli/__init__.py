@@ -1,0 +1,18 @@
+"""The command line. Bad input gives one clear line on stderr and exit code 2."""
+
+import typer
+
+from dmr_pipeline.cli import stages
+from dmr_pipeline.cli.data import data
+from dmr_pipeline.cli.environments import bench, env
+
+app = typer.Typer(
+    help="Dynamic mixed-precision routing of LLM agents: one pipeline from games to the accuracy-cost report.",
+    no_args_is_help=True,
+    pretty_exceptions_show_locals=False,
+)
+for command in (stages.run, stages.materialize, stages.status, stages.render, stages.report):
+    app.command()(command)
+app.add_typer(data, name="data")
+app.add_typer(env, name="env")
+app.add_typer(bench, name="bench")

@@ -1,0 +1,207 @@
+"""`dmr env` and `dmr bench`: checks and timings of the environments."""
+
+import random
+import time
+from pathlib import Path
+from statistics import mean, median
+from typing import Annotated, Literal
+
+import typer
+from rich import box
+from rich.table import Table
+
+from dmr_pipeline.cli.common import console, user_errors_exit_2
+
+env = typer.Typer(help="Check an environment.", no_args_is_help=True)
+verify_env = typer.Typer(help="Check that an environment does what the benchmark's own does.", no_args_is_help=True)
+env.add_typer(verify_env, name="verify")
+
+GamesOption = Annotated[
+    Path, typer.Option("--games", envvar="ALFWORLD_DATA", help="folder with game.tw-pddl files, at any depth")
+]
+
+
+@verify_env.command("alfworld")
+@user_errors_exit_2
+def verify_alfworld(
+    games: GamesOption,
+    against: Annotated[
+        Literal["textworld"] | None,
+        typer.Option(help="compare with the official engine, which pip install 'dmr-pipeline\\[alfworld]' brings"),
+    ] = None,
+    sample: Annotated[int | None, typer.Option(min=1, help="only so many games, drawn by the seed")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="commands in a walk, with --against")] = 60,
+    seed: Annotated[int, typer.Option(help="decides the sample and the walks")] = 0,
+    processes: Annotated[int, typer.Option(min=1, help="at once, with --against")] = 2,
+) -> None:
+    """Replay the walkthrough of every game; or walk through games at random in our engine and in the official one.
+
+    Exits with 1 where a walkthrough does not win, or the engines differ.
+    """
+    from rich.progress import track
+
+    from dmr_pipeline.environments.alfworld import verify as verification
+
+    paths = verification.game_files(games)
+    if sample is not None:
+        paths = sorted(random.Random(seed).sample(paths, min(sample, len(paths))))
+    started = time.perf_counter()
+    failed = 0
+    if against is None:
+        for replay in track(verification.replay(paths), description="walkthroughs", total=len(paths)):
+            if replay.failure is not None:
+                failed += 1
+                console.print(f"{replay.path}: {replay.failure}", style="red", soft_wrap=True, markup=False)
+        rate = len(paths) / (time.perf_counter() - started)
+        console.print(f"{rate:,.0f} games a second, reading their files included")
+        console.print(f"games {len(paths)} won {len(paths) - failed} failed {failed}")
+    else:
+        walked = 0
+        compared = verification.compare(paths, steps, seed, processes)
+        for comparison in track(compared, description="walks in both engines", total=len(paths)):
+            walked += comparison.steps
+            for difference in comparison.differences:
+                console.print(f"{comparison.path}: {difference}", style="red", soft_wrap=True, markup=False)
+            failed += bool(comparison.differences)
+        seconds = time.perf_counter() - started
+        console.print(f"{walked:,} commands in {seconds:,.0f} s; a walk ends where the engines first differ")
+        console.print(f"compared {len(paths)} differences {failed}")
+    if failed:
+        raise typer.Exit(1)
+
+
+compare_env = typer.Typer(help="Compare generated tasks with the official ones.", no_args_is_help=True)
+env.add_typer(compare_env, name="compare")
+
+
+@compare_env.command("alfworld")
+@user_errors_exit_2
+def compare_alfworld(
+    generated: Annotated[int, typer.Option(min=1, help="games to generate")] = 1000,
+) -> None:
+    """Compare generated ALFWorld games with the official train split (`dmr data alfworld` first)."""
+    from rich.progress import track
+
+    from dmr_pipeline.environments.alfworld import likeness
+    from dmr_pipeline.environments.alfworld.generator import generate_game
+    from dmr_pipeline.environments.alfworld.official import read_official
+
+    theirs = read_official("train")
+    ours = [generate_game(seed)[0] for seed in track(range(generated), description="games")]
+    with console.status("planning every game"):
+        measured = likeness.numbers(theirs, ours)
+    table = Table(title=f"{len(theirs):,} official games, {len(ours):,} generated: mean ± sd", box=box.SIMPLE)
+    for column in ("room", "measure", "official", "generated", "KS distance"):
+        table.add_column(column, justify="left" if column in ("room", "measure") else "right")
+    room = ""
+    for row in measured:
+        if row.room != room:
+            table.add_section()
+        pairs = (f"{average:.1f} ± {deviation:.1f}" for average, deviation in (row.official, row.generated))
+        table.add_row("" if row.room == room else row.room, row.measure, *pairs, f"{row.distance:.2f}")
+        room = row.room
+    console.print(table)
+    for spread in likeness.shares(theirs, ours):
+        table = Table(title=f"{spread.what}: {spread.distance:.1%} of the games apart", box=box.SIMPLE)
+        for column in (spread.what, "official", "generated"):
+            table.add_column(column, justify="left" if column == spread.what else "right")
+        for name in sorted(spread.official.keys() | spread.generated.keys()):
+            table.add_row(name, f"{spread.official.get(name, 0.0):.1%}", f"{spread.generated.get(name, 0.0):.1%}")
+        console.print(table)
+
+
+experts_env = typer.Typer(help="See how well the hand-written experts do.", no_args_is_help=True)
+env.add_typer(experts_env, name="experts")
+
+
+@experts_env.command("alfworld")
+@user_errors_exit_2
+def experts_alfworld(
+    split: Annotated[
+        Literal["train", "valid_seen", "valid_unseen"], typer.Option(help="official games (`dmr data alfworld` first)")
+    ] = "valid_seen",
+    step_limit: Annotated[int, typer.Option(min=1, help="steps that the exploring expert may take")] = 50,
+) -> None:
+    """Let the exploring expert, which knows what it has seen, and the planner, which knows all, play official games."""
+    from rich.progress import track
+
+    from dmr_pipeline.environments.alfworld.generator import expert_steps
+    from dmr_pipeline.environments.alfworld.official import read_official
+    from dmr_pipeline.environments.alfworld.planner import shortest_plan
+
+    games = read_official(split)
+    explored = [expert_steps(game, step_limit) for game in games]
+    won = [steps for steps in explored if steps is not None]
+    plans = [shortest_plan(game) for game in track(games, description="planning")]
+    found = [plan for plan in plans if plan is not None]
+    console.print(
+        f"exploring expert: {len(won)} of {len(games)} won in {step_limit} steps ({len(won) / len(games):.1%}), "
+        f"{mean(won):.1f} steps on average",
+        soft_wrap=True,
+    )
+    console.print(
+        f"planner: {len(found)} of {len(games)} won, {mean(len(plan.commands) for plan in found):.1f} steps on average, "
+        f"{sum(plan.shortest for plan in found)} plans proven shortest",
+        soft_wrap=True,
+    )
+
+
+bench = typer.Typer(help="Measure how quick a part is.", no_args_is_help=True)
+
+
+@bench.command("env")
+@user_errors_exit_2
+def bench_env(
+    games: GamesOption,
+    sample: Annotated[int, typer.Option(min=1, help="games timed in both engines, drawn at random")] = 8,
+    steps: Annotated[int, typer.Option(min=1, help="commands in a walk")] = 30,
+) -> None:
+    """Time our ALFWorld engine beside the official one, and see what many environments take.
+
+    The official engine is left out where it is not installed (pip install 'dmr-pipeline\\[alfworld]').
+    """
+    from rich.progress import track
+
+    from dmr_pipeline.environments.alfworld import bench as benchmark
+    from dmr_pipeline.environments.alfworld import stock
+    from dmr_pipeline.environments.alfworld.game import read_game
+    from dmr_pipeline.environments.alfworld.store import to_json
+    from dmr_pipeline.environments.alfworld.verify import game_files
+
+    paths = game_files(games)
+    some = random.Random(0).sample(paths, min(1000, len(paths)))
+    timed = some[:sample]
+    pairs = list(
+        track(
+            benchmark.timings(timed, steps, stock=stock.is_installed()),
+            description="the same walks in both engines",
+            total=len(timed),
+        )
+    )
+    loaded = [read_game(path) for path in track(some, description="games for many environments")]
+    packed = [to_json(game) for game in loaded]
+    table = Table(title=f"ALFWorld: medians over {len(timed)} games, {steps} commands each", box=box.SIMPLE)
+    for column in ("", "ours", "official engine", "times faster"):
+        table.add_column(column, justify="right" if column else "left")
+    for name, field in (("load a game file", "load"), ("reset", "reset"), ("step", "step")):
+        ours = median(getattr(mine, field) for mine, _ in pairs)
+        theirs = [getattr(other, field) for _, other in pairs if other is not None]
+        table.add_row(
+            name, _duration(ours), *([_duration(median(theirs)), f"{median(theirs) / ours:,.0f}"] if theirs else [])
+        )
+    table.add_row("load a packed game", _duration(median(map(benchmark.packed_load_seconds, packed[:sample]))))
+    console.print(table)
+    if not stock.is_installed():
+        console.print(
+            "left out: the official engine, which is not installed (pip install 'dmr-pipeline[alfworld]')", markup=False
+        )
+    console.print("A reset includes the first admissible commands, a step those that follow it.")
+    megabytes = benchmark.memory_bytes(packed, 1000) / 1e6
+    console.print(f"1,000 live environments, {len(packed):,} games: {megabytes:,.0f} MB")
+    for environments in (1, 10, 100, 1000):
+        rate = benchmark.steps_a_second(loaded, environments)
+        console.print(f"{environments:5,} environments in a process: {rate:8,.0f} steps a second")
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds * 1e6:,.0f} µs" if seconds < 1e-3 else f"{seconds * 1e3:,.1f} ms"

@@ -1,0 +1,174 @@
+"""`dmr run`, `materialize`, `status`, `render` and `report`: the pipeline's stages."""
+
+import json
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich import box
+from rich.logging import RichHandler
+from rich.table import Table
+
+from dmr_pipeline import pipeline
+from dmr_pipeline.artifacts import Artifact, artifact_folder, provenance, sidecar_path, verify
+from dmr_pipeline.cli.common import DEFAULT_RECIPE, RecipeArgument, RecipeOption, console, errors, user_errors_exit_2
+from dmr_pipeline.errors import UserError
+from dmr_pipeline.recipe import Recipe, load_recipe, recipe_names
+from dmr_pipeline.versioning import dvc_stages
+
+if TYPE_CHECKING:
+    from dmr_pipeline.evaluation.metrics import Metrics
+
+
+@user_errors_exit_2
+def run(recipe: RecipeArgument) -> None:
+    """Materialise every stage of a recipe that is not up to date, and show the result."""
+    loaded = load_recipe(recipe)
+    dvc_stages.check_rendered(pipeline.STAGES, recipe_names())
+    if _all_done(loaded):
+        console.print(f"{recipe}: every stage is up to date, nothing to do.")
+    else:
+        _materialize(recipe, [stage.name for stage in pipeline.STAGES])
+    _show_report(recipe)
+
+
+@user_errors_exit_2
+def materialize(
+    stage: Annotated[str, typer.Argument(help="a stage of the pipeline")],
+    recipe: RecipeOption = DEFAULT_RECIPE,
+    force: Annotated[bool, typer.Option("--force", help="make it again although it is up to date")] = False,
+    code_version: Annotated[
+        str | None, typer.Option(help="refuse to run another code version than this (for DVC)")
+    ] = None,
+) -> None:
+    """Materialise one stage from its inputs; a killed run of it is resumed."""
+    found = pipeline.find_stage(stage, pipeline.STAGES)
+    load_recipe(recipe)
+    if code_version not in (None, found.code_version):
+        raise UserError(f"{stage} has code version {found.code_version}, not {code_version}: run `dmr render`")
+    _materialize(recipe, [stage], force=force)
+
+
+@user_errors_exit_2
+def status(recipe: RecipeOption = DEFAULT_RECIPE) -> None:
+    """Show which stages of a recipe are present, stale or missing."""
+    table = Table(title=recipe, box=box.SIMPLE)
+    for column in ("stage", "hash", "size", "made"):
+        table.add_column(column, no_wrap=True, justify="right" if column == "size" else "left")
+    table.add_column("state", overflow="fold")
+    for name, state, why, artifact in stage_states(load_recipe(recipe)):
+        colour = {"present": "green", "stale": "yellow"}.get(state, "red")
+        described = ("", "", "")
+        if artifact is not None:
+            described = (artifact.hash[:7], f"{artifact.size / 1e6:.2f} MB", _when(artifact))
+        table.add_row(name, *described, f"[{colour}]{state}[/]" + (f": {why}" if why else ""))
+    console.print(table)
+
+
+@user_errors_exit_2
+def render(
+    check: Annotated[bool, typer.Option("--check", help="change nothing; exit with 1 where dvc.yaml differs")] = False,
+) -> None:
+    """Write dvc.yaml from the pipeline table and the folder of recipes."""
+    if dvc_stages.is_rendered(pipeline.STAGES, recipe_names()):
+        console.print(f"{dvc_stages.DVC_FILE} is up to date.")
+    elif check:
+        errors.print(f"{dvc_stages.DVC_FILE} differs from the pipeline table: run `dmr render`")
+        raise typer.Exit(1)
+    else:
+        dvc_stages.DVC_FILE.write_text(dvc_stages.render(pipeline.STAGES, recipe_names()), encoding="utf-8")
+        console.print(f"{dvc_stages.DVC_FILE} written.")
+
+
+@user_errors_exit_2
+def report(
+    recipe: RecipeArgument,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON and nothing else")] = False,
+) -> None:
+    """Show the accuracy-cost report of a recipe."""
+    load_recipe(recipe)
+    if as_json:
+        metrics, html = _render_report(recipe)
+        typer.echo(json.dumps({**metrics, "html": str(html)}, indent=2))
+    else:
+        _show_report(recipe)
+
+
+def _materialize(recipe: str, stages: list[str], *, force: bool = False) -> None:
+    os.environ.setdefault("TQDM_DELAY", "1")  # bars of less than a second, as when a tiny model is loaded, are noise
+    from dmr_pipeline.defs import runs  # Dagster takes a second to import
+
+    with _progress_lines():
+        runs.materialize(pipeline.STAGES, recipe, stages, force=force)
+
+
+@contextmanager
+def _progress_lines() -> Iterator[None]:
+    """What the package logs goes to the terminal, a line each."""
+    handler = RichHandler(console=console, show_path=False, show_level=False, markup=False, log_time_format="%H:%M:%S")
+    package = logging.getLogger("dmr_pipeline")
+    package.setLevel(logging.INFO)
+    package.addHandler(handler)
+    try:
+        yield
+    finally:
+        package.removeHandler(handler)
+
+
+def stage_states(recipe: Recipe) -> Iterator[tuple[str, str, str, Artifact | None]]:
+    """Each stage's name, state, reason in a few words, and artefact where there is a valid one."""
+    present: dict[str, str] = {}
+    for stage in pipeline.STAGES:
+        folder = artifact_folder(stage.name, recipe.name)
+        try:
+            artifact = verify(folder)
+        except UserError as error:
+            yield stage.name, "damaged" if folder.exists() else "missing", str(error) if folder.exists() else "", None
+            continue
+        waiting = [name for name in stage.inputs if name not in present]
+        wanted = provenance(stage, recipe, {name: present.get(name, "") for name in stage.inputs})
+        difference = f"not up to date: {', '.join(waiting)}" if waiting else wanted.difference(artifact.manifest)
+        if difference is None:
+            present[stage.name] = artifact.hash
+        yield stage.name, "present" if difference is None else "stale", difference or "", artifact
+
+
+def _all_done(recipe: Recipe) -> bool:
+    """Every artefact is there, valid, current, and recorded in DVC."""
+    return all(
+        state == "present" and artifact is not None and dvc_stages.is_committed(stage, recipe.name, artifact)
+        for stage, (_, state, _, artifact) in zip(pipeline.STAGES, stage_states(recipe), strict=True)
+    )
+
+
+def _when(artifact: Artifact) -> str:
+    sidecar = sidecar_path(artifact.path)
+    if not sidecar.is_file():
+        return "elsewhere"
+    finished = datetime.fromisoformat(json.loads(sidecar.read_text(encoding="utf-8"))["finished"])
+    return f"{finished.astimezone():%Y-%m-%d %H:%M}"
+
+
+def _render_report(recipe: str) -> tuple["Metrics", Path]:
+    """The metrics of the evaluation, and the HTML file, which is no artefact since it shows measured times."""
+    from dmr_pipeline.evaluation.report import render_html
+
+    folder = verify(artifact_folder("evaluation_report", recipe)).path
+    sidecar = sidecar_path(folder)
+    html = folder.parent / "report.html"
+    render_html(folder, sidecar if sidecar.is_file() else None, html)
+    metrics: Metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    return metrics, html.resolve()
+
+
+def _show_report(recipe: str) -> None:
+    from dmr_pipeline.evaluation.report import console_table
+
+    metrics, html = _render_report(recipe)
+    console.print(console_table(metrics))
+    console.print(f"report: {html}", soft_wrap=True)
