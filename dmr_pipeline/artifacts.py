@@ -14,6 +14,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,11 +23,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from filelock import FileLock, Timeout
-from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
+from pydantic import AwareDatetime, BaseModel, ConfigDict, JsonValue, ValidationError
 
 from dmr_pipeline.errors import UserError
-from dmr_pipeline.recipe import Recipe
-from dmr_pipeline.stage import Stage, StageContext, StageResult
+from dmr_pipeline.recipe import Recipe, Runtime
+from dmr_pipeline.stage import Stage, StageContext
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +66,53 @@ class Manifest(BaseModel):
 
     def to_json(self) -> str:
         return json.dumps(self.model_dump(mode="json"), indent=2, sort_keys=True, allow_nan=False) + "\n"
+
+
+class _RecordPart(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class GitState(_RecordPart):
+    commit: str
+    clean: bool
+    """No tracked file differed from the commit."""
+
+
+class Machine(_RecordPart):
+    system: str
+    cpu: str
+    cores: int | None
+
+
+class Device(_RecordPart):
+    """What the tensors were on."""
+
+    name: str
+    """Model of the GPU, or of the CPU."""
+    cuda: str | None
+    """CUDA version that torch was built for; None on a CPU."""
+
+
+class RunRecord(_RecordPart):
+    """The run that made an artefact: all that differs from run to run. Lies beside the hashed folder."""
+
+    hash: str
+    """Of the artefact that it made."""
+    run_id: str | None
+    """Of the orchestrator's run."""
+    started: AwareDatetime
+    finished: AwareDatetime
+    seconds: float
+    git: GitState | None
+    """None outside of a Git checkout."""
+    python: str
+    libraries: dict[str, str | None]
+    """Versions; None where a library is not installed."""
+    machine: Machine
+    device: Device
+    runtime: Runtime
+    measured: dict[str, JsonValue]
+    log: list[str]
 
 
 @dataclass(frozen=True)
@@ -126,6 +174,19 @@ def sidecar_path(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.run.json")
 
 
+def read_run_record(artifact: Artifact) -> RunRecord | None:
+    """The run that made the artefact; None where it was made elsewhere, so that no record of it, or one of another
+    artefact, lies beside it."""
+    sidecar = sidecar_path(artifact.path)
+    if not sidecar.is_file():
+        return None
+    try:
+        record = RunRecord.model_validate_json(sidecar.read_bytes())
+    except ValidationError:
+        return None
+    return record if record.hash == artifact.hash else None
+
+
 def provenance(stage: Stage, recipe: Recipe, inputs: Mapping[str, str]) -> Provenance:
     """Args: inputs: input stage -> hash of its folder."""
     sections = {name: getattr(recipe, name).model_dump(mode="json") for name in stage.sections}
@@ -180,13 +241,16 @@ def verify(folder: Path) -> Artifact:
 
 
 def materialize_stage(
-    stage: Stage, recipe: Recipe, data_root: Path = DATA_ROOT, *, force: bool = False
+    stage: Stage, recipe: Recipe, data_root: Path = DATA_ROOT, *, force: bool = False, run_id: str | None = None
 ) -> Materialized:
     """Make a stage's artefact from its inputs' artefacts, unless a valid one of the same provenance is there already.
 
     Dagster and DVC both come here. A kill at any moment leaves the old artefact or the new one. One process at a time
     works on a stage of a recipe; a second one waits, and then finds the work done. A stage that keeps its history is
     given the artefact that it replaces.
+
+    Args:
+        run_id: the orchestrator's name of this run, for the record beside the artefact.
 
     Raises:
         UserError: an input is missing or damaged, the disk is full, the committed artefact is damaged, or the stage
@@ -211,10 +275,10 @@ def materialize_stage(
                     verify(folder).path if stage.keeps_history and folder.is_dir() else None,
                     incoming_folder(recipe.name, data_root),
                 )
-                built = _build(stage, context, wanted, folder)
+                built = _build(stage, context, wanted, folder, run_id)
                 shutil.rmtree(scratch.parent)
-            if stage.file_away is not None:
-                stage.file_away(data_root, recipe.name)
+            if stage.after is not None:
+                stage.after(data_root, recipe.name)
             return Materialized(current or built, skipped=current is not None)
 
 
@@ -255,7 +319,7 @@ def _current(folder: Path, wanted: Provenance, stage: Stage) -> Artifact | None:
     return artifact
 
 
-def _build(stage: Stage, context: StageContext, wanted: Provenance, folder: Path) -> Artifact:
+def _build(stage: Stage, context: StageContext, wanted: Provenance, folder: Path, run_id: str | None) -> Artifact:
     output = context.output
     shutil.rmtree(output, ignore_errors=True)
     output.mkdir()
@@ -273,7 +337,22 @@ def _build(stage: Stage, context: StageContext, wanted: Provenance, folder: Path
             )
         manifest = Manifest(**vars(wanted), files=files, summary=dict(result.summary))
         (output / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
-        _write_sidecar(folder, context.recipe, started, seconds, result, lines)
+        record = RunRecord(
+            hash=folder_hash({**files, MANIFEST: file_md5(output / MANIFEST)}),
+            run_id=run_id,
+            started=started.replace(microsecond=0),
+            finished=datetime.now(UTC).replace(microsecond=0),
+            seconds=round(seconds, 3),
+            git=_git_state(),
+            python=platform.python_version(),
+            libraries={name: _installed_version(name) for name in RECORDED_LIBRARIES},
+            machine=Machine(system=platform.platform(), cpu=_cpu_model(), cores=os.cpu_count()),
+            device=_device(context.recipe.runtime),
+            runtime=context.recipe.runtime,
+            measured=dict(result.measured),
+            log=lines,
+        )
+        _write_sidecar(folder, record)
         publish(output, folder)
     finally:
         shutil.rmtree(output, ignore_errors=True)
@@ -374,23 +453,9 @@ def _recorded_log() -> Iterator[list[str]]:
         package.removeHandler(recorder)
 
 
-def _write_sidecar(
-    folder: Path, recipe: Recipe, started: datetime, seconds: float, result: StageResult, lines: list[str]
-) -> None:
-    record = {
-        "started": started.isoformat(timespec="seconds"),
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "seconds": round(seconds, 3),
-        "git": _git_state(),
-        "python": platform.python_version(),
-        "libraries": {name: _installed_version(name) for name in RECORDED_LIBRARIES},
-        "machine": {"system": platform.platform(), "cpu": _cpu_model(), "cores": os.cpu_count()},
-        "runtime": recipe.runtime.model_dump(mode="json"),
-        "measured": dict(result.measured),
-        "log": lines,
-    }
+def _write_sidecar(folder: Path, record: RunRecord) -> None:
     part = folder.with_name(f".{folder.name}.run.json.part")
-    part.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    part.write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
     part.replace(sidecar_path(folder))
 
 
@@ -410,8 +475,15 @@ def _cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
-def _git_state() -> dict[str, JsonValue] | None:
-    """Commit and cleanliness of the project; None outside of a Git checkout."""
+def _device(runtime: Runtime) -> Device:
+    """The GPU where this process has computed on it. Who has not imported torch has not."""
+    torch = sys.modules.get("torch")
+    if torch is not None and runtime.device != "cpu" and torch.cuda.is_initialized():
+        return Device(name=torch.cuda.get_device_name(), cuda=torch.version.cuda)
+    return Device(name=_cpu_model(), cuda=None)
+
+
+def _git_state() -> GitState | None:
     try:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
         changes = subprocess.run(
@@ -419,4 +491,4 @@ def _git_state() -> dict[str, JsonValue] | None:
         ).stdout.strip()
     except (FileNotFoundError, subprocess.CalledProcessError):
         return None
-    return {"commit": commit, "clean": not changes}
+    return GitState(commit=commit, clean=not changes)

@@ -1,15 +1,24 @@
-"""Dagster's code location: the pipeline table as assets, their checks, and one job over all of them."""
+"""Dagster's code location: the pipeline table as assets, their checks, and what starts runs of them."""
 
 import dagster as dg
 
 from dmr_pipeline import pipeline
 from dmr_pipeline.defs.assets import build_assets
+from dmr_pipeline.defs.automation import ingest, new_trajectories, retrain, weekly_retraining, whole_pipeline
 from dmr_pipeline.defs.checks import build_checks
+from dmr_pipeline.defs.executors import executor
+from dmr_pipeline.defs.sections import build_section_sensor
+from dmr_pipeline.recipe import UNHASHED_SECTIONS, Recipe
 
 
 @dg.definitions
 def defs() -> dg.Definitions:
-    whole_pipeline = dg.define_asset_job(
-        "whole_pipeline", selection=dg.AssetSelection.all(), description="One recipe, from its games to its report."
+    sections = sorted(Recipe.model_fields.keys() - UNHASHED_SECTIONS - {"name"})
+    return dg.Definitions(
+        assets=build_assets(pipeline.STAGES),
+        asset_checks=build_checks([stage.name for stage in pipeline.STAGES]),
+        jobs=[whole_pipeline, ingest, retrain],
+        sensors=[build_section_sensor(sections), new_trajectories],
+        schedules=[weekly_retraining],
+        executor=executor(),
     )
-    return dg.Definitions(assets=build_assets(pipeline.STAGES), asset_checks=build_checks(), jobs=[whole_pipeline])

@@ -44,6 +44,8 @@ class RungFacts(BaseModel):
     """Share of action tokens whose greedy choice is not the float model's."""
     validation_success: float
     validation_steps: float
+    reloads_equal: bool
+    """Whether the saved weights, loaded again, give the logits of the model that was saved, bit by bit."""
 
 
 class Gate(BaseModel):
@@ -85,7 +87,8 @@ def quantized_checkpoints(context: StageContext) -> StageResult:
         bar = progress.add_task("precision ladder", total=len(recipe.precisions.ladder) * len(games))
         for rung in recipe.precisions.ladder:
             progress.update(bar, description=f"{rung.name} plays validation games")
-            save_rung(quantize_rung(float_model, rung, calibrate), context.output / rung.name)
+            quantized = quantize_rung(float_model, rung, calibrate)
+            save_rung(quantized, context.output / rung.name)
             model = load_rung(context.output / rung.name, device)
             size = rung_size(model)
             acting = acting_model(model, device)
@@ -100,6 +103,7 @@ def quantized_checkpoints(context: StageContext) -> StageResult:
                     greedy_disagreement=round(disagreement, 6),
                     validation_success=_mean([t.success for t in played]),
                     validation_steps=_mean([len(t.steps) for t in played]),
+                    reloads_equal=same_logits(quantized, model, examples[:1], device),
                 )
             )
             if rung.name == recipe.precisions.high:
@@ -138,6 +142,14 @@ def _play_validation(
 def expert_steps(games: Sequence[Game], prompter: Prompter, step_limit: int) -> list[Example]:
     """The expert's flawless episodes, its actions as targets."""
     return [expert_example(game, prompter, step_limit, mistake_rate=0.0, rng=random.Random(0)) for game in games]
+
+
+@torch.no_grad()
+def same_logits(
+    first: PreTrainedModel, second: PreTrainedModel, examples: Sequence[Example], device: torch.device
+) -> bool:
+    """Bit by bit, where the examples train."""
+    return torch.equal(*(trained_logits(model, examples, device)[0] for model in (first, second)))
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ Each function imports its stage's module when it runs, so that reading the table
 from collections.abc import Sequence
 from pathlib import Path
 
+from dmr_pipeline.artifacts import artifact_folder
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.stage import Resources, Stage, StageContext, StageResult
 
@@ -76,6 +77,12 @@ def _evaluation_report(context: StageContext) -> StageResult:
     return evaluation_report(context)
 
 
+def _render_report(data_root: Path, recipe: str) -> None:
+    from dmr_pipeline.evaluation.report import render_beside
+
+    render_beside(artifact_folder("evaluation_report", recipe, data_root))
+
+
 def _released_router(context: StageContext) -> StageResult:
     from dmr_pipeline.release import released_router
 
@@ -112,7 +119,7 @@ STAGES: tuple[Stage, ...] = (
         name="quantized_checkpoints",
         inputs=("benchmark_tasks", "agent"),
         sections=("benchmark", "agent", "precisions"),
-        code_version="1",
+        code_version="2",
         run=_quantized_checkpoints,
         group="agent",
         kinds=frozenset({"pytorch", "huggingface"}),
@@ -143,7 +150,7 @@ STAGES: tuple[Stage, ...] = (
         description="Episodes that people dropped into data/incoming/<recipe>/, from an agent at work. It only grows.",
         keeps_history=True,
         waiting=_waiting_files,
-        file_away=_file_away,
+        after=_file_away,
     ),
     Stage(
         name="sensitivity_dataset",
@@ -198,6 +205,7 @@ STAGES: tuple[Stage, ...] = (
         description="Every policy on the test games: success, high-precision ratio and cost, with intervals.",
         pool="gpu",
         resources=ONE_GPU,
+        after=_render_report,
     ),
     Stage(
         name="released_router",

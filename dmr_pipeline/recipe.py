@@ -323,7 +323,7 @@ class Release(Section):
     games: Count | None = Field(None, description="validation games that both play; all of them by default")
     confidence: Share = 0.95
     bootstrap: Count = Field(2000, description="bootstrap resamples, of games")
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, description="of the resamples, and of actions drawn at a temperature")
 
 
 class Retraining(Section):
@@ -375,7 +375,7 @@ class Recipe(Section):
     kl_router: KlRouter
     grpo_router: GrpoRouter
     evaluation: Evaluation
-    release: Release = Release()
+    release: Release
     retraining: Retraining = Retraining()
     versioning: Versioning = Versioning()
     runtime: Runtime = Runtime()

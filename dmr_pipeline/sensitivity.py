@@ -22,7 +22,7 @@ from dmr_pipeline.ladder import Ladder
 from dmr_pipeline.parallel import deal, in_processes
 from dmr_pipeline.recipe import Sensitivity
 from dmr_pipeline.stage import StageContext, StageResult
-from dmr_pipeline.trajectories import read_trajectories
+from dmr_pipeline.trajectories import read_all_trajectories
 
 STEPS = pl.Schema(
     {
@@ -64,10 +64,11 @@ def sensitivity_dataset(context: StageContext) -> StageResult:
     recipe = context.recipe
     torch.set_num_threads(recipe.runtime.threads)
     ladder = Ladder.load(context.inputs["quantized_checkpoints"], recipe)
-    episodes, steps = read_trajectories(context.inputs["trajectories"])
+    given = read_all_trajectories(context.inputs, ladder.prompter, recipe.precisions.high)
+    slots = recipe.runtime.batch_episodes
     with Progress() as progress:
-        bar = progress.add_task("divergence of the precisions", total=len(episodes))
-        rows = measure(ladder, episodes, steps, recipe.runtime.batch_episodes, lambda n: progress.advance(bar, n))
+        bar = progress.add_task("divergence of the precisions", total=len(given.episodes))
+        rows = measure(ladder, given.episodes, given.steps, slots, lambda n: progress.advance(bar, n))
     tau = threshold(rows, recipe.sensitivity)
     table = label(rows, recipe.sensitivity, tau)
     table.write_parquet(context.output / "steps.parquet")
@@ -75,6 +76,7 @@ def sensitivity_dataset(context: StageContext) -> StageResult:
     return StageResult(
         summary={
             "steps": len(table),
+            "ingested_steps": given.ingested_steps,
             "tau": tau,
             "direction": recipe.sensitivity.direction,
             "label_share": round(float(table["sensitive"].mean()), 5),  # type: ignore[arg-type]

@@ -69,5 +69,5 @@ class Stage:
     """Its artefact grows out of the one before, so that one is never thrown away: a damaged one stops the stage."""
     waiting: Callable[[Path, str], Sequence[Path]] | None = None
     """(data root, recipe) -> files that it has yet to take in; any make it stale."""
-    file_away: Callable[[Path, str], None] | None = None
-    """(data root, recipe): move aside what the published artefact has taken in. Repeated after a kill."""
+    after: Callable[[Path, str], None] | None = None
+    """(data root, recipe): what is left to do once the artefact is published, outside of it. Repeated after a kill."""

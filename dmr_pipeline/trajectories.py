@@ -1,6 +1,11 @@
-"""Stage `trajectories`: episodes on the router_train games by the behaviour policies that the recipe names."""
+"""Stage `trajectories`: episodes on the router_train games by the behaviour policies that the recipe names.
 
-from collections.abc import Sequence
+And the union of these with the ingested ones, which all training reads.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -8,12 +13,19 @@ import polars as pl
 import torch
 from rich.progress import Progress
 
-from dmr_pipeline.agent.rollout import Clock, RoutingPolicy, Run, SinglePrecision, Trajectory
+from dmr_pipeline.agent.prompts import Prompter
+from dmr_pipeline.agent.rollout import CAPACITY, Clock, RoutingPolicy, Run, SinglePrecision, Trajectory
 from dmr_pipeline.environments.tasks import read_games
 from dmr_pipeline.errors import UserError
+from dmr_pipeline.ingestion import LoggedEpisode, read_ingested
 from dmr_pipeline.ladder import Ladder
 from dmr_pipeline.router.baselines import RandomMixing
 from dmr_pipeline.stage import StageContext, StageResult
+
+log = logging.getLogger(__name__)
+
+INGESTED = "ingested"
+"""Policy of the episodes that an agent logged at work."""
 
 STEPS = pl.Schema(
     {
@@ -46,6 +58,16 @@ EPISODES = pl.Schema(
     }
 )
 """One row an episode. `opening` is the first observation."""
+
+
+@dataclass(frozen=True)
+class AllTrajectories:
+    """What is learned from: the played episodes, then the ingested ones."""
+
+    episodes: pl.DataFrame
+    steps: pl.DataFrame
+    ingested_steps: int
+    """Steps that were ingested, also those of episodes that are too long for the agent and in neither table."""
 
 
 def trajectories(context: StageContext) -> StageResult:
@@ -121,3 +143,70 @@ def read_trajectories(folder: Path) -> tuple[pl.DataFrame, pl.DataFrame]:
             raise UserError(f"{path}: missing values or repeated {key}; make it anew")
         tables.append(table)
     return tables[0], tables[1]
+
+
+def read_all_trajectories(inputs: Mapping[str, Path], prompter: Prompter, high: str) -> AllTrajectories:
+    """The union of the inputs `trajectories` and `ingested_trajectories`, both checked again on reading.
+
+    Args:
+        high: the high rung's name.
+
+    Raises:
+        UserError: one of the artefacts is not what it should be.
+    """
+    episodes, steps = read_trajectories(inputs["trajectories"])
+    logged = read_ingested(inputs["ingested_trajectories"])
+    more_episodes, more_steps = ingested_tables(logged, prompter, high)
+    return AllTrajectories(
+        pl.concat([episodes, more_episodes], rechunk=True),
+        pl.concat([steps, more_steps], rechunk=True),
+        sum(len(episode.steps) for episode in logged),
+    )
+
+
+def ingested_tables(
+    logged: Sequence[LoggedEpisode], prompter: Prompter, high: str
+) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Logged episodes as tables of the schemas above, tokenized as if the agent had played them.
+
+    A step counts as high where the rung `high` acted. Episodes whose transcript leaves the agent no room are left out, with a
+    warning. What acted is known, so `probability` is 1 or 0; what its forward passes read is not, so `processed` is 0.
+    """
+    episodes, steps, too_long = [], [], 0
+    for episode in logged:
+        segments, actions = _tokens(episode, prompter)
+        if sum(map(len, segments + actions)) + prompter.prompt.max_action_tokens > CAPACITY:
+            too_long += 1
+            continue
+        episode_id = f"{INGESTED}/{episode.episode_id}"
+        acted = [step.precision == high for step in episode.steps]
+        reward = float(episode.success) if episode.reward is None else episode.reward
+        episodes.append(
+            (
+                episode_id,
+                episode.task_id,
+                episode.task_type,
+                INGESTED,
+                0,
+                episode.observation,
+                episode.success,
+                reward,
+                len(acted),
+                sum(acted),
+            )
+        )
+        steps += [
+            (episode_id, turn, step.command, step.observation, acted[turn], float(acted[turn]), *tokens, 0)
+            for turn, (step, *tokens) in enumerate(zip(episode.steps, segments, actions, strict=True))
+        ]
+    if too_long:
+        log.warning("%d ingested episodes are left out: too long for the agent's %d tokens", too_long, CAPACITY)
+    return pl.DataFrame(episodes, schema=EPISODES, orient="row"), pl.DataFrame(steps, schema=STEPS, orient="row")
+
+
+def _tokens(episode: LoggedEpisode, prompter: Prompter) -> tuple[list[list[int]], list[list[int]]]:
+    """Segment and action of each step."""
+    shown = [step.observation for step in episode.steps[:-1]]
+    opening = prompter.opening(episode.observation, episode.task)
+    segments = [opening, *(prompter.turn(observation, episode.task) for observation in shown)]
+    return segments, [prompter.action(step.command, step.thought) for step in episode.steps]

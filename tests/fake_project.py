@@ -12,7 +12,8 @@ import polars as pl
 
 from dmr_pipeline import pipeline
 from dmr_pipeline.artifacts import hash_files
-from dmr_pipeline.recipe import Recipe, load_recipe
+from dmr_pipeline.evaluation.metrics import POLICIES
+from dmr_pipeline.recipe import Recipe, Splits, load_recipe
 from dmr_pipeline.stage import Stage, StageContext, StageResult
 from dmr_pipeline.versioning import dvc_stages
 
@@ -43,6 +44,7 @@ grpo_router:
   validate_every: 1
   validation_games: 1
 evaluation: {}
+release: {}
 """
 
 
@@ -63,6 +65,9 @@ def fake_run(context: StageContext) -> StageResult:
             "sensitive": [False, True, False],
         }
     )
+    if name == "benchmark_tasks":
+        for split in Splits.model_fields:
+            pl.DataFrame({"task_id": [f"{split}-game"]}).write_parquet(context.output / f"{split}.parquet")
     if name in ("trajectories", "sensitivity_dataset"):
         steps.write_parquet(context.output / "steps.parquet")
     if name == "trajectories":
@@ -70,17 +75,47 @@ def fake_run(context: StageContext) -> StageResult:
             context.output / "episodes.parquet"
         )
     if name == "evaluation_report":
-        metrics = {"recipe": RECIPE, "high": "float", "low": "int2", "headline": "kl_router", "policies": {}}
+        metrics = {
+            "recipe": context.recipe.name,
+            "high": "always_high",
+            "low": "always_low",
+            "headline": "kl_router",
+            "policies": {policy: fake_policy(policy) for policy in sorted(POLICIES)},
+            "paired": [],
+        }
         (context.output / "metrics.json").write_text(json.dumps(metrics))
         (context.output / "table.md").write_text("| policy |\n|---|\n| always_high |\n")
         (context.output / "plots").mkdir()
         (context.output / "plots" / "cost.png").write_bytes(b"\x89PNG")
-    gate = {"gate": {"high": 0.9, "low": 0.5, "passed": True}} if name == "quantized_checkpoints" else {}
-    return StageResult(summary={"inputs": len(context.inputs), **gate}, measured={"seconds_a_step": 0.1})
+    return StageResult(
+        summary={"inputs": len(context.inputs), **SUMMARIES.get(name, {})}, measured={"seconds_a_step": 0.1}
+    )
+
+
+SUMMARIES: dict[str, dict[str, object]] = {
+    "quantized_checkpoints": {
+        "gate": {"high": 0.9, "low": 0.5, "passed": True, "verdict": "a gap"},
+        "rungs": [
+            {"name": "float", "kl_to_float": 0.0, "reloads_equal": True},
+            {"name": "int2", "kl_to_float": 0.3, "reloads_equal": True},
+        ],
+    },
+    "ingested_trajectories": {"files": 0, "episodes": 0, "steps": 0},
+    "sensitivity_dataset": {"ingested_steps": 0},
+    "kl_router": {"validation_high_ratio": 0.3},
+    "grpo_router": {"validation_ratio": 0.3},
+}
+"""What the real stages say of themselves and the checks look at."""
+
+
+def fake_policy(name: str) -> dict[str, object]:
+    ratio = {"always_high": 1.0, "always_low": 0.0}.get(name, 0.3)
+    return {"success": 0.5, "ci95": [0.4, 0.6], "high_ratio": ratio, "cost": 0.5, "n": 1}
 
 
 def fake_stages() -> tuple[Stage, ...]:
-    return tuple(replace(stage, run=fake_run) for stage in pipeline.STAGES)
+    """The table with functions of our own; nothing is waited for, and no report is rendered."""
+    return tuple(replace(stage, run=fake_run, waiting=None, after=None) for stage in pipeline.STAGES)
 
 
 def make_project(folder: Path, stages: tuple[Stage, ...]) -> Recipe:

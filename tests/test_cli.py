@@ -35,11 +35,13 @@ def dmr(*arguments: str) -> Result:
 
 @pytest.fixture(autouse=True)
 def fake_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    def render_html(folder: Path, sidecar: Path | None, html: Path) -> None:
-        html.write_text(f"{folder.name} {sidecar is not None}")
+    def render_beside(folder: Path) -> Path:
+        html = folder.with_name("report.html")
+        html.write_text(folder.name)
+        return html
 
     report = types.ModuleType("dmr_pipeline.evaluation.report")
-    report.render_html = render_html
+    report.render_beside = render_beside
     report.console_table = lambda metrics: Table(f"policies of {metrics['recipe']}")
     monkeypatch.setitem(sys.modules, report.__name__, report)
 
@@ -102,8 +104,8 @@ def test_a_clone_starts_from_the_committed_agent_and_ends_with_the_same_hashes(
 def test_report_as_json_is_json_alone(finished_project: Recipe):
     result = dmr("report", RECIPE, "--json")
     report = json.loads(result.stdout)
-    assert report.keys() == {"recipe", "high", "low", "headline", "policies", "html"}
-    assert Path(report["html"]).read_text() == "evaluation_report True"
+    assert report.keys() == {"recipe", "high", "low", "headline", "policies", "paired", "html"}
+    assert Path(report["html"]).read_text() == "evaluation_report"
     assert "policies of fake" in dmr("report", RECIPE).stdout
 
 
@@ -118,10 +120,12 @@ def test_status_tells_present_stale_damaged_and_missing(finished_project: Recipe
         "agent": "missing",
         "quantized_checkpoints": "stale",
         "trajectories": "stale",
+        "ingested_trajectories": "present",
         "sensitivity_dataset": "stale",
         "kl_router": "damaged",
         "grpo_router": "stale",
         "evaluation_report": "stale",
+        "released_router": "stale",
     }
     shown = dmr("status", "--recipe", RECIPE)
     assert shown.exit_code == 0

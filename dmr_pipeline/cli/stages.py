@@ -15,7 +15,7 @@ from rich.logging import RichHandler
 from rich.table import Table
 
 from dmr_pipeline import pipeline
-from dmr_pipeline.artifacts import Artifact, artifact_folder, provenance, sidecar_path, verify
+from dmr_pipeline.artifacts import DATA_ROOT, Artifact, artifact_folder, provenance, sidecar_path, verify
 from dmr_pipeline.cli.common import DEFAULT_RECIPE, RecipeArgument, RecipeOption, console, errors, user_errors_exit_2
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.recipe import Recipe, load_recipe, recipe_names
@@ -133,6 +133,9 @@ def stage_states(recipe: Recipe) -> Iterator[tuple[str, str, str, Artifact | Non
         waiting = [name for name in stage.inputs if name not in present]
         wanted = provenance(stage, recipe, {name: present.get(name, "") for name in stage.inputs})
         difference = f"not up to date: {', '.join(waiting)}" if waiting else wanted.difference(artifact.manifest)
+        files = stage.waiting(DATA_ROOT, recipe.name) if stage.waiting is not None else ()
+        if files and difference is None:
+            difference = f"to be ingested: {', '.join(file.name for file in files)}"
         if difference is None:
             present[stage.name] = artifact.hash
         yield stage.name, "present" if difference is None else "stale", difference or "", artifact
@@ -155,15 +158,13 @@ def _when(artifact: Artifact) -> str:
 
 
 def _render_report(recipe: str) -> tuple["Metrics", Path]:
-    """The metrics of the evaluation, and the HTML file, which is no artefact since it shows measured times."""
-    from dmr_pipeline.evaluation.report import render_html
+    """The metrics of the evaluation, and the HTML file."""
+    from dmr_pipeline.evaluation.metrics import read_metrics
+    from dmr_pipeline.evaluation.report import render_beside
 
     folder = verify(artifact_folder("evaluation_report", recipe)).path
-    sidecar = sidecar_path(folder)
-    html = folder.parent / "report.html"
-    render_html(folder, sidecar if sidecar.is_file() else None, html)
-    metrics: Metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    return metrics, html.resolve()
+    html = render_beside(folder)
+    return read_metrics(folder), html.resolve()
 
 
 def _show_report(recipe: str) -> None:

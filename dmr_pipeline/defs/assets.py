@@ -1,14 +1,14 @@
 """Dagster assets made from the pipeline table: one a stage, partitioned by recipe."""
 
-import base64
-import json
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
+from typing import Any
 
 import dagster as dg
-from pydantic import Field, JsonValue
+from pydantic import Field
 
-from dmr_pipeline.artifacts import Materialized, materialize_stage, sidecar_path
+from dmr_pipeline.artifacts import materialize_stage
+from dmr_pipeline.defs.describe import describe
+from dmr_pipeline.defs.sections import build_sections, observe, section_key
 from dmr_pipeline.recipe import load_recipe, recipe_names
 from dmr_pipeline.stage import Stage
 from dmr_pipeline.versioning import dvc_stages
@@ -27,15 +27,32 @@ def recipe_partitions() -> dg.StaticPartitionsDefinition:
     return dg.StaticPartitionsDefinition(recipe_names())
 
 
-def build_assets(stages: Sequence[Stage]) -> list[dg.AssetsDefinition]:
+def build_assets(stages: Sequence[Stage]) -> list[dg.AssetsDefinition | dg.AssetSpec]:
+    """The stages, and the recipe sections that they read."""
     partitions = recipe_partitions()
-    return [_build_asset(stage, stages, partitions) for stage in stages]
+    return [*build_sections(partitions), *(_build_asset(stage, stages, partitions) for stage in stages)]
+
+
+def op_tags_of(stage: Stage) -> dict[str, Any]:
+    """What Ray and Kubernetes are to reserve for a run of the stage; other executors ignore it."""
+    needs = stage.resources
+    limits = {"cpu": str(needs.cpus), "memory": f"{needs.memory_gb}Gi"}
+    if needs.gpus:
+        limits["nvidia.com/gpu"] = str(needs.gpus)
+    return {
+        "dagster-ray/config": {
+            "num_cpus": needs.cpus,
+            "num_gpus": needs.gpus,
+            "memory": needs.memory_gb * 2**30,
+        },
+        "dagster-k8s/config": {"container_config": {"resources": {"requests": limits, "limits": limits}}},
+    }
 
 
 def _build_asset(stage: Stage, stages: Sequence[Stage], partitions: dg.PartitionsDefinition) -> dg.AssetsDefinition:
     @dg.asset(
         name=stage.name,
-        deps=list(stage.inputs),
+        deps=[*stage.inputs, *map(section_key, stage.sections)],
         partitions_def=partitions,
         group_name=stage.group,
         kinds=set(stage.kinds),
@@ -43,11 +60,15 @@ def _build_asset(stage: Stage, stages: Sequence[Stage], partitions: dg.Partition
         description=stage.description,
         code_version=stage.code_version,
         pool=stage.pool,
+        op_tags=op_tags_of(stage),
         metadata={"recipe_sections": ", ".join(stage.sections)},
     )
     def asset(context: dg.AssetExecutionContext, config: Materialization) -> dg.MaterializeResult:
         recipe = load_recipe(context.partition_key)
         dvc_stages.check_rendered(stages, recipe_names())
+        observe(context.instance, recipe, stage.sections)
+        # Dagster read the versions of what this step depends on before the sections were observed.
+        context.get_step_execution_context().fetch_external_input_asset_version_info()
         done = materialize_stage(stage, recipe, force=config.force)
         committed = dvc_stages.commit(stage, recipe.name, artifact=done.artifact, rebuilt=not done.skipped)
         return dg.MaterializeResult(
@@ -55,44 +76,3 @@ def _build_asset(stage: Stage, stages: Sequence[Stage], partitions: dg.Partition
         )
 
     return asset
-
-
-def describe(done: Materialized) -> dict[str, dg.MetadataValue]:
-    """What the Dagster UI shows of an artefact: where, how large, its summary, its table and its pictures."""
-    artifact = done.artifact
-    metadata: dict[str, dg.MetadataValue] = {
-        "path": dg.MetadataValue.path(artifact.path.resolve()),
-        "hash": dg.MetadataValue.text(artifact.hash),
-        "size_bytes": dg.MetadataValue.int(artifact.size),
-        "files": dg.MetadataValue.int(len(artifact.manifest.files)),
-        "was_up_to_date": dg.MetadataValue.bool(done.skipped),
-        **{f"summary/{key}": _typed(value) for key, value in artifact.manifest.summary.items()},
-    }
-    table = artifact.path / "table.md"
-    if table.is_file():
-        metadata["table"] = dg.MetadataValue.md(table.read_text(encoding="utf-8"))
-    for picture in sorted(artifact.path.rglob("*.png")):
-        encoded = base64.b64encode(picture.read_bytes()).decode()
-        metadata[f"picture/{picture.stem}"] = dg.MetadataValue.md(f"![{picture.stem}](data:image/png;base64,{encoded})")
-    return metadata | _describe_run(sidecar_path(artifact.path))
-
-
-def _describe_run(sidecar: Path) -> dict[str, dg.MetadataValue]:
-    """The run that made the artefact; a committed artefact of a fresh clone has none on this machine."""
-    if not sidecar.is_file():
-        return {}
-    record: Mapping[str, JsonValue] = json.loads(sidecar.read_text(encoding="utf-8"))
-    shown = {key: record[key] for key in ("started", "finished", "seconds", "git", "measured")}
-    return {f"run/{key}": _typed(value) for key, value in shown.items()}
-
-
-def _typed(value: JsonValue) -> dg.MetadataValue:
-    if isinstance(value, bool):
-        return dg.MetadataValue.bool(value)
-    if isinstance(value, int):
-        return dg.MetadataValue.int(value)
-    if isinstance(value, float):
-        return dg.MetadataValue.float(value)
-    if isinstance(value, str):
-        return dg.MetadataValue.text(value)
-    return dg.MetadataValue.json(value or {})

@@ -1,100 +1,272 @@
-"""Asset checks. The ones on tables block: nothing downstream runs on a bad table."""
+"""Asset checks. Those block whose failure would make what comes after wrong; the others say that a result disappoints."""
 
 import logging
 import warnings
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, get_args
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
 
 import dagster as dg
 import polars as pl
+from pydantic import JsonValue
 
-from dmr_pipeline.artifacts import MANIFEST, Manifest, artifact_folder
+from dmr_pipeline.artifacts import Manifest, artifact_folder, verify
 from dmr_pipeline.defs.assets import recipe_partitions
+from dmr_pipeline.defs.describe import typed
+from dmr_pipeline.defs.versions import recorded_version
 from dmr_pipeline.environments.alfworld.game import TaskType
-from dmr_pipeline.recipe import load_recipe
+from dmr_pipeline.errors import UserError
+from dmr_pipeline.recipe import Recipe, load_recipe
 
 if TYPE_CHECKING:
     from dmr_pipeline.defs.expectations import Validation
 
 log = logging.getLogger(__name__)
 
+RATIO_BOUNDS = (0.01, 0.99)
+"""Outside of these a router has collapsed to a single precision. Ours."""
 
-def build_checks() -> list[dg.AssetChecksDefinition]:
-    """Partitioned as the assets are: an unpartitioned check would share one status over all recipes."""
+
+@dataclass(frozen=True)
+class Finding:
+    """What a check found."""
+
+    failures: Sequence[str]
+    """One line each: what was expected, and what is there."""
+    facts: Mapping[str, JsonValue] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Check:
+    """One check of one stage's artefact."""
+
+    stage: str
+    name: str
+    description: str
+    examine: Callable[[Path, Manifest, Recipe], Finding]
+    blocking: bool
+
+
+def tasks_are_disjoint(folder: Path, manifest: Manifest, recipe: Recipe) -> Finding:
+    ids = {path.stem: set(pl.read_parquet(path, columns=["task_id"])["task_id"]) for path in folder.glob("*.parquet")}
+    failures = [
+        f"{len(ids[first] & ids[second])} games are both in {first} and in {second}"
+        for first in ids
+        for second in ids
+        if first < second and ids[first] & ids[second]
+    ]
+    asked = recipe.benchmark.splits.model_dump()
+    failures += [
+        f"{split}: {len(ids.get(split, ()))} different games, {asked[split]} asked for"
+        for split in asked
+        if len(ids.get(split, ())) != asked[split]
+    ]
+    return Finding(failures, {split: len(games) for split, games in ids.items()})
+
+
+def precisions_leave_a_gap(folder: Path, manifest: Manifest, recipe: Recipe) -> Finding:
+    gate: Any = manifest.summary["gate"]
+    return Finding([] if gate["passed"] else [gate["verdict"]], {"gate": gate})
+
+
+def rungs_reload_equal(folder: Path, manifest: Manifest, recipe: Recipe) -> Finding:
+    rungs: Any = manifest.summary["rungs"]
+    failures = [f"{rung['name']}: a reloaded model gives other logits" for rung in rungs if not rung["reloads_equal"]]
+    missing = [rung.name for rung in recipe.precisions.ladder if rung.name not in {rung["name"] for rung in rungs}]
+    return Finding([*failures, *(f"{name}: not on the ladder that was made" for name in missing)])
+
+
+def divergence_grows_down_the_ladder(folder: Path, manifest: Manifest, recipe: Recipe) -> Finding:
+    rungs: Any = manifest.summary["rungs"]
+    failures = [
+        f"{below['name']} is nearer to the float model ({below['kl_to_float']:.6f} nats an action) than"
+        f" {above['name']} ({above['kl_to_float']:.6f})"
+        for above, below in pairwise(rungs)
+        if below["kl_to_float"] < above["kl_to_float"]
+    ]
+    return Finding(failures, {rung["name"]: rung["kl_to_float"] for rung in rungs})
+
+
+def trajectories_are_complete(folder: Path, manifest: Manifest, recipe: Recipe) -> Finding:
+    from dmr_pipeline.defs.expectations import validate_trajectory_episodes, validate_trajectory_steps
+
+    steps, episodes = (pl.read_parquet(folder / f"{name}.parquet") for name in ("steps", "episodes"))
+    return _expectations(
+        steps=validate_trajectory_steps(steps), episodes=validate_trajectory_episodes(episodes, get_args(TaskType))
+    )
+
+
+def labels_are_sane(folder: Path, manifest: Manifest, recipe: Recipe) -> Finding:
+    from dmr_pipeline.defs.expectations import validate_sensitivity_steps
+
+    steps = pl.read_parquet(folder / "steps.parquet")
+    return _expectations(steps=validate_sensitivity_steps(steps, get_args(TaskType), recipe.sensitivity.label_share))
+
+
+def kl_router_has_not_collapsed(folder: Path, manifest: Manifest, recipe: Recipe) -> Finding:
+    return _ratio_within_bounds(manifest.summary["validation_high_ratio"])
+
+
+def grpo_router_has_not_collapsed(folder: Path, manifest: Manifest, recipe: Recipe) -> Finding:
+    calibrated = manifest.summary.get("calibrated_validation_ratio")
+    return _ratio_within_bounds(manifest.summary["validation_ratio"] if calibrated is None else calibrated)
+
+
+def report_is_whole(folder: Path, manifest: Manifest, recipe: Recipe) -> Finding:
+    from dmr_pipeline.evaluation.metrics import failures_of, read_metrics
+
+    metrics = read_metrics(folder)
+    return Finding(failures_of(metrics), {"policies": ", ".join(metrics["policies"])})
+
+
+def _ratio_within_bounds(ratio: JsonValue) -> Finding:
+    if not isinstance(ratio, float):
+        raise TypeError(f"a high-precision ratio is a float, this is {ratio!r}")
+    lowest, highest = RATIO_BOUNDS
+    failures = [] if lowest <= ratio <= highest else [f"high-precision ratio {ratio} on validation games"]
+    return Finding(failures, {"high_precision_ratio": ratio})
+
+
+def _expectations(**validations: "Validation") -> Finding:
+    return Finding(
+        [f"{table}: {failure}" for table, validation in validations.items() for failure in validation.failures],
+        {"expectations": sum(validation.expectations for validation in validations.values())},
+    )
+
+
+CHECKS = (
+    Check(
+        "benchmark_tasks",
+        "splits_are_disjoint",
+        "No game is in two splits, and each split has the number of games that the recipe asks for.",
+        tasks_are_disjoint,
+        blocking=True,
+    ),
+    Check(
+        "quantized_checkpoints",
+        "rungs_reload_equal",
+        "Every rung gives the same logits, bit by bit, once it was saved and loaded again.",
+        rungs_reload_equal,
+        blocking=True,
+    ),
+    Check(
+        "quantized_checkpoints",
+        "divergence_grows_down_the_ladder",
+        "Each rung is at least as far from the float model as the one above it, by KL on the expert's actions.",
+        divergence_grows_down_the_ladder,
+        blocking=False,  # what follows compares two rungs by what they do, whichever is nearer to float
+    ),
+    Check(
+        "quantized_checkpoints",
+        "precisions_leave_a_gap",
+        "High succeeds often enough on validation games, and low so much less that routing can matter.",
+        precisions_leave_a_gap,
+        blocking=False,  # a missing gap is a result too
+    ),
+    Check(
+        "trajectories",
+        "steps_and_episodes_are_complete",
+        "Keys are unique, nothing is null or NaN, task types are known (Great Expectations).",
+        trajectories_are_complete,
+        blocking=True,
+    ),
+    Check(
+        "sensitivity_dataset",
+        "labels_are_sane",
+        "Divergences are finite and not negative, keys unique, task types known, labels within bounds (Great Expectations).",
+        labels_are_sane,
+        blocking=True,
+    ),
+    Check(
+        "kl_router",
+        "router_has_not_collapsed",
+        f"On validation games the high-precision ratio is within {RATIO_BOUNDS}.",
+        kl_router_has_not_collapsed,
+        blocking=False,  # stage 2 may bring it back, and the report shows it
+    ),
+    Check(
+        "grpo_router",
+        "router_has_not_collapsed",
+        f"On validation games the high-precision ratio is within {RATIO_BOUNDS}.",
+        grpo_router_has_not_collapsed,
+        blocking=False,  # the report shows it, and a release asks for more than that
+    ),
+    Check(
+        "evaluation_report",
+        "all_policies_and_sane_intervals",
+        "Every policy is there, every estimate lies in its interval, every rate between 0 and 1.",
+        report_is_whole,
+        blocking=True,
+    ),
+)
+
+
+def build_checks(stages: Sequence[str]) -> list[dg.AssetChecksDefinition]:
+    """The checks of these stages, and for each stage one of its files. Partitioned as the assets are: an unpartitioned
+    check would share one status over all recipes."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", dg.PreviewWarning)  # partitions of checks are a preview in Dagster 1.13
-        return _build_checks(recipe_partitions())
+        partitions = recipe_partitions()
+        return [
+            *(_files_check(stage, partitions) for stage in stages),
+            *(_build_check(check, partitions) for check in CHECKS if check.stage in stages),
+        ]
 
 
-def _build_checks(partitions: dg.PartitionsDefinition) -> list[dg.AssetChecksDefinition]:
+def _build_check(check: Check, partitions: dg.PartitionsDefinition) -> dg.AssetChecksDefinition:
     @dg.asset_check(
-        asset="trajectories",
-        name="steps_and_episodes_are_complete",
-        description="Keys are unique, nothing is null or NaN, task types are known.",
+        asset=check.stage,
+        name=check.name,
+        description=check.description,
+        blocking=check.blocking,
+        partitions_def=partitions,
+    )
+    def asset_check(context: dg.AssetCheckExecutionContext) -> dg.AssetCheckResult:
+        artifact = verify(artifact_folder(check.stage, context.partition_key))
+        found = check.examine(artifact.path, artifact.manifest, load_recipe(context.partition_key))
+        return _result(
+            check.stage, found, dg.AssetCheckSeverity.ERROR if check.blocking else dg.AssetCheckSeverity.WARN
+        )
+
+    return asset_check
+
+
+def _files_check(stage: str, partitions: dg.PartitionsDefinition) -> dg.AssetChecksDefinition:
+    @dg.asset_check(
+        asset=stage,
+        name="files_are_as_recorded",
+        description="Every file is the one that the manifest lists, and the folder's hash the asset's data version.",
         blocking=True,
         partitions_def=partitions,
     )
-    def trajectories_check(context: dg.AssetCheckExecutionContext) -> dg.AssetCheckResult:
-        from dmr_pipeline.defs.expectations import validate_trajectory_episodes, validate_trajectory_steps
+    def asset_check(context: dg.AssetCheckExecutionContext) -> dg.AssetCheckResult:
+        recorded = recorded_version(context.instance, dg.AssetKey(stage), context.partition_key)
+        try:
+            artifact = verify(artifact_folder(stage, context.partition_key))
+        except UserError as error:
+            return _result(stage, Finding([str(error)]), dg.AssetCheckSeverity.ERROR)
+        failures = [f"its hash is {artifact.hash}, recorded was {recorded}"] if artifact.hash != recorded else []
+        return _result(stage, Finding(failures, {"hash": artifact.hash}), dg.AssetCheckSeverity.ERROR)
 
-        folder = artifact_folder("trajectories", context.partition_key)
-        return _result(
-            "trajectories",
-            {
-                "steps": validate_trajectory_steps(pl.read_parquet(folder / "steps.parquet")),
-                "episodes": validate_trajectory_episodes(
-                    pl.read_parquet(folder / "episodes.parquet"), get_args(TaskType)
-                ),
-            },
+    return asset_check
+
+
+def _result(stage: str, found: Finding, severity: dg.AssetCheckSeverity) -> dg.AssetCheckResult:
+    for failure in found.failures:
+        log.log(
+            logging.ERROR if severity is dg.AssetCheckSeverity.ERROR else logging.WARNING,
+            "%s: check failed: %s",
+            stage,
+            failure,
         )
-
-    @dg.asset_check(
-        asset="sensitivity_dataset",
-        name="labels_are_sane",
-        description="Divergences are finite and not negative, keys unique, task types known, labels within bounds.",
-        blocking=True,
-        partitions_def=partitions,
-    )
-    def sensitivity_check(context: dg.AssetCheckExecutionContext) -> dg.AssetCheckResult:
-        from dmr_pipeline.defs.expectations import validate_sensitivity_steps
-
-        label_share = load_recipe(context.partition_key).sensitivity.label_share
-        steps = pl.read_parquet(artifact_folder("sensitivity_dataset", context.partition_key) / "steps.parquet")
-        return _result(
-            "sensitivity_dataset", {"steps": validate_sensitivity_steps(steps, get_args(TaskType), label_share)}
-        )
-
-    @dg.asset_check(
-        asset="quantized_checkpoints",
-        name="precisions_leave_a_gap",
-        description="High succeeds often enough on validation games, and low so much less that routing can matter.",
-        blocking=False,  # a missing gap is a result too: the later stages then run on the rung with the largest one
-        partitions_def=partitions,
-    )
-    def gate_check(context: dg.AssetCheckExecutionContext) -> dg.AssetCheckResult:
-        manifest = artifact_folder("quantized_checkpoints", context.partition_key) / MANIFEST
-        gate = Manifest.model_validate_json(manifest.read_bytes()).summary["gate"]
-        if not isinstance(gate, dict):
-            raise TypeError(f"{manifest}: summary.gate is {gate!r}, not a mapping")
-        if not gate["passed"]:
-            log.warning("gate of the precisions not passed: success %s at high, %s at low", gate["high"], gate["low"])
-        return dg.AssetCheckResult(
-            passed=bool(gate["passed"]),
-            severity=dg.AssetCheckSeverity.WARN,
-            metadata={"gate": dg.MetadataValue.json(gate)},
-        )
-
-    return [trajectories_check, sensitivity_check, gate_check]
-
-
-def _result(asset: str, validations: Mapping[str, "Validation"]) -> dg.AssetCheckResult:
-    failures = [f"{table}: {failure}" for table, validation in validations.items() for failure in validation.failures]
-    for failure in failures:
-        log.error("%s: check failed: %s", asset, failure)
     return dg.AssetCheckResult(
-        passed=all(validation.success for validation in validations.values()),
+        passed=not found.failures,
+        severity=severity,
+        description="; ".join(found.failures) or None,
         metadata={
-            "failures": dg.MetadataValue.json(failures),
-            "expectations": sum(validation.expectations for validation in validations.values()),
+            "failures": dg.MetadataValue.json(list(found.failures)),
+            **{name: typed(fact) for name, fact in found.facts.items()},
         },
     )

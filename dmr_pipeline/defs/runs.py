@@ -1,8 +1,10 @@
 """Runs in this process, for the command line: the same assets and the same record as a run from the UI."""
 
+import logging
 import os
 import platform
-from collections.abc import Sequence
+import time
+from collections.abc import Sequence, Set
 from pathlib import Path
 
 import dagster as dg
@@ -15,7 +17,10 @@ from dmr_pipeline.defs.checks import build_checks
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.stage import Stage
 
+log = logging.getLogger(__name__)
+
 PROCESS_TAG = "dmr/process"
+POLL_SECONDS = 2.0
 
 
 def materialize(stages: Sequence[Stage], recipe: str, selected: Sequence[str], *, force: bool = False) -> None:
@@ -26,9 +31,10 @@ def materialize(stages: Sequence[Stage], recipe: str, selected: Sequence[str], *
     """
     with _open_instance() as instance:
         _end_killed_runs(instance)
+        _wait_for_slots(instance, {stage.pool for stage in stages if stage.name in selected and stage.pool})
         try:
             dg.materialize(
-                [*build_assets(stages), *_checks_of(stages)],
+                [*build_assets(stages), *build_checks([stage.name for stage in stages])],
                 instance=instance,
                 partition_key=recipe,
                 selection=dg.AssetSelection.assets(*selected),
@@ -42,9 +48,21 @@ def materialize(stages: Sequence[Stage], recipe: str, selected: Sequence[str], *
             raise UserError(f"a blocking check failed: {' '.join(str(error).split())}") from error
 
 
-def _checks_of(stages: Sequence[Stage]) -> list[dg.AssetChecksDefinition]:
-    names = {dg.AssetKey(stage.name) for stage in stages}
-    return [check for check in build_checks() if {key.asset_key for key in check.check_keys} <= names]
+def _wait_for_slots(instance: dg.DagsterInstance, pools: Set[str]) -> None:
+    """Return once every pool has a slot to give. Dagster's in-process executor waits for one at full CPU (it takes the
+    minimum of 0 and the time until it should ask again) and deaf to SIGTERM; here a run sleeps before it starts."""
+    told = False
+    while any(_is_full(instance, pool) for pool in pools):
+        if not told:
+            log.info("another run holds the pool %s, waiting for it to end", ", ".join(sorted(pools)))
+            told = True
+        time.sleep(POLL_SECONDS)
+        _end_killed_runs(instance)
+
+
+def _is_full(instance: dg.DagsterInstance, pool: str) -> bool:
+    info = instance.event_log_storage.get_concurrency_info(pool)
+    return info.slot_count > 0 and info.active_slot_count >= info.slot_count
 
 
 def _open_instance() -> dg.DagsterInstance:

@@ -12,10 +12,12 @@ Intervals of gap recovered, of gains and of paired differences: percentile boots
 together. All resamples come from one seed, so the same episodes give the same bytes in any row order.
 """
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, pairwise
+from pathlib import Path
 from statistics import NormalDist
 from typing import Literal, NotRequired, TypedDict, cast
 
@@ -149,6 +151,51 @@ class Metrics(TypedDict):
     """The same four for the random policies, the reference for the routers' own."""
 
 
+POLICIES = frozenset(
+    {
+        "always_high",
+        "always_low",
+        "confidence",
+        "kl_router",
+        "grpo_router",
+        "random@kl_router",
+        "random@grpo_router",
+        "disagreement",
+    }
+)
+"""What every evaluation compares."""
+
+
+def read_metrics(folder: Path) -> Metrics:
+    """Of the artefact in `folder`."""
+    metrics: Metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    return metrics
+
+
+def failures_of(metrics: Metrics) -> list[str]:
+    """What cannot be true of an evaluation, a line each: a policy is missing, or numbers contradict each other."""
+    policies = metrics["policies"]
+    failures = [f"{name} is missing" for name in sorted(POLICIES - policies.keys())]
+    for name, policy in policies.items():
+        low, high = policy["ci95"]
+        if not 0 <= low <= policy["success"] <= high <= 1:
+            failures.append(f"{name}: success {policy['success']} with interval {low} to {high}")
+        if not 0 <= policy["high_ratio"] <= 1:
+            failures.append(f"{name}: high-precision ratio {policy['high_ratio']}")
+        if policy["cost"] <= 0 or policy["n"] <= 0:
+            failures.append(f"{name}: cost {policy['cost']} over {policy['n']} games")
+    for name, ratio in ((metrics["high"], 1.0), (metrics["low"], 0.0)):
+        if name in policies and policies[name]["high_ratio"] != ratio:
+            failures.append(f"{name}: high-precision ratio {policies[name]['high_ratio']}, which must be {ratio:.0f}")
+    if len({policy["n"] for policy in policies.values()}) > 1:
+        failures.append("not all policies played the same number of games")
+    for pair in metrics["paired"]:
+        low, high = pair["ci95"]
+        if not low <= pair["difference"] <= high:
+            failures.append(f"{pair['policy']} against {pair['against']}: {pair['difference']} outside {low} to {high}")
+    return failures
+
+
 @dataclass(frozen=True)
 class _Outcomes:
     """A policy's means over draws, one number a game, games in sorted order."""
@@ -228,6 +275,15 @@ def compute_metrics(
         "random_curve": _curve(policies, high, low, "random"),
     }
     return cast(Metrics, _rounded(metrics))
+
+
+def compare_policies(
+    episodes: pl.DataFrame, policy: str, against: str, *, confidence: float, bootstrap: int, seed: int
+) -> PairedComparison:
+    """Two policies of `episodes`, as in `Metrics.paired`. Arguments, rounding and errors as in `compute_metrics`."""
+    outcomes = _outcomes(_checked(episodes, (policy, against)))
+    weights = game_weights(outcomes[policy].success.size, bootstrap, seed)
+    return cast(PairedComparison, _rounded(_paired_comparison(policy, against, outcomes, weights, confidence)))
 
 
 def wilson(rate: float, n: int, confidence: float) -> Interval:

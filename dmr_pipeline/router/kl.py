@@ -1,7 +1,7 @@
 """Stage `kl_router`: stage 1 of the router, class-weighted cross-entropy on the sensitivity labels.
 
-The paper's loss; the rest is ours. It is taken over the two routing tokens alone, at every step of the router_train
-trajectories. Held out by game: calibration (Platt), quality and threshold come from validation games. The training
+The paper's loss; the rest is ours. It is taken over the two routing tokens alone, at every step of the router_train and the
+ingested trajectories. Held out by game: calibration (Platt), quality and threshold come from validation games. The training
 resumes after a kill with the same result.
 """
 
@@ -51,7 +51,7 @@ from dmr_pipeline.router.policies import routing_policy
 from dmr_pipeline.router.probe import ProbeHead
 from dmr_pipeline.sensitivity import label, measure, read_sensitivity, threshold
 from dmr_pipeline.stage import StageContext, StageResult
-from dmr_pipeline.trajectories import read_trajectories, to_frames
+from dmr_pipeline.trajectories import read_all_trajectories, to_frames
 
 ROUTER_FOLDER = "router"
 _VALIDATION_MIX = 0.5
@@ -62,7 +62,7 @@ def kl_router(context: StageContext) -> StageResult:
     recipe, section = context.recipe, context.recipe.kl_router
     torch.set_num_threads(recipe.runtime.threads)
     ladder = Ladder.load(context.inputs["quantized_checkpoints"], recipe)
-    _, steps = read_trajectories(context.inputs["trajectories"])
+    steps = read_all_trajectories(context.inputs, ladder.prompter, recipe.precisions.high).steps
     sensitivity = read_sensitivity(context.inputs["sensitivity_dataset"])
     router = new_router(section.model, ladder.prompter.tokenizer, section.seed, ladder.device, ladder.models[False])
     sequences = sequences_of_steps(steps, router.settings)

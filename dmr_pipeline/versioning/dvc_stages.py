@@ -6,7 +6,7 @@ All paths are relative to the project's folder, which is the working directory.
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,23 +67,46 @@ def check_rendered(stages: Sequence[Stage], recipes: Sequence[str], file: Path =
         raise UserError(f"{file} is not what the pipeline table and {RECIPE_FOLDER}/ say: run `dmr render`")
 
 
-def is_committed(stage: Stage, recipe: str, artifact: Artifact, lock_file: Path = LOCK_FILE) -> bool:
-    """Does `dvc.lock` record this artefact, made by this command from these inputs and parameters?"""
-    yaml_reader = YAML(typ="safe")  # DVC's own reader: PyYAML takes 1e-3 for a string
+def lock_entry(stage: Stage, recipe: str, lock_file: Path = LOCK_FILE) -> Mapping[str, Any] | None:
+    """What `dvc.lock` records of a stage; None where it has no entry."""
     if not lock_file.is_file():
-        return False
-    entry = (yaml_reader.load(lock_file) or {}).get("stages", {}).get(stage_address(stage, recipe))
-    if entry is None:
-        return False
+        return None
+    entry: Mapping[str, Any] | None = (
+        (_yaml().load(lock_file) or {}).get("stages", {}).get(stage_address(stage, recipe))
+    )
+    return entry
+
+
+def recorded_outputs(entry: Mapping[str, Any]) -> dict[str, str | None]:
+    """Path -> hash of the outputs of an entry in `dvc.lock`."""
+    return {out["path"]: out.get("md5") for out in entry.get("outs", [])}
+
+
+def has_provenance(entry: Mapping[str, Any], stage: Stage, recipe: str, inputs: Mapping[str, str]) -> bool:
+    """Is the entry in `dvc.lock` one of this command, these inputs (stage -> hash) and the recipe as it is now?"""
     recipe_file = RECIPE_FOLDER / f"{recipe}.yaml"
-    content = yaml_reader.load(recipe_file)
+    content = _yaml().load(recipe_file)
     return bool(
         entry.get("cmd") == stage_command(stage, recipe)
-        and {out["path"]: out.get("md5") for out in entry.get("outs", [])} == {artifact.path.as_posix(): artifact.hash}
         and {dep["path"]: dep.get("md5") for dep in entry.get("deps", [])}
-        == {artifact_folder(name, recipe).as_posix(): md5 for name, md5 in artifact.manifest.inputs.items()}
+        == {artifact_folder(name, recipe).as_posix(): md5 for name, md5 in inputs.items()}
         and entry.get("params", {}).get(recipe_file.as_posix()) == {name: content.get(name) for name in stage.sections}
     )
+
+
+def is_committed(stage: Stage, recipe: str, artifact: Artifact, lock_file: Path = LOCK_FILE) -> bool:
+    """Does `dvc.lock` record this artefact, made by this command from these inputs and parameters?"""
+    entry = lock_entry(stage, recipe, lock_file)
+    return (
+        entry is not None
+        and recorded_outputs(entry) == {artifact.path.as_posix(): artifact.hash}
+        and has_provenance(entry, stage, recipe, artifact.manifest.inputs)
+    )
+
+
+def _yaml() -> YAML:
+    """DVC's own reader: PyYAML takes 1e-3 for a string."""
+    return YAML(typ="safe")
 
 
 def commit(stage: Stage, recipe: str, *, rebuilt: bool, artifact: Artifact) -> bool:

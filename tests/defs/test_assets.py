@@ -12,7 +12,7 @@ from dmr_pipeline.defs import runs
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.recipe import Recipe
 from dmr_pipeline.stage import Stage, StageContext, StageResult
-from tests.fake_project import RECIPE, fake_run
+from tests.fake_project import RECIPE, SUMMARIES, fake_run
 
 NAMES = [stage.name for stage in pipeline.STAGES]
 
@@ -46,7 +46,7 @@ def test_every_row_of_the_table_is_an_asset_and_recipes_are_its_partitions(proje
         assert node.kinds == stage.kinds
         assert node.pools == ({stage.pool} if stage.pool else set())
         assert node.owners
-    assert {node.group_name for node in graph.asset_nodes} == {stage.group for stage in pipeline.STAGES}
+    assert {node.group_name for node in graph.asset_nodes} == {"recipe", *(stage.group for stage in pipeline.STAGES)}
 
 
 @pytest.mark.parametrize(
@@ -54,10 +54,18 @@ def test_every_row_of_the_table_is_an_asset_and_recipes_are_its_partitions(proje
     [
         (
             "+kl_router",
-            {"kl_router", "benchmark_tasks", "quantized_checkpoints", "trajectories", "sensitivity_dataset"},
+            {
+                "kl_router",
+                "benchmark_tasks",
+                "quantized_checkpoints",
+                "trajectories",
+                "ingested_trajectories",
+                "sensitivity_dataset",
+            },
         ),
         ("kl_router+", {"kl_router", "grpo_router", "evaluation_report"}),
-        ("group:labels", {"trajectories", "sensitivity_dataset"}),
+        ("kl_router++", {"kl_router", "grpo_router", "evaluation_report", "released_router"}),
+        ("group:labels", {"trajectories", "ingested_trajectories", "sensitivity_dataset"}),
         ('key:"agent" or kind:python', {"agent", "benchmark_tasks"}),
         ("*", set(NAMES)),
     ],
@@ -122,7 +130,9 @@ def test_a_bad_table_blocks_what_comes_after(project: Recipe, asset: str, harm: 
 def test_the_gate_is_shown_and_does_not_block(project: Recipe, passed: bool):
     def run(context: StageContext) -> StageResult:
         fake_run(context)
-        return StageResult(summary={"gate": {"high": 0.9, "low": 0.88, "passed": passed}})
+        summary = SUMMARIES["quantized_checkpoints"]
+        gate = {"high": 0.9, "low": 0.88, "passed": passed, "verdict": "no gap"}
+        return StageResult(summary={**summary, "gate": gate})
 
     runs.materialize(with_run("quantized_checkpoints", run), RECIPE, NAMES)
     assert latest("evaluation_report") is not None

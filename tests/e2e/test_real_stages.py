@@ -57,6 +57,7 @@ grpo_router:
   validation_games: 3
   target_ratio: 0.4
 evaluation: {bootstrap: 50}
+release: {bootstrap: 50}
 """
 
 

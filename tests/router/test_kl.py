@@ -1,5 +1,7 @@
+import json
 import math
 import random
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from dmr_pipeline.environments.alfworld.expert import ExploringExpert
 from dmr_pipeline.environments.alfworld.generator import generate_game
 from dmr_pipeline.environments.tasks import benchmark_tasks, read_games
 from dmr_pipeline.errors import UserError
+from dmr_pipeline.ingestion import ingested_trajectories
 from dmr_pipeline.ladder import Ladder, quantized_checkpoints
 from dmr_pipeline.recipe import KlRouter, Lora, Pretrained, Prompt, Recipe, RouterModel, load_recipe
 from dmr_pipeline.router import kl
@@ -33,9 +36,9 @@ from dmr_pipeline.router.model import (
     save_router,
 )
 from dmr_pipeline.router.policies import LmRouter
-from dmr_pipeline.sensitivity import sensitivity_dataset
+from dmr_pipeline.sensitivity import label, measure, read_sensitivity, sensitivity_dataset, threshold
 from dmr_pipeline.stage import StageContext
-from dmr_pipeline.trajectories import trajectories
+from dmr_pipeline.trajectories import read_trajectories, trajectories
 from tests.router.test_model import ARCHITECTURE, CPU, TOKENIZER, make_llm, random_model
 
 Labelled = tuple[list[RoutingSequence], list[list[bool]]]
@@ -217,10 +220,16 @@ def inputs(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     folder = tmp_path_factory.mktemp("artefacts")
     save_causal_lm(random_model(7), TOKENIZER, folder / "agent" / "model", torch.float16)
     done = {"agent": folder / "agent"}
-    for stage in (benchmark_tasks, quantized_checkpoints, trajectories, sensitivity_dataset):
+    for stage in (
+        benchmark_tasks,
+        quantized_checkpoints,
+        trajectories,
+        ingested_trajectories,
+        sensitivity_dataset,
+    ):
         done[stage.__name__] = folder / stage.__name__
         done[stage.__name__].mkdir()
-        stage(StageContext(recipe, done, done[stage.__name__], folder))
+        stage(StageContext(recipe, done, done[stage.__name__], folder, incoming=folder / "incoming"))
     return done
 
 
@@ -264,3 +273,56 @@ def test_the_stage_is_deterministic_and_its_numbers_hold(
     assert validation["episode_id"].n_unique() == 4
     assert probabilities.mean() == pytest.approx(sensitive.mean(), abs=0.06)  # what Platt scaling makes equal
     assert summary["auroc"] == pytest.approx(auroc(probabilities, sensitive), abs=1e-5)
+
+
+def test_with_nothing_ingested_the_labels_are_those_of_the_played_steps_alone(
+    recipe: Recipe, inputs: dict[str, Path]
+) -> None:
+    ladder = Ladder.load(inputs["quantized_checkpoints"], recipe)
+    rows = measure(ladder, *read_trajectories(inputs["trajectories"]), recipe.runtime.batch_episodes)
+    alone = label(rows, recipe.sensitivity, threshold(rows, recipe.sensitivity))
+    assert read_sensitivity(inputs["sensitivity_dataset"]).equals(alone)
+
+
+def test_ingested_steps_are_labelled_and_learned_from(recipe: Recipe, inputs: dict[str, Path], tmp_path: Path) -> None:
+    """Played episodes that come back as logs; the one whose game is a test game by then is used by neither stage."""
+    episodes, steps = read_trajectories(inputs["trajectories"])
+    task_of = {game.task_id: game.instruction for game in read_games(inputs["benchmark_tasks"], "router_train")}
+    (tmp_path / "incoming").mkdir()
+    lines = []
+    for episode in episodes.filter(pl.col("policy") == "all-high").iter_rows(named=True):
+        taken = steps.filter(pl.col("episode_id") == episode["episode_id"])
+        log = {"episode_id": episode["episode_id"], "task": task_of[episode["task_id"]]}
+        log |= {"observation": episode["opening"]} | {
+            name: episode[name] for name in ("task_id", "task_type", "success")
+        }
+        shown = taken.select("command", "observation", precision=pl.lit(recipe.precisions.high))
+        lines.append(json.dumps(log | {"steps": shown.to_dicts()}))
+    (tmp_path / "incoming" / "logs.jsonl").write_text("\n".join(lines))
+    done, games = dict(inputs), tmp_path / "games"
+    for name in ("before", "ingested", "labels"):
+        (tmp_path / name).mkdir()
+    ingested_trajectories(StageContext(recipe, done, tmp_path / "before", tmp_path, None, tmp_path / "incoming"))
+    shutil.copytree(inputs["benchmark_tasks"], games)
+    pl.read_parquet(games / "router_train.parquet").head(1).write_parquet(games / "test.parquet")
+    done["benchmark_tasks"] = games
+    ingested_trajectories(
+        StageContext(recipe, done, tmp_path / "ingested", tmp_path, tmp_path / "before", tmp_path / "none")
+    )
+    done["ingested_trajectories"] = tmp_path / "ingested"
+    result = sensitivity_dataset(StageContext(recipe, done, tmp_path / "labels", tmp_path))
+    done["sensitivity_dataset"] = tmp_path / "labels"
+
+    table = read_sensitivity(tmp_path / "labels")
+    new = table.filter(pl.col("policy") == "ingested")
+    assert result.summary["ingested_steps"] == len(new) == 3 * 6
+    assert len(table) == len(steps) + len(new)
+    assert new["task_id"].unique().sort().to_list() == sorted(task_of)[1:]
+    # The transcript up to the first action is that of the played episode, whatever becomes of the tokens it babbled.
+    first = {
+        row["task_id"]: row for row in table.filter(pl.col("turn") == 0, pl.col("policy") == "all-high").to_dicts()
+    }
+    for row in new.filter(pl.col("turn") == 0).to_dicts():
+        assert row["kl_high_low"] == pytest.approx(first[row["task_id"]]["kl_high_low"], rel=1e-3)
+    _, summary = run_stage(recipe, done, tmp_path / "router")
+    assert summary["train_steps"] == len(table)

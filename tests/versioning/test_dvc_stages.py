@@ -40,9 +40,23 @@ def test_dagster_has_the_tables_edges(project: Recipe):
     graph = defs().resolve_asset_graph()
     edges = {
         key.to_user_string(): {parent.to_user_string() for parent in graph.get(key).parent_keys}
-        for key in graph.get_all_asset_keys()
+        for key in graph.materializable_asset_keys
     }
-    assert edges == TABLE
+    assert edges == {
+        row.name: {*row.inputs, *(f"recipe/{section}" for section in row.sections)} for row in pipeline.STAGES
+    }
+
+
+def test_dagster_and_dvc_have_the_same_edges(project: Recipe):
+    """Read off the two systems themselves; a recipe's sections are DVC's parameters and Dagster's assets."""
+    graph = defs().resolve_asset_graph()
+    stages = {stage.addressing: stage for stage in Repo().index.stages}
+    for key in graph.materializable_asset_keys:
+        stage = stages[f"{key.to_user_string()}@{RECIPE}"]
+        upstream = {Path(dep.def_path).name for dep in stage.deps if dep not in stage.params}
+        sections = {f"recipe/{name}" for params in stage.params for name in params.params}
+        assert {parent.to_user_string() for parent in graph.get(key).parent_keys} == upstream | sections
+    assert len(stages) == len(graph.materializable_asset_keys)
 
 
 def test_a_code_version_makes_both_systems_stale(project: Recipe):
@@ -71,7 +85,12 @@ def test_commit_records_what_dvc_then_calls_up_to_date(project: Recipe):
 def test_whatever_dvc_lock_does_not_record_is_not_committed(project: Recipe, change: str):
     first, second = pipeline.STAGES[:2]
     for stage in (first, second):
-        dvc_stages.commit(stage, RECIPE, artifact=materialize_stage(stage, project).artifact, rebuilt=True)
+        dvc_stages.commit(
+            stage,
+            RECIPE,
+            artifact=materialize_stage(stage, project).artifact,
+            rebuilt=True,
+        )
     artifact = verify(artifact_folder(second.name, RECIPE))
     assert dvc_stages.is_committed(second, RECIPE, artifact)
     if change == "output":

@@ -1,0 +1,115 @@
+"""`dmr router`: the router in use, how it came to be so, and what a person can do about it."""
+
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich import box
+from rich.table import Table
+
+from dmr_pipeline import pipeline
+from dmr_pipeline.artifacts import artifact_folder, folder_hash, hash_files, verify
+from dmr_pipeline.cli.common import DEFAULT_RECIPE, RecipeOption, console, user_errors_exit_2
+from dmr_pipeline.cli.stages import _progress_lines
+from dmr_pipeline.recipe import load_recipe
+from dmr_pipeline.stage import StageContext, StageResult
+
+if TYPE_CHECKING:
+    from dmr_pipeline.release import Decision, Releases
+
+STAGE = "released_router"
+
+router = typer.Typer(help="The router in use: its history, and releases by hand.", no_args_is_help=True)
+
+
+@router.command()
+@user_errors_exit_2
+def history(recipe: RecipeOption = DEFAULT_RECIPE) -> None:
+    """Show every decision about which router is in use."""
+    load_recipe(recipe)
+    releases = _read_releases(recipe)
+    table = Table(title=f"routers of {recipe}", box=box.SIMPLE)
+    for column in ("", "number", "router"):
+        table.add_column(column, no_wrap=True)
+    for column in ("decision", "success", "cost"):
+        table.add_column(column)
+    table.add_column("reason", overflow="fold")
+    for decision in releases.decisions:
+        used = decision.number == releases.current
+        marks = ("*" if used else "", str(decision.number), decision.router[:7], decision.decision.replace("_", " "))
+        table.add_row(*marks, *_compared(decision), decision.reason, style="green" if used else None)
+    console.print(table)
+    console.print(
+        "* is in use. Success (points, with its interval) and cost are against the router in use at the time."
+    )
+
+
+@router.command()
+@user_errors_exit_2
+def promote(recipe: RecipeOption = DEFAULT_RECIPE) -> None:
+    """Release the newly trained router, whatever a comparison says."""
+    from dmr_pipeline import release
+
+    load_recipe(recipe)
+    _release(recipe, release.promote)
+
+
+@router.command()
+@user_errors_exit_2
+def rollback(
+    recipe: RecipeOption = DEFAULT_RECIPE,
+    to: Annotated[int | None, typer.Option(help="number of an earlier release; without it, the one before")] = None,
+) -> None:
+    """Release an earlier router again. Its files come from DVC's cache, or from its remote."""
+    from dmr_pipeline import release
+
+    load_recipe(recipe)
+    earlier = release.earlier_release(_read_releases(recipe).decisions, to)
+    with _trained_router(recipe, earlier.router) as folder:
+        _release(recipe, partial(release.roll_back, to=earlier.number, router=folder))
+
+
+def _release(recipe: str, run: Callable[[StageContext], StageResult]) -> None:
+    """Through Dagster and DVC, so that the record is that of any run."""
+    from dmr_pipeline.defs import runs  # Dagster takes a second to import
+
+    stages = [replace(stage, run=run) if stage.name == STAGE else stage for stage in pipeline.STAGES]
+    with _progress_lines():
+        runs.materialize(stages, recipe, [STAGE], force=True)
+
+
+@contextmanager
+def _trained_router(recipe: str, wanted: str) -> Iterator[Path]:
+    """A folder with the artefact `grpo_router` of this hash: the present one, or a restored one for as long as needed."""
+    present = artifact_folder("grpo_router", recipe)
+    if present.is_dir() and folder_hash(hash_files(present)) == wanted:
+        yield present
+        return
+    from dmr_pipeline.versioning import dvc_objects
+
+    with tempfile.TemporaryDirectory(prefix=".restored-", dir=present.parent) as folder:  # no further disk is needed
+        restored = Path(folder) / present.name
+        dvc_objects.restore(wanted, restored)
+        yield restored
+
+
+def _read_releases(recipe: str) -> "Releases":
+    from dmr_pipeline.release import read_releases
+
+    return read_releases(verify(artifact_folder(STAGE, recipe)).path)
+
+
+def _compared(decision: "Decision") -> tuple[str, str]:
+    comparison = decision.comparison
+    if comparison is None:
+        return "", ""
+    low, high = comparison.interval
+    return (
+        f"{100 * comparison.difference:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})",
+        f"{comparison.candidate.cost:.3f} (was {comparison.released.cost:.3f})",
+    )

@@ -1,0 +1,132 @@
+"""New trajectories are ingested and start retrainings; both the sensor and the schedule ship stopped."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import dagster as dg
+
+from dmr_pipeline.artifacts import DATA_ROOT, MANIFEST, Manifest, artifact_folder
+from dmr_pipeline.errors import UserError
+from dmr_pipeline.recipe import Recipe, load_recipe, recipe_names
+
+INGEST_TAG = "dmr/incoming"
+RETRAIN_TAG = "dmr/ingested"
+UNFINISHED = [
+    dg.DagsterRunStatus.QUEUED,
+    dg.DagsterRunStatus.NOT_STARTED,
+    dg.DagsterRunStatus.STARTING,
+    dg.DagsterRunStatus.STARTED,
+    dg.DagsterRunStatus.CANCELING,
+]
+ATTEMPTS = 5
+"""Runs that may try to ingest the same files; a run that dies is followed by another, but not for ever."""
+
+whole_pipeline = dg.define_asset_job(
+    "whole_pipeline",
+    selection=dg.AssetSelection.all(),
+    description="One recipe, from its games to its report and release.",
+)
+ingest = dg.define_asset_job(
+    "ingest",
+    selection=dg.AssetSelection.assets("ingested_trajectories"),
+    executor_def=dg.in_process_executor,  # on this machine: the dropped files are here
+    description="Takes the files of data/incoming/<recipe>/ into ingested_trajectories.",
+)
+retrain = dg.define_asset_job(
+    "retrain",
+    selection=dg.AssetSelection.assets("sensitivity_dataset").downstream(),
+    description="From the labels to the report and the release, on all trajectories that there are by now.",
+)
+
+
+@dg.sensor(
+    name="new_trajectories",
+    jobs=[ingest, retrain],
+    minimum_interval_seconds=30,
+    default_status=dg.DefaultSensorStatus.STOPPED,
+    description="Ingests what is dropped into data/incoming/<recipe>/, told apart by content. Retrains once"
+    " `retraining.min_new_steps` steps of the recipe are new.",
+)
+def new_trajectories(context: dg.SensorEvaluationContext) -> dg.SensorResult | dg.SkipReason:
+    from dmr_pipeline.ingestion import file_away, misplaced_files, waiting_files
+
+    requests, reasons = [], []
+    for path in misplaced_files(DATA_ROOT, recipe_names()):
+        reasons.append(f"{path} is in no recipe's folder: move it to {DATA_ROOT}/incoming/<recipe>/")
+    for name in recipe_names():
+        try:
+            recipe = load_recipe(name)
+        except UserError as error:
+            reasons.append(str(error))
+            continue
+        file_away(DATA_ROOT, name)
+        waiting = waiting_files(DATA_ROOT, name)
+        request = _ingestion(context.instance, name, waiting) if waiting else _retraining(context.instance, recipe)
+        if isinstance(request, dg.RunRequest):
+            requests.append(request)
+        else:
+            reasons.append(f"{name}: {request}")
+    return dg.SensorResult(run_requests=requests) if requests else dg.SkipReason("; ".join(reasons))
+
+
+def _ingestion(instance: dg.DagsterInstance, recipe: str, waiting: Sequence[Path]) -> dg.RunRequest | str:
+    """A run for exactly these contents, or why there is none."""
+    contents = sorted(hashlib.sha256(path.read_bytes()).hexdigest() for path in waiting)
+    key = hashlib.sha256("".join([recipe, *contents]).encode()).hexdigest()[:16]
+    before = instance.get_runs(dg.RunsFilter(job_name=ingest.name, tags={INGEST_TAG: key}))
+    if any(run.status in UNFINISHED for run in before):
+        return "its files are being ingested"
+    if len(before) >= ATTEMPTS:
+        return f"{len(before)} runs failed to ingest its files: see them, and start the job `ingest` by hand"
+    return dg.RunRequest(
+        run_key=f"{key}/{len(before)}", job_name=ingest.name, partition_key=recipe, tags={INGEST_TAG: key}
+    )
+
+
+def _retraining(instance: dg.DagsterInstance, recipe: Recipe) -> dg.RunRequest | str:
+    """A run on what is ingested by now, or why there is none."""
+    new = new_steps(recipe.name)
+    if new is None:
+        return "nothing to retrain yet: its sensitivity_dataset or ingested_trajectories has not been made"
+    if new < recipe.retraining.min_new_steps:
+        return f"{new} new steps of the {recipe.retraining.min_new_steps} that start a retraining"
+    ingested = _manifest("ingested_trajectories", recipe.name)
+    key = hashlib.sha256(ingested.to_json().encode()).hexdigest()[:16] if ingested else ""
+    if instance.get_runs(dg.RunsFilter(job_name=retrain.name, tags={RETRAIN_TAG: key}), limit=1):
+        return f"{new} new steps: their retraining was started already"
+    return dg.RunRequest(
+        run_key=f"retrain/{key}", job_name=retrain.name, partition_key=recipe.name, tags={RETRAIN_TAG: key}
+    )
+
+
+@dg.schedule(
+    job=retrain,
+    cron_schedule="0 3 * * 1",
+    execution_timezone="UTC",
+    name="weekly_retraining",
+    default_status=dg.DefaultScheduleStatus.STOPPED,
+    description="Mondays at 3:00 UTC: retrains every recipe with ingested steps that its labels have not seen yet.",
+)
+def weekly_retraining(context: dg.ScheduleEvaluationContext) -> Iterator[dg.RunRequest | dg.SkipReason]:
+    due = [name for name in recipe_names() if new_steps(name)]
+    for name in due:
+        yield dg.RunRequest(run_key=None, partition_key=name)
+    if not due:
+        yield dg.SkipReason("no recipe has new steps")
+
+
+def new_steps(recipe: str) -> int | None:
+    """Ingested steps that the sensitivity dataset has not seen; None where one of the two is missing."""
+    ingested, labelled = (_manifest(stage, recipe) for stage in ("ingested_trajectories", "sensitivity_dataset"))
+    if ingested is None or labelled is None:
+        return None
+    steps, seen = ingested.summary["steps"], labelled.summary["ingested_steps"]
+    if not isinstance(steps, int) or not isinstance(seen, int):
+        raise TypeError(f"{recipe}: numbers of steps are {steps!r} and {seen!r}")
+    return steps - seen
+
+
+def _manifest(stage: str, recipe: str) -> Manifest | None:
+    path = artifact_folder(stage, recipe) / MANIFEST
+    return Manifest.model_validate_json(path.read_bytes()) if path.is_file() else None

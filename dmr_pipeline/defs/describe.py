@@ -1,0 +1,75 @@
+"""What the Dagster UI shows of an artefact: where it is, its summary, tables, pictures, and the run that made it."""
+
+import base64
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import dagster as dg
+from pydantic import JsonValue
+
+from dmr_pipeline.artifacts import Materialized, sidecar_path
+
+MAIN_TABLES = ("steps.parquet", "episodes.parquet", "training.parquet")
+"""The table that stands for an artefact in the catalogue: the first of these that it has."""
+
+
+def describe(done: Materialized) -> dict[str, dg.MetadataValue]:
+    artifact = done.artifact
+    metadata: dict[str, dg.MetadataValue] = {
+        "path": dg.MetadataValue.path(artifact.path.resolve()),
+        "hash": dg.MetadataValue.text(artifact.hash),
+        "size_bytes": dg.MetadataValue.int(artifact.size),
+        "files": dg.MetadataValue.int(len(artifact.manifest.files)),
+        "was_up_to_date": dg.MetadataValue.bool(done.skipped),
+        **{f"summary/{key}": typed(value) for key, value in artifact.manifest.summary.items()},
+        **_tables(artifact.path),
+    }
+    table = artifact.path / "table.md"
+    if table.is_file():
+        metadata["table"] = dg.MetadataValue.md(table.read_text(encoding="utf-8"))
+    report = artifact.path.with_name("report.html")
+    if table.is_file() and report.is_file():
+        metadata["report"] = dg.MetadataValue.path(report.resolve())
+    for picture in sorted(artifact.path.rglob("*.png")):
+        encoded = base64.b64encode(picture.read_bytes()).decode()
+        metadata[f"picture/{picture.stem}"] = dg.MetadataValue.md(f"![{picture.stem}](data:image/png;base64,{encoded})")
+    return metadata | _run(sidecar_path(artifact.path))
+
+
+def typed(value: JsonValue) -> dg.MetadataValue:
+    if isinstance(value, bool):
+        return dg.MetadataValue.bool(value)
+    if isinstance(value, int):
+        return dg.MetadataValue.int(value)
+    if isinstance(value, float):
+        return dg.MetadataValue.float(value)
+    if isinstance(value, str):
+        return dg.MetadataValue.text(value)
+    return dg.MetadataValue.json(value or {})
+
+
+def _tables(folder: Path) -> dict[str, dg.MetadataValue]:
+    """Rows of every table, and the columns of the main one where Dagster's catalogue looks for them."""
+    from pyarrow import parquet
+
+    tables = {path.relative_to(folder).as_posix(): parquet.ParquetFile(path) for path in folder.rglob("*.parquet")}
+    metadata: dict[str, dg.MetadataValue] = {
+        f"rows/{name.removesuffix('.parquet')}": dg.MetadataValue.int(table.metadata.num_rows)
+        for name, table in sorted(tables.items())
+    }
+    main = next((name for name in MAIN_TABLES if name in tables), None)
+    if main is not None:
+        columns = [dg.TableColumn(field.name, str(field.type)) for field in tables[main].schema_arrow]
+        metadata["dagster/column_schema"] = dg.MetadataValue.table_schema(dg.TableSchema(columns))
+        metadata["dagster/row_count"] = dg.MetadataValue.int(tables[main].metadata.num_rows)
+    return metadata
+
+
+def _run(sidecar: Path) -> dict[str, dg.MetadataValue]:
+    """The run that made the artefact; a committed artefact of a fresh clone has none on this machine."""
+    if not sidecar.is_file():
+        return {}
+    record: Mapping[str, JsonValue] = json.loads(sidecar.read_text(encoding="utf-8"))
+    shown = {key: record[key] for key in ("started", "finished", "seconds", "git", "measured")}
+    return {f"run/{key}": typed(value) for key, value in shown.items()}

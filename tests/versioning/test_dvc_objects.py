@@ -1,0 +1,321 @@
+import hashlib
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from ruamel.yaml import YAML
+
+from dmr_pipeline import pipeline
+from dmr_pipeline.artifacts import (
+    MANIFEST,
+    Artifact,
+    artifact_folder,
+    folder_hash,
+    hash_files,
+    materialize_stage,
+    sidecar_path,
+    verify,
+)
+from dmr_pipeline.errors import UserError
+from dmr_pipeline.recipe import Recipe
+from dmr_pipeline.stage import Stage
+from dmr_pipeline.versioning import dvc_objects, dvc_stages
+from tests.fake_project import RECIPE, dvc
+
+CACHE = Path(".dvc/cache/files/md5")
+TASKS = artifact_folder("benchmark_tasks", RECIPE)
+
+
+@pytest.fixture
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that is the DVC remote 'store' of the project in the working directory."""
+    folder = tmp_path_factory.mktemp("store")
+    dvc("remote", "add", "store", str(folder))
+    return folder
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()
+    }
+
+
+def object_in(objects: Path, oid: str) -> Path:
+    return objects / oid[:2] / oid[2:]
+
+
+def damage(path: Path) -> None:
+    """As a bad disk does: other bytes, the same mode."""
+    mode = path.stat().st_mode
+    path.chmod(0o644)
+    path.write_bytes(b"damaged")
+    path.chmod(mode)
+
+
+def stage_called(name: str) -> Stage:
+    return pipeline.find_stage(name, pipeline.STAGES)
+
+
+def leftovers(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir() if path.name.startswith(".") and path.is_dir()]
+
+
+def test_folder_comes_back_from_the_cache(finished_project: Recipe, tmp_path: Path):
+    before, wanted = content(TASKS), verify(TASKS).hash
+    dvc_objects.restore(wanted, tmp_path / "elsewhere" / "tasks")
+    assert content(tmp_path / "elsewhere" / "tasks") == before
+    assert not leftovers(tmp_path / "elsewhere")
+
+
+def test_folder_that_is_there_is_replaced_whole_and_loses_the_record_of_its_run(
+    finished_project: Recipe,
+):
+    before, wanted = content(TASKS), verify(TASKS).hash
+    (TASKS / "stray").write_text("x")
+    assert sidecar_path(TASKS).is_file()
+    dvc_objects.restore(wanted, TASKS)
+    assert content(TASKS) == before
+    assert not sidecar_path(TASKS).exists()
+    assert not leftovers(TASKS.parent)
+
+
+def test_folder_of_that_hash_is_left_alone(finished_project: Recipe):
+    shutil.rmtree(CACHE)
+    dvc_objects.restore(verify(TASKS).hash, TASKS)
+    assert sidecar_path(TASKS).is_file()
+
+
+@pytest.mark.parametrize("lost", ["everything", "the list", "a file"])
+def test_what_the_cache_lacks_comes_from_the_remote(finished_project: Recipe, store: Path, lost: str):
+    before, wanted = content(TASKS), verify(TASKS).hash
+    dvc_objects.push(wanted, "store")
+    if lost == "everything":
+        shutil.rmtree(CACHE)
+    else:
+        oid = wanted if lost == "the list" else verify(TASKS).manifest.files["content.json"]
+        object_in(CACHE, oid).unlink()
+    shutil.rmtree(TASKS)
+    dvc_objects.restore(wanted, TASKS, "store")
+    assert content(TASKS) == before
+
+
+def test_default_remote_is_used_where_none_is_named(finished_project: Recipe, store: Path):
+    wanted = verify(TASKS).hash
+    dvc("remote", "default", "store")
+    dvc_objects.push(wanted)
+    shutil.rmtree(CACHE)
+    shutil.rmtree(TASKS)
+    dvc_objects.restore(wanted, TASKS)
+    assert verify(TASKS).hash == wanted
+
+
+def test_push_sends_each_object_once_and_what_dvc_itself_finds(finished_project: Recipe, store: Path):
+    artifact = verify(TASKS)
+    objects = set(hash_files(TASKS).values()) | {artifact.hash}
+    assert dvc_objects.push(artifact.hash, "store") == len(objects)
+    sent = {path.parent.name + path.name for path in store.rglob("*") if path.is_file()}
+    assert sent == objects
+    assert dvc_objects.push(artifact.hash, "store") == 0
+    shutil.rmtree(CACHE)
+    shutil.rmtree(TASKS)
+    dvc("pull", "-r", "store", f"benchmark_tasks@{RECIPE}")
+    assert verify(TASKS).hash == artifact.hash
+
+
+def test_push_mends_a_remote_that_has_the_list_but_lost_a_file(finished_project: Recipe, store: Path):
+    artifact = verify(TASKS)
+    dvc_objects.push(artifact.hash, "store")
+    object_in(store / "files/md5", artifact.manifest.files["content.json"]).unlink()
+    assert dvc_objects.push(artifact.hash, "store") == 1
+
+
+@pytest.mark.parametrize("damaged", ["a file", "the list"])
+def test_damaged_object_of_the_cache_is_fetched_again(finished_project: Recipe, store: Path, damaged: str):
+    before, artifact = content(TASKS), verify(TASKS)
+    dvc_objects.push(artifact.hash, "store")
+    oid = artifact.hash if damaged == "the list" else artifact.manifest.files["content.json"]
+    damage(object_in(CACHE, oid))
+    shutil.rmtree(TASKS)
+    dvc_objects.restore(artifact.hash, TASKS, "store")
+    assert content(TASKS) == before
+    assert hashlib.md5(object_in(CACHE, oid).read_bytes()).hexdigest() == oid.removesuffix(".dir")
+
+
+def test_damaged_object_that_is_nowhere_else_is_named_and_removed(
+    finished_project: Recipe,
+):
+    artifact = verify(TASKS)
+    oid = artifact.manifest.files["content.json"]
+    damage(object_in(CACHE, oid))
+    shutil.rmtree(TASKS)
+    with pytest.raises(UserError, match=f"{oid} was damaged in DVC's cache .* there is no remote"):
+        dvc_objects.restore(artifact.hash, TASKS)
+    assert not object_in(CACHE, oid).exists()
+    assert not TASKS.exists()
+    assert not leftovers(TASKS.parent)
+
+
+@pytest.mark.parametrize("damaged", ["a file", "the list"])
+def test_damaged_object_of_the_remote_is_named_and_never_used(finished_project: Recipe, store: Path, damaged: str):
+    artifact = verify(TASKS)
+    dvc_objects.push(artifact.hash, "store")
+    oid = artifact.hash if damaged == "the list" else artifact.manifest.files["content.json"]
+    broken = object_in(store / "files/md5", oid)
+    damage(broken)
+    shutil.rmtree(CACHE)
+    shutil.rmtree(TASKS)
+    with pytest.raises(UserError, match=f"{broken} in the DVC remote 'store' is damaged.*remove it"):
+        dvc_objects.restore(artifact.hash, TASKS, "store")
+    assert not TASKS.exists()
+    assert not object_in(CACHE, oid).exists()
+
+
+def test_missing_object_unknown_remote_and_no_project_are_user_errors(
+    finished_project: Recipe,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    with pytest.raises(UserError, match=r"0\.dir is not in DVC's cache, and there is no remote"):
+        dvc_objects.restore("0.dir", Path("target"))
+    with pytest.raises(UserError, match="remote 'typo' doesn't exist"):
+        dvc_objects.restore("0.dir", Path("target"), "typo")
+    with pytest.raises(UserError, match="no remote"):
+        dvc_objects.push(verify(TASKS).hash)
+    wanted = verify(TASKS).hash
+    monkeypatch.chdir(tmp_path_factory.mktemp("bare"))
+    with pytest.raises(UserError, match="DVC: you are not inside of a DVC repository"):
+        dvc_objects.restore(wanted, Path("target"))
+
+
+def test_artefact_in_git_is_in_no_cache_and_the_error_says_so(finished_project: Recipe):
+    agent = artifact_folder("agent", RECIPE)
+    wanted = verify(agent).hash
+    shutil.rmtree(agent)
+    with pytest.raises(UserError, match="lies in Git is in no cache"):
+        dvc_objects.restore(wanted, agent)
+
+
+def test_unwritable_remote_is_a_user_error(finished_project: Recipe, tmp_path: Path):
+    (tmp_path / "file").write_text("no folder")
+    dvc("remote", "add", "blocked", str(tmp_path / "file"))
+    with pytest.raises(UserError, match=r"the DVC remote at .*file.* failed: .*Not a directory"):
+        dvc_objects.push(verify(TASKS).hash, "blocked")
+
+
+def test_restore_leaves_the_old_folder_where_the_disk_is_full(finished_project: Recipe, monkeypatch):
+    def full(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    wanted = verify(TASKS).hash
+    (TASKS / "stray").write_text("x")
+    monkeypatch.setattr("dvc_data.hashfile.checkout.checkout", full)
+    with pytest.raises(UserError, match="no space left"):
+        dvc_objects.restore(wanted, TASKS)
+    assert (TASKS / "stray").is_file()
+    assert not leftovers(TASKS.parent)
+
+
+def test_recorded_hash_is_that_of_dvc_lock(finished_project: Recipe):
+    lock = YAML(typ="safe").load(Path("dvc.lock"))["stages"]
+    for stage in pipeline.STAGES:
+        assert dvc_objects.recorded_hash(stage, RECIPE) == lock[f"{stage.name}@{RECIPE}"]["outs"][0]["md5"]
+    assert dvc_objects.recorded_hash(pipeline.STAGES[0], "other") is None
+    Path("dvc.lock").unlink()
+    assert dvc_objects.recorded_hash(pipeline.STAGES[0], RECIPE) is None
+
+
+def test_inputs_that_dvc_lock_records_pass(finished_project: Recipe):
+    for stage in pipeline.STAGES:
+        dvc_objects.check_recorded(stage, RECIPE, verify(artifact_folder(stage.name, RECIPE)))
+
+
+def change_manifest(folder: Path) -> Artifact:
+    """The one file that no manifest guards."""
+    manifest = folder / MANIFEST
+    manifest.write_text(manifest.read_text().replace('"inputs": ', '"inputs":  '))
+    return verify(folder)
+
+
+@pytest.mark.parametrize(("name", "remedy"), [("benchmark_tasks", "dvc pull"), ("agent", "git checkout")])
+def test_input_with_a_changed_manifest_is_refused(finished_project: Recipe, name: str, remedy: str):
+    changed = change_manifest(artifact_folder(name, RECIPE))
+    with pytest.raises(UserError, match=f"{changed.hash}, but dvc.lock records .*{remedy}.*--force") as raised:
+        dvc_objects.check_recorded(stage_called(name), RECIPE, changed)
+    assert "\n" not in str(raised.value)
+
+
+def test_input_of_another_provenance_is_not_the_concern_of_dvc_lock(
+    finished_project: Recipe,
+):
+    stage = stage_called("benchmark_tasks")
+    changed = change_manifest(TASKS)
+    dvc_objects.check_recorded(replace(stage, code_version="new"), RECIPE, changed)
+    recipe = Path("recipes", f"{RECIPE}.yaml")
+    recipe.write_text(recipe.read_text().replace("test: 1", "test: 2"))
+    dvc_objects.check_recorded(stage, RECIPE, changed)
+
+
+def test_manifest_that_came_damaged_out_of_the_cache_is_refused_and_the_remedy_helps(
+    finished_project: Recipe, store: Path
+):
+    stage, wanted = stage_called("benchmark_tasks"), verify(TASKS).hash
+    dvc_objects.push(wanted, "store")
+    cached = object_in(CACHE, hash_files(TASKS)[MANIFEST])
+    text = cached.read_text()
+    cached.chmod(0o644)
+    cached.write_text(text.replace('"inputs": ', '"inputs":  '))
+    cached.chmod(0o444)
+    shutil.rmtree(TASKS)
+    dvc("checkout", str(TASKS))
+    with pytest.raises(UserError, match="came damaged out of DVC's cache"):
+        dvc_objects.check_recorded(stage, RECIPE, verify(TASKS))
+    assert not cached.exists()
+
+    shutil.rmtree(TASKS)
+    dvc("pull", "-r", "store", dvc_stages.stage_address(stage, RECIPE))
+    assert verify(TASKS).hash == wanted
+    dvc_objects.check_recorded(stage, RECIPE, verify(TASKS))
+
+
+def test_history_comes_back_on_a_clone(finished_project: Recipe, store: Path):
+    stage = stage_called("ingested_trajectories")
+    folder = artifact_folder(stage.name, RECIPE)
+    wanted = verify(folder).hash
+    dvc_objects.push(wanted, "store")
+    shutil.rmtree(CACHE)
+    shutil.rmtree(folder)
+    with pytest.raises(
+        UserError,
+        match=f"must not start anew: get it with `dvc pull {stage.name}@{RECIPE}`",
+    ):
+        dvc_objects.ensure_history(stage, RECIPE)
+    assert not folder.exists()
+    dvc_objects.ensure_history(stage, RECIPE, remote="store")
+    assert verify(folder).hash == wanted
+
+
+def test_history_that_is_there_is_left_alone(finished_project: Recipe):
+    stage = stage_called("ingested_trajectories")
+    folder = artifact_folder(stage.name, RECIPE)
+    (folder / "grown").write_text("x")
+    before = folder_hash(hash_files(folder))
+    dvc_objects.ensure_history(stage, RECIPE)
+    assert folder_hash(hash_files(folder)) == before
+
+
+def test_nothing_is_restored_without_a_record_or_a_history(project: Recipe):
+    dvc_objects.ensure_history(stage_called("ingested_trajectories"), RECIPE)
+    assert not artifact_folder("ingested_trajectories", RECIPE).exists()
+    stage = stage_called("benchmark_tasks")
+    dvc_stages.commit(stage, RECIPE, artifact=materialize_stage(stage, project).artifact, rebuilt=True)
+    shutil.rmtree(TASKS)
+    dvc_objects.ensure_history(stage, RECIPE)
+    assert not TASKS.exists()
+
+
+def test_importing_it_does_not_import_dvc():
+    code = "import sys, dmr_pipeline.versioning.dvc_objects, dmr_pipeline.versioning.git_branch; print('dvc' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
