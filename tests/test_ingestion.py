@@ -350,6 +350,28 @@ def test_a_file_that_may_not_be_read_is_named(prepared: Recipe, monkeypatch: pyt
         waiting_files(DATA, "fake")
 
 
+@pytest.mark.parametrize("moment", ["before reading", "after reading"])
+def test_a_file_that_another_process_moves_meanwhile_is_no_trouble(
+    prepared: Recipe, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    content = jsonl(logged("a"))
+    drop(DATA, "a.jsonl", content)
+    ingest(prepared)
+    drop(DATA, "b.jsonl", content)
+    read = Path.read_bytes
+
+    def moved(path: Path) -> bytes:
+        if moment == "before reading":
+            path.unlink()
+        found = read(path)
+        path.unlink()
+        return found
+
+    monkeypatch.setattr(Path, "read_bytes", moved)
+    file_away(DATA, "fake")
+    assert not (DATA / "incoming/fake/b.jsonl").exists()
+
+
 def test_misplaced_files(tmp_path: Path) -> None:
     right = ["fake/a.jsonl", "fake/ingested/b", "fake/quarantine/c", "other/.hidden", "d.jsonl.part"]
     wrong = ["a.jsonl", "fake/deeper/b.parquet", "fake/ingested/deeper/c", "nobody/d.jsonl"]

@@ -1,17 +1,23 @@
 """Dagster assets made from the pipeline table: one a stage, partitioned by recipe."""
 
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from typing import Any
 
 import dagster as dg
 from pydantic import Field
 
-from dmr_pipeline.artifacts import materialize_stage
+from dmr_pipeline.artifacts import artifact_folder, materialize_stage, verify
+from dmr_pipeline.defs import exchange
 from dmr_pipeline.defs.describe import describe
+from dmr_pipeline.defs.executors import enter_home
+from dmr_pipeline.defs.faults import RETRIES, as_dagster_failures
 from dmr_pipeline.defs.sections import build_sections, observe, section_key
-from dmr_pipeline.recipe import load_recipe, recipe_names
+from dmr_pipeline.pipeline import find_stage
+from dmr_pipeline.recipe import Recipe, load_recipe, recipe_names
 from dmr_pipeline.stage import Stage
-from dmr_pipeline.versioning import dvc_stages
+from dmr_pipeline.versioning import dvc_objects, dvc_stages
+from dmr_pipeline.versioning.git_branch import commit_lock
 
 OWNERS = ["team:dmr-pipeline"]
 
@@ -61,18 +67,45 @@ def _build_asset(stage: Stage, stages: Sequence[Stage], partitions: dg.Partition
         code_version=stage.code_version,
         pool=stage.pool,
         op_tags=op_tags_of(stage),
+        retry_policy=RETRIES,
         metadata={"recipe_sections": ", ".join(stage.sections)},
     )
     def asset(context: dg.AssetExecutionContext, config: Materialization) -> dg.MaterializeResult:
-        recipe = load_recipe(context.partition_key)
-        dvc_stages.check_rendered(stages, recipe_names())
-        observe(context.instance, recipe, stage.sections)
-        # Dagster read the versions of what this step depends on before the sections were observed.
-        context.get_step_execution_context().fetch_external_input_asset_version_info()
-        done = materialize_stage(stage, recipe, force=config.force)
-        committed = dvc_stages.commit(stage, recipe.name, artifact=done.artifact, rebuilt=not done.skipped)
-        return dg.MaterializeResult(
-            metadata={**describe(done), "committed_to_dvc": committed}, data_version=dg.DataVersion(done.artifact.hash)
-        )
+        with as_dagster_failures(context):
+            enter_home()
+            recipe = load_recipe(context.partition_key)
+            dvc_stages.check_rendered(stages, recipe_names())
+            observe(context.instance, recipe, stage.sections)
+            # Dagster read the versions of what this step depends on before the sections were observed.
+            context.get_step_execution_context().fetch_external_input_asset_version_info()
+            return _materialize(context, stage, stages, recipe, config)
 
     return asset
+
+
+def _materialize(
+    context: dg.AssetExecutionContext,
+    stage: Stage,
+    stages: Sequence[Stage],
+    recipe: Recipe,
+    config: Materialization,
+) -> dg.MaterializeResult:
+    if recipe.versioning.remote is None:
+        dvc_objects.ensure_history(stage, recipe.name)
+        for name in stage.inputs:
+            dvc_objects.check_recorded(
+                find_stage(name, stages), recipe.name, verify(artifact_folder(name, recipe.name))
+            )
+    else:
+        exchange.pull(context.instance, [*stage.inputs, *([stage.name] if stage.keeps_history else [])], recipe)
+    done = materialize_stage(stage, recipe, force=config.force)
+    committed = dvc_stages.commit(stage, recipe.name, artifact=done.artifact, rebuilt=not done.skipped)
+    metadata = {**describe(done), "committed_to_dvc": dg.MetadataValue.bool(committed)}
+    if recipe.versioning.git == "commit" and committed:
+        message = f"{dvc_stages.stage_address(stage, recipe.name)} is {done.artifact.hash}"
+        commit = commit_lock(message, [dvc_stages.DVC_FILE], datetime.now(UTC).date())
+        if commit is not None:
+            metadata["git_commit"] = dg.MetadataValue.text(commit)
+    if recipe.versioning.remote is not None:
+        exchange.push(stage, recipe, done.artifact)
+    return dg.MaterializeResult(metadata=metadata, data_version=dg.DataVersion(done.artifact.hash))

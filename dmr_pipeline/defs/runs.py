@@ -46,6 +46,10 @@ def materialize(stages: Sequence[Stage], recipe: str, selected: Sequence[str], *
             )
         except DagsterAssetCheckFailedError as error:
             raise UserError(f"a blocking check failed: {' '.join(str(error).split())}") from error
+        except dg.Failure as failure:
+            if isinstance(failure.__cause__, UserError):
+                raise failure.__cause__ from failure
+            raise
 
 
 def _wait_for_slots(instance: dg.DagsterInstance, pools: Set[str]) -> None:

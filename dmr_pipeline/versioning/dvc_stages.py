@@ -121,7 +121,7 @@ def commit(stage: Stage, recipe: str, *, rebuilt: bool, artifact: Artifact) -> b
         return False
     if not rebuilt and is_committed(stage, recipe, artifact):
         return False
-    command = [sys.executable, "-m", "dvc", "--wait-for-lock", "commit", "-q", "-f", stage_address(stage, recipe)]
+    command = [sys.executable, "-m", "dvc", "--wait-for-lock", "commit", "-f", stage_address(stage, recipe)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         reason = " ".join((done.stderr or done.stdout).split())

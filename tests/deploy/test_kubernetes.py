@@ -22,11 +22,11 @@ from tests.fake_project import REPOSITORY
 pytest.importorskip("dagster_k8s", reason="the extra kubernetes is not installed")
 kubernetes_validate = pytest.importorskip("kubernetes_validate", reason="kubernetes-validate is not installed")
 
-import kubernetes
-from dagster_k8s import K8sRunLauncher, k8s_job_executor
-from dagster_k8s.client import DagsterKubernetesClient
-from dagster_k8s.container_context import K8sContainerContext
-from dagster_k8s.job import construct_dagster_k8s_job, get_user_defined_k8s_config
+import kubernetes  # noqa: E402
+from dagster_k8s import K8sRunLauncher, k8s_job_executor  # noqa: E402
+from dagster_k8s.client import DagsterKubernetesClient  # noqa: E402
+from dagster_k8s.container_context import K8sContainerContext  # noqa: E402
+from dagster_k8s.job import construct_dagster_k8s_job, get_user_defined_k8s_config  # noqa: E402
 
 FOLDER = REPOSITORY / "deploy" / "kubernetes"
 KUBERNETES = ("1.30", "1.37")

@@ -23,7 +23,7 @@ from dmr_pipeline.errors import UserError
 from dmr_pipeline.recipe import Recipe
 from dmr_pipeline.stage import Stage
 from dmr_pipeline.versioning import dvc_objects, dvc_stages
-from tests.fake_project import RECIPE, dvc
+from tests.fake_project import RECIPE, REPOSITORY, dvc
 
 CACHE = Path(".dvc/cache/files/md5")
 TASKS = artifact_folder("benchmark_tasks", RECIPE)
@@ -70,9 +70,7 @@ def test_folder_comes_back_from_the_cache(finished_project: Recipe, tmp_path: Pa
     assert not leftovers(tmp_path / "elsewhere")
 
 
-def test_folder_that_is_there_is_replaced_whole_and_loses_the_record_of_its_run(
-    finished_project: Recipe,
-):
+def test_folder_that_is_there_is_replaced_whole_and_loses_the_record_of_its_run(finished_project: Recipe):
     before, wanted = content(TASKS), verify(TASKS).hash
     (TASKS / "stray").write_text("x")
     assert sidecar_path(TASKS).is_file()
@@ -144,9 +142,7 @@ def test_damaged_object_of_the_cache_is_fetched_again(finished_project: Recipe, 
     assert hashlib.md5(object_in(CACHE, oid).read_bytes()).hexdigest() == oid.removesuffix(".dir")
 
 
-def test_damaged_object_that_is_nowhere_else_is_named_and_removed(
-    finished_project: Recipe,
-):
+def test_damaged_object_that_is_nowhere_else_is_named_and_removed(finished_project: Recipe):
     artifact = verify(TASKS)
     oid = artifact.manifest.files["content.json"]
     damage(object_in(CACHE, oid))
@@ -174,9 +170,7 @@ def test_damaged_object_of_the_remote_is_named_and_never_used(finished_project: 
 
 
 def test_missing_object_unknown_remote_and_no_project_are_user_errors(
-    finished_project: Recipe,
-    tmp_path_factory: pytest.TempPathFactory,
-    monkeypatch: pytest.MonkeyPatch,
+    finished_project: Recipe, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ):
     with pytest.raises(UserError, match=r"0\.dir is not in DVC's cache, and there is no remote"):
         dvc_objects.restore("0.dir", Path("target"))
@@ -247,9 +241,7 @@ def test_input_with_a_changed_manifest_is_refused(finished_project: Recipe, name
     assert "\n" not in str(raised.value)
 
 
-def test_input_of_another_provenance_is_not_the_concern_of_dvc_lock(
-    finished_project: Recipe,
-):
+def test_input_of_another_provenance_is_not_the_concern_of_dvc_lock(finished_project: Recipe):
     stage = stage_called("benchmark_tasks")
     changed = change_manifest(TASKS)
     dvc_objects.check_recorded(replace(stage, code_version="new"), RECIPE, changed)
@@ -287,10 +279,7 @@ def test_history_comes_back_on_a_clone(finished_project: Recipe, store: Path):
     dvc_objects.push(wanted, "store")
     shutil.rmtree(CACHE)
     shutil.rmtree(folder)
-    with pytest.raises(
-        UserError,
-        match=f"must not start anew: get it with `dvc pull {stage.name}@{RECIPE}`",
-    ):
+    with pytest.raises(UserError, match=f"must not start anew: get it with `dvc pull {stage.name}@{RECIPE}`"):
         dvc_objects.ensure_history(stage, RECIPE)
     assert not folder.exists()
     dvc_objects.ensure_history(stage, RECIPE, remote="store")
@@ -317,5 +306,6 @@ def test_nothing_is_restored_without_a_record_or_a_history(project: Recipe):
 
 
 def test_importing_it_does_not_import_dvc():
-    code = "import sys, dmr_pipeline.versioning.dvc_objects, dmr_pipeline.versioning.git_branch; print('dvc' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
+    code = "import sys; from dmr_pipeline.versioning import dvc_objects, git_branch; print('dvc' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=REPOSITORY)
+    assert done.stdout == "False\n"

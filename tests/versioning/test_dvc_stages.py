@@ -85,12 +85,7 @@ def test_commit_records_what_dvc_then_calls_up_to_date(project: Recipe):
 def test_whatever_dvc_lock_does_not_record_is_not_committed(project: Recipe, change: str):
     first, second = pipeline.STAGES[:2]
     for stage in (first, second):
-        dvc_stages.commit(
-            stage,
-            RECIPE,
-            artifact=materialize_stage(stage, project).artifact,
-            rebuilt=True,
-        )
+        dvc_stages.commit(stage, RECIPE, artifact=materialize_stage(stage, project).artifact, rebuilt=True)
     artifact = verify(artifact_folder(second.name, RECIPE))
     assert dvc_stages.is_committed(second, RECIPE, artifact)
     if change == "output":

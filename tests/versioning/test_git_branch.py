@@ -34,6 +34,7 @@ def checkout(project: Recipe, monkeypatch: pytest.MonkeyPatch) -> Recipe:
     for role in ("AUTHOR", "COMMITTER"):
         monkeypatch.setenv(f"GIT_{role}_NAME", "A Person")
         monkeypatch.setenv(f"GIT_{role}_EMAIL", "person@example.org")
+    Path(".dvc/.gitignore").write_text("/config.local\n/tmp\n/cache\n")  # else DVC adds the first line itself
     write_lock({"tasks@other": "1"})
     git("checkout", "-q", "-b", "main")
     git("add", "--all")
@@ -46,14 +47,23 @@ def checkout(project: Recipe, monkeypatch: pytest.MonkeyPatch) -> Recipe:
 
 
 def write_lock(entries: dict[str, str], file: Path = Path("dvc.lock")) -> None:
-    stages = {address: {"cmd": "x", "outs": [{"path": address, "md5": md5}]} for address, md5 in entries.items()}
+    """Args: entries: address -> the last digit of its output's hash."""
+    stages = {
+        address: {"cmd": "x", "outs": [{"path": address, "hash": "md5", "md5": digit.zfill(32)}]}
+        for address, digit in entries.items()
+    }
     with file.open("w") as stream:
         YAML(typ="safe").dump({"schema": "2.0", "stages": stages}, stream)
 
 
-def entries(revision: str) -> dict[str, str]:
+def recorded(revision: str) -> dict[str, str]:
     lock = YAML(typ="safe").load(git("show", f"{revision}:dvc.lock"))
     return {address: entry["outs"][0]["md5"] for address, entry in lock["stages"].items()}
+
+
+def entries(revision: str) -> dict[str, str]:
+    """As `write_lock` takes them."""
+    return {address: md5.lstrip("0") for address, md5 in recorded(revision).items()}
 
 
 def state() -> dict[str, str]:
@@ -86,10 +96,7 @@ def test_paths_are_committed_along_ignored_folders_too(checkout: Recipe):
     ignored.mkdir(parents=True)
     (ignored / "file").write_text("x")
     commit_lock("m", [Path("dvc.yaml"), ignored], DAY)
-    assert set(git("diff", "--name-only", "HEAD", BRANCH).splitlines()) == {
-        "dvc.yaml",
-        f"{ignored}/file",
-    }
+    assert set(git("diff", "--name-only", "HEAD", BRANCH).splitlines()) == {"dvc.yaml", f"{ignored}/file"}
     (ignored / "file").unlink()
     commit_lock("m", [ignored], DAY)
     assert git("diff", "--name-only", "HEAD", BRANCH) == "dvc.yaml"
@@ -126,20 +133,12 @@ def test_entries_that_another_work_tree_committed_are_kept(checkout: Recipe, mon
     write_lock({"tasks@other": "1", "tasks@fake": "2"})
     before = Path("dvc.lock").read_text()
     commit_lock("here", [], DAY)
-    assert entries(BRANCH) == {
-        "tasks@other": "9",
-        "tasks@third": "3",
-        "tasks@fake": "2",
-    }
+    assert entries(BRANCH) == {"tasks@other": "9", "tasks@third": "3", "tasks@fake": "2"}
     assert Path("dvc.lock").read_text() == before
     assert commit_lock("again", [], DAY) is None
     write_lock({"tasks@other": "7", "tasks@fake": "2"})
     commit_lock("made here at last", [], DAY)
-    assert entries(BRANCH) == {
-        "tasks@other": "7",
-        "tasks@third": "3",
-        "tasks@fake": "2",
-    }
+    assert entries(BRANCH) == {"tasks@other": "7", "tasks@third": "3", "tasks@fake": "2"}
 
 
 def test_branch_that_is_checked_out_is_never_moved(checkout: Recipe):
@@ -168,11 +167,7 @@ def test_racing_processes_lose_no_commit(checkout: Recipe):
         done = list(
             threads.map(
                 lambda tree: subprocess.run(
-                    [
-                        sys.executable,
-                        "-c",
-                        f"import sys; sys.path.insert(0, {str(REPOSITORY)!r}); {script}",
-                    ],
+                    [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(REPOSITORY)!r}); {script}"],
                     cwd=tree,
                     capture_output=True,
                     text=True,
@@ -194,16 +189,7 @@ def test_branch_moved_meanwhile_is_followed(checkout: Recipe, monkeypatch: pytes
 
     def slow(tree: str, parent: str | None, message: str) -> str:
         if not intruder:
-            intruder.append(
-                git(
-                    "commit-tree",
-                    f"{parent}^{{tree}}",
-                    "-p",
-                    str(parent),
-                    "-m",
-                    "intruder",
-                )
-            )
+            intruder.append(git("commit-tree", f"{parent}^{{tree}}", "-p", str(parent), "-m", "intruder"))
             git("update-ref", f"refs/heads/{BRANCH}", intruder[0])
         return original(tree, parent, message)
 
@@ -244,20 +230,15 @@ def test_project_in_a_folder_of_the_repository(checkout: Recipe, monkeypatch: py
     commit_lock("m", [Path("dvc.yaml")], DAY)
     write_lock({"tasks@third": "3"})
     commit_lock("m", [], DAY)
-    assert git("diff", "--name-only", "HEAD", BRANCH).split() == [
-        "inner/dvc.lock",
-        "inner/dvc.yaml",
-    ]
+    assert git("diff", "--name-only", "HEAD", BRANCH).split() == ["inner/dvc.lock", "inner/dvc.yaml"]
     lock = YAML(typ="safe").load(git("show", f"{BRANCH}:inner/dvc.lock"))
     assert set(lock["stages"]) == {"tasks@fake", "tasks@third"}
 
 
 def test_outside_of_git_and_missing_files_are_user_errors(
-    checkout: Recipe,
-    tmp_path_factory: pytest.TempPathFactory,
-    monkeypatch: pytest.MonkeyPatch,
+    checkout: Recipe, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ):
-    with pytest.raises(UserError, match="git add: .*nowhere"):
+    with pytest.raises(UserError, match=r"git add: .*nowhere"):
         commit_lock("m", [Path("nowhere")], DAY)
     git("branch", "retrain")  # a branch that is in the way of a folder of branches
     write_lock({"tasks@fake": "2"})
@@ -267,7 +248,7 @@ def test_outside_of_git_and_missing_files_are_user_errors(
     with pytest.raises(UserError, match=r"there is no dvc\.lock"):
         commit_lock("m", [], DAY)
     monkeypatch.chdir(tmp_path_factory.mktemp("bare"))
-    with pytest.raises(UserError, match="git rev-parse: .*not a git repository"):
+    with pytest.raises(UserError, match=r"git rev-parse: .*not a git repository"):
         commit_lock("m", [], DAY)
 
 
@@ -284,12 +265,12 @@ def test_old_release_comes_back_from_its_commit_until_it_is_collected(checkout: 
     dvc_stages.commit(stage, RECIPE, artifact=new, rebuilt=True)
     assert new.hash != old.hash
 
-    recorded = entries(BRANCH)[f"{stage.name}@{RECIPE}"]
+    released = recorded(BRANCH)[f"{stage.name}@{RECIPE}"]
     dvc("gc", "--workspace", "--all-branches", "-f")
-    dvc_objects.restore(recorded, Path("old") / stage.name)
+    dvc_objects.restore(released, Path("old") / stage.name)
     assert verify(Path("old") / stage.name).hash == old.hash
     assert verify(folder).hash == new.hash
     dvc("gc", "--workspace", "-f")
     shutil.rmtree("old")
-    with pytest.raises(UserError, match=f"{recorded} is not in DVC's cache, and there is no remote"):
-        dvc_objects.restore(recorded, Path("old") / stage.name)
+    with pytest.raises(UserError, match=f"{released} is not in DVC's cache, and there is no remote"):
+        dvc_objects.restore(released, Path("old") / stage.name)

@@ -1,0 +1,43 @@
+"""Artefacts between machines: a stage's inputs come from the DVC remote by hash, and what it made goes there."""
+
+import logging
+from pathlib import Path
+
+import dagster as dg
+
+from dmr_pipeline.artifacts import Artifact, artifact_folder, verify
+from dmr_pipeline.defs.versions import recorded_version
+from dmr_pipeline.errors import UserError
+from dmr_pipeline.recipe import Recipe
+from dmr_pipeline.stage import Stage
+from dmr_pipeline.versioning import dvc_objects
+
+log = logging.getLogger(__name__)
+
+
+def pull(instance: dg.DagsterInstance, names: list[str], recipe: Recipe) -> None:
+    """Make these stages' artefacts here the ones that Dagster's instance records, where they are others.
+
+    Raises:
+        UserError: an object is neither in DVC's cache here nor in the remote.
+    """
+    for name in names:
+        recorded = recorded_version(instance, dg.AssetKey(name), recipe.name)
+        folder = artifact_folder(name, recipe.name)
+        if recorded is not None and _hash(folder) != recorded:
+            log.info("%s: %s comes from the DVC remote %s", name, recorded, recipe.versioning.remote)
+            dvc_objects.restore(recorded, folder, recipe.versioning.remote)
+
+
+def _hash(folder: Path) -> str | None:
+    """None where there is no valid artefact."""
+    try:
+        return verify(folder).hash
+    except UserError:
+        return None
+
+
+def push(stage: Stage, recipe: Recipe, artifact: Artifact) -> None:
+    """Raises: UserError: the remote cannot be written."""
+    sent = dvc_objects.push(artifact.hash, recipe.versioning.remote)
+    log.info("%s: %d objects sent to the DVC remote %s", stage.name, sent, recipe.versioning.remote)
