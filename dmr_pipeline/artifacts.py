@@ -289,10 +289,15 @@ def recover(folder: Path) -> None:
         return
     try:
         with FileLock(_lock_path(folder), timeout=0):
-            if not folder.exists():
-                old.rename(folder)
+            _put_back(folder)
     except Timeout:
         return  # the process that publishes is alive and will finish
+
+
+def _put_back(folder: Path) -> None:
+    old = _old_folder(folder)
+    if not folder.exists() and old.is_dir():
+        old.rename(folder)
 
 
 def _waiting(stage: Stage, recipe: Recipe, data_root: Path) -> bool:
@@ -384,7 +389,6 @@ def _lock_path(folder: Path) -> Path:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    recover(folder)
     lock = FileLock(_lock_path(folder))
     try:
         lock.acquire(timeout=0)
@@ -392,6 +396,7 @@ def locked(folder: Path) -> Iterator[None]:
         log.info("%s: another process works on it, waiting", folder.name)
         lock.acquire()
     try:
+        _put_back(folder)  # only now: the process that was waited for may have been killed between its renames
         yield
     finally:
         lock.release()

@@ -142,8 +142,7 @@ def ingested_trajectories(context: StageContext) -> StageResult:
     for path in [] if context.previous is None else _stored_files(context.previous):
         shutil.copyfile(path, folder / path.name)
     ids = {episode.episode_id for episode in episodes}
-    # A context without a folder has Path(), which is the current one: nothing there was dropped, and nothing may be moved.
-    dropped = _dropped(context.incoming) if context.incoming != Path() else ()
+    dropped = () if context.incoming is None else _dropped(context.incoming)
     for path, content in dropped:
         digest = hashlib.sha256(content).hexdigest()
         stored = folder / f"{digest}.parquet"

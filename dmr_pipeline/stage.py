@@ -21,7 +21,7 @@ class StageContext:
     """Private resume state; survives a kill, never tracked, emptied after success."""
     previous: Path | None = None
     """The artefact that `output` will replace, verified; given only to stages that keep their history."""
-    incoming: Path = Path()
+    incoming: Path | None = None
     """Folder in which people drop new trajectories for this recipe; it need not exist."""
 
 

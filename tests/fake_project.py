@@ -68,6 +68,8 @@ def fake_run(context: StageContext) -> StageResult:
     if name == "benchmark_tasks":
         for split in Splits.model_fields:
             pl.DataFrame({"task_id": [f"{split}-game"]}).write_parquet(context.output / f"{split}.parquet")
+    if name == "ingested_trajectories":
+        (context.output / "left_out.json").write_text("{}")
     if name in ("trajectories", "sensitivity_dataset"):
         steps.write_parquet(context.output / "steps.parquet")
     if name == "trajectories":

@@ -4,7 +4,10 @@ import typer
 
 from dmr_pipeline.cli import stages
 from dmr_pipeline.cli.data import data
+from dmr_pipeline.cli.doctor import doctor
 from dmr_pipeline.cli.environments import bench, env
+from dmr_pipeline.cli.router import router
+from dmr_pipeline.cli.trajectories import trajectories
 
 app = typer.Typer(
     help="Dynamic mixed-precision routing of LLM agents: one pipeline from games to the accuracy-cost report.",
@@ -13,6 +16,9 @@ app = typer.Typer(
 )
 for command in (stages.run, stages.materialize, stages.status, stages.render, stages.report):
     app.command()(command)
+app.command()(doctor)
+app.add_typer(trajectories, name="trajectories")
+app.add_typer(router, name="router")
 app.add_typer(data, name="data")
 app.add_typer(env, name="env")
 app.add_typer(bench, name="bench")

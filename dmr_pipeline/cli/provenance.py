@@ -23,7 +23,7 @@ def provenance(
         typer.echo(json.dumps(_as_json(chain), indent=2))
         return
     shared = common_libraries(chain)
-    tree = Tree(_describe(chain.origins[chain.stage], shared))
+    tree = Tree(_describe(chain.origins[chain.stage], shared, Text()))
     _add_inputs(tree, chain, chain.stage, shared, {chain.stage})
     console.print(tree)
     if shared:
@@ -52,7 +52,7 @@ def _note(used: str, now: str | None) -> Text:
     return Text(f"\nwas made from {used}, {there}", style="yellow")
 
 
-def _describe(origin: Origin, shared: dict[str, str], note: Text = Text()) -> Text:  # noqa: B008
+def _describe(origin: Origin, shared: dict[str, str], note: Text) -> Text:
     manifest, run = origin.artifact.manifest, origin.run
     lines = [
         f"recipe {manifest.recipe}: {', '.join(manifest.sections)}",

@@ -57,11 +57,11 @@ def new_trajectories(context: dg.SensorEvaluationContext) -> dg.SensorResult | d
     for name in recipe_names():
         try:
             recipe = load_recipe(name)
+            file_away(DATA_ROOT, name)
+            waiting = waiting_files(DATA_ROOT, name)
         except UserError as error:
             reasons.append(str(error))
             continue
-        file_away(DATA_ROOT, name)
-        waiting = waiting_files(DATA_ROOT, name)
         request = _ingestion(context.instance, name, waiting) if waiting else _retraining(context.instance, recipe)
         if isinstance(request, dg.RunRequest):
             requests.append(request)
@@ -72,7 +72,10 @@ def new_trajectories(context: dg.SensorEvaluationContext) -> dg.SensorResult | d
 
 def _ingestion(instance: dg.DagsterInstance, recipe: str, waiting: Sequence[Path]) -> dg.RunRequest | str:
     """A run for exactly these contents, or why there is none."""
-    contents = sorted(hashlib.sha256(path.read_bytes()).hexdigest() for path in waiting)
+    try:
+        contents = sorted(hashlib.sha256(path.read_bytes()).hexdigest() for path in waiting)
+    except FileNotFoundError:
+        return "its files are being moved"
     key = hashlib.sha256("".join([recipe, *contents]).encode()).hexdigest()[:16]
     before = instance.get_runs(dg.RunsFilter(job_name=ingest.name, tags={INGEST_TAG: key}))
     if any(run.status in UNFINISHED for run in before):
@@ -109,7 +112,7 @@ def _retraining(instance: dg.DagsterInstance, recipe: Recipe) -> dg.RunRequest |
     description="Mondays at 3:00 UTC: retrains every recipe with ingested steps that its labels have not seen yet.",
 )
 def weekly_retraining(context: dg.ScheduleEvaluationContext) -> Iterator[dg.RunRequest | dg.SkipReason]:
-    due = [name for name in recipe_names() if new_steps(name)]
+    due = [name for name in recipe_names() if (new_steps(name) or 0) > 0]
     for name in due:
         yield dg.RunRequest(run_key=None, partition_key=name)
     if not due:

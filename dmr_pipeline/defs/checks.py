@@ -98,6 +98,20 @@ def trajectories_are_complete(folder: Path, manifest: Manifest, recipe: Recipe) 
     )
 
 
+def ingested_episodes_are_complete(folder: Path, manifest: Manifest, recipe: Recipe) -> Finding:
+    from dmr_pipeline.defs.expectations import validate_trajectory_episodes
+    from dmr_pipeline.ingestion import read_ingested
+
+    try:
+        episodes = read_ingested(folder)
+    except UserError as error:
+        return Finding([str(error)])
+    if not episodes:
+        return Finding([], {"expectations": 0})
+    table = pl.DataFrame([(e.episode_id, e.task_type) for e in episodes], ["episode_id", "task_type"], orient="row")
+    return _expectations(episodes=validate_trajectory_episodes(table, get_args(TaskType)))
+
+
 def labels_are_sane(folder: Path, manifest: Manifest, recipe: Recipe) -> Finding:
     from dmr_pipeline.defs.expectations import validate_sensitivity_steps
 
@@ -170,6 +184,13 @@ CHECKS = (
         "steps_and_episodes_are_complete",
         "Keys are unique, nothing is null or NaN, task types are known (Great Expectations).",
         trajectories_are_complete,
+        blocking=True,
+    ),
+    Check(
+        "ingested_trajectories",
+        "episodes_are_complete",
+        "Every episode follows the schema, no id is there twice, task types are known (pydantic and Great Expectations).",
+        ingested_episodes_are_complete,
         blocking=True,
     ),
     Check(
