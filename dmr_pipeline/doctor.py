@@ -105,7 +105,7 @@ def dvc_project() -> Finding:
 
 
 def dvc_remote() -> Finding:
-    from dvc.config import Config, ConfigError
+    from dvc.config import Config, ConfigError  # type: ignore[import-untyped]
 
     try:
         remotes = Config(".dvc")["remote"]

@@ -61,7 +61,9 @@ class OfficialAlfWorld(Games):
 
 def _environment(benchmark: Any) -> str:  # noqa: ANN401 - what a recipe file holds, or a section
     """Generated ALFWorld games where none is named."""
-    return benchmark.get("environment", "alfworld") if isinstance(benchmark, dict) else benchmark.environment
+    if isinstance(benchmark, dict):
+        return str(benchmark.get("environment", "alfworld"))
+    return benchmark.environment if isinstance(benchmark, GeneratedAlfWorld | OfficialAlfWorld) else "alfworld"
 
 
 Benchmark = Annotated[

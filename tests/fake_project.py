@@ -13,7 +13,7 @@ import polars as pl
 from dmr_pipeline import pipeline
 from dmr_pipeline.artifacts import hash_files
 from dmr_pipeline.evaluation.metrics import POLICIES
-from dmr_pipeline.recipe import Recipe, Splits, load_recipe
+from dmr_pipeline.recipe import RECIPE_FOLDER, Recipe, Splits, load_recipe, recipe_names
 from dmr_pipeline.stage import Stage, StageContext, StageResult
 from dmr_pipeline.versioning import dvc_stages
 
@@ -131,6 +131,12 @@ def make_project(folder: Path, stages: tuple[Stage, ...]) -> Recipe:
     subprocess.run(["git", "init", "-q", str(folder)], check=True)
     (folder / "dvc.yaml").write_text(dvc_stages.render(stages, [RECIPE]))
     return load_recipe(RECIPE, folder / "recipes")
+
+
+def make_recipe(name: str) -> None:
+    """Another recipe like the first, in the working directory."""
+    (RECIPE_FOLDER / f"{name}.yaml").write_text(RECIPE_YAML)
+    dvc_stages.DVC_FILE.write_text(dvc_stages.render(pipeline.STAGES, recipe_names()))
 
 
 def dvc(*arguments: str, scripts: Path | None = None) -> str:

@@ -20,7 +20,9 @@ from dmr_pipeline import release
 from dmr_pipeline.artifacts import MANIFEST, Manifest, folder_hash, hash_files
 from dmr_pipeline.environments.tasks import benchmark_tasks
 from dmr_pipeline.errors import UserError
-from dmr_pipeline.ladder import quantized_checkpoints
+from dmr_pipeline.evaluation import evaluate
+from dmr_pipeline.evaluation.evaluate import Entry
+from dmr_pipeline.ladder import Ladder, quantized_checkpoints
 from dmr_pipeline.recipe import Recipe, Release, load_recipe
 from dmr_pipeline.release import (
     CANDIDATE,
@@ -99,8 +101,8 @@ def test_margin_and_confidence_are_the_recipes() -> None:
         (0.4, 0.5, 0.0, "promoted"),
         (0.55, 0.5, 0.1, "promoted"),
         (0.550001, 0.5, 0.1, "rejected"),
-        (0.575, 0.5, 0.15, "promoted"),  # 0.5 * 1.15 is 0.575 less a float's noise
-        (0.575001, 0.5, 0.15, "rejected"),
+        (0.23, 0.2, 0.15, "promoted"),  # though 0.2 * 1.15 is below 0.23 in floats
+        (0.230001, 0.2, 0.15, "rejected"),
     ],
 )
 def test_cost_may_rise_by_the_allowed_share(candidate: float, released: float, increase: float, expected: str) -> None:
@@ -130,6 +132,16 @@ def test_the_comparison_holds_the_numbers_of_both() -> None:
     # All resamples of five games whose differences are 0, 1, -1, 0, 1: the exact interval of the mean.
     means = np.sort(np.stack(np.meshgrid(*[[0, 1, -1, 0, 1]] * 5)).reshape(5, -1).mean(axis=0))
     assert comparison.interval == pytest.approx(np.quantile(means, [0.025, 0.975]), abs=1e-6)
+
+
+def test_resamples_are_seeded() -> None:
+    played = episodes([True, False] * 10, [False, True, True, False] * 5)
+
+    def interval(seed: int) -> tuple[float, float]:
+        return compare_routers(played, Release(bootstrap=40, seed=seed)).interval
+
+    assert interval(1) == interval(1)
+    assert len({interval(seed) for seed in range(5)}) > 1
 
 
 @settings(deadline=None)
@@ -269,6 +281,14 @@ def test_a_rejected_router_is_compared_again_only_under_another_rule_or_with_ano
     world.run(released_router, world.train(5), Release(success_margin=1.0))
     assert world.decisions[3:] == ["promoted", "promoted"]
     assert world.skill == 5
+
+
+def test_a_rejected_router_may_be_better_than_another_one_in_use(world: World) -> None:
+    world.run(released_router, world.train(10))
+    world.run(released_router, world.train(5))
+    world.run(promote, world.train(3))
+    world.run(released_router, world.train(5))
+    assert (world.decisions, world.skill) == (["first", "rejected", "promoted_by_hand", "promoted"], 5)
 
 
 def test_routers_of_different_ladders_are_not_compared(world: World) -> None:
@@ -558,6 +578,25 @@ def test_real_routers_play_and_a_crippled_one_is_kept_out(real_inputs: dict[str,
     )
     released_router(context)
     assert hash_files(again) == hash_files(tmp_path / "released_same")
+
+
+def test_actions_are_drawn_by_the_releases_seed(
+    real_inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not by the evaluation's, which is no part of what the artefact was made from."""
+    seeds = []
+
+    def play(entry: Entry, ladder: Ladder, *_: object, **__: object) -> pl.DataFrame:
+        seeds.append(ladder.recipe.evaluation.seed)
+        return pl.DataFrame({"policy": [entry.name]})
+
+    monkeypatch.setattr(evaluate, "evaluate", play)
+    router = real_router(tmp_path / "router", real_inputs["quantized_checkpoints"], 0.5)
+    recipe = real_recipe().model_copy(update={"release": Release(seed=7)})
+    context = StageContext(recipe, real_inputs | {"grpo_router": router}, tmp_path, tmp_path)
+    played = release.play_both(context, router, Candidate.of(router))
+    assert played["policy"].to_list() == [RELEASED, CANDIDATE]
+    assert seeds == [7, 7]
 
 
 def test_a_router_of_precisions_that_are_gone_is_not_played(real_inputs: dict[str, Path], tmp_path: Path) -> None:

@@ -128,15 +128,15 @@ def chain(*errors: tuple[BaseException, str]) -> BaseException:
     ),
 )
 def test_wrapping_an_error_changes_nothing(error: BaseException, wrappers: list[tuple[type[Exception], str]]):
-    assert is_transient(raised([(error, "cause"), *((kind("x"), link) for kind, link in wrappers)])) == (
+    assert is_transient(chain((error, "cause"), *((kind("x"), link) for kind, link in wrappers))) == (
         error in TRANSIENT
     )
 
 
 def test_the_outermost_verdict_holds():
-    assert not is_transient(raised([(TimeoutError(), "cause"), (UserError("set another address"), "cause")]))
-    assert is_transient(raised([(UserError("x"), "cause"), (TimeoutError(), "context")]))
-    assert not is_transient(raised([(TimeoutError(), "cause"), (ValueError(), "hidden")]))
+    assert not is_transient(chain((TimeoutError(), "cause"), (UserError("set another address"), "cause")))
+    assert is_transient(chain((UserError("x"), "cause"), (TimeoutError(), "context")))
+    assert not is_transient(chain((TimeoutError(), "cause"), (ValueError(), "hidden")))
 
 
 def test_torch_is_not_imported():

@@ -5,6 +5,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,11 +14,13 @@ import pytest
 import yaml
 
 from dmr_pipeline.artifacts import artifact_folder, verify
+from dmr_pipeline.doctor import postgres_server
 from dmr_pipeline.versioning import dvc_stages
 from tests.fake_project import RECIPE, REPOSITORY, fake_stages, make_project
 
 INSTANCE_FILE = REPOSITORY / "deploy" / "postgres" / "dagster.yaml"
 OTHER_RECIPE = "other"
+SERVER_USER = "nobody"
 STAGES = ["benchmark_tasks", "agent", "quantized_checkpoints", "trajectories"]
 MATERIALIZE = f"""\
 import sys
@@ -38,7 +41,7 @@ def postgres_command(name: str) -> str | None:
 
 def as_server_user(*command: str) -> list[str]:
     """PostgreSQL refuses to run as root, which continuous integration often is."""
-    return ["runuser", "-u", "nobody", "--", *command] if os.geteuid() == 0 else list(command)
+    return ["runuser", "-u", SERVER_USER, "--", *command] if os.geteuid() == 0 else list(command)
 
 
 def free_port() -> int:
@@ -48,59 +51,36 @@ def free_port() -> int:
 
 
 @pytest.fixture
-def postgres(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def postgres(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A private server with an empty database, which the variables of `INSTANCE_FILE` lead to."""
     initdb, pg_ctl, createdb = (postgres_command(name) for name in ("initdb", "pg_ctl", "createdb"))
     if initdb is None or pg_ctl is None or createdb is None:
         pytest.skip("PostgreSQL is not installed (no initdb on the PATH or under /usr/lib/postgresql)")
-    folder = tmp_path_factory.mktemp("postgres")
-    if os.geteuid() == 0:
-        shutil.chown(folder, "nobody")
-        for parent in folder.parents[:2]:  # pytest's own folders, closed to other users
-            parent.chmod(0o711)
-    cluster, port = folder / "cluster", str(free_port())
-    subprocess.run(
-        as_server_user(initdb, "-D", str(cluster), "-U", "dagster", "-A", "trust", "--no-sync"),
-        check=True,
-        capture_output=True,
-        cwd=folder,
-    )
-    options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={folder} -c fsync=off"
-    subprocess.run(
-        as_server_user(
-            pg_ctl,
-            "-D",
-            str(cluster),
-            "-l",
-            str(folder / "log"),
-            "-w",
-            "-o",
-            options,
-            "start",
-        ),
-        check=True,
-        cwd=folder,
-    )
-    try:
-        subprocess.run(
-            [createdb, "-h", "127.0.0.1", "-p", port, "-U", "dagster", "dagster"],
-            check=True,
-        )
-        for name, value in {
-            "HOST": "127.0.0.1",
-            "PORT": port,
-            "USERNAME": "dagster",
-            "PASSWORD": "unused",
-            "DB": "dagster",
-        }.items():
-            monkeypatch.setenv(f"DAGSTER_PG_{name}", value)
-        yield
-    finally:
-        subprocess.run(
-            as_server_user(pg_ctl, "-D", str(cluster), "-m", "immediate", "stop"),
-            check=True,
-            cwd=folder,
-        )
+    # Not below pytest's own folder, which every other run of pytest closes to the server's user.
+    with tempfile.TemporaryDirectory() as name:
+        folder, port = Path(name), str(free_port())
+        if os.geteuid() == 0:
+            shutil.chown(folder, SERVER_USER)
+        cluster = ["-D", str(folder / "cluster")]
+        options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={folder} -c fsync=off"
+        for command in (
+            [initdb, *cluster, "-U", "dagster", "-A", "trust", "--no-sync"],
+            [pg_ctl, *cluster, "-l", str(folder / "log"), "-w", "-o", options, "start"],
+        ):
+            subprocess.run(as_server_user(*command), check=True, stdout=subprocess.DEVNULL, cwd=folder)
+        try:
+            subprocess.run([createdb, "-h", "127.0.0.1", "-p", port, "-U", "dagster", "dagster"], check=True)
+            for key, value in {"HOST": "127.0.0.1", "PORT": port, "USERNAME": "dagster", "DB": "dagster"}.items():
+                monkeypatch.setenv(f"DAGSTER_PG_{key}", value)
+            monkeypatch.setenv("DAGSTER_PG_PASSWORD", "unused")
+            yield
+        finally:
+            subprocess.run(
+                as_server_user(pg_ctl, *cluster, "-m", "immediate", "stop"),
+                check=True,
+                stdout=subprocess.DEVNULL,
+                cwd=folder,
+            )
 
 
 def test_differs_from_the_project_s_instance_in_storage_alone() -> None:
@@ -136,6 +116,7 @@ def test_two_processes_share_an_instance(tmp_path: Path, monkeypatch: pytest.Mon
 
     with dg.DagsterInstance.get() as instance:
         assert type(instance.run_storage).__name__ == "PostgresRunStorage"
+        assert postgres_server().found
         runs = instance.get_runs()
         assert {run.tags["dagster/partition"] for run in runs} == {RECIPE, OTHER_RECIPE}
         assert {run.status for run in runs} == {dg.DagsterRunStatus.SUCCESS}

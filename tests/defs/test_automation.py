@@ -1,0 +1,178 @@
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import dagster as dg
+import pytest
+from dagster._core.test_utils import create_run_for_test
+
+from dmr_pipeline import pipeline
+from dmr_pipeline.artifacts import artifact_folder, verify
+from dmr_pipeline.definitions import defs
+from dmr_pipeline.defs import runs
+from dmr_pipeline.defs.automation import ATTEMPTS, INGEST_TAG, RETRAIN_TAG, new_trajectories, weekly_retraining
+from dmr_pipeline.ingestion import EXAMPLE
+from dmr_pipeline.recipe import Recipe
+from dmr_pipeline.stage import Stage, StageContext, StageResult
+from tests.fake_project import RECIPE, SUMMARIES, fake_run
+
+INCOMING = Path("data/incoming") / RECIPE
+TABLE = pipeline.STAGES
+
+
+def with_real_ingestion() -> tuple[Stage, ...]:
+    """The fake stages, but ingestion is the real one, and the labels count what it has ingested."""
+
+    def label(context: StageContext) -> StageResult:
+        result = fake_run(context)
+        steps = verify(context.inputs["ingested_trajectories"]).manifest.summary["steps"]
+        return replace(result, summary={**result.summary, **SUMMARIES["sensitivity_dataset"], "ingested_steps": steps})
+
+    real = next(stage for stage in TABLE if stage.name == "ingested_trajectories")
+    changed = {"ingested_trajectories": real}
+    return tuple(
+        replace(stage, run=label) if stage.name == "sensitivity_dataset" else changed.get(stage.name, stage)
+        for stage in pipeline.STAGES
+    )
+
+
+@pytest.fixture
+def instance(finished_project: Recipe, monkeypatch: pytest.MonkeyPatch) -> Iterator[dg.DagsterInstance]:
+    monkeypatch.setattr(pipeline, "STAGES", with_real_ingestion())
+    recipe = Path(f"recipes/{RECIPE}.yaml")
+    recipe.write_text(recipe.read_text() + "retraining: {min_new_steps: 3}\n")
+    with dg.DagsterInstance.get() as opened:
+        yield opened
+
+
+def drop(name: str, episode_id: str, steps: int = 2, folder: Path = INCOMING) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    step = {"command": "look", "observation": "Nothing happens.", "precision": "float"}
+    path = folder / name
+    path.write_text(json.dumps({**EXAMPLE, "episode_id": episode_id, "steps": [step] * steps}) + "\n")
+    return path
+
+
+def tick(instance: dg.DagsterInstance) -> list[dg.RunRequest] | str:
+    """What one evaluation of the sensor asks for, or why it asks for nothing."""
+    result = new_trajectories(dg.build_sensor_context(instance=instance))
+    if isinstance(result, dg.SkipReason):
+        return result.skip_message or ""
+    return list(result.run_requests or [])
+
+
+def run_of(instance: dg.DagsterInstance, request: dg.RunRequest, status: dg.DagsterRunStatus) -> None:
+    create_run_for_test(instance, job_name=request.job_name, tags=dict(request.tags), status=status)
+
+
+def test_sensor_and_schedule_ship_stopped():
+    assert new_trajectories.default_status is dg.DefaultSensorStatus.STOPPED
+    assert weekly_retraining.default_status is dg.DefaultScheduleStatus.STOPPED
+    assert (weekly_retraining.cron_schedule, weekly_retraining.execution_timezone) == ("0 3 * * 1", "UTC")
+
+
+def test_nothing_dropped_asks_for_nothing(instance: dg.DagsterInstance):
+    assert "0 new steps of the 3" in tick(instance)
+
+
+def test_dropped_files_are_asked_for_by_content_and_once(instance: dg.DagsterInstance):
+    first = drop("a.jsonl", "one")
+    (request,) = tick(instance)
+    assert (request.job_name, request.partition_key) == ("ingest", RECIPE)
+    first.touch()
+    first.rename(INCOMING / "renamed.jsonl")
+    (again,) = tick(instance)
+    assert again.run_key == request.run_key, "neither time nor name of a file make it another one"
+    drop("renamed.jsonl", "other")
+    (other,) = tick(instance)
+    assert other.run_key != request.run_key
+
+    run_of(instance, other, dg.DagsterRunStatus.STARTED)
+    assert "being ingested" in tick(instance)
+
+
+def test_files_that_are_still_written_are_left_alone(instance: dg.DagsterInstance):
+    drop("a.jsonl.part", "one")
+    assert isinstance(tick(instance), str)
+
+
+def test_a_run_that_died_is_followed_by_another_but_not_for_ever(instance: dg.DagsterInstance):
+    drop("a.jsonl", "one")
+    keys = set()
+    for _ in range(ATTEMPTS):
+        (request,) = tick(instance)
+        keys.add(request.run_key)
+        run_of(instance, request, dg.DagsterRunStatus.FAILURE)
+    assert len(keys) == ATTEMPTS, "Dagster starts one run for a key"
+    assert "start the job `ingest` by hand" in tick(instance)
+
+
+def test_from_a_dropped_file_to_one_retraining(instance: dg.DagsterInstance):
+    drop("good.jsonl", "one", steps=2)
+    bad = drop("bad.jsonl", "two")
+    bad.write_text(bad.read_text()[:-20])
+    (request,) = tick(instance)
+    runs.materialize(pipeline.STAGES, RECIPE, ["ingested_trajectories"])
+    assert verify(artifact_folder("ingested_trajectories", RECIPE)).manifest.summary["episodes"] == 1
+    assert [path.name for path in INCOMING.iterdir() if path.is_file()] == []
+    (quarantined,) = (INCOMING / "quarantine").glob("*-bad.jsonl")
+    assert "not JSON" in quarantined.with_name(f"{quarantined.name}.reason.txt").read_text()
+    assert "2 new steps of the 3" in tick(instance)
+
+    drop("more.jsonl", "three", steps=1)
+    assert len(tick(instance)) == 1
+    runs.materialize(pipeline.STAGES, RECIPE, ["ingested_trajectories"])
+    (request,) = tick(instance)
+    assert (request.job_name, request.partition_key) == ("retrain", RECIPE)
+    run_of(instance, request, dg.DagsterRunStatus.FAILURE)
+    assert "started already" in tick(instance), "a retraining that fails is for a person to look at"
+
+    runs.materialize(pipeline.STAGES, RECIPE, ["sensitivity_dataset"])
+    assert "0 new steps" in tick(instance)
+
+
+def test_a_retraining_is_started_again_for_what_comes_later(instance: dg.DagsterInstance):
+    for number in range(2):
+        drop(f"{number}.jsonl", f"episode {number}", steps=3)
+        runs.materialize(pipeline.STAGES, RECIPE, ["ingested_trajectories"])
+        (request,) = tick(instance)
+        assert request.tags[RETRAIN_TAG]
+        run_of(instance, request, dg.DagsterRunStatus.SUCCESS)
+        runs.materialize(pipeline.STAGES, RECIPE, ["sensitivity_dataset"])
+
+
+def test_the_schedule_retrains_where_steps_are_new(instance: dg.DagsterInstance):
+    (skipped,) = weekly_retraining(dg.build_schedule_context(instance))
+    assert isinstance(skipped, dg.SkipReason)
+    drop("a.jsonl", "one", steps=1)
+    runs.materialize(pipeline.STAGES, RECIPE, ["ingested_trajectories"])
+    (request,) = weekly_retraining(dg.build_schedule_context(instance))
+    assert request.partition_key == RECIPE
+
+
+def test_misplaced_files_and_bad_recipes_are_named_and_stop_nothing(instance: dg.DagsterInstance):
+    drop("lost.jsonl", "one", folder=INCOMING.parent)
+    Path("recipes/broken.yaml").write_text("benchmark: 1\n")
+    reason = tick(instance)
+    assert "data/incoming/lost.jsonl" in reason
+    assert "broken.yaml" in reason
+    drop("a.jsonl", "two")
+    assert [request.partition_key for request in tick(instance)] == [RECIPE]
+
+
+def test_ingestion_runs_where_the_files_are(finished_project: Recipe):
+    job = defs().get_job_def("ingest")
+    assert job.executor_def is dg.in_process_executor
+    assert {key.to_user_string() for key in job.asset_layer.selected_asset_keys} == {"ingested_trajectories"}
+
+
+def test_retraining_goes_from_the_labels_to_the_release(finished_project: Recipe):
+    selected = {key.to_user_string() for key in defs().get_job_def("retrain").asset_layer.selected_asset_keys}
+    assert selected == {"sensitivity_dataset", "kl_router", "grpo_router", "evaluation_report", "released_router"}
+
+
+def test_requests_are_tagged_so_that_their_runs_are_found(instance: dg.DagsterInstance):
+    drop("a.jsonl", "one")
+    (request,) = tick(instance)
+    assert request.tags[INGEST_TAG] in (request.run_key or "")

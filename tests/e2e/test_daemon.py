@@ -1,0 +1,155 @@
+"""Dagster's daemon on a fake project: what is dropped is ingested once and retrained on once, whatever is killed."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import dagster as dg
+import polars as pl
+import pytest
+import yaml
+from dagster._core.definitions.run_request import InstigatorType  # not exported
+from dagster._core.scheduler.instigation import InstigatorTick
+
+from dmr_pipeline.artifacts import artifact_folder, incoming_folder, verify
+from dmr_pipeline.defs import runs
+from dmr_pipeline.defs.automation import UNFINISHED
+from dmr_pipeline.ingestion import EXAMPLE, STAGE
+from dmr_pipeline.recipe import RECIPE_FOLDER
+from dmr_pipeline.versioning import dvc_stages
+from tests.e2e.location import stages
+from tests.fake_project import RECIPE, REPOSITORY, fake_stages, make_project
+
+SCRIPTS = Path(sys.executable).parent
+WORKSPACE = "load_from:\n  - python_module: {module_name: tests.e2e.location}\n"
+BEFORE = ["benchmark_tasks", "agent", "quantized_checkpoints", "trajectories", STAGE, "sensitivity_dataset"]
+"""What there is before the first file is dropped."""
+PATIENCE = 900.0
+"""Seconds that anything may take: a run starts a process for every step, and other work may share the machine."""
+
+
+def enter_dagster_project(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fake project with a workspace as the working directory of this process and of Dagster's."""
+    make_project(folder, fake_stages())
+    monkeypatch.chdir(folder)
+    Path("workspace.yaml").write_text(WORKSPACE)
+    environment = {
+        "DAGSTER_HOME": str(folder / "dagster_home"),
+        "PYTHONPATH": str(REPOSITORY),
+        "PATH": f"{SCRIPTS}{os.pathsep}{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "1",
+    }
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    for name in ("DVC_STAGE", "DMR_EXECUTOR", "DMR_HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@contextmanager
+def running(*command: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A program in a session of its own. Whatever it has started is killed at the end; what it said is in `<program>.log`."""
+    with Path(f"{command[0]}.log").open("ab") as log:
+        process = subprocess.Popen(
+            [SCRIPTS / command[0], *command[1:]], start_new_session=True, stdout=log, stderr=subprocess.STDOUT
+        )
+        try:
+            yield process
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def wait_until(condition: Callable[[], object], what: str) -> None:
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end, f"not within {PATIENCE:.0f} s: {what}"
+        time.sleep(0.5)
+
+
+def last_tick(instance: dg.DagsterInstance, sensor: str) -> InstigatorTick | None:
+    """The sensor's last evaluation that has ended."""
+    for state in instance.all_instigator_state(instigator_type=InstigatorType.SENSOR):
+        if state.instigator_name == sensor:
+            ticks = instance.get_ticks(state.instigator_origin_id, state.selector_id, limit=2)
+            return next((tick for tick in ticks if tick.end_timestamp), None)
+    return None
+
+
+def settled(instance: dg.DagsterInstance, reason: str) -> Callable[[], bool]:
+    """Whether no run is left, and the sensor sees nothing to do for this reason."""
+
+    def condition() -> bool:
+        tick = last_tick(instance, "new_trajectories")
+        said = tick is not None and tick.skip_reason == f"{RECIPE}: {reason}"
+        return said and not instance.get_runs(dg.RunsFilter(statuses=UNFINISHED))
+
+    return condition
+
+
+def drop(name: str, **episode: object) -> str:
+    """As people are told to, whole or not at all; returns the name that the file is filed away under."""
+    incoming = incoming_folder(RECIPE)
+    incoming.mkdir(parents=True, exist_ok=True)
+    content = json.dumps({**EXAMPLE, **episode}).encode() + b"\n"
+    (incoming / f"{name}.part").write_bytes(content)
+    (incoming / f"{name}.part").rename(incoming / name)
+    return f"{hashlib.sha256(content).hexdigest()[:12]}-{name}"
+
+
+def ingested_ids() -> list[str]:
+    """Read without any code of ours."""
+    files = (artifact_folder(STAGE, RECIPE) / "episodes").glob("*.parquet")
+    return sorted(episode for file in files for episode in pl.read_parquet(file)["episode_id"])
+
+
+def recorded_hash(stage: str) -> str:
+    lock = yaml.safe_load(dvc_stages.LOCK_FILE.read_text())
+    return str(lock["stages"][f"{stage}@{RECIPE}"]["outs"][0]["md5"])
+
+
+@pytest.mark.slow
+def test_daemon_ingests_and_retrains_exactly_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    enter_dagster_project(tmp_path, monkeypatch)
+    with (RECIPE_FOLDER / f"{RECIPE}.yaml").open("a") as recipe:
+        recipe.write("retraining: {min_new_steps: 2}\n")
+    runs.materialize(stages(), RECIPE, BEFORE)
+    incoming, daemon = incoming_folder(RECIPE), ("dagster-daemon", "run", "-w", "workspace.yaml")
+    with dg.DagsterInstance.get() as instance:
+        earlier = {run.run_id for run in instance.get_runs()}
+
+        with running(*daemon):
+            good = drop("good.jsonl", episode_id="good")
+            wait_until(lambda: last_tick(instance, "recipe_files"), "the daemon evaluates the sensor that is on")
+            assert (incoming / "good.jsonl").is_file()
+            assert last_tick(instance, "new_trajectories") is None, "the sensor is on, but nobody has started it"
+
+            start = ["dagster", "sensor", "start", "new_trajectories", "-w", "workspace.yaml"]
+            subprocess.run([SCRIPTS / start[0], *start[1:]], check=True, capture_output=True)
+            wait_until((incoming / "ingested" / good).is_file, "the good file is ingested")
+            bad = drop("bad.jsonl", episode_id="bad", task_id="test-game")
+            wait_until((incoming / "quarantine" / bad).is_file, "the bad file is quarantined")
+            reason = (incoming / "quarantine" / f"{bad}.reason.txt").read_text()
+            assert "episode 'bad': its game test-game is held out, in the split test" in reason
+            wait_until(settled(instance, "0 new steps of the 2 that start a retraining"), "the retraining has ended")
+        # The daemon and all that it had started were killed.
+        later = drop("later.jsonl", episode_id="later", steps=EXAMPLE["steps"][:1])
+        with running(*daemon):
+            wait_until(settled(instance, "1 new steps of the 2 that start a retraining"), "the later file is ingested")
+
+        started = Counter((run.job_name, run.status) for run in instance.get_runs() if run.run_id not in earlier)
+    success = dg.DagsterRunStatus.SUCCESS
+    assert started == {("ingest", success): 3, ("retrain", success): 1}  # a run for each file: they came one by one
+    assert sorted(path.name for path in (incoming / "ingested").iterdir()) == sorted([good, later])
+    assert not [path for path in incoming.iterdir() if path.is_file()]
+    assert ingested_ids() == ["good", "later"]
+    for stage in (STAGE, "released_router"):
+        assert recorded_hash(stage) == verify(artifact_folder(stage, RECIPE)).hash
