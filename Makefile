@@ -12,11 +12,13 @@ export DAGSTER_HOME := $(CURDIR)/dagster_home
 
 setup: $(READY)
 
+# As many stages at once as there are GPUs: dagster.yaml can set only the default limit of a pool.
 # torch comes first and by itself: whichever build the machine's index offers (CPU or CUDA) is then kept.
 $(READY): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt torch==2.13.0
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	$(BIN)/dagster instance concurrency set gpu $$($(BIN)/python -c 'import torch; print(max(1, torch.cuda.device_count()))')
 	touch $(READY)
 
 # ALFWorld's own engine, which the tests compare ours with; needs gcc, g++ and make, and takes minutes.
@@ -30,6 +32,7 @@ test: setup lint
 	$(BIN)/python -m pytest -m 'not slow'
 
 test-slow: setup
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,slow]'
 	$(BIN)/python -m pytest -m slow
 
 lint: setup

@@ -105,7 +105,7 @@ def dvc_project() -> Finding:
 
 
 def dvc_remote() -> Finding:
-    from dvc.config import Config, ConfigError  # type: ignore[import-untyped]
+    from dvc.config import Config, ConfigError
 
     try:
         remotes = Config(".dvc")["remote"]

@@ -1,12 +1,15 @@
 """What all commands share: the console, and bad input as one clear line on stderr with exit code 2."""
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from typing import Annotated, ParamSpec
 
 import typer
 from rich import get_console
 from rich.console import Console
+from rich.logging import RichHandler
 
 from dmr_pipeline.errors import UserError
 
@@ -30,3 +33,16 @@ def user_errors_exit_2(command: Callable[P, None]) -> Callable[P, None]:
             raise typer.Exit(2) from error
 
     return wrapped
+
+
+@contextmanager
+def progress_lines() -> Iterator[None]:
+    """What the package logs goes to the terminal, a line each."""
+    handler = RichHandler(console=console, show_path=False, show_level=False, markup=False, log_time_format="%H:%M:%S")
+    package = logging.getLogger("dmr_pipeline")
+    package.setLevel(logging.INFO)
+    package.addHandler(handler)
+    try:
+        yield
+    finally:
+        package.removeHandler(handler)

@@ -14,8 +14,7 @@ from rich.table import Table
 
 from dmr_pipeline import pipeline
 from dmr_pipeline.artifacts import artifact_folder, folder_hash, hash_files, verify
-from dmr_pipeline.cli.common import DEFAULT_RECIPE, RecipeOption, console, user_errors_exit_2
-from dmr_pipeline.cli.stages import _progress_lines
+from dmr_pipeline.cli.common import DEFAULT_RECIPE, RecipeOption, console, progress_lines, user_errors_exit_2
 from dmr_pipeline.recipe import load_recipe
 from dmr_pipeline.stage import StageContext, StageResult
 
@@ -79,7 +78,7 @@ def _release(recipe: str, run: Callable[[StageContext], StageResult]) -> None:
     from dmr_pipeline.defs import runs  # Dagster takes a second to import
 
     stages = [replace(stage, run=run) if stage.name == STAGE else stage for stage in pipeline.STAGES]
-    with _progress_lines():
+    with progress_lines():
         runs.materialize(stages, recipe, [STAGE], force=True)
 
 

@@ -1,22 +1,27 @@
 """`dmr run`, `materialize`, `status`, `render` and `report`: the pipeline's stages."""
 
 import json
-import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich import box
-from rich.logging import RichHandler
 from rich.table import Table
 
 from dmr_pipeline import pipeline
 from dmr_pipeline.artifacts import DATA_ROOT, Artifact, artifact_folder, provenance, sidecar_path, verify
-from dmr_pipeline.cli.common import DEFAULT_RECIPE, RecipeArgument, RecipeOption, console, errors, user_errors_exit_2
+from dmr_pipeline.cli.common import (
+    DEFAULT_RECIPE,
+    RecipeArgument,
+    RecipeOption,
+    console,
+    errors,
+    progress_lines,
+    user_errors_exit_2,
+)
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.recipe import Recipe, load_recipe, recipe_names
 from dmr_pipeline.versioning import dvc_stages
@@ -103,21 +108,8 @@ def _materialize(recipe: str, stages: list[str], *, force: bool = False) -> None
     os.environ.setdefault("TQDM_DELAY", "1")  # bars of less than a second, as when a tiny model is loaded, are noise
     from dmr_pipeline.defs import runs  # Dagster takes a second to import
 
-    with _progress_lines():
+    with progress_lines():
         runs.materialize(pipeline.STAGES, recipe, stages, force=force)
-
-
-@contextmanager
-def _progress_lines() -> Iterator[None]:
-    """What the package logs goes to the terminal, a line each."""
-    handler = RichHandler(console=console, show_path=False, show_level=False, markup=False, log_time_format="%H:%M:%S")
-    package = logging.getLogger("dmr_pipeline")
-    package.setLevel(logging.INFO)
-    package.addHandler(handler)
-    try:
-        yield
-    finally:
-        package.removeHandler(handler)
 
 
 def stage_states(recipe: Recipe) -> Iterator[tuple[str, str, str, Artifact | None]]:

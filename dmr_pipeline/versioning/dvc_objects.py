@@ -18,7 +18,7 @@ from dmr_pipeline.stage import Stage
 from dmr_pipeline.versioning import dvc_stages
 
 if TYPE_CHECKING:
-    from dvc.repo import Repo  # type: ignore[import-untyped]
+    from dvc.repo import Repo
     from dvc_data.hashfile.db import HashFileDB
     from dvc_data.hashfile.tree import Tree
 
@@ -136,7 +136,7 @@ def _output_hash(entry: Mapping[str, Any], stage: Stage, recipe: str) -> str | N
 @contextmanager
 def _repository() -> Iterator["Repo"]:
     """The DVC project around the working directory. What DVC refuses meanwhile is a UserError."""
-    from dvc.exceptions import DvcException  # type: ignore[import-untyped]
+    from dvc.exceptions import DvcException
     from dvc.repo import Repo
 
     try:
@@ -224,7 +224,7 @@ def _files(tree: "Tree") -> list[str]:
 
 
 def _checkout(repo: "Repo", tree: "Tree", target: Path) -> None:
-    from dvc.fs import localfs  # type: ignore[import-untyped]
+    from dvc.fs import localfs
     from dvc_data.hashfile.checkout import checkout
 
     folder = artifacts.new_folder(target)

@@ -94,7 +94,7 @@ def _merged_lock(tip: str | None) -> str:
         return branch
     if merged == entries:
         return mine
-    from dvc.utils.serialize import dumps_yaml  # type: ignore[import-untyped]
+    from dvc.utils.serialize import dumps_yaml
 
     return str(dumps_yaml({**YAML(typ="safe").load(mine), "stages": merged}))
 
@@ -132,9 +132,9 @@ def _identity() -> dict[str, str]:
 @contextmanager
 def _dvc_lock() -> Iterator[None]:
     """DVC writes `dvc.lock` in place, so it is read only while DVC stands still."""
-    from dvc.exceptions import DvcException  # type: ignore[import-untyped]
-    from dvc.lock import make_lock  # type: ignore[import-untyped]
-    from dvc.repo import Repo  # type: ignore[import-untyped]
+    from dvc.exceptions import DvcException
+    from dvc.lock import make_lock
+    from dvc.repo import Repo
 
     try:
         with Repo() as repo:

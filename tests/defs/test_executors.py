@@ -39,7 +39,7 @@ def test_ray_is_chosen_by_name(monkeypatch: pytest.MonkeyPatch):
 
 def test_another_value_names_the_ones_there_are(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("DMR_EXECUTOR", "slurm")
-    with pytest.raises(UserError, match=r"^DMR_EXECUTOR is 'slurm': set it to 'local' or 'ray'$"):
+    with pytest.raises(UserError, match=r"^DMR_EXECUTOR is 'slurm': set it to 'local', 'ray' or 'kubernetes'$"):
         executor()
 
 

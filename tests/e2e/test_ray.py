@@ -121,14 +121,14 @@ def test_two_recipes_share_two_gpus_and_a_killed_worker_is_replaced(
         monkeypatch.setenv("RAY_ADDRESS", address)
         runs = {recipe: start_run(recipe, head, tmp_path / f"{recipe}.log") for recipe in RECIPES}
         try:
-            wait_for(shared / f"{RECIPE}.pid", 120)
+            wait_for(shared / f"{RECIPE}.pid", 240)
             # The other recipe goes on meanwhile, and must do so on the other node.
-            wait_for(shared / f"other.{STAGES[-1]}.json", 180)
+            wait_for(shared / f"other.{STAGES[-1]}.json", 300)
             killed = int((shared / f"{RECIPE}.pid").read_text())
             killed_in = Path(f"/proc/{killed}/cwd").readlink()
             os.kill(killed, signal.SIGKILL)
             for recipe, run in runs.items():
-                assert run.wait(240) == 0, (tmp_path / f"{recipe}.log").read_text()[-8000:]
+                assert run.wait(300) == 0, (tmp_path / f"{recipe}.log").read_text()[-8000:]
         finally:
             for run in runs.values():
                 run.kill()
