@@ -5,14 +5,7 @@ import pytest
 
 from dmr_pipeline import pipeline
 from dmr_pipeline.recipe import Recipe, load_recipe
-from tests.fake_project import RECIPE, fake_stages, make_project
-
-
-def enter_project(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(folder)
-    monkeypatch.setenv("DAGSTER_HOME", str(folder / "dagster_home"))
-    monkeypatch.delenv("DVC_STAGE", raising=False)
-    monkeypatch.setattr(pipeline, "STAGES", fake_stages())
+from tests.fake_project import RECIPE, enter_project, fake_stages, make_project
 
 
 @pytest.fixture

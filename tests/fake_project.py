@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import polars as pl
+import pytest
 
 from dmr_pipeline import pipeline
 from dmr_pipeline.artifacts import hash_files
@@ -131,6 +132,27 @@ def make_project(folder: Path, stages: tuple[Stage, ...]) -> Recipe:
     subprocess.run(["git", "init", "-q", str(folder)], check=True)
     (folder / "dvc.yaml").write_text(dvc_stages.render(stages, [RECIPE]))
     return load_recipe(RECIPE, folder / "recipes")
+
+
+def enter_project(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("DAGSTER_HOME", str(folder / "dagster_home"))
+    monkeypatch.delenv("DVC_STAGE", raising=False)
+    monkeypatch.setattr(pipeline, "STAGES", fake_stages())
+
+
+def write_fake_dmr(folder: Path) -> Path:
+    """A folder with the real command line on the fake stages, for DVC to find."""
+    command = folder / "bin" / "dmr"
+    command.parent.mkdir()
+    command.write_text(
+        f"#!{sys.executable}\nimport sys\nsys.path.insert(0, {str(REPOSITORY)!r})\n"
+        "from dmr_pipeline import pipeline\nfrom dmr_pipeline.cli import app\n"
+        "from tests.fake_project import fake_stages\n"
+        "pipeline.STAGES = fake_stages()\napp()\n"
+    )
+    command.chmod(0o755)
+    return command.parent
 
 
 def make_recipe(name: str) -> None:

@@ -6,6 +6,7 @@ from dmr_pipeline.cli import stages
 from dmr_pipeline.cli.data import data
 from dmr_pipeline.cli.doctor import doctor
 from dmr_pipeline.cli.environments import bench, env
+from dmr_pipeline.cli.provenance import provenance
 from dmr_pipeline.cli.router import router
 from dmr_pipeline.cli.trajectories import trajectories
 
@@ -16,6 +17,7 @@ app = typer.Typer(
 )
 for command in (stages.run, stages.materialize, stages.status, stages.render, stages.report):
     app.command()(command)
+app.command()(provenance)
 app.command()(doctor)
 app.add_typer(trajectories, name="trajectories")
 app.add_typer(router, name="router")

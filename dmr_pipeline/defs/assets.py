@@ -97,8 +97,9 @@ def _materialize(
                 find_stage(name, stages), recipe.name, verify(artifact_folder(name, recipe.name))
             )
     else:
-        exchange.pull(context.instance, [*stage.inputs, *([stage.name] if stage.keeps_history else [])], recipe)
-    done = materialize_stage(stage, recipe, force=config.force)
+        needed = [find_stage(name, stages) for name in stage.inputs] + ([stage] if stage.keeps_history else [])
+        exchange.pull(context.instance, needed, recipe)
+    done = materialize_stage(stage, recipe, force=config.force, run_id=context.run_id)
     committed = dvc_stages.commit(stage, recipe.name, artifact=done.artifact, rebuilt=not done.skipped)
     metadata = {**describe(done), "committed_to_dvc": dg.MetadataValue.bool(committed)}
     if recipe.versioning.git == "commit" and committed:
@@ -106,6 +107,6 @@ def _materialize(
         commit = commit_lock(message, [dvc_stages.DVC_FILE], datetime.now(UTC).date())
         if commit is not None:
             metadata["git_commit"] = dg.MetadataValue.text(commit)
-    if recipe.versioning.remote is not None:
+    if recipe.versioning.remote is not None and not stage.committed:
         exchange.push(stage, recipe, done.artifact)
     return dg.MaterializeResult(metadata=metadata, data_version=dg.DataVersion(done.artifact.hash))

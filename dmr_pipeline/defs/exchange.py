@@ -1,6 +1,7 @@
 """Artefacts between machines: a stage's inputs come from the DVC remote by hash, and what it made goes there."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import dagster as dg
@@ -15,18 +16,23 @@ from dmr_pipeline.versioning import dvc_objects
 log = logging.getLogger(__name__)
 
 
-def pull(instance: dg.DagsterInstance, names: list[str], recipe: Recipe) -> None:
+def pull(instance: dg.DagsterInstance, stages: Sequence[Stage], recipe: Recipe) -> None:
     """Make these stages' artefacts here the ones that Dagster's instance records, where they are others.
 
     Raises:
-        UserError: an object is neither in DVC's cache here nor in the remote.
+        UserError: an object is neither in DVC's cache here nor in the remote, or an artefact that Git carries is another one.
     """
-    for name in names:
-        recorded = recorded_version(instance, dg.AssetKey(name), recipe.name)
-        folder = artifact_folder(name, recipe.name)
-        if recorded is not None and _hash(folder) != recorded:
-            log.info("%s: %s comes from the DVC remote %s", name, recorded, recipe.versioning.remote)
-            dvc_objects.restore(recorded, folder, recipe.versioning.remote)
+    for stage in stages:
+        recorded = recorded_version(instance, dg.AssetKey(stage.name), recipe.name)
+        folder = artifact_folder(stage.name, recipe.name)
+        if recorded is None or _hash(folder) == recorded:
+            continue
+        if stage.committed:
+            raise UserError(
+                f"{folder} is not {recorded}, which is in use: it lies in Git, check out here the commit that has it"
+            )
+        log.info("%s: %s comes from the DVC remote %s", stage.name, recorded, recipe.versioning.remote)
+        dvc_objects.restore(recorded, folder, recipe.versioning.remote)
 
 
 def _hash(folder: Path) -> str | None:

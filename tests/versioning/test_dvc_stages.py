@@ -1,4 +1,3 @@
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from dmr_pipeline.definitions import defs
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.recipe import RECIPE_FOLDER, Recipe, recipe_names
 from dmr_pipeline.versioning import dvc_stages
-from tests.fake_project import RECIPE, REPOSITORY, dvc
+from tests.fake_project import RECIPE, REPOSITORY, dvc, write_fake_dmr
 
 TABLE = {stage.name: set(stage.inputs) for stage in pipeline.STAGES}
 
@@ -117,17 +116,7 @@ def test_dvcs_refusal_is_one_line(project: Recipe):
 
 
 def test_dvc_repro_leaves_dagsters_record_and_its_own(project: Recipe, tmp_path: Path):
-    command = tmp_path / "bin" / "dmr"  # the real command line on the fake stages
-    command.parent.mkdir()
-    command.write_text(
-        f"#!{sys.executable}\nimport sys\nsys.path.insert(0, {str(REPOSITORY)!r})\n"
-        "from dmr_pipeline import pipeline\nfrom dmr_pipeline.cli import app\n"
-        "from tests.fake_project import fake_stages\n"
-        "pipeline.STAGES = fake_stages()\napp()\n"
-    )
-    command.chmod(0o755)
-
-    dvc("repro", f"agent@{RECIPE}", scripts=command.parent)
+    dvc("repro", f"agent@{RECIPE}", scripts=write_fake_dmr(tmp_path))
     assert "up to date" in dvc("status", f"agent@{RECIPE}")
     with dg.DagsterInstance.get() as instance:
         event = instance.get_latest_materialization_event(dg.AssetKey("agent"))
