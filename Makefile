@@ -8,7 +8,7 @@ RECIPE ?= alfworld-tiny
 
 export DAGSTER_HOME := $(CURDIR)/dagster_home
 
-.PHONY: setup official-engine demo test test-slow lint ui render
+.PHONY: setup official-engine demo test test-slow lint ui render screenshots
 
 setup: $(READY)
 
@@ -46,3 +46,7 @@ ui: setup
 
 render: setup
 	$(BIN)/dmr render
+
+# Pictures of Dagster's UI for the README, of what `make demo` has made; needs Chromium.
+screenshots: setup
+	$(BIN)/python docs/screenshots.py $(RECIPE)

@@ -13,7 +13,7 @@ from dmr_pipeline.defs import faults
 from dmr_pipeline.stage import StageContext, StageResult
 from tests.fake_project import fake_run, fake_stages
 
-SLEEPER = "agent"
+SLEEPER = "quantized_checkpoints"
 NODE_VARIABLE = "DMR_TEST_NODE"
 SHARED_VARIABLE = "DMR_TEST_SHARED"
 

@@ -15,7 +15,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_show_locals=False,
 )
-for command in (stages.run, stages.materialize, stages.status, stages.render, stages.report):
+for command in (stages.run, stages.materialize, stages.status, stages.pull, stages.render, stages.report):
     app.command()(command)
 app.command()(provenance)
 app.command()(doctor)

@@ -76,6 +76,19 @@ def status(recipe: RecipeOption = DEFAULT_RECIPE) -> None:
 
 
 @user_errors_exit_2
+def pull(recipe: RecipeArgument) -> None:
+    """Bring here what other machines have made of a recipe, and record it in dvc.lock."""
+    loaded = load_recipe(recipe)
+    if loaded.versioning.remote is None:
+        raise UserError(f"{recipe} names no versioning.remote, over which machines exchange artefacts: use `dvc pull`")
+    from dmr_pipeline.defs import runs
+
+    with progress_lines():
+        runs.pull(pipeline.STAGES, loaded)
+    status(recipe)
+
+
+@user_errors_exit_2
 def render(
     check: Annotated[bool, typer.Option("--check", help="change nothing; exit with 1 where dvc.yaml differs")] = False,
 ) -> None:

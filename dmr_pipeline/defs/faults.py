@@ -39,11 +39,13 @@ def is_transient(error: BaseException) -> bool:
     Of an error and what it came from, the outermost that says anything decides: a `UserError` made of a lost connection is
     for the user to mend.
     """
+    walked: list[BaseException] = []
     seen: BaseException | None = error
-    while seen is not None:
+    while seen is not None and seen not in walked:  # an error that is raised again from its own wrapper closes a circle
         verdict = _verdict(seen)
         if verdict is not None:
             return verdict
+        walked.append(seen)
         seen = seen.__cause__ or (None if seen.__suppress_context__ else seen.__context__)
     return False
 

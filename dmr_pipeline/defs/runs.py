@@ -12,10 +12,15 @@ import psutil
 from dagster._core.errors import DagsterAssetCheckFailedError  # not exported
 from dagster._core.instance.ref import InstanceRef  # the public API cannot override a part of dagster.yaml
 
+from dmr_pipeline.artifacts import artifact_folder, verify
+from dmr_pipeline.defs import exchange
 from dmr_pipeline.defs.assets import build_assets
 from dmr_pipeline.defs.checks import build_checks
+from dmr_pipeline.defs.versions import recorded_version
 from dmr_pipeline.errors import UserError
+from dmr_pipeline.recipe import Recipe
 from dmr_pipeline.stage import Stage
+from dmr_pipeline.versioning import dvc_stages
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +55,21 @@ def materialize(stages: Sequence[Stage], recipe: str, selected: Sequence[str], *
             if isinstance(failure.__cause__, UserError):
                 raise failure.__cause__ from failure
             raise
+
+
+def pull(stages: Sequence[Stage], recipe: Recipe) -> None:
+    """Bring the artefacts that other machines have made here, at the versions that the instance records, and record them
+    in this checkout's `dvc.lock`.
+
+    Raises:
+        UserError: an object is neither in DVC's cache nor in the remote.
+    """
+    with _open_instance() as instance:
+        made = [stage for stage in stages if recorded_version(instance, dg.AssetKey(stage.name), recipe.name)]
+        exchange.pull(instance, made, recipe)
+    for stage in made:
+        artifact = verify(artifact_folder(stage.name, recipe.name))
+        dvc_stages.commit(stage, recipe.name, artifact=artifact, rebuilt=False)
 
 
 def _wait_for_slots(instance: dg.DagsterInstance, pools: Set[str]) -> None:

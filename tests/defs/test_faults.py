@@ -139,6 +139,12 @@ def test_the_outermost_verdict_holds():
     assert not is_transient(chain((TimeoutError(), "cause"), (ValueError(), "hidden")))
 
 
+def test_errors_that_go_round_in_a_circle_come_to_an_end():
+    inner = ValueError()
+    inner.__cause__ = chain((inner, "cause"), (RuntimeError(), "cause"))
+    assert not is_transient(inner)
+
+
 def test_torch_is_not_imported():
     code = (
         "import sys; from dmr_pipeline.defs import faults; faults.is_transient(RuntimeError());"

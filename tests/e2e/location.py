@@ -38,7 +38,7 @@ def sensitivity_dataset(context: StageContext) -> StageResult:
 
 def evaluation_report(context: StageContext) -> StageResult:
     result = fake_run(context)
-    Image.new("RGB", PICTURE_SIZE, "teal").save(context.output / "plots" / "cost.png")
+    Image.radial_gradient("L").resize(PICTURE_SIZE).save(context.output / "plots" / "cost.png")
     return result
 
 

@@ -16,8 +16,9 @@ from tempfile import TemporaryDirectory
 import dagster as dg
 import pytest
 
-from dmr_pipeline.artifacts import artifact_folder, verify
+from dmr_pipeline.artifacts import artifact_folder, materialize_stage, verify
 from dmr_pipeline.defs.versions import recorded_version
+from dmr_pipeline.recipe import load_recipe
 from dmr_pipeline.versioning import dvc_stages
 from tests.fake_project import RECIPE, RECIPE_YAML, REPOSITORY, fake_stages, make_project
 from tests.ray_worker import NODE_VARIABLE, SHARED_VARIABLE, SLEEPER
@@ -26,8 +27,8 @@ pytestmark = pytest.mark.slow
 ray_cluster = pytest.importorskip("ray.cluster_utils", reason="Ray is not installed: pip install 'dmr-pipeline[ray]'")
 
 RECIPES = [RECIPE, "other"]
-STAGES = ["benchmark_tasks", "agent", "quantized_checkpoints"]
-GPU_STAGES = ["agent", "quantized_checkpoints"]
+STAGES = ["benchmark_tasks", "quantized_checkpoints", "trajectories"]
+GPU_STAGES = ["quantized_checkpoints", "trajectories"]
 OBJECT_STORE_BYTES = 100 << 20
 STAGE_MEMORY_BYTES = 8 << 30
 
@@ -67,8 +68,17 @@ def write_recipes(folder: Path, remote: Path | None) -> None:
     (folder / "dvc.yaml").write_text(dvc_stages.render(fake_stages(), RECIPES))
 
 
+def make_agents(folder: Path) -> None:
+    """Git carries them, so that every clone starts with them."""
+    for name in RECIPES:
+        recipe, data = load_recipe(name, folder / "recipes"), folder / "data"
+        for stage in fake_stages()[:2]:
+            materialize_stage(stage, recipe, data)
+        shutil.rmtree(artifact_folder("benchmark_tasks", name, data))
+
+
 def start_run(recipe: str, home: Path, log: Path) -> subprocess.Popen[bytes]:
-    selection = " or ".join(f'key:"{stage}"' for stage in STAGES)
+    selection = " or ".join(f'key:"{stage}"' for stage in [*STAGES, "agent"])
     command = [
         "dagster",
         "asset",
@@ -100,6 +110,7 @@ def test_two_recipes_share_two_gpus_and_a_killed_worker_is_replaced(
     head.mkdir()
     make_project(head, fake_stages())
     write_recipes(head, tmp_path / "remote" if own_folders else None)
+    make_agents(head)
     homes = {"head": head, "first": head, "second": head}
     if own_folders:
         for name in ("first", "second"):

@@ -1,0 +1,107 @@
+"""Two machines: each its own checkout, working folder and DVC cache; shared are Dagster's instance and a DVC remote."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import dagster as dg
+import pytest
+from typer.testing import CliRunner
+
+from dmr_pipeline import pipeline
+from dmr_pipeline.artifacts import artifact_folder, hash_files, verify
+from dmr_pipeline.cli import app
+from dmr_pipeline.defs import runs
+from dmr_pipeline.errors import UserError
+from dmr_pipeline.versioning import dvc_stages
+from tests.fake_project import RECIPE, dvc, enter_project, make_project
+
+NAMES = [stage.name for stage in pipeline.STAGES]
+
+
+@pytest.fixture
+def machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
+    """Two checkouts of one fake project; the first is the working directory."""
+    store = tmp_path / "store"
+    folders = {name: tmp_path / name for name in ("first", "second")}
+    for folder in folders.values():
+        folder.mkdir()
+        make_project(folder, pipeline.STAGES)
+        enter_project(folder, monkeypatch)
+        dvc("remote", "add", "store", str(store))
+        recipe = Path(f"recipes/{RECIPE}.yaml")
+        recipe.write_text(recipe.read_text() + "versioning: {remote: store}\n")
+    work_on(folders["first"], folders, monkeypatch)
+    return folders
+
+
+def work_on(folder: Path, machines: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    enter_project(folder, monkeypatch)
+    monkeypatch.setenv("DAGSTER_HOME", str(machines["first"] / "dagster_home"))
+
+
+def test_a_worker_pulls_its_inputs_by_hash_and_the_other_machine_gets_what_it_made(
+    machines: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+):
+    runs.materialize(pipeline.STAGES, RECIPE, NAMES[: NAMES.index("grpo_router")])
+    inputs = pipeline.find_stage("grpo_router", pipeline.STAGES).inputs
+    made = {name: hash_files(artifact_folder(name, RECIPE)) for name in inputs}
+
+    work_on(machines["second"], machines, monkeypatch)
+    assert not artifact_folder("kl_router", RECIPE).exists()
+    stale = artifact_folder("quantized_checkpoints", RECIPE)
+    stale.mkdir(parents=True)
+    (stale / "of_yesterday").write_text("x")
+    runs.materialize(pipeline.STAGES, RECIPE, ["grpo_router"])
+    assert {name: hash_files(artifact_folder(name, RECIPE)) for name in inputs} == made
+    router = verify(artifact_folder("grpo_router", RECIPE))
+
+    work_on(machines["first"], machines, monkeypatch)
+    result = CliRunner().invoke(app, ["pull", RECIPE])
+    assert result.exit_code == 0, result.output
+    here = verify(artifact_folder("grpo_router", RECIPE))
+    assert here.hash == router.hash
+    assert dvc_stages.is_committed(pipeline.find_stage("grpo_router", pipeline.STAGES), RECIPE, here)
+
+
+def test_an_agent_that_git_carries_is_not_exchanged(machines: dict[str, Path], monkeypatch: pytest.MonkeyPatch):
+    runs.materialize(pipeline.STAGES, RECIPE, ["benchmark_tasks", "agent"])
+    work_on(machines["second"], machines, monkeypatch)
+    with pytest.raises(UserError, match=r"data/fake/agent is not .*\.dir, which is in use: it lies in Git"):
+        runs.materialize(pipeline.STAGES, RECIPE, ["quantized_checkpoints"])
+    shutil.copytree(machines["first"] / "data/fake/agent", "data/fake/agent")
+    runs.materialize(pipeline.STAGES, RECIPE, ["quantized_checkpoints"])
+
+
+def test_pull_needs_a_remote(machines: dict[str, Path]):
+    recipe = Path(f"recipes/{RECIPE}.yaml")
+    recipe.write_text(recipe.read_text().replace("versioning: {remote: store}\n", ""))
+    result = CliRunner().invoke(app, ["pull", RECIPE])
+    assert result.exit_code == 2
+
+
+def git(*arguments: str) -> str:
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    return subprocess.run(["git", *identity, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def test_what_is_materialised_becomes_commits_on_a_branch_of_its_own(project: object):
+    recipe = Path(f"recipes/{RECIPE}.yaml")
+    recipe.write_text(recipe.read_text() + "versioning: {git: commit}\n")
+    git("add", "-A")
+    git("commit", "-qm", "start")
+    head = git("rev-parse", "HEAD")
+    runs.materialize(pipeline.STAGES, RECIPE, ["benchmark_tasks", "agent"])
+    (branch,) = re.findall(r"retrain/\d{4}-\d\d-\d\d", git("branch", "--list", "retrain/*"))
+    assert git("log", "--format=%s", f"HEAD..{branch}").splitlines() == [
+        f"{name}@{RECIPE} is {verify(artifact_folder(name, RECIPE)).hash}" for name in ("agent", "benchmark_tasks")
+    ]
+    assert git("show", f"{branch}:dvc.lock") == Path("dvc.lock").read_text()
+    assert git("rev-parse", "HEAD") == head
+    assert git("diff", "--cached", "--name-only") == "", "nothing is staged in the checkout"
+    with dg.DagsterInstance.get() as instance:
+        event = instance.get_latest_materialization_event(dg.AssetKey("agent"))
+    assert event is not None
+    assert event.asset_materialization is not None
+    assert event.asset_materialization.metadata["git_commit"].value == git("rev-parse", branch).strip()

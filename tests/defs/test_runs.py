@@ -1,0 +1,60 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import dagster as dg
+import psutil
+import pytest
+
+from dmr_pipeline import pipeline
+from dmr_pipeline.artifacts import artifact_folder
+from dmr_pipeline.defs import runs
+from dmr_pipeline.recipe import Recipe
+from tests.fake_project import RECIPE, REPOSITORY
+
+CODE = (
+    f"import logging, sys; sys.path.insert(0, {str(REPOSITORY)!r}); logging.basicConfig(level=logging.INFO)\n"
+    "from tests.fake_project import fake_stages; from dmr_pipeline.defs import runs\n"
+    f"runs.materialize(fake_stages(), {RECIPE!r}, ['agent'])\n"
+)
+
+
+@pytest.fixture
+def waiting(project: Recipe) -> Iterator[subprocess.Popen[str]]:
+    """A process that waits for the pool's only slot, which a living run holds."""
+    runs.materialize(pipeline.STAGES, RECIPE, ["benchmark_tasks"])
+    with dg.DagsterInstance.get() as instance:
+        storage = instance.event_log_storage
+        storage.set_concurrency_slots("gpu", 1)
+        assert storage.claim_concurrency_slot("gpu", "another-run", "agent").is_claimed
+        process = subprocess.Popen([sys.executable, "-c", CODE], stderr=subprocess.PIPE, text=True)
+        assert process.stderr is not None
+        for line in process.stderr:
+            if "waiting for it to end" in line:
+                break
+        yield process
+        process.kill()
+        process.wait()
+
+
+def test_a_run_waits_for_a_slot_without_using_the_processor_and_starts_once_it_is_free(
+    waiting: subprocess.Popen[str],
+):
+    process = psutil.Process(waiting.pid)
+    before, started = sum(process.cpu_times()[:2]), time.perf_counter()
+    time.sleep(6)
+    assert sum(process.cpu_times()[:2]) - before < 0.5 * (time.perf_counter() - started)
+    assert not artifact_folder("agent", RECIPE).exists()
+    with dg.DagsterInstance.get() as instance:
+        instance.event_log_storage.free_concurrency_slots_for_run("another-run")
+    assert waiting.wait(timeout=120) == 0
+    assert artifact_folder("agent", RECIPE).exists()
+
+
+def test_a_waiting_run_dies_of_sigterm(waiting: subprocess.Popen[str]):
+    os.kill(waiting.pid, signal.SIGTERM)
+    assert waiting.wait(timeout=20) == -signal.SIGTERM
+    assert not artifact_folder("agent", RECIPE).exists()
