@@ -101,6 +101,10 @@ STAGES: tuple[Stage, ...] = (
         group="agent",
         kinds=frozenset({"python"}),
         description="Games and goals in four disjoint splits: agent_train, router_train, validation, test.",
+        reading=(
+            "`<split>.parquet` has a row a game. What is chosen (thresholds, checkpoints, releases) is chosen on "
+            "validation; the test games are played once, by `evaluation_report`."
+        ),
     ),
     Stage(
         name="agent",
@@ -111,6 +115,10 @@ STAGES: tuple[Stage, ...] = (
         group="agent",
         kinds=frozenset({"pytorch", "huggingface"}),
         description="The float LLM: trained here by behaviour cloning and DAgger, or brought along.",
+        reading=(
+            "`model/` is a Hugging Face checkpoint. `training.parquet` shows whether it has learned: the success of "
+            "its own episodes should have levelled off."
+        ),
         committed=True,
         pool="gpu",
         resources=ONE_GPU,
@@ -124,6 +132,10 @@ STAGES: tuple[Stage, ...] = (
         group="agent",
         kinds=frozenset({"pytorch", "huggingface"}),
         description="The precision ladder of one float checkpoint, and the gate: is there a gap between high and low?",
+        reading=(
+            "A folder a rung. `summary/gate` says whether low precision loses enough success for a router to win "
+            "back, and `summary/rungs` how far each rung is from the float model (KL in nats an action)."
+        ),
         pool="gpu",
         resources=ONE_GPU,
     ),
@@ -136,6 +148,10 @@ STAGES: tuple[Stage, ...] = (
         group="labels",
         kinds=frozenset({"pytorch", "parquet"}),
         description="Episodes on the router_train games by the behaviour policies that the recipe names.",
+        reading=(
+            "`episodes.parquet` has a row an episode, `steps.parquet` a row a step. The success of each behaviour "
+            "policy is in the summary: all-low should lose some games that all-high wins."
+        ),
         pool="gpu",
         resources=ONE_GPU,
     ),
@@ -148,6 +164,10 @@ STAGES: tuple[Stage, ...] = (
         group="labels",
         kinds=frozenset({"parquet"}),
         description="Episodes that people dropped into data/incoming/<recipe>/, from an agent at work. It only grows.",
+        reading=(
+            "`episodes/` has a file for each file that was ingested. Bad ones are in "
+            "`data/incoming/<recipe>/quarantine/`, the reason beside them."
+        ),
         keeps_history=True,
         waiting=_waiting_files,
         after=_file_away,
@@ -161,6 +181,10 @@ STAGES: tuple[Stage, ...] = (
         group="labels",
         kinds=frozenset({"pytorch", "parquet"}),
         description="One row a step: how far the precisions' action distributions diverge on a prefix, and the label.",
+        reading=(
+            "`summary/label_share` is the share of sensitive steps, `summary/greedy_disagreement` that of steps at "
+            "which the precisions would act differently."
+        ),
         pool="gpu",
         resources=ONE_GPU,
     ),
@@ -179,6 +203,10 @@ STAGES: tuple[Stage, ...] = (
         group="router",
         kinds=frozenset({"pytorch", "huggingface"}),
         description="Stage 1 of the router: class-weighted cross-entropy on the sensitivity labels.",
+        reading=(
+            "`summary/auroc` says how well it tells sensitive steps apart on validation games (0.5 is chance), "
+            "`summary/validation_success` what it wins at `summary/validation_high_ratio`."
+        ),
         pool="gpu",
         resources=ONE_GPU,
     ),
@@ -191,6 +219,10 @@ STAGES: tuple[Stage, ...] = (
         group="router",
         kinds=frozenset({"pytorch", "huggingface"}),
         description="Stage 2 of the router: GRPO on success and cost.",
+        reading=(
+            "`training.parquet` has a row an update: the reward on validation should rise above that of update 0, "
+            "which is stage 1. Where all groups tie (`summary/tied_groups`), nothing is learned."
+        ),
         pool="gpu",
         resources=ONE_GPU,
     ),
@@ -203,6 +235,10 @@ STAGES: tuple[Stage, ...] = (
         group="evaluation",
         kinds=frozenset({"pytorch", "matplotlib"}),
         description="Every policy on the test games: success, high-precision ratio and cost, with intervals.",
+        reading=(
+            "The table and the pictures below; `report` is a page that opens offline. A router is worth its name "
+            "where it beats random mixing at its own ratio."
+        ),
         pool="gpu",
         resources=ONE_GPU,
         after=_render_report,
@@ -216,6 +252,10 @@ STAGES: tuple[Stage, ...] = (
         group="router",
         kinds=frozenset({"pytorch", "huggingface"}),
         description="The router in use, and the history of releases: a new one takes its place only if it is not worse.",
+        reading=(
+            "`router/` is what to deploy; `releases.json` has every decision with the paired comparison behind it. "
+            "`dmr router history` shows it, `dmr router promote` and `dmr router rollback` overrule it."
+        ),
         pool="gpu",
         resources=ONE_GPU,
         keeps_history=True,

@@ -60,6 +60,9 @@ class Stage:
     kinds: frozenset[str]
     """What the Dagster UI shows as badges, such as 'parquet'."""
     description: str
+    """What it is: one sentence."""
+    reading: str
+    """How to read it: what is in which file, and which numbers tell whether it is good. Markdown."""
     committed: bool = False
     """Its artefact lies in Git (DVC output with `cache: false`), so that a clone can start from it."""
     pool: str | None = None

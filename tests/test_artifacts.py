@@ -38,7 +38,7 @@ def write(text: str) -> Run:
 
 
 def stage(run: Run, name: str = "one", inputs: tuple[str, ...] = (), **changes: object) -> Stage:
-    base = Stage(name, inputs, ("benchmark",), "1", run, "group", frozenset(), "A stage.")
+    base = Stage(name, inputs, ("benchmark",), "1", run, "group", frozenset(), "A stage.", "Read it.")
     return replace(base, **changes)
 
 

@@ -63,7 +63,7 @@ def _build_asset(stage: Stage, stages: Sequence[Stage], partitions: dg.Partition
         group_name=stage.group,
         kinds=set(stage.kinds),
         owners=OWNERS,
-        description=stage.description,
+        description=f"{stage.description}\n\n{stage.reading}",
         code_version=stage.code_version,
         pool=stage.pool,
         op_tags=op_tags_of(stage),

@@ -41,7 +41,7 @@ def test_every_row_of_the_table_is_an_asset_and_recipes_are_its_partitions(proje
         assert (node.group_name, node.code_version, node.description) == (
             stage.group,
             stage.code_version,
-            stage.description,
+            f"{stage.description}\n\n{stage.reading}",
         )
         assert node.kinds == stage.kinds
         assert node.pools == ({stage.pool} if stage.pool else set())
