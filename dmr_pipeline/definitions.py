@@ -6,13 +6,14 @@ from dmr_pipeline import pipeline
 from dmr_pipeline.defs.assets import build_assets
 from dmr_pipeline.defs.automation import ingest, new_trajectories, retrain, weekly_retraining, whole_pipeline
 from dmr_pipeline.defs.checks import build_checks
-from dmr_pipeline.defs.executors import executor
+from dmr_pipeline.defs.executors import enter_home, executor
 from dmr_pipeline.defs.sections import build_section_sensor
 from dmr_pipeline.recipe import UNHASHED_SECTIONS, Recipe
 
 
 @dg.definitions
 def defs() -> dg.Definitions:
+    enter_home()  # first: the recipes, which are the partitions, are read from there
     sections = sorted(Recipe.model_fields.keys() - UNHASHED_SECTIONS - {"name"})
     return dg.Definitions(
         assets=build_assets(pipeline.STAGES),

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import traceback
 from collections.abc import Callable, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import Connection, wait
 from typing import Any, TypeVar, cast
 
@@ -57,7 +58,7 @@ def in_processes(
 
     Raises:
         Exception: whatever `work` raised, with its traceback as a note.
-        RuntimeError: a process was killed.
+        BrokenProcessPool: a process was killed.
     """
     if len(parts) == 1:
         return [work(parts[0], advance)]
@@ -78,7 +79,7 @@ def in_processes(
                     kind, value = receiver.recv()
                 except EOFError:
                     process.join()
-                    raise RuntimeError(
+                    raise BrokenProcessPool(
                         f"process {process.pid} ended with exit code {process.exitcode} before its work was done;"
                         " if memory ran out, set runtime.processes to 1 or runtime.batch_episodes lower"
                     ) from None

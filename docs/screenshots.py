@@ -17,7 +17,7 @@ from urllib.parse import quote
 
 import dagster as dg
 from PIL import Image
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import Locator, Page, sync_playwright
 
 from dmr_pipeline import pipeline
 from dmr_pipeline.errors import UserError
@@ -80,7 +80,7 @@ def browser_page() -> Iterator[Page]:
         browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
         page = browser.new_page(viewport={"width": WIDTH, "height": HEIGHT}, device_scale_factor=1)
         page.add_init_script("localStorage.setItem('dagster-nav-collapsed', 'true')")
-        page.set_default_timeout(60_000)
+        page.set_default_timeout(120_000)
         try:
             yield page
         finally:
@@ -113,12 +113,17 @@ def asset_graph(page: Page, url: str) -> None:
 
 
 def report(page: Page, url: str, recipe: str) -> None:
-    """The table of policies at the top, and the pictures below."""
+    """The table of policies, and the picture that a click shows."""
     page.goto(f"{url}/assets/evaluation_report?view=partitions&partition={quote(recipe)}")
-    table = page.get_by_role("row").filter(has=page.get_by_text("table", exact=True))
-    table.scroll_into_view_if_needed()
-    table.evaluate("row => row.scrollIntoView()")
+    metadata_row(page, "table").evaluate("row => row.scrollIntoView()")
     take(page, "evaluation_report")
+    metadata_row(page, "picture/accuracy_cost").get_by_text("Show Markdown").click()
+    page.get_by_role("dialog").get_by_role("img", name="accuracy_cost").wait_for()
+    take(page, "evaluation_picture")
+
+
+def metadata_row(page: Page, key: str) -> Locator:
+    return page.get_by_role("row").filter(has=page.get_by_text(key, exact=True))
 
 
 def checks(page: Page, url: str) -> None:

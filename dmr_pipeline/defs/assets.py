@@ -10,7 +10,6 @@ from pydantic import Field
 from dmr_pipeline.artifacts import artifact_folder, materialize_stage, verify
 from dmr_pipeline.defs import exchange
 from dmr_pipeline.defs.describe import describe
-from dmr_pipeline.defs.executors import enter_home
 from dmr_pipeline.defs.faults import RETRIES, as_dagster_failures
 from dmr_pipeline.defs.sections import build_sections, observe, section_key
 from dmr_pipeline.pipeline import find_stage
@@ -72,7 +71,6 @@ def _build_asset(stage: Stage, stages: Sequence[Stage], partitions: dg.Partition
     )
     def asset(context: dg.AssetExecutionContext, config: Materialization) -> dg.MaterializeResult:
         with as_dagster_failures(context):
-            enter_home()
             recipe = load_recipe(context.partition_key)
             dvc_stages.check_rendered(stages, recipe_names())
             observe(context.instance, recipe, stage.sections)

@@ -12,12 +12,14 @@ import dagster as dg
 import polars as pl
 from pydantic import JsonValue
 
-from dmr_pipeline.artifacts import Manifest, artifact_folder, verify
+from dmr_pipeline.artifacts import Artifact, Manifest, artifact_folder, verify
+from dmr_pipeline.defs import exchange
 from dmr_pipeline.defs.assets import recipe_partitions
 from dmr_pipeline.defs.describe import typed
 from dmr_pipeline.defs.versions import recorded_version
 from dmr_pipeline.environments.alfworld.game import TaskType
 from dmr_pipeline.errors import UserError
+from dmr_pipeline.pipeline import STAGES, find_stage
 from dmr_pipeline.recipe import Recipe, load_recipe
 
 if TYPE_CHECKING:
@@ -245,8 +247,9 @@ def _build_check(check: Check, partitions: dg.PartitionsDefinition) -> dg.AssetC
         partitions_def=partitions,
     )
     def asset_check(context: dg.AssetCheckExecutionContext) -> dg.AssetCheckResult:
-        artifact = verify(artifact_folder(check.stage, context.partition_key))
-        found = check.examine(artifact.path, artifact.manifest, load_recipe(context.partition_key))
+        recipe = load_recipe(context.partition_key)
+        artifact = _verified(context, check.stage, recipe)
+        found = check.examine(artifact.path, artifact.manifest, recipe)
         return _result(
             check.stage, found, dg.AssetCheckSeverity.ERROR if check.blocking else dg.AssetCheckSeverity.WARN
         )
@@ -263,15 +266,23 @@ def _files_check(stage: str, partitions: dg.PartitionsDefinition) -> dg.AssetChe
         partitions_def=partitions,
     )
     def asset_check(context: dg.AssetCheckExecutionContext) -> dg.AssetCheckResult:
-        recorded = recorded_version(context.instance, dg.AssetKey(stage), context.partition_key)
+        recipe = load_recipe(context.partition_key)
+        recorded = recorded_version(context.instance, dg.AssetKey(stage), recipe.name)
         try:
-            artifact = verify(artifact_folder(stage, context.partition_key))
+            artifact = _verified(context, stage, recipe)
         except UserError as error:
             return _result(stage, Finding([str(error)]), dg.AssetCheckSeverity.ERROR)
         failures = [f"its hash is {artifact.hash}, recorded was {recorded}"] if artifact.hash != recorded else []
         return _result(stage, Finding(failures, {"hash": artifact.hash}), dg.AssetCheckSeverity.ERROR)
 
     return asset_check
+
+
+def _verified(context: dg.AssetCheckExecutionContext, stage: str, recipe: Recipe) -> Artifact:
+    """A check is a step of its own: it may run on another machine than the stage did."""
+    if recipe.versioning.remote is not None:
+        exchange.pull(context.instance, [find_stage(stage, STAGES)], recipe)
+    return verify(artifact_folder(stage, recipe.name))
 
 
 def _result(stage: str, found: Finding, severity: dg.AssetCheckSeverity) -> dg.AssetCheckResult:

@@ -43,7 +43,8 @@ def materialize(stages: Sequence[Stage], recipe: str, selected: Sequence[str], *
                 instance=instance,
                 partition_key=recipe,
                 selection=dg.AssetSelection.assets(*selected),
-                tags={PROCESS_TAG: _this_process()},
+                # Dagster's daemon cannot start again what ran in this process.
+                tags={PROCESS_TAG: _this_process(), "dagster/max_retries": "0"},
                 run_config={
                     "loggers": {"console": {"config": {"log_level": "CRITICAL"}}},
                     "ops": {name: {"config": {"force": force}} for name in selected},
@@ -52,9 +53,9 @@ def materialize(stages: Sequence[Stage], recipe: str, selected: Sequence[str], *
         except DagsterAssetCheckFailedError as error:
             raise UserError(f"a blocking check failed: {' '.join(str(error).split())}") from error
         except dg.Failure as failure:
-            if isinstance(failure.__cause__, UserError):
-                raise failure.__cause__ from failure
-            raise
+            if failure.__cause__ is None:
+                raise
+            raise failure.__cause__ from failure
 
 
 def pull(stages: Sequence[Stage], recipe: Recipe) -> None:

@@ -196,6 +196,8 @@ def _copy(source: "HashFileDB", destination: "HashFileDB", oids: Collection[str]
 def _remote_errors(store: "HashFileDB") -> Iterator[None]:
     try:
         yield
+    except (ConnectionError, TimeoutError):
+        raise  # worth another try, and no user's to mend
     except OSError as error:
         raise UserError(f"the DVC remote at {store.fs.unstrip_protocol(store.path)} failed: {error}") from error
 

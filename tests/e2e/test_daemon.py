@@ -75,21 +75,21 @@ def wait_until(condition: Callable[[], object], what: str) -> None:
         time.sleep(0.5)
 
 
-def last_tick(instance: dg.DagsterInstance, sensor: str) -> InstigatorTick | None:
-    """The sensor's last evaluation that has ended."""
+def evaluations(instance: dg.DagsterInstance, sensor: str) -> list[InstigatorTick]:
+    """Those of the sensor that have ended, the last first."""
     for state in instance.all_instigator_state(instigator_type=InstigatorType.SENSOR):
         if state.instigator_name == sensor:
-            ticks = instance.get_ticks(state.instigator_origin_id, state.selector_id, limit=2)
-            return next((tick for tick in ticks if tick.end_timestamp), None)
-    return None
+            ticks = instance.get_ticks(state.instigator_origin_id, state.selector_id)
+            return [tick for tick in ticks if tick.end_timestamp]
+    return []
 
 
 def settled(instance: dg.DagsterInstance, reason: str) -> Callable[[], bool]:
     """Whether no run is left, and the sensor sees nothing to do for this reason."""
 
     def condition() -> bool:
-        tick = last_tick(instance, "new_trajectories")
-        said = tick is not None and tick.skip_reason == f"{RECIPE}: {reason}"
+        ticks = evaluations(instance, "new_trajectories")
+        said = bool(ticks) and ticks[0].skip_reason == f"{RECIPE}: {reason}"
         return said and not instance.get_runs(dg.RunsFilter(statuses=UNFINISHED))
 
     return condition
@@ -128,9 +128,11 @@ def test_daemon_ingests_and_retrains_exactly_once(tmp_path: Path, monkeypatch: p
 
         with running(*daemon):
             good = drop("good.jsonl", episode_id="good")
-            wait_until(lambda: last_tick(instance, "recipe_files"), "the daemon evaluates the sensor that is on")
+            wait_until(
+                lambda: len(evaluations(instance, "recipe_files")) == 2, "the other sensor, which is on, goes on"
+            )
             assert (incoming / "good.jsonl").is_file()
-            assert last_tick(instance, "new_trajectories") is None, "the sensor is on, but nobody has started it"
+            assert not evaluations(instance, "new_trajectories"), "the sensor is on, but nobody has started it"
 
             start = ["dagster", "sensor", "start", "new_trajectories", "-w", "workspace.yaml"]
             subprocess.run([SCRIPTS / start[0], *start[1:]], check=True, capture_output=True)
