@@ -241,7 +241,13 @@ def verify(folder: Path) -> Artifact:
 
 
 def materialize_stage(
-    stage: Stage, recipe: Recipe, data_root: Path = DATA_ROOT, *, force: bool = False, run_id: str | None = None
+    stage: Stage,
+    recipe: Recipe,
+    data_root: Path = DATA_ROOT,
+    *,
+    force: bool = False,
+    run_id: str | None = None,
+    expected: str | None = None,
 ) -> Materialized:
     """Make a stage's artefact from its inputs' artefacts, unless a valid one of the same provenance is there already.
 
@@ -251,10 +257,11 @@ def materialize_stage(
 
     Args:
         run_id: the orchestrator's name of this run, for the record beside the artefact.
+        expected: the only hash that the artefact may have, for a history that is recorded but lost.
 
     Raises:
-        UserError: an input is missing or damaged, the disk is full, the committed artefact is damaged, or the stage
-            itself found bad input.
+        UserError: an input is missing or damaged, the disk is full, the committed artefact is damaged, the artefact is not
+            the expected one, or the stage itself found bad input.
     """
     folder = artifact_folder(stage.name, recipe.name, data_root)
     with disk_full_is_user_error(folder, data_root):
@@ -275,7 +282,7 @@ def materialize_stage(
                     verify(folder).path if stage.keeps_history and folder.is_dir() else None,
                     incoming_folder(recipe.name, data_root),
                 )
-                built = _build(stage, context, wanted, folder, run_id)
+                built = _build(stage, context, wanted, folder, run_id, expected)
                 shutil.rmtree(scratch.parent)
             if stage.after is not None:
                 stage.after(data_root, recipe.name)
@@ -324,7 +331,9 @@ def _current(folder: Path, wanted: Provenance, stage: Stage) -> Artifact | None:
     return artifact
 
 
-def _build(stage: Stage, context: StageContext, wanted: Provenance, folder: Path, run_id: str | None) -> Artifact:
+def _build(
+    stage: Stage, context: StageContext, wanted: Provenance, folder: Path, run_id: str | None, expected: str | None
+) -> Artifact:
     output = context.output
     shutil.rmtree(output, ignore_errors=True)
     output.mkdir()
@@ -342,8 +351,14 @@ def _build(stage: Stage, context: StageContext, wanted: Provenance, folder: Path
             )
         manifest = Manifest(**vars(wanted), files=files, summary=dict(result.summary))
         (output / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+        made = folder_hash({**files, MANIFEST: file_md5(output / MANIFEST)})
+        if expected not in (None, made):
+            raise UserError(
+                f"{folder} is missing, and its history, recorded as {expected}, must not start anew: get it with `dvc pull"
+                f" {stage.name}@{context.recipe.name}`, or give it up by removing that entry of dvc.lock"
+            )
         record = RunRecord(
-            hash=folder_hash({**files, MANIFEST: file_md5(output / MANIFEST)}),
+            hash=made,
             run_id=run_id,
             started=started.replace(microsecond=0),
             finished=datetime.now(UTC).replace(microsecond=0),

@@ -20,7 +20,7 @@ from dmr_pipeline.artifacts import (
     sidecar_path,
     verify,
 )
-from dmr_pipeline.cli import provenance as command
+from dmr_pipeline.cli.provenance import provenance
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.provenance import trace
 from dmr_pipeline.recipe import Recipe, Runtime
@@ -28,7 +28,7 @@ from tests.fake_project import RECIPE
 
 TABLE = {stage.name: stage for stage in pipeline.STAGES}
 APP = typer.Typer()
-APP.command()(command.provenance)
+APP.command()(provenance)
 ROUTER = artifact_folder("grpo_router", RECIPE)
 TASKS = artifact_folder("benchmark_tasks", RECIPE)
 

@@ -88,8 +88,9 @@ def _materialize(
     recipe: Recipe,
     config: Materialization,
 ) -> dg.MaterializeResult:
+    lost_history = None
     if recipe.versioning.remote is None:
-        dvc_objects.ensure_history(stage, recipe.name)
+        lost_history = dvc_objects.ensure_history(stage, recipe.name)
         for name in stage.inputs:
             dvc_objects.check_recorded(
                 find_stage(name, stages), recipe.name, verify(artifact_folder(name, recipe.name))
@@ -97,7 +98,7 @@ def _materialize(
     else:
         needed = [find_stage(name, stages) for name in stage.inputs] + ([stage] if stage.keeps_history else [])
         exchange.pull(context.instance, needed, recipe)
-    done = materialize_stage(stage, recipe, force=config.force, run_id=context.run_id)
+    done = materialize_stage(stage, recipe, force=config.force, run_id=context.run_id, expected=lost_history)
     committed = dvc_stages.commit(stage, recipe.name, artifact=done.artifact, rebuilt=not done.skipped)
     metadata = {**describe(done), "committed_to_dvc": dg.MetadataValue.bool(committed)}
     if recipe.versioning.git == "commit" and committed:

@@ -108,25 +108,25 @@ def check_recorded(stage: Stage, recipe: str, artifact: Artifact) -> None:
     )
 
 
-def ensure_history(stage: Stage, recipe: str, data_root: Path = DATA_ROOT, remote: str | None = None) -> None:
+def ensure_history(stage: Stage, recipe: str, data_root: Path = DATA_ROOT, remote: str | None = None) -> str | None:
     """Restore the artefact of a stage that keeps its history where `dvc.lock` records one and its folder is missing, so that
     a clone never starts an empty history.
 
-    Raises:
-        UserError: it cannot be restored.
+    Returns:
+        The recorded hash where it cannot be restored: the artefact may be made anew only if it comes out the same, as that of
+        a history of one entry does.
     """
     folder = artifact_folder(stage.name, recipe, data_root)
     artifacts.recover(folder)
     recorded = recorded_hash(stage, recipe)
     if not stage.keeps_history or recorded is None or folder.is_dir():
-        return
+        return None
     try:
         restore(recorded, folder, remote)
     except UserError as error:
-        raise UserError(
-            f"{folder} is missing, and its history, which {dvc_stages.LOCK_FILE} records, must not start anew: get it with"
-            f" `dvc pull {dvc_stages.stage_address(stage, recipe)}` ({error})"
-        ) from error
+        log.warning("%s is missing and cannot be restored: %s", folder, error)
+        return recorded
+    return None
 
 
 def _output_hash(entry: Mapping[str, Any], stage: Stage, recipe: str) -> str | None:

@@ -54,14 +54,14 @@ def enter_dagster_project(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @contextmanager
-def running(*command: str) -> Iterator[subprocess.Popen[bytes]]:
+def running(*command: str) -> Iterator[None]:
     """A program in a session of its own. Whatever it has started is killed at the end; what it said is in `<program>.log`."""
     with Path(f"{command[0]}.log").open("ab") as log:
         process = subprocess.Popen(
             [SCRIPTS / command[0], *command[1:]], start_new_session=True, stdout=log, stderr=subprocess.STDOUT
         )
         try:
-            yield process
+            yield
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)

@@ -279,11 +279,22 @@ def test_history_comes_back_on_a_clone(finished_project: Recipe, store: Path):
     dvc_objects.push(wanted, "store")
     shutil.rmtree(CACHE)
     shutil.rmtree(folder)
-    with pytest.raises(UserError, match=f"must not start anew: get it with `dvc pull {stage.name}@{RECIPE}`"):
-        dvc_objects.ensure_history(stage, RECIPE)
+    assert dvc_objects.ensure_history(stage, RECIPE) == wanted
     assert not folder.exists()
-    dvc_objects.ensure_history(stage, RECIPE, remote="store")
+    assert dvc_objects.ensure_history(stage, RECIPE, remote="store") is None
     assert verify(folder).hash == wanted
+
+
+def test_lost_history_is_made_anew_only_if_it_comes_out_the_same(finished_project: Recipe):
+    stage = stage_called("ingested_trajectories")
+    folder = artifact_folder(stage.name, RECIPE)
+    wanted = verify(folder).hash
+    shutil.rmtree(folder)
+    assert materialize_stage(stage, finished_project, expected=wanted).artifact.hash == wanted
+    shutil.rmtree(folder)
+    with pytest.raises(UserError, match=f"must not start anew: get it with `dvc pull {stage.name}@{RECIPE}`"):
+        materialize_stage(stage, finished_project, expected="0" * 32 + ".dir")
+    assert not folder.exists()
 
 
 def test_history_that_is_there_is_left_alone(finished_project: Recipe):
