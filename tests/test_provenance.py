@@ -3,6 +3,7 @@ import json
 import shutil
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,7 +21,6 @@ from dmr_pipeline.artifacts import (
     sidecar_path,
     verify,
 )
-from dmr_pipeline.cli.provenance import provenance
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.provenance import trace
 from dmr_pipeline.recipe import Recipe, Runtime
@@ -28,7 +28,8 @@ from tests.fake_project import RECIPE
 
 TABLE = {stage.name: stage for stage in pipeline.STAGES}
 APP = typer.Typer()
-APP.command()(provenance)
+COMMAND = import_module("dmr_pipeline.cli.provenance")  # the package has the function under this name
+APP.command()(COMMAND.provenance)
 ROUTER = artifact_folder("grpo_router", RECIPE)
 TASKS = artifact_folder("benchmark_tasks", RECIPE)
 
@@ -40,7 +41,7 @@ def ancestors(name: str) -> set[str]:
 def shown(path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """What the terminal shows, on lines that are not folded."""
     screen = io.StringIO()
-    monkeypatch.setattr(command, "console", Console(file=screen, width=1000))
+    monkeypatch.setattr(COMMAND, "console", Console(file=screen, width=1000))
     done = CliRunner().invoke(APP, [str(path)])
     assert done.exit_code == 0, done.output
     return screen.getvalue()
