@@ -49,4 +49,5 @@ render: setup
 
 # Pictures of Dagster's UI for the README, of what `make demo` has made; needs Chromium.
 screenshots: setup
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,slow]'
 	$(BIN)/python docs/screenshots.py $(RECIPE)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import polars as pl
 import pytest
+from PIL import Image
 
 from dmr_pipeline import pipeline
 from dmr_pipeline.artifacts import hash_files
@@ -89,7 +90,7 @@ def fake_run(context: StageContext) -> StageResult:
         (context.output / "metrics.json").write_text(json.dumps(metrics))
         (context.output / "table.md").write_text("| policy |\n|---|\n| always_high |\n")
         (context.output / "plots").mkdir()
-        (context.output / "plots" / "cost.png").write_bytes(b"\x89PNG")
+        Image.new("RGB", (2, 1)).save(context.output / "plots" / "cost.png")
     return StageResult(
         summary={"inputs": len(context.inputs), **SUMMARIES.get(name, {})}, measured={"seconds_a_step": 0.1}
     )

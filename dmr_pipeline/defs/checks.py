@@ -70,7 +70,7 @@ def tasks_are_disjoint(folder: Path, manifest: Manifest, recipe: Recipe) -> Find
 
 def precisions_leave_a_gap(folder: Path, manifest: Manifest, recipe: Recipe) -> Finding:
     gate: Any = manifest.summary["gate"]
-    return Finding([] if gate["passed"] else [gate["verdict"]], {"gate": gate})
+    return Finding([] if gate["passed"] else [gate["verdict"]], gate)
 
 
 def rungs_reload_equal(folder: Path, manifest: Manifest, recipe: Recipe) -> Finding:
@@ -297,8 +297,5 @@ def _result(stage: str, found: Finding, severity: dg.AssetCheckSeverity) -> dg.A
         passed=not found.failures,
         severity=severity,
         description="; ".join(found.failures) or None,
-        metadata={
-            "failures": dg.MetadataValue.json(list(found.failures)),
-            **{name: typed(fact) for name, fact in found.facts.items()},
-        },
+        metadata={name: typed(fact) for name, fact in found.facts.items()},
     )

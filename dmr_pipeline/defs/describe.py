@@ -1,9 +1,11 @@
 """What the Dagster UI shows of an artefact: where it is, its summary, tables, pictures, and the run that made it."""
 
 import base64
+import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, TypeGuard
 
 import dagster as dg
 from pydantic import JsonValue
@@ -12,6 +14,9 @@ from dmr_pipeline.artifacts import Materialized, sidecar_path
 
 MAIN_TABLES = ("steps.parquet", "episodes.parquet", "training.parquet")
 """The table that stands for an artefact in the catalogue: the first of these that it has."""
+
+PICTURE_WIDTH = 1100
+"""In pixels: Dagster's dialog is little wider, and cuts off what is."""
 
 
 def describe(done: Materialized) -> dict[str, dg.MetadataValue]:
@@ -22,7 +27,7 @@ def describe(done: Materialized) -> dict[str, dg.MetadataValue]:
         "size_bytes": dg.MetadataValue.int(artifact.size),
         "files": dg.MetadataValue.int(len(artifact.manifest.files)),
         "was_up_to_date": dg.MetadataValue.bool(done.skipped),
-        **{f"summary/{key}": typed(value) for key, value in artifact.manifest.summary.items()},
+        **_summary(artifact.manifest.summary),
         **_tables(artifact.path),
     }
     table = artifact.path / "table.md"
@@ -32,8 +37,7 @@ def describe(done: Materialized) -> dict[str, dg.MetadataValue]:
     if table.is_file() and report.is_file():
         metadata["report"] = dg.MetadataValue.path(report.resolve())
     for picture in sorted(artifact.path.rglob("*.png")):
-        encoded = base64.b64encode(picture.read_bytes()).decode()
-        metadata[f"picture/{picture.stem}"] = dg.MetadataValue.md(f"![{picture.stem}](data:image/png;base64,{encoded})")
+        metadata[f"picture/{picture.stem}"] = _picture(picture)
     return metadata | _run(sidecar_path(artifact.path))
 
 
@@ -46,7 +50,44 @@ def typed(value: JsonValue) -> dg.MetadataValue:
         return dg.MetadataValue.float(value)
     if isinstance(value, str):
         return dg.MetadataValue.text(value)
+    if _is_table(value):
+        return dg.MetadataValue.table([dg.TableRecord(_texts_first(row)) for row in value])
     return dg.MetadataValue.json(value or {})
+
+
+def _summary(summary: Mapping[str, JsonValue]) -> dict[str, dg.MetadataValue]:
+    """A key for each fact, also for those of a mapping, so that Dagster plots the numbers among them."""
+    facts: dict[str, JsonValue] = {}
+    for key, value in summary.items():
+        facts |= {f"{key}/{part}": fact for part, fact in value.items()} if isinstance(value, dict) else {key: value}
+    return {f"summary/{key}": typed(fact) for key, fact in facts.items() if fact is not None}
+
+
+def _is_table(value: JsonValue) -> TypeGuard[list[dict[str, Any]]]:
+    """Rows of the same columns, nothing nested in them."""
+    return (
+        isinstance(value, list)
+        and len({frozenset(row) for row in value if isinstance(row, dict)}) == 1
+        and all(
+            isinstance(row, dict) and not any(isinstance(cell, dict | list) for cell in row.values()) for row in value
+        )
+    )
+
+
+def _texts_first(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Manifests are sorted by key; a reader looks for the name first."""
+    return dict(sorted(row.items(), key=lambda cell: not isinstance(cell[1], str)))
+
+
+def _picture(path: Path) -> dg.MetadataValue:
+    from PIL import Image
+
+    small = io.BytesIO()
+    with Image.open(path) as picture:
+        picture.thumbnail((PICTURE_WIDTH, PICTURE_WIDTH))
+        picture.save(small, "PNG", optimize=True)
+    encoded = base64.b64encode(small.getvalue()).decode()
+    return dg.MetadataValue.md(f"![{path.stem}](data:image/png;base64,{encoded})")
 
 
 def _tables(folder: Path) -> dict[str, dg.MetadataValue]:
@@ -72,4 +113,4 @@ def _run(sidecar: Path) -> dict[str, dg.MetadataValue]:
         return {}
     record: Mapping[str, JsonValue] = json.loads(sidecar.read_text(encoding="utf-8"))
     shown = {key: record[key] for key in ("started", "finished", "seconds", "git", "measured")}
-    return {f"run/{key}": typed(value) for key, value in shown.items()}
+    return {f"run/{key}": typed(value) for key, value in shown.items() if value not in (None, {})}

@@ -142,7 +142,7 @@ def test_the_gate_is_shown_and_does_not_block(project: Recipe, passed: bool):
     evaluation = check.event.dagster_event.asset_check_evaluation_data
     assert evaluation.passed is passed
     assert evaluation.partition == RECIPE
-    assert evaluation.metadata["gate"].value["low"] == 0.88
+    assert evaluation.metadata["low"].value == 0.88
 
 
 def test_a_user_error_in_a_stage_comes_out_as_itself(project: Recipe):
