@@ -1,10 +1,12 @@
 """The gate, and the ladder's divergence from the float model."""
 
+import copy
+
 import pytest
 import torch
 
 from dmr_pipeline.agent.examples import IGNORED
-from dmr_pipeline.ladder import RungFacts, divergence_to_float, expert_steps, gate
+from dmr_pipeline.ladder import RungFacts, divergence_to_float, expert_steps, gate, same_logits
 from dmr_pipeline.recipe import Precisions, Rung
 from tests.agent.test_rollout import HIGH, LOW, PROMPTER, RUNS
 
@@ -16,7 +18,7 @@ PRECISIONS = Precisions(
 def facts(name: str, success: float) -> RungFacts:
     return RungFacts(
         name=name, bytes=1, bits_per_weight=1, kl_to_float=0, greedy_disagreement=0,
-        validation_success=success, validation_steps=1,
+        validation_success=success, validation_steps=1, reloads_equal=True,
     )  # fmt: skip
 
 
@@ -46,3 +48,13 @@ def test_divergence_is_the_mean_over_steps_of_plain_forward_passes() -> None:
     assert divergence == pytest.approx(total / steps, rel=1e-4)
     assert disagreement == pytest.approx(different / tokens, abs=0.01)
     assert divergence_to_float(HIGH, HIGH, examples, torch.device("cpu")) == (0.0, 0.0)
+
+
+@torch.no_grad()
+def test_a_changed_weight_makes_other_logits() -> None:
+    examples = expert_steps([RUNS[0].task], PROMPTER, 50)
+    changed = copy.deepcopy(HIGH)
+    assert same_logits(HIGH, changed, examples, torch.device("cpu"))
+    weight = changed.get_output_embeddings().weight
+    weight[0, 0] += 1e-3
+    assert not same_logits(HIGH, changed, examples, torch.device("cpu"))
