@@ -506,9 +506,9 @@ def _device(runtime: Runtime) -> Device:
 def _git_state() -> GitState | None:
     try:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changes = subprocess.run(
-            ["git", "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True, check=True
-        ).stdout.strip()
+        # The stages before this one have changed dvc.lock; what a checkout is clean of is changes to code and recipes.
+        tracked = ["git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)dvc.lock"]
+        changes = subprocess.run(tracked, capture_output=True, text=True, check=True).stdout.strip()
     except (FileNotFoundError, subprocess.CalledProcessError):
         return None
     return GitState(commit=commit, clean=not changes)

@@ -163,9 +163,11 @@ def test_artefact_without_its_own_record_was_made_elsewhere(finished_project: Re
 
 
 def test_record_is_of_the_run(project: Recipe, monkeypatch: pytest.MonkeyPatch):
-    commit = ["git", "-c", "user.name=A", "-c", "user.email=a@example.org", "commit", "-q", "-m", "start", "dvc.yaml"]
-    subprocess.run(["git", "add", "dvc.yaml"], check=True)
+    commit = ["git", "-c", "user.name=A", "-c", "user.email=a@example.org", "commit", "-q", "-m", "start"]
+    Path("dvc.lock").write_text("schema: '2.0'\n")
+    subprocess.run(["git", "add", "dvc.yaml", "dvc.lock"], check=True)
     subprocess.run(commit, check=True)
+    Path("dvc.lock").write_text("schema: '2.0'\nstages: {}\n")  # as earlier stages do
     head = subprocess.run(["git", "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
     artifact = materialize_stage(pipeline.STAGES[0], project, run_id="some-run").artifact
     run = read_run_record(artifact)
