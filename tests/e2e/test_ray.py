@@ -36,7 +36,8 @@ STAGE_MEMORY_BYTES = 8 << 30
 @contextmanager
 def cluster(homes: dict[str, Path]) -> Iterator[str]:
     """Address of a cluster whose nodes are told these working directories: the head's, and those with a GPU."""
-    with TemporaryDirectory(prefix="ray") as folder, ExitStack() as stack:  # a short path: it holds Unix sockets
+    # A short path, since it holds Unix sockets; Ray's processes may still write to it as they end.
+    with TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as folder, ExitStack() as stack:
         nodes = ray_cluster.Cluster()
         stack.callback(nodes.shutdown)
         for number, (name, home) in enumerate(homes.items(), start=2):
