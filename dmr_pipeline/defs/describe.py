@@ -22,7 +22,7 @@ PICTURE_WIDTH = 1100
 def describe(done: Materialized) -> dict[str, dg.MetadataValue]:
     artifact = done.artifact
     metadata: dict[str, dg.MetadataValue] = {
-        "path": dg.MetadataValue.path(artifact.path.resolve()),
+        "path": dg.MetadataValue.path(artifact.path),
         "hash": dg.MetadataValue.text(artifact.hash),
         "size_bytes": dg.MetadataValue.int(artifact.size),
         "files": dg.MetadataValue.int(len(artifact.manifest.files)),
@@ -35,7 +35,7 @@ def describe(done: Materialized) -> dict[str, dg.MetadataValue]:
         metadata["table"] = dg.MetadataValue.md(table.read_text(encoding="utf-8"))
     report = artifact.path.with_name("report.html")
     if table.is_file() and report.is_file():
-        metadata["report"] = dg.MetadataValue.path(report.resolve())
+        metadata["report"] = dg.MetadataValue.path(report)
     for picture in sorted(artifact.path.rglob("*.png")):
         metadata[f"picture/{picture.stem}"] = _picture(picture)
     return metadata | _run(sidecar_path(artifact.path))
