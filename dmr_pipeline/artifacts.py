@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -248,6 +248,7 @@ def materialize_stage(
     force: bool = False,
     run_id: str | None = None,
     expected: str | None = None,
+    accept: Callable[[Artifact], None] = lambda _: None,
 ) -> Materialized:
     """Make a stage's artefact from its inputs' artefacts, unless a valid one of the same provenance is there already.
 
@@ -258,6 +259,7 @@ def materialize_stage(
     Args:
         run_id: the orchestrator's name of this run, for the record beside the artefact.
         expected: the only hash that the artefact may have, for a history that is recorded but lost.
+        accept: called with each verified input before the stage runs; raises where it must not be used.
 
     Raises:
         UserError: an input is missing or damaged, the disk is full, the committed artefact is damaged, the artefact is not
@@ -268,6 +270,8 @@ def materialize_stage(
         folder.parent.mkdir(parents=True, exist_ok=True)
         with locked(folder):
             inputs = {name: verify(artifact_folder(name, recipe.name, data_root)) for name in stage.inputs}
+            for artifact in inputs.values():
+                accept(artifact)
             wanted = provenance(stage, recipe, {name: artifact.hash for name, artifact in inputs.items()})
             current = None if force or _waiting(stage, recipe, data_root) else _current(folder, wanted, stage)
             if current is not None:

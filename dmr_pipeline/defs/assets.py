@@ -7,7 +7,7 @@ from typing import Any
 import dagster as dg
 from pydantic import Field
 
-from dmr_pipeline.artifacts import artifact_folder, materialize_stage, verify
+from dmr_pipeline.artifacts import Artifact, materialize_stage
 from dmr_pipeline.defs import exchange
 from dmr_pipeline.defs.describe import describe
 from dmr_pipeline.defs.faults import RETRIES, as_dagster_failures
@@ -88,17 +88,20 @@ def _materialize(
     recipe: Recipe,
     config: Materialization,
 ) -> dg.MaterializeResult:
+    def accept(artifact: Artifact) -> None:
+        # What came from another machine was asked for by its hash, and this checkout's dvc.lock may be older.
+        if recipe.versioning.remote is None:
+            dvc_objects.check_recorded(find_stage(artifact.manifest.stage, stages), recipe.name, artifact)
+
     lost_history = None
     if recipe.versioning.remote is None:
         lost_history = dvc_objects.ensure_history(stage, recipe.name)
-        for name in stage.inputs:
-            dvc_objects.check_recorded(
-                find_stage(name, stages), recipe.name, verify(artifact_folder(name, recipe.name))
-            )
     else:
         needed = [find_stage(name, stages) for name in stage.inputs] + ([stage] if stage.keeps_history else [])
         exchange.pull(context.instance, needed, recipe)
-    done = materialize_stage(stage, recipe, force=config.force, run_id=context.run_id, expected=lost_history)
+    done = materialize_stage(
+        stage, recipe, force=config.force, run_id=context.run_id, expected=lost_history, accept=accept
+    )
     committed = dvc_stages.commit(stage, recipe.name, artifact=done.artifact, rebuilt=not done.skipped)
     metadata = {**describe(done), "committed_to_dvc": dg.MetadataValue.bool(committed)}
     if recipe.versioning.git == "commit" and committed:

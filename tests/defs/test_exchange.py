@@ -105,3 +105,11 @@ def test_what_is_materialised_becomes_commits_on_a_branch_of_its_own(project: ob
     assert event is not None
     assert event.asset_materialization is not None
     assert event.asset_materialization.metadata["git_commit"].value == git("rev-parse", branch).strip()
+
+
+def test_a_run_refuses_an_input_whose_manifest_is_not_the_recorded_one(finished_project: object):
+    manifest = artifact_folder("trajectories", RECIPE) / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"inputs": 2', '"inputs": 3'))
+    verify(manifest.parent)
+    with pytest.raises(UserError, match=r"data/fake/trajectories is .*, but dvc\.lock records"):
+        runs.materialize(pipeline.STAGES, RECIPE, ["sensitivity_dataset"], force=True)
