@@ -19,7 +19,7 @@ from dmr_pipeline.agent.streams import Streams
 from dmr_pipeline.agent.train import trained_logits
 from dmr_pipeline.cost import episode_cost
 from dmr_pipeline.environments.alfworld.game import Game
-from dmr_pipeline.environments.tasks import read_games
+from dmr_pipeline.environments.tasks import read_tasks
 from dmr_pipeline.parallel import deal, gather, in_processes, processes_on
 from dmr_pipeline.quantization import dequantized, load_rung, quantize_rung, rung_size, save_rung
 from dmr_pipeline.recipe import Precisions, Recipe
@@ -76,7 +76,7 @@ def quantized_checkpoints(context: StageContext) -> StageResult:
     float_model, tokenizer = load_causal_lm(context.inputs["agent"] / "model", None, device)
     tokenizer.save_pretrained(context.output / "tokenizer")
     prompter = Prompter.of(tokenizer, recipe.agent.prompt)
-    games = read_games(context.inputs["benchmark_tasks"], "validation")
+    games = read_tasks(context.inputs["benchmark_tasks"], "validation")
     examples = expert_steps(games[: recipe.precisions.kl_episodes], prompter, recipe.benchmark.step_limit)
 
     def calibrate(model: PreTrainedModel) -> None:

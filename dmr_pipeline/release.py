@@ -264,7 +264,7 @@ def play_both(context: StageContext, released: Path, candidate: Candidate) -> pl
     import torch
     from rich.progress import Progress
 
-    from dmr_pipeline.environments.tasks import read_games
+    from dmr_pipeline.environments.tasks import read_tasks
     from dmr_pipeline.evaluation.evaluate import Entry, evaluate
     from dmr_pipeline.ladder import Ladder
     from dmr_pipeline.router.kl import ROUTER_FOLDER
@@ -281,7 +281,7 @@ def play_both(context: StageContext, released: Path, candidate: Candidate) -> pl
     # `evaluate` draws actions (at a temperature) by the evaluation's seed, of which this stage knows nothing.
     recipe = context.recipe.model_copy(update={"evaluation": Evaluation(seed=rule.seed)})
     ladder = Ladder.load(checkpoints, recipe)
-    games = read_games(context.inputs["benchmark_tasks"], "validation", rule.games)
+    games = read_tasks(context.inputs["benchmark_tasks"], "validation", rule.games)
     frames = []
     with Progress() as progress:
         for name, artefact in ((RELEASED, released), (CANDIDATE, context.inputs["grpo_router"])):

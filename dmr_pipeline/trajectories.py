@@ -15,7 +15,7 @@ from rich.progress import Progress
 
 from dmr_pipeline.agent.prompts import Prompter
 from dmr_pipeline.agent.rollout import CAPACITY, Clock, RoutingPolicy, Run, SinglePrecision, Trajectory
-from dmr_pipeline.environments.tasks import read_games
+from dmr_pipeline.environments.tasks import read_tasks
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.ingestion import LoggedEpisode, read_ingested
 from dmr_pipeline.ladder import Ladder
@@ -74,7 +74,7 @@ def trajectories(context: StageContext) -> StageResult:
     recipe = context.recipe
     torch.set_num_threads(recipe.runtime.threads)
     ladder = Ladder.load(context.inputs["quantized_checkpoints"], recipe)
-    runs = [Run(game) for game in read_games(context.inputs["benchmark_tasks"], "router_train")]
+    runs = [Run(game) for game in read_tasks(context.inputs["benchmark_tasks"], "router_train")]
     clock, frames, summary = Clock(), [], {}
     with Progress() as progress:
         for behaviour in recipe.trajectories.behaviour:

@@ -22,7 +22,7 @@ from dmr_pipeline.agent.rollout import CAPACITY, play_alone
 from dmr_pipeline.agent.vocabulary import word_tokenizer
 from dmr_pipeline.environments.alfworld.game import Game
 from dmr_pipeline.environments.alfworld.words import alfworld_texts
-from dmr_pipeline.environments.tasks import read_games
+from dmr_pipeline.environments.tasks import read_tasks
 from dmr_pipeline.recipe import Architecture, Games, Runtime, Training
 from dmr_pipeline.stage import StageContext, StageResult
 
@@ -43,13 +43,13 @@ def agent(context: StageContext) -> StageResult:
         save_causal_lm(model, tokenizer, folder, model.dtype)
         return StageResult(summary={"source": section.pretrained.model, "parameters": model.num_parameters()})
     assert section.training is not None
-    games = read_games(context.inputs["benchmark_tasks"], "agent_train")
+    games = read_tasks(context.inputs["benchmark_tasks"], "agent_train")
     tokenizer = word_tokenizer(alfworld_texts())
     prompter = Prompter.of(tokenizer, section.prompt)
     model, log = train(games, prompter, section.training, recipe.benchmark, recipe.runtime, device, context.scratch)
     save_causal_lm(model, tokenizer, folder, torch.float16)
     log.write_parquet(context.output / "training.parquet")
-    validation = read_games(context.inputs["benchmark_tasks"], "validation")
+    validation = read_tasks(context.inputs["benchmark_tasks"], "validation")
     model, _ = load_causal_lm(folder, None, device)
     success = success_rate(model, validation, prompter, recipe.benchmark, recipe.runtime)
     return StageResult(

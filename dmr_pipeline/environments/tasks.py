@@ -66,7 +66,7 @@ def _official_games(benchmark: OfficialAlfWorld) -> dict[str, tuple[list[Game], 
     return chosen
 
 
-def read_games(folder: Path, split: str, limit: int | None = None) -> list[Game]:
+def read_tasks(folder: Path, split: str, limit: int | None = None) -> list[Game]:
     """The first `limit` games of a split, all of them by default."""
     return read_games_file(folder / f"{split}.parquet", limit)
 

@@ -16,7 +16,7 @@ from rich.progress import Progress
 from dmr_pipeline.agent.rollout import Clock, RoutingPolicy, Run, SinglePrecision, Trajectory
 from dmr_pipeline.cost import episode_cost
 from dmr_pipeline.environments.alfworld.game import Game
-from dmr_pipeline.environments.tasks import read_games
+from dmr_pipeline.environments.tasks import read_tasks
 from dmr_pipeline.evaluation.metrics import EPISODES, compute_metrics
 from dmr_pipeline.evaluation.plots import (
     plot_accuracy_cost,
@@ -58,8 +58,8 @@ def evaluation_report(context: StageContext) -> StageResult:
     routers = {
         name: load_router(context.inputs[name] / ROUTER_FOLDER, ladder.device, ladder.models[False]) for name in ROUTERS
     }
-    validation = read_games(context.inputs["benchmark_tasks"], "validation")
-    test = read_games(context.inputs["benchmark_tasks"], "test")
+    validation = read_tasks(context.inputs["benchmark_tasks"], "validation")
+    test = read_tasks(context.inputs["benchmark_tasks"], "test")
     chosen, on_validation = choose_headline(ladder, routers, validation)
 
     frames: list[pl.DataFrame] = []

@@ -31,7 +31,7 @@ from transformers.utils import logging as transformers_logging
 from dmr_pipeline.agent.rollout import Clock, Run, Trajectory, seeded_generator
 from dmr_pipeline.cost import episode_cost
 from dmr_pipeline.environments.alfworld.game import Game
-from dmr_pipeline.environments.tasks import read_games
+from dmr_pipeline.environments.tasks import read_tasks
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.ladder import Ladder
 from dmr_pipeline.recipe import GrpoRouter
@@ -80,8 +80,8 @@ def grpo_router(context: StageContext) -> StageResult:
     recipe, section = context.recipe, context.recipe.grpo_router
     torch.set_num_threads(recipe.runtime.threads)
     ladder = Ladder.load(context.inputs["quantized_checkpoints"], recipe)
-    games = read_games(context.inputs["benchmark_tasks"], "router_train")
-    validation = read_games(context.inputs["benchmark_tasks"], "validation", section.validation_games)
+    games = read_tasks(context.inputs["benchmark_tasks"], "router_train")
+    validation = read_tasks(context.inputs["benchmark_tasks"], "validation", section.validation_games)
     stage_1 = context.inputs["kl_router"] / ROUTER_FOLDER
 
     def load() -> Router:

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from dmr_pipeline.agent.rollout import Clock, RoutingPolicy, Run, Trajectory
 from dmr_pipeline.environments.alfworld.game import Game
-from dmr_pipeline.environments.tasks import read_games
+from dmr_pipeline.environments.tasks import read_tasks
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.ladder import Ladder
 from dmr_pipeline.recipe import KlRouter, Lora, Recipe
@@ -72,7 +72,7 @@ def kl_router(context: StageContext) -> StageResult:
     labels = labels_of_steps(steps, sensitivity)
     router, log = train(router, sequences, labels, section, context.scratch)
 
-    games = read_games(context.inputs["benchmark_tasks"], "validation", section.validation_games)
+    games = read_tasks(context.inputs["benchmark_tasks"], "validation", section.validation_games)
     tau = threshold(sensitivity, recipe.sensitivity)
     validation = validate(router, games, ladder, recipe, tau)
     sensitive = validation["sensitive"].to_numpy()

@@ -20,7 +20,7 @@ def deal(monkeypatch: pytest.MonkeyPatch, output: Path, seed: int = 0, **splits:
     recipe = load_recipe("alfworld-tiny-official").model_copy(update={"benchmark": benchmark})
     output.mkdir()
     tasks.benchmark_tasks(StageContext(recipe, {}, output, output))
-    return {split: [game.task_id for game in tasks.read_games(output, split)] for split in tasks.SPLITS}
+    return {split: [game.task_id for game in tasks.read_tasks(output, split)] for split in tasks.SPLITS}
 
 
 def test_splits_share_no_game_and_the_seed_deals_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

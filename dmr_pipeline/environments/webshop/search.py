@@ -1,0 +1,80 @@
+"""Full-text search as WebShop's: BM25 over Lucene's English analysis (Anserini's defaults, k1 0.9 and b 0.4).
+
+The scores are bm25s' Lucene variant. Lucene keeps a document's length in one byte, which bm25s does not, so that near ties may
+come in another order.
+"""
+
+import re
+from collections.abc import Iterable
+from functools import lru_cache
+from pathlib import Path
+
+import bm25s
+import numpy as np
+import Stemmer
+
+_WORD = re.compile(r"\w+(?:(?:(?<=[^\W\d])[.'’:](?=[^\W\d])|(?<=\d)[.,;'’](?=\d))\w+)*")
+"""Word boundaries of Unicode (UAX #29), as far as they matter for product texts."""
+_STOP_WORDS = frozenset(
+    "a an and are as at be but by for if in into is it no not of on or such that the their then there these they this to "
+    "was will with".split()
+)
+"""Lucene's English stop words."""
+
+
+@lru_cache(maxsize=1_000_000)
+def _term(word: str) -> str:
+    """Lower-cased and without possessive 's, then stemmed; empty for a stop word."""
+    word = word.lower()
+    if word.endswith(("'s", "’s")):
+        word = word[:-2]
+    return "" if word in _STOP_WORDS else str(_stemmer().stemWord(word))
+
+
+@lru_cache(maxsize=1)
+def _stemmer() -> Stemmer.Stemmer:
+    return Stemmer.Stemmer("porter", 0)
+
+
+def terms(text: str) -> list[str]:
+    """What a text is searched by."""
+    return [term for word in _WORD.findall(text) if (term := _term(word))]
+
+
+def build_index(documents: Iterable[str], folder: Path) -> None:
+    """Index the documents, numbered from 0, and save the index."""
+    vocabulary: dict[str, int] = {}
+    numbered = [
+        np.fromiter((vocabulary.setdefault(term, len(vocabulary)) for term in terms(text)), dtype=np.int32)
+        for text in documents
+    ]
+    index = bm25s.BM25(k1=0.9, b=0.4, method="lucene")
+    index.index((numbered, vocabulary), show_progress=False)
+    index.save(folder)
+
+
+class SearchIndex:
+    """An index, mapped into memory."""
+
+    def __init__(self, index: bm25s.BM25) -> None:
+        self._index = index
+
+    @classmethod
+    def load(cls, folder: Path) -> "SearchIndex":
+        return cls(bm25s.BM25.load(folder, mmap=True, load_vocab=True))
+
+    def __len__(self) -> int:
+        return int(self._index.scores["num_docs"])
+
+    def search(self, words: str, count: int) -> tuple[int, ...]:
+        """Numbers of the documents that score best, `count` at most, best first and then in order; none that score 0."""
+        known = [term for term in terms(words) if term in self._index.vocab_dict]
+        if not known:
+            return ()
+        scores = self._index.get_scores(known)
+        found = np.flatnonzero(scores > 0)
+        if len(found) > count:
+            least = np.partition(scores[found], -count)[-count]
+            found = found[scores[found] >= least]
+        best = found[np.lexsort((found, -scores[found]))][:count]
+        return tuple(int(document) for document in best)
