@@ -6,13 +6,16 @@ A product's price is drawn once for a shop where the catalogue gives a range (We
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from pydantic import BaseModel, ConfigDict
 
+from dmr_pipeline.environments.webshop.nouns import NounTagger, nouns
 from dmr_pipeline.environments.webshop.search import SearchIndex, build_index
 from dmr_pipeline.errors import UserError
 
@@ -91,7 +94,7 @@ def price_tag(pricing: Sequence[float]) -> str:
 
 
 def write_shop(products: Iterable[Product], folder: Path) -> int:
-    """Write `products.parquet` and `index/` into a folder, which is made; prices come with `write_prices`.
+    """Write `products.parquet` and `index/` into a folder, which is made; prices come with `write_terms`.
 
     Products are taken one by one, so that the whole catalogue need not fit into memory as objects.
 
@@ -131,12 +134,23 @@ def draw_prices(pricing: Iterable[Sequence[float]], rng: random.Random) -> list[
     return [rng.uniform(*ends) if len(ends) > 1 else ends[0] for ends in pricing]
 
 
-def write_prices(prices: Sequence[float], folder: Path) -> None:
+class Terms(BaseModel):
+    """What a shop needs besides its products, in `terms.json`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    nouns: NounTagger
+    """Who finds the nouns of titles."""
+
+
+def write_terms(prices: Sequence[float], tagger: NounTagger, folder: Path) -> None:
+    """Complete the folder of a shop: `prices.parquet` and `terms.json`."""
     pq.write_table(pa.table({"price": pa.array(prices, pa.float64())}), folder / "prices.parquet")
+    (folder / "terms.json").write_text(Terms(nouns=tagger).model_dump_json() + "\n", encoding="utf-8")
 
 
 class Shop:
-    """A folder that `write_shop` and `write_prices` wrote, opened. Pickled as its folder's name."""
+    """A folder that `write_shop` and `write_terms` wrote, opened. Pickled as its folder's name."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -144,6 +158,7 @@ class Shop:
             self._table = pq.read_table(folder / "products.parquet").combine_chunks()
             self.prices: list[float] = pq.read_table(folder / "prices.parquet")["price"].to_pylist()
             self._index = SearchIndex.load(folder / "index")
+            self.nouns = nouns(Terms.model_validate_json((folder / "terms.json").read_bytes()).nouns)
         except FileNotFoundError as error:
             raise UserError(f"{error.filename or folder} is missing: {folder} is not a shop; make it anew") from error
         if not len(self._table) == len(self.prices) == len(self._index):
@@ -163,6 +178,26 @@ class Shop:
     def row(self, asin: str) -> int | None:
         """Of an asin in any case, or None."""
         return self._row_of.get(asin.lower())
+
+    def at_random(self, key: str) -> tuple[int, ...]:
+        """Rows drawn by a key, RESULTS at most."""
+        return tuple(random.Random(key).sample(range(len(self)), min(RESULTS, len(self))))
+
+    def rows_where(self, column: str, value: str) -> tuple[int, ...]:
+        """All rows whose column is the value, in order."""
+        return tuple(pc.indices_nonzero(pc.equal(self._table[column], value)).to_pylist())
+
+    def with_attribute(self, attribute: str) -> tuple[int, ...]:
+        """All rows of products that have the attribute, in order."""
+        return self._rows_of_attribute.get(attribute, ())
+
+    @cached_property
+    def _rows_of_attribute(self) -> dict[str, tuple[int, ...]]:
+        rows: dict[str, dict[int, None]] = {}
+        for row, attributes in enumerate(self._table["attributes"].to_pylist()):
+            for attribute in attributes:
+                rows.setdefault(attribute, {})[row] = None
+        return {attribute: tuple(found) for attribute, found in rows.items()}
 
     def _product(self, row: int) -> Product:
         return _from_row(self._table.slice(row, 1).to_pylist()[0])

@@ -1,23 +1,28 @@
 """Full-text search as WebShop's: BM25 over Lucene's English analysis (Anserini's defaults, k1 0.9 and b 0.4).
 
-The scores are bm25s' Lucene variant. Lucene keeps a document's length in one byte, which bm25s does not, so that near ties may
-come in another order.
+The scores are bm25s' Lucene variant, with each document's length rounded as Lucene keeps it.
 """
 
-import re
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import bm25s
+import bm25s.scoring
 import numpy as np
+import regex
 import Stemmer
 
-_WORD = re.compile(r"\w+(?:(?:(?<=[^\W\d])[.'’:](?=[^\W\d])|(?<=\d)[.,;'’](?=\d))\w+)*")
-"""Word boundaries of Unicode (UAX #29), as far as they matter for product texts."""
+_BOUNDARY = regex.compile(r"(?V1)(?w)\b")
+"""Unicode's word boundaries (UAX #29), which Lucene's StandardTokenizer follows."""
+_HAS_LETTER = regex.compile(r"[\p{L}\p{Nd}]")
 _STOP_WORDS = frozenset(
-    "a an and are as at be but by for if in into is it no not of on or such that the their then there these they this to "
-    "was will with".split()
+    (  # noqa: SIM905 - a list would be thirty lines
+        "a an and are as at be but by for if in into is it no not of on or such that the their then there these they "
+        "this to was will with"
+    ).split()
 )
 """Lucene's English stop words."""
 
@@ -38,7 +43,14 @@ def _stemmer() -> Stemmer.Stemmer:
 
 def terms(text: str) -> list[str]:
     """What a text is searched by."""
-    return [term for word in _WORD.findall(text) if (term := _term(word))]
+    return [term for word in _BOUNDARY.split(text) if _HAS_LETTER.search(word) and (term := _term(word))]
+
+
+def lossy_length(length: int) -> int:
+    """As Lucene keeps a length in one byte: exact up to 40, above that its excess over 24 is cut to four significant bits."""
+    excess = length - 24
+    shift = max(0, excess.bit_length() - 4)
+    return length if length <= 40 else 24 + (excess >> shift << shift)
 
 
 def build_index(documents: Iterable[str], folder: Path) -> None:
@@ -49,7 +61,14 @@ def build_index(documents: Iterable[str], folder: Path) -> None:
         for text in documents
     ]
     index = bm25s.BM25(k1=0.9, b=0.4, method="lucene")
-    index.index((numbered, vocabulary), show_progress=False)
+    exact = bm25s.scoring._score_tfc_lucene
+
+    def rounded(tf_array: Any, l_d: int, **rest: Any) -> Any:  # noqa: ANN401 - bm25s has no types
+        return exact(tf_array, lossy_length(l_d), **rest)
+
+    # bm25s has no way of its own to change what a document's length counts for.
+    with patch("bm25s.scoring._score_tfc_lucene", rounded):
+        index.index((numbered, vocabulary), show_progress=False)
     index.save(folder)
 
 

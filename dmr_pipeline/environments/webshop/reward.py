@@ -1,0 +1,92 @@
+"""WebShop's reward (Yao et al., 2022): how well what was bought fits what was asked for.
+
+total = r_type * (matched attributes + matched options + [price within the limit]) / (attributes + options + 1)
+
+The original's quirks are kept, since published scores contain them: an option is replaced by the first colour word found
+anywhere in it ('1877brown' and 'tan' in 'tank' too), but of a synthetic goal's option only where it is the whole value.
+"""
+
+from collections.abc import Callable, Collection
+from functools import lru_cache
+
+from rapidfuzz import fuzz, utils
+
+from dmr_pipeline.environments.webshop.catalogue import Product
+from dmr_pipeline.environments.webshop.goals import Goal
+
+_MATCH = 85
+"""A match is a fuzzy ratio above this, of 100."""
+_COLOURS = (  # noqa: SIM905 - a list would be a hundred lines
+    "alabaster apricot aqua ash asphalt azure banana beige black blue blush bordeaux bronze brown burgundy camel camo caramel "
+    "champagne charcoal cheetah chestnut chocolate christmas coffee cognac copper coral cranberry cream crystal dark denim "
+    "eggplant elephant espresso fuchsia gold granite grape graphite grass gray green grey heather indigo ivory ivy khaki "
+    "lavender lemon leopard light lilac lime magenta maroon mauve merlot midnight mint mocha multicolor mushroom mustard "
+    "natural navy nude olive orange peach pewter pink plum purple rainbow red rose royal rust sand sapphire seashell silver "
+    "skull slate steel stone stonewash sunflower tan taupe teal tiger turquoise violet walnut wheat white wine yellow"
+).split()
+"""The colour words of WebShop, in its order: the first that is found counts."""
+
+
+def reward(
+    product: Product, price: float, chosen: Collection[str], goal: Goal, nouns: Callable[[str], list[str]]
+) -> float:
+    """The reward, in [0, 1], of buying a product.
+
+    Args:
+        price: dollars.
+        chosen: option values.
+        nouns: of a title (see nouns.py).
+    """
+    matched = (
+        sum(attribute_matches(product, attribute) for attribute in goal.attributes)
+        + sum(any(option_matches(value, wanted) for value in chosen) for wanted in wanted_options(goal))
+        + (price <= goal.price_upper)
+    )
+    return type_score(product, goal, nouns) * (matched / (len(goal.attributes) + len(goal.options) + 1))
+
+
+def type_score(product: Product, goal: Goal, nouns: Callable[[str], list[str]]) -> float:
+    """1 where the product is of the goal's kind; 0.5, 0.1 or 0 the less their titles have in common."""
+    wanted = nouns(goal.name)
+    common = len(set(nouns(product.title)) & set(wanted)) / len(wanted) if wanted else 0.2
+    if common == 0.0:
+        return 0.0
+    if common < 0.1:
+        return 0.1
+    path, wanted_path = (
+        {part.strip() for part in category.split("›")} for category in (product.product_category, goal.product_category)
+    )
+    return 1.0 if product.query == goal.query or len(path & wanted_path) >= 2 or common > 0.2 else 0.5
+
+
+def attribute_matches(product: Product, attribute: str) -> bool:
+    """One of the product's attributes is alike, or the text of its pages has it."""
+    if any(token_set_ratio(own, attribute) > _MATCH for own in product.attributes):
+        return True
+    return any(
+        attribute in text.lower() for text in (product.title, " ".join(product.bullet_points), product.description)
+    )
+
+
+def wanted_options(goal: Goal) -> list[str | tuple[str, str]]:
+    """Names and values of a synthetic goal, values of a human one."""
+    return list(goal.options.items()) if isinstance(goal.options, dict) else list(goal.options)
+
+
+def option_matches(value: str, wanted: str | tuple[str, str]) -> bool:
+    return token_set_ratio(_normalised(value), str(_normalised(wanted))) > _MATCH
+
+
+def _normalised(option: str | tuple[str, str]) -> str | tuple[str, str]:
+    """The first colour that is in the text, or is one of the pair; or else the option itself."""
+    return next((colour for colour in _COLOURS if colour in option), option)
+
+
+@lru_cache(maxsize=200_000)
+def token_set_ratio(first: str, second: str) -> int:
+    """As thefuzz computes it: of ASCII letters and digits only, lower-cased, rounded."""
+    return round(fuzz.token_set_ratio(*(utils.default_process(_ascii(text)) for text in (first, second))))
+
+
+def _ascii(text: str) -> str:
+    return text.encode("ascii", "ignore").decode()
