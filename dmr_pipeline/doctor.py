@@ -47,6 +47,7 @@ def examine() -> list[Finding]:
         extra("kubernetes", "dagster-k8s", "stages as Kubernetes jobs"),
         alfworld_data(),
         webshop_data(),
+        title_nouns(),
         compilers(),
         alfworld_engine(),
         chromium(),
@@ -198,25 +199,39 @@ def postgres_server() -> Finding:
 def alfworld_data() -> Finding:
     from dmr_pipeline.environments.alfworld.official import PACK_FOLDER
 
-    if (PACK_FOLDER / "pack.json").is_file():
-        return Finding("ALFWorld data", True, f"packed in {PACK_FOLDER}")
-    source = os.environ.get("ALFWORLD_DATA")
-    if source is None:
-        return Finding("ALFWorld data", False, "none: generated games only", "dmr data alfworld")
-    if (Path(source) / "json_2.1.1").is_dir():
-        return Finding("ALFWorld data", True, f"{source}, not packed", "dmr data alfworld")
-    remedy = "unset ALFWORLD_DATA && dmr data alfworld"
-    return Finding("ALFWorld data", False, f"$ALFWORLD_DATA is {source}, which has no json_2.1.1/", remedy)
+    return _official_data("ALFWorld", PACK_FOLDER, "json_2.1.1/")
 
 
 def webshop_data() -> Finding:
-    source = os.environ.get("WEBSHOP_DATA")
-    remedy = "export WEBSHOP_DATA=FOLDER, one with WebShop's items_shuffle*.json"
+    from dmr_pipeline.environments.webshop.official import PACK_FOLDER
+
+    return _official_data("WebShop", PACK_FOLDER, "items_shuffle*.json")
+
+
+def _official_data(benchmark: str, pack: Path, needed: str) -> Finding:
+    """Packed, or to be packed from the folder that the benchmark's variable names.
+
+    Args:
+        needed: pattern of a name that this folder has.
+    """
+    part, variable, command = f"{benchmark} data", f"{benchmark.upper()}_DATA", f"dmr data {benchmark.lower()}"
+    if (pack / "pack.json").is_file():
+        return Finding(part, True, f"packed in {pack}")
+    source = os.environ.get(variable)
     if source is None:
-        return Finding("WebShop data", False, "none ($WEBSHOP_DATA is not set)", remedy)
-    if any(Path(source).glob("items_shuffle*.json")):
-        return Finding("WebShop data", True, source)
-    return Finding("WebShop data", False, f"$WEBSHOP_DATA is {source}, which has no items_shuffle*.json", remedy)
+        return Finding(part, False, "none: generated tasks only", command)
+    if any(Path(source).glob(needed)):
+        return Finding(part, True, f"{source}, not packed", command)
+    return Finding(part, False, f"${variable} is {source}, which has no {needed}", f"unset {variable} && {command}")
+
+
+def title_nouns() -> Finding:
+    """What finds the nouns by which WebShop's reward compares titles."""
+    from dmr_pipeline.environments.webshop.nouns import DESCRIPTIONS, installed_tagger
+
+    tagger = installed_tagger()
+    remedy = "" if tagger == "spacy" else "pip install spacy && python -m spacy download en_core_web_sm"
+    return Finding("nouns of WebShop titles", tagger == "spacy", DESCRIPTIONS[tagger], remedy)
 
 
 def compilers() -> Finding:

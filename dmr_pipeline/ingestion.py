@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, m
 from pydantic_core import from_json
 
 from dmr_pipeline.artifacts import artifact_folder, incoming_folder
-from dmr_pipeline.environments.alfworld.game import TaskType
+from dmr_pipeline.environments.task_types import task_types
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.recipe import Recipe
 from dmr_pipeline.stage import StageContext, StageResult
@@ -82,7 +82,9 @@ class LoggedEpisode(BaseModel):
 
     episode_id: Name = Field(description="unique over all files that were ever ingested for the recipe")
     task_id: Name = Field(description="the game or goal, named as the benchmark names it; none of a held-out split")
-    task_type: TaskType = Field(description="the benchmark's kind of task")
+    task_type: Name = Field(
+        description="the benchmark's kind of task: in ALFWorld such as pick_and_place_simple, in WebShop the category"
+    )
     task: Name = Field(description="the instruction sentence")
     observation: str = Field(pattern=r"\S", description="the first observation, without the instruction")
     steps: list[LoggedStep] = Field(min_length=1, description="in order; at most benchmark.step_limit of the recipe")
@@ -102,6 +104,8 @@ class LoggedEpisode(BaseModel):
 class Rules:
     """What a recipe asks of an episode."""
 
+    task_types: tuple[str, ...]
+    """The benchmark's."""
     precisions: tuple[str, ...]
     """Names of the ladder's rungs."""
     step_limit: int
@@ -112,6 +116,7 @@ class Rules:
     def of(cls, recipe: Recipe, benchmark_tasks: Path | None) -> "Rules":
         """Args: benchmark_tasks: that stage's folder; without it no game is known to be held out."""
         return cls(
+            task_types(recipe.benchmark),
             tuple(rung.name for rung in recipe.precisions.ladder),
             recipe.benchmark.step_limit,
             {} if benchmark_tasks is None else _held_out_games(benchmark_tasks),
@@ -124,6 +129,9 @@ class Rules:
                 f"its game {episode.task_id} is held out, in the split {self.held_out[episode.task_id]}: trained on, it"
                 " would falsify the report"
             )
+        if episode.task_type not in self.task_types:
+            known = ", ".join(self.task_types)
+            return f"task_type: {episode.task_type!r} is none of the benchmark's ({known})"
         if len(episode.steps) > self.step_limit:
             return f"{len(episode.steps)} steps, but benchmark.step_limit of the recipe is {self.step_limit}"
         for turn, step in enumerate(episode.steps):

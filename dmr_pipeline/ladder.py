@@ -18,7 +18,7 @@ from dmr_pipeline.agent.rollout import CAPACITY, Clock, RoutingPolicy, Run, Traj
 from dmr_pipeline.agent.streams import Streams
 from dmr_pipeline.agent.train import trained_logits
 from dmr_pipeline.cost import episode_cost
-from dmr_pipeline.environments.alfworld.game import Game
+from dmr_pipeline.environments.base import Task
 from dmr_pipeline.environments.tasks import read_tasks
 from dmr_pipeline.parallel import deal, gather, in_processes, processes_on
 from dmr_pipeline.quantization import dequantized, load_rung, quantize_rung, rung_size, save_rung
@@ -116,7 +116,7 @@ def quantized_checkpoints(context: StageContext) -> StageResult:
 
 def _play_validation(
     model: PreTrainedModel,
-    games: Sequence[Game],
+    games: Sequence[Task],
     prompter: Prompter,
     recipe: Recipe,
     device: torch.device,
@@ -124,7 +124,7 @@ def _play_validation(
 ) -> list[Trajectory]:
     """One episode of each game by one rung."""
 
-    def play_part(part: Sequence[Game], advance: Callable[[int], None]) -> list[Trajectory]:
+    def play_part(part: Sequence[Task], advance: Callable[[int], None]) -> list[Trajectory]:
         return play_alone(
             model,
             part,
@@ -139,7 +139,7 @@ def _play_validation(
     return gather(in_processes(play_part, deal(games, processes_on(device, recipe.runtime)), advance))
 
 
-def expert_steps(games: Sequence[Game], prompter: Prompter, step_limit: int) -> list[Example]:
+def expert_steps(games: Sequence[Task], prompter: Prompter, step_limit: int) -> list[Example]:
     """The expert's flawless episodes, its actions as targets."""
     return [expert_example(game, prompter, step_limit, mistake_rate=0.0, rng=random.Random(0)) for game in games]
 

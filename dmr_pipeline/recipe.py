@@ -18,6 +18,11 @@ Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(gt=0)]
 
 
+def _unset(value: object) -> bool:
+    """Of a field that came after artefacts had been published: where it is not used it stays out of their provenance."""
+    return not value
+
+
 class Section(BaseModel):
     """A part of a recipe: immutable, and strict about its keys."""
 
@@ -40,16 +45,23 @@ class Games(Section):
 
     splits: Splits
     seed: int = Field(0, ge=0, description="decides which games there are, or which of them each split gets")
+    step_limit: Count = Field(description="steps an episode may take")
+    environment: str = Field(description="the benchmark, and who made its games: generated here, or the official ones")
+
+
+class AlfWorld(Games):
+    """ALFWorld, whoever made the games."""
+
     step_limit: Count = Field(50, description="steps an episode may take; 50 is ALFWorld's norm, ExpeL used 20")
 
 
-class GeneratedAlfWorld(Games):
+class GeneratedAlfWorld(AlfWorld):
     """ALFWorld games made by the generator; each split draws its games from a seed range of its own."""
 
     environment: Literal["alfworld"] = "alfworld"
 
 
-class OfficialAlfWorld(Games):
+class OfficialAlfWorld(AlfWorld):
     """The official games, packed by `dmr data alfworld`. The official train split, shuffled, gives agent_train, router_train and
     validation; the test games are those of an official validation split."""
 
@@ -59,15 +71,47 @@ class OfficialAlfWorld(Games):
     )
 
 
+class WebShop(Games):
+    """WebShop, whoever made the catalogue. Splits are as published: of the shuffled goals, test has its games from 0 to 499,
+    validation from 500 to 1,499, agent_train and router_train from the rest."""
+
+    step_limit: Count = Field(15, description="steps an episode may take; 15 is the norm for LLM agents")
+
+
+class GeneratedWebShop(WebShop):
+    """Goals in a catalogue made by the generator."""
+
+    environment: Literal["webshop"] = "webshop"
+    products: Count = Field(1000, description="products in the generated catalogue")
+
+
+class OfficialWebShop(WebShop):
+    """Goals in the official catalogue, packed by `dmr data webshop`."""
+
+    environment: Literal["webshop-official"] = "webshop-official"
+    goals: Literal["synthetic", "human"] = Field(
+        "synthetic", description="synthetic: one for each combination of a product's options; human: people's own words"
+    )
+    price_seed: int = Field(1, ge=0, description="of the prices, which WebShop draws unseeded")
+    nouns: Literal["installed", "spacy", "alphabetic"] = Field(
+        "installed",
+        description="nouns of titles, for the reward: spaCy's en_core_web_sm as in WebShop, or every word of letters;"
+        " installed: spaCy where its model is installed. The report says which",
+    )
+
+
 def _environment(benchmark: Any) -> str:  # noqa: ANN401 - what a recipe file holds, or a section
     """Generated ALFWorld games where none is named."""
     if isinstance(benchmark, dict):
         return str(benchmark.get("environment", "alfworld"))
-    return benchmark.environment if isinstance(benchmark, GeneratedAlfWorld | OfficialAlfWorld) else "alfworld"
+    return benchmark.environment if isinstance(benchmark, Games) else "alfworld"
 
 
 Benchmark = Annotated[
-    Annotated[GeneratedAlfWorld, Tag("alfworld")] | Annotated[OfficialAlfWorld, Tag("alfworld-official")],
+    Annotated[GeneratedAlfWorld, Tag("alfworld")]
+    | Annotated[OfficialAlfWorld, Tag("alfworld-official")]
+    | Annotated[GeneratedWebShop, Tag("webshop")]
+    | Annotated[OfficialWebShop, Tag("webshop-official")],
     Discriminator(_environment),
 ]
 
@@ -93,7 +137,7 @@ class Pretrained(Section):
 
 
 class Training(Section):
-    """Behaviour cloning on the exploring expert's actions, then DAgger rounds (Ross et al., 2011). All choices are ours."""
+    """Behaviour cloning on the expert's actions, then DAgger rounds (Ross et al., 2011). All choices are ours."""
 
     architecture: Architecture
     updates: Count = Field(description="optimiser updates in all")
@@ -102,7 +146,7 @@ class Training(Section):
     warmup_updates: int = Field(ge=0)
     weight_decay: float = Field(0.1, ge=0)
     looks_per_update: int = Field(
-        ge=0, description="single looks into a receptacle, to learn whether what is wanted is there"
+        ge=0, description="single observations, each with what the expert makes of it; ALFWorld's teach thoughts"
     )
     looks_alone_until: int = Field(
         ge=0, description="update up to which there is nothing but looks; after it a quarter of them"
@@ -126,6 +170,25 @@ class Training(Section):
     seed: int = Field(0, ge=0)
 
 
+class PageView(Section):
+    """What the agent is shown of a page. A page's segments are what ' [SEP] ' separates; limits are in words, which blanks
+    separate. What is cut or hidden is lost to the agent alone: environment and expert have the whole page."""
+
+    hide: tuple[str, ...] = Field(
+        (), description="segments that are not shown, each named in full; {task} stands for the task sentence"
+    )
+    segment_words: Count | None = Field(
+        None,
+        description="words of a segment that are shown; the rest is lost, and with it the end of long titles, descriptions"
+        " and options, which cannot be clicked then (their name must be written in full)",
+    )
+    observation_words: Count | None = Field(
+        None,
+        description="words of a whole observation that are shown; the rest is lost, with what stands last on a page, such as"
+        " the title and 'Buy Now' below many options",
+    )
+
+
 class Prompt(Section):
     """The append-only transcript. Every segment is tokenized by itself, so that nothing before it ever changes."""
 
@@ -136,6 +199,9 @@ class Prompt(Section):
     )
     action_end: str = Field("<end>", description="a single token that ends the action")
     max_action_tokens: Count = Field(12, description="tokens generated for one action at most, its thought included")
+    page: PageView | None = Field(
+        None, description="how pages are shown; without it, observations are shown as they are"
+    )
 
 
 class Agent(Section):
@@ -153,8 +219,6 @@ class Agent(Section):
     def _one_source(self) -> Self:
         if self.action == "score" and self.prompt.thought_end is not None:
             raise ValueError("agent: an agent that thinks first must generate its actions")
-        if self.training and self.training.looks_per_update and self.prompt.thought_end is None:
-            raise ValueError("agent: looks teach thoughts, so they need 'prompt.thought_end'")
         if (self.pretrained is None) == (self.training is None):
             raise ValueError("agent: give exactly one of 'pretrained' and 'training'")
         return self
@@ -270,6 +334,12 @@ class KlRouter(Section):
     learning_rate: float = Field(gt=0)
     validation_games: Count = Field(description="validation games for Platt scaling and for the closed-loop threshold")
     target_ratio: Share = Field(description="high-precision ratio that the threshold is calibrated to, in closed loop")
+    force_search: bool = Field(
+        False,
+        exclude_if=_unset,
+        description="WebShop: high precision at every step whose page has a search bar, without asking the router, if the mean"
+        " divergence of the labelled searches is at least tau; the paper's special case, as far as it is known",
+    )
     seed: int = Field(0, ge=0)
 
 
@@ -388,6 +458,13 @@ class Recipe(Section):
             raise ValueError(
                 "grpo_router.beta: trl reloads the reference as a causal LM, which a probe is not; set it to 0"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _thoughts_of_looks(self) -> Self:
+        training, thinks = self.agent.training, self.agent.prompt.thought_end is not None
+        if isinstance(self.benchmark, AlfWorld) and training and training.looks_per_update and not thinks:
+            raise ValueError("agent: ALFWorld's looks teach thoughts, so they need 'prompt.thought_end'")
         return self
 
 

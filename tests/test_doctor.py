@@ -1,5 +1,6 @@
 """`dmr doctor`: each part present and missing, on a machine that the test sets up."""
 
+import importlib
 import json
 import os
 import re
@@ -204,25 +205,37 @@ def test_a_port_that_is_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not doctor.postgres_server().found
 
 
-def test_alfworld_data(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert doctor.alfworld_data().remedy == "dmr data alfworld"
-    monkeypatch.setenv("ALFWORLD_DATA", "games")
-    assert "which has no json_2.1.1/" in doctor.alfworld_data().detail
-    Path("games/json_2.1.1").mkdir(parents=True)
-    assert doctor.alfworld_data() == Finding("ALFWorld data", True, "games, not packed", "dmr data alfworld")
-    pack = Path("data/official/alfworld/pack.json")
+@pytest.mark.parametrize(
+    ("name", "find", "needed", "shown"),
+    [
+        ("ALFWorld", doctor.alfworld_data, "json_2.1.1", "json_2.1.1/"),
+        ("WebShop", doctor.webshop_data, "items_shuffle_1000.json", "items_shuffle*.json"),
+    ],
+)
+def test_official_data(
+    monkeypatch: pytest.MonkeyPatch, name: str, find: Callable[[], Finding], needed: str, shown: str
+) -> None:
+    part, variable, command = f"{name} data", f"{name.upper()}_DATA", f"dmr data {name.lower()}"
+    assert find() == Finding(part, False, "none: generated tasks only", command)
+    monkeypatch.setenv(variable, "source")
+    unset = f"unset {variable} && {command}"
+    assert find() == Finding(part, False, f"${variable} is source, which has no {shown}", unset)
+    (Path("source") / needed).mkdir(parents=True)
+    assert find() == Finding(part, True, "source, not packed", command)
+    pack = Path(f"data/official/{name.lower()}/pack.json")
     pack.parent.mkdir(parents=True)
     pack.write_text("{}")
-    assert doctor.alfworld_data() == Finding("ALFWorld data", True, "packed in data/official/alfworld")
+    assert find() == Finding(part, True, f"packed in {pack.parent}")
 
 
-def test_webshop_data(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not doctor.webshop_data().found
-    monkeypatch.setenv("WEBSHOP_DATA", "shop")
-    assert "which has no items_shuffle*.json" in doctor.webshop_data().detail
-    Path("shop").mkdir()
-    Path("shop/items_shuffle_1000.json").write_text("[]")
-    assert doctor.webshop_data() == Finding("WebShop data", True, "shop")
+def test_without_spacys_model_title_nouns_fall_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "en_core_web_sm", raising=False)
+    assert not doctor.title_nouns().found
+    assert "spacy download en_core_web_sm" in doctor.title_nouns().remedy
+    (tmp_path / "en_core_web_sm.py").write_text("")
+    importlib.invalidate_caches()
+    assert doctor.title_nouns() == Finding("nouns of WebShop titles", True, "spaCy's en_core_web_sm, as in WebShop")
 
 
 @pytest.mark.parametrize(("free", "enough"), [(4.9e9, False), (5.1e9, True)])

@@ -53,7 +53,7 @@ from tests.fake_project import RECIPE_YAML, REPOSITORY, fake_run
 
 REAL = pipeline.find_stage("ingested_trajectories", pipeline.STAGES)
 BENCHMARK = replace(pipeline.find_stage("benchmark_tasks", pipeline.STAGES), run=fake_run)
-RULES = Rules(("float", "int2"), 50, {"test-game": "test"})
+RULES = Rules(TaskType.__args__, ("float", "int2"), 50, {"test-game": "test"})
 DATA = Path("data")
 RECIPE = Recipe.model_validate({"name": "fake", **yaml.safe_load(RECIPE_YAML)})
 
@@ -127,7 +127,7 @@ def prepared(project: Recipe) -> Recipe:
         ({"task_id": ""}, "task_id: String should have at least 1 character"),
         ({"task_id": " test-game"}, "task_id: String should match"),
         ({"observation": " "}, "observation: String should match"),
-        ({"task_type": "juggle"}, "task_type: Input should be 'pick_and_place_simple'"),
+        ({"task_type": "juggle"}, "task_type: 'juggle' is none of the benchmark's .pick_and_place_simple, "),
         ({"steps": []}, "steps: List should have at least 1 item"),
         ({"steps": EXAMPLE["steps"] * 26}, "52 steps, but benchmark.step_limit of the recipe is 50"),
         ({"steps": [{"command": "look", "observation": "", "precision": "int8"}]}, "'int8' is not on .* ladder .float, int2"),
@@ -161,6 +161,19 @@ def test_parquet_is_held_to_the_same_schema(tmp_path: Path, changes: dict[str, A
     content = parquet(tmp_path, logged("good", reward=0.5), logged("bad", reward=0.0) | changes)
     _, problems = read_episodes(Path("x.parquet"), content, RULES, set())
     assert re.match(rf"x\.parquet: row 2: .*{said}", problems[-1])
+
+
+def test_task_types_and_step_limit_are_the_benchmarks() -> None:
+    shopping = {"environment": "webshop", "splits": RECIPE.benchmark.splits}
+    rules = Rules.of(Recipe.model_validate({**RECIPE.model_dump(), "benchmark": shopping}), None)
+    bought = logged("a", task_id="goal-1500", task_type="grocery")
+    long = logged("b", task_id="goal-1501", task_type="beauty", steps=EXAMPLE["steps"] * 8)
+    _, problems = read_episodes(Path("x.jsonl"), jsonl(bought, long, logged("c")), rules, set())
+    assert problems == [
+        "x.jsonl: line 2: episode 'b': 16 steps, but benchmark.step_limit of the recipe is 15",
+        "x.jsonl: line 3: episode 'c': task_type: 'pick_and_place_simple' is none of the benchmark's (beauty, electronics,"
+        " fashion, garden, grocery)",
+    ]
 
 
 def test_every_bad_line_is_listed() -> None:

@@ -5,11 +5,8 @@ from dataclasses import dataclass
 
 from dmr_pipeline.agent.prompts import Prompter
 from dmr_pipeline.agent.rollout import Trajectory
-from dmr_pipeline.environments.alfworld.engine import AlfWorldEpisode, listing
-from dmr_pipeline.environments.alfworld.expert import ExploringExpert
-from dmr_pipeline.environments.alfworld.game import Game
-from dmr_pipeline.environments.alfworld.generator import SENTENCES
-from dmr_pipeline.environments.alfworld.household import household
+from dmr_pipeline.environments.base import Task
+from dmr_pipeline.environments.tasks import begin_episode, make_expert, take_look
 
 IGNORED = -100
 """Target of a token that is not trained on (the value that torch's cross-entropy skips)."""
@@ -53,12 +50,12 @@ class ExampleBuilder:
         return Example(self.tokens, self.targets, self.steps)
 
 
-def expert_example(game: Game, prompter: Prompter, step_limit: int, mistake_rate: float, rng: random.Random) -> Example:
+def expert_example(task: Task, prompter: Prompter, step_limit: int, mistake_rate: float, rng: random.Random) -> Example:
     """An episode in which the expert acts, but some steps are replaced by a random admissible one for it to repair."""
-    episode, expert, builder = AlfWorldEpisode(game), ExploringExpert(game.instruction), ExampleBuilder()
+    episode, expert, builder = begin_episode(task), make_expert(task), ExampleBuilder()
     observation = episode.reset()
     expert.observe(None, observation)
-    segment = prompter.opening(observation, game.instruction)
+    segment = prompter.opening(observation, task.instruction)
     for _ in range(step_limit):
         wanted, thought = expert.act(), expert.think()
         command = rng.choice(episode.admissible_commands()) if rng.random() < mistake_rate else wanted
@@ -67,39 +64,21 @@ def expert_example(game: Game, prompter: Prompter, step_limit: int, mistake_rate
         if over:
             break
         expert.observe(command, observation)
-        segment = prompter.turn(observation, game.instruction)
+        segment = prompter.turn(observation, task.instruction)
     return builder.build()
 
 
-def look_example(game: Game, prompter: Prompter, rng: random.Random) -> Example:
-    """One look into a receptacle with random contents, and the thought that follows: is what is wanted there, and which?
-
-    Whether a word of the task stands in an observation is what the agent finds hardest to learn, and an episode asks it but a
-    few times. Numbers are random, so that they have to be read.
-    """
-    receptacle = rng.choice(game.receptacles)
-    kinds = sorted(household().abilities)
-    shown = sorted(rng.sample(kinds, rng.randint(1, 8)))
-    names = [f"{kind} {rng.randint(1, 4)}" for kind in shown]
-    wanted = rng.choice(shown if rng.random() < 0.5 else kinds)
-    task = rng.choice(SENTENCES[game.task_type]).format(
-        thing=wanted, target=game.goal.receptacle_kind or game.goal.lamp
-    )
-    segment = prompter.turn(f"On the {receptacle.name}, you see {listing(names)}.", task)
-    builder = ExampleBuilder()
-    if wanted in shown:
-        thing = names[shown.index(wanted)]
-        action = prompter.action(f"take {thing} from {receptacle.name}", thing)
-        builder.step(segment, action, action)
-    else:  # where to go next cannot be known from one look: the thought alone is a target
-        thought = prompter.action("", f"{wanted} none")[:-1]
-        builder.step(segment, thought, thought)
+def look_example(task: Task, prompter: Prompter, rng: random.Random) -> Example:
+    """A random look as a transcript of its own; where it has no command, the thought alone is a target."""
+    look, builder = take_look(task, rng), ExampleBuilder()
+    action = prompter.thought(look.thought) if look.command is None else prompter.action(look.command, look.thought)
+    builder.step(prompter.opening(look.observation, look.instruction), action, action)
     return builder.build()
 
 
-def relabelled_example(trajectory: Trajectory, game: Game, prompter: Prompter) -> Example:
+def relabelled_example(trajectory: Trajectory, prompter: Prompter) -> Example:
     """The agent's own episode with the expert's actions as targets (DAgger, Ross et al., 2011)."""
-    expert, builder = ExploringExpert(game.instruction), ExampleBuilder()
+    expert, builder = make_expert(trajectory.run.task), ExampleBuilder()
     expert.observe(None, trajectory.opening)
     for step in trajectory.steps:
         builder.step(step.segment, step.action, prompter.action(expert.act(), expert.think()))

@@ -39,20 +39,25 @@ class Draft:
 
 
 class Peek(Protocol):
-    """What a policy may ask for about the slots being decided. It costs forward passes of the agent."""
+    """What a policy may ask for about the slots being decided."""
 
     def drafts(self, high: bool) -> list[Draft]:
-        """What this precision would do."""
+        """What this precision would do. It costs the forward passes of acting."""
         ...
 
-    def states(self, layers: Sequence[int]) -> Tensor:
+    def states(self, slots: Sequence[int], layers: Sequence[int]) -> Tensor:
         """Low precision's hidden states once it has read the transcript: float32 [slots, len(layers) * hidden size].
 
         One forward pass, which is lost only where high precision then acts: otherwise generation goes on from it.
 
         Args:
+            slots: some of those being decided; asked for once a step.
             layers: decoder layers, from 1.
         """
+        ...
+
+    def admissible_commands(self) -> list[Sequence[str]]:
+        """What can be done at each slot's page or place."""
         ...
 
 
@@ -74,6 +79,8 @@ class Decision:
     """Low-precision forward passes that the decision needed and that are thrown away."""
     features: NDArray[np.float32] | None = None
     """What the router decided on, where it is to learn from it."""
+    forced: bool = False
+    """A rule decided, and the router was not asked."""
 
 
 class RoutingPolicy(Protocol):
@@ -123,6 +130,8 @@ class Step:
     """Low-precision forward passes that were thrown away."""
     features: NDArray[np.float32] | None = field(default=None, compare=False)
     """What the router decided on, where it is to learn from it."""
+    forced: bool = False
+    """A rule decided, and the router was not asked."""
 
 
 @dataclass
@@ -134,6 +143,7 @@ class Trajectory:
     """First observation."""
     steps: list[Step] = field(default_factory=list)
     reward: float = 0.0
+    """Of the last step, in [0, 1]: what the benchmark calls the episode's score."""
 
     @property
     def success(self) -> bool:
@@ -302,6 +312,7 @@ class _Batch:
                     taken.processed,
                     decision.drafted,
                     decision.features,
+                    decision.forced,
                 )
             )
             state.transcript += taken.action
@@ -318,24 +329,26 @@ class _Batch:
         self.clock.steps += len(slots)
         return ended
 
-    def read_states(self, slots: list[int], layers: Sequence[int]) -> Tensor:
+    def read_states(self, slots: Sequence[int], layers: Sequence[int]) -> Tensor:
         """`Peek.states`; what is read here is not read again by an action of this step."""
         chunks = self._unread(False, slots)
         logits, states = self.agents[False].read(slots, chunks, layers)
         self._read = {slot: (row, len(chunk)) for slot, row, chunk in zip(slots, logits, chunks, strict=True)}
         return states
 
-    def _unread(self, high: bool, slots: list[int]) -> list[list[int]]:
+    def _unread(self, high: bool, slots: Sequence[int]) -> list[list[int]]:
         lengths = self.agents[high].lengths
         return [self.slots[slot].transcript[lengths[slot] :] for slot in slots]
 
     def _first_logits(self, high: bool, slots: list[int]) -> tuple[Tensor, list[int]]:
         """Logits [slots, vocabulary] of the action's first token, and for each slot the tokens that were read for them."""
-        if self._read and not high:
-            rows, counts = zip(*(self._read[slot] for slot in slots), strict=True)
-            return torch.stack(rows), list(counts)
-        chunks = self._unread(high, slots)
-        return self.agents[high].extend(slots, chunks), [len(chunk) for chunk in chunks]
+        known = {} if high else self._read
+        if new := [slot for slot in slots if slot not in known]:
+            chunks = self._unread(high, new)
+            logits = self.agents[high].extend(new, chunks)
+            known = known | {slot: (row, len(chunk)) for slot, row, chunk in zip(new, logits, chunks, strict=True)}
+        rows, counts = zip(*(known[slot] for slot in slots), strict=True)
+        return torch.stack(rows), list(counts)
 
     def _generate(self, high: bool, slots: list[int]) -> list[Draft]:
         """The action of one precision for each slot, token by token."""
@@ -416,8 +429,11 @@ class _BatchPeek:
             self.drafted[high] = self._batch.act(high, self._slots)
         return self.drafted[high]
 
-    def states(self, layers: Sequence[int]) -> Tensor:
-        return self._batch.read_states(self._slots, layers)
+    def states(self, slots: Sequence[int], layers: Sequence[int]) -> Tensor:
+        return self._batch.read_states(slots, layers)
+
+    def admissible_commands(self) -> list[Sequence[str]]:
+        return [self._batch.slots[slot].episode.admissible_commands() for slot in self._slots]
 
 
 def _leads(logits: Tensor) -> list[float]:

@@ -19,11 +19,10 @@ from dmr_pipeline.agent.checkpoint import load_causal_lm, resolve_device, save_c
 from dmr_pipeline.agent.examples import IGNORED, Example, expert_example, look_example, relabelled_example
 from dmr_pipeline.agent.prompts import Prompter
 from dmr_pipeline.agent.rollout import CAPACITY, play_alone
-from dmr_pipeline.agent.vocabulary import word_tokenizer
-from dmr_pipeline.environments.alfworld.game import Game
-from dmr_pipeline.environments.alfworld.words import alfworld_texts
-from dmr_pipeline.environments.tasks import read_tasks
-from dmr_pipeline.recipe import Architecture, Games, Runtime, Training
+from dmr_pipeline.agent.vocabulary import exact_word_tokenizer, word_tokenizer
+from dmr_pipeline.environments.base import Task
+from dmr_pipeline.environments.tasks import benchmark_texts, read_tasks
+from dmr_pipeline.recipe import Architecture, Games, Runtime, Training, WebShop
 from dmr_pipeline.stage import StageContext, StageResult
 
 _PIECE = 2500
@@ -43,13 +42,16 @@ def agent(context: StageContext) -> StageResult:
         save_causal_lm(model, tokenizer, folder, model.dtype)
         return StageResult(summary={"source": section.pretrained.model, "parameters": model.num_parameters()})
     assert section.training is not None
-    games = read_tasks(context.inputs["benchmark_tasks"], "agent_train")
-    tokenizer = word_tokenizer(alfworld_texts())
+    dealt = context.inputs["benchmark_tasks"]
+    tasks = read_tasks(dealt, "agent_train")
+    # What WebShop's commands name has to come back to the letter.
+    new_tokenizer = exact_word_tokenizer if isinstance(recipe.benchmark, WebShop) else word_tokenizer
+    tokenizer = new_tokenizer(benchmark_texts(dealt, recipe.benchmark))
     prompter = Prompter.of(tokenizer, section.prompt)
-    model, log = train(games, prompter, section.training, recipe.benchmark, recipe.runtime, device, context.scratch)
+    model, log = train(tasks, prompter, section.training, recipe.benchmark, recipe.runtime, device, context.scratch)
     save_causal_lm(model, tokenizer, folder, torch.float16)
     log.write_parquet(context.output / "training.parquet")
-    validation = read_tasks(context.inputs["benchmark_tasks"], "validation")
+    validation = read_tasks(dealt, "validation")
     model, _ = load_causal_lm(folder, None, device)
     success = success_rate(model, validation, prompter, recipe.benchmark, recipe.runtime)
     return StageResult(
@@ -91,10 +93,10 @@ def new_model(architecture: Architecture, vocabulary: int, seed: int) -> Qwen3Fo
 
 
 def success_rate(
-    model: PreTrainedModel, games: Sequence[Game], prompter: Prompter, benchmark: Games, runtime: Runtime
+    model: PreTrainedModel, tasks: Sequence[Task], prompter: Prompter, benchmark: Games, runtime: Runtime
 ) -> float:
-    """Share of games won when the model acts alone, greedily."""
-    played = play_alone(model, games, prompter, benchmark.step_limit, runtime.batch_episodes)
+    """Share of tasks won when the model acts alone, greedily."""
+    played = play_alone(model, tasks, prompter, benchmark.step_limit, runtime.batch_episodes)
     return sum(trajectory.success for trajectory in played) / len(played)
 
 
@@ -108,7 +110,7 @@ class _State:
 
 
 def train(
-    games: Sequence[Game],
+    tasks: Sequence[Task],
     prompter: Prompter,
     training: Training,
     benchmark: Games,
@@ -143,11 +145,11 @@ def train(
             if state.update % training.dagger_every == 0:
                 _save(saved, model, optimizers, state)
                 if state.update >= training.dagger_from:
-                    own, success = collect_own(model, games, prompter, training, runtime, state.update)
+                    own, success = collect_own(model, tasks, prompter, training, runtime, state.update)
                     state.own = (state.own + own)[-_KEPT_EPISODES:]
                     state.log.append({"update": state.update, "success": success})
             rng = random.Random(f"agent-{training.seed}-{state.update}")
-            batch = _batch(games, prompter, training, benchmark, state, rng)
+            batch = _batch(tasks, prompter, training, benchmark, state, rng)
             model.train()
             model.zero_grad()
             loss, accuracy = learn(model, batch, device)
@@ -234,21 +236,21 @@ def trained_logits(model: PreTrainedModel, examples: Sequence[Example], device: 
 
 def collect_own(
     model: PreTrainedModel,
-    games: Sequence[Game],
+    tasks: Sequence[Task],
     prompter: Prompter,
     training: Training,
     runtime: Runtime,
     update: int,
 ) -> tuple[list[Example], float]:
-    """The agent plays training games greedily; its transcripts come back with the expert's actions as targets."""
-    chosen = random.Random(f"dagger-{training.seed}-{update}").choices(games, k=training.dagger_episodes)
+    """The agent plays training tasks greedily; its transcripts come back with the expert's actions as targets."""
+    chosen = random.Random(f"dagger-{training.seed}-{update}").choices(tasks, k=training.dagger_episodes)
     played = play_alone(model, chosen, prompter, training.dagger_steps, runtime.batch_episodes)
-    examples = [relabelled_example(trajectory, game, prompter) for trajectory, game in zip(played, chosen, strict=True)]
+    examples = [relabelled_example(trajectory, prompter) for trajectory in played]
     return examples, sum(trajectory.success for trajectory in played) / len(played)
 
 
 def _batch(
-    games: Sequence[Game],
+    tasks: Sequence[Task],
     prompter: Prompter,
     training: Training,
     benchmark: Games,
@@ -258,8 +260,8 @@ def _batch(
     """Looks alone at first; then a few looks, expert episodes and, once there are some, the agent's own episodes, these up
     to a number of tokens, since a failing agent's are long."""
     if state.update < training.looks_alone_until:
-        return [look_example(rng.choice(games), prompter, rng) for _ in range(training.looks_per_update)]
-    examples = [look_example(rng.choice(games), prompter, rng) for _ in range(training.looks_per_update // 4)]
+        return [look_example(rng.choice(tasks), prompter, rng) for _ in range(training.looks_per_update)]
+    examples = [look_example(rng.choice(tasks), prompter, rng) for _ in range(training.looks_per_update // 4)]
     tokens = 0
     while state.own and tokens < training.dagger_tokens:
         examples.append(rng.choice(state.own))
@@ -267,8 +269,7 @@ def _batch(
     wanted = len(examples) + training.episodes_per_update // (2 if state.own else 1)
     longest = training.short_steps if state.update < training.short_until else benchmark.step_limit
     while len(examples) < wanted:
-        game = rng.choice(games)
-        example = expert_example(game, prompter, benchmark.step_limit, training.mistake_rate, rng)
+        example = expert_example(rng.choice(tasks), prompter, benchmark.step_limit, training.mistake_rate, rng)
         if example.steps <= longest:
             examples.append(example)
     return examples

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 import polars as pl
@@ -17,7 +17,7 @@ from dmr_pipeline.defs import exchange
 from dmr_pipeline.defs.assets import recipe_partitions
 from dmr_pipeline.defs.describe import typed
 from dmr_pipeline.defs.versions import recorded_version
-from dmr_pipeline.environments.alfworld.game import TaskType
+from dmr_pipeline.environments.task_types import task_types
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.pipeline import STAGES, find_stage
 from dmr_pipeline.recipe import Recipe, load_recipe
@@ -96,7 +96,8 @@ def trajectories_are_complete(folder: Path, manifest: Manifest, recipe: Recipe) 
 
     steps, episodes = (pl.read_parquet(folder / f"{name}.parquet") for name in ("steps", "episodes"))
     return _expectations(
-        steps=validate_trajectory_steps(steps), episodes=validate_trajectory_episodes(episodes, get_args(TaskType))
+        steps=validate_trajectory_steps(steps),
+        episodes=validate_trajectory_episodes(episodes, task_types(recipe.benchmark)),
     )
 
 
@@ -111,14 +112,16 @@ def ingested_episodes_are_complete(folder: Path, manifest: Manifest, recipe: Rec
     if not episodes:
         return Finding([], {"expectations": 0})
     table = pl.DataFrame([(e.episode_id, e.task_type) for e in episodes], ["episode_id", "task_type"], orient="row")
-    return _expectations(episodes=validate_trajectory_episodes(table, get_args(TaskType)))
+    return _expectations(episodes=validate_trajectory_episodes(table, task_types(recipe.benchmark)))
 
 
 def labels_are_sane(folder: Path, manifest: Manifest, recipe: Recipe) -> Finding:
     from dmr_pipeline.defs.expectations import validate_sensitivity_steps
 
     steps = pl.read_parquet(folder / "steps.parquet")
-    return _expectations(steps=validate_sensitivity_steps(steps, get_args(TaskType), recipe.sensitivity.label_share))
+    return _expectations(
+        steps=validate_sensitivity_steps(steps, task_types(recipe.benchmark), recipe.sensitivity.label_share)
+    )
 
 
 def kl_router_has_not_collapsed(folder: Path, manifest: Manifest, recipe: Recipe) -> Finding:

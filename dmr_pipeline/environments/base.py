@@ -1,7 +1,11 @@
 """What every benchmark offers to the agent, the router and the evaluation."""
 
 from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
+
+SEPARATOR = " [SEP] "
+"""Between the parts of an observation, where a benchmark shows pages made of parts."""
 
 
 class Task(Protocol):
@@ -48,7 +52,7 @@ class Episode(Protocol):
 
 
 class Expert(Protocol):
-    """A hand-written policy that knows only what the transcript says."""
+    """A hand-written policy that agents learn from: it goes on from whatever the transcript says."""
 
     def observe(self, command: str | None, observation: str) -> None:
         """Take note of what `command` (None at the start) showed. Any commands may come, not only the expert's own."""
@@ -61,3 +65,14 @@ class Expert(Protocol):
     def act(self) -> str:
         """The next command."""
         ...
+
+
+@dataclass(frozen=True)
+class Look:
+    """One observation by itself and what the expert makes of it: a lesson shorter than an episode."""
+
+    observation: str
+    instruction: str
+    command: str | None
+    """The next command; None where it cannot be known from one observation."""
+    thought: str

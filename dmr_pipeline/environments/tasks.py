@@ -1,20 +1,36 @@
-"""Stage `benchmark_tasks`: the games of the four splits, written once and read by every later stage."""
+"""Stage `benchmark_tasks`: the tasks of the four splits, written once and read by every later stage; and what plays them."""
 
 import random
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.progress import track
 
 from dmr_pipeline.environments.alfworld.engine import AlfWorldEpisode
+from dmr_pipeline.environments.alfworld.expert import ExploringExpert
 from dmr_pipeline.environments.alfworld.game import Game
 from dmr_pipeline.environments.alfworld.generator import generate_game
+from dmr_pipeline.environments.alfworld.looks import look
 from dmr_pipeline.environments.alfworld.official import read_official
 from dmr_pipeline.environments.alfworld.store import read_games_file, write_games
-from dmr_pipeline.environments.base import Episode, Task
+from dmr_pipeline.environments.alfworld.words import alfworld_texts
+from dmr_pipeline.environments.base import Episode, Expert, Look, Task
+from dmr_pipeline.environments.webshop.engine import WebShopEpisode
+from dmr_pipeline.environments.webshop.expert import ShoppingExpert
+from dmr_pipeline.environments.webshop.goals import ShoppingTask
+from dmr_pipeline.environments.webshop.looks import results_look
+from dmr_pipeline.environments.webshop.tasks import (
+    SHOP_FOLDER,
+    deal_goals,
+    make_shop,
+    read_shopping_tasks,
+    webshop_texts,
+    write_goals,
+)
 from dmr_pipeline.errors import UserError
-from dmr_pipeline.recipe import Games, GeneratedAlfWorld, OfficialAlfWorld
+from dmr_pipeline.recipe import Games, GeneratedAlfWorld, OfficialAlfWorld, WebShop
 from dmr_pipeline.stage import StageContext, StageResult
 
 SPLITS = ("agent_train", "router_train", "validation", "test")
@@ -24,13 +40,27 @@ _SEEDS_A_SPLIT = 10_000_000
 
 def benchmark_tasks(context: StageContext) -> StageResult:
     benchmark = context.recipe.benchmark
+    if isinstance(benchmark, WebShop):
+        return _webshop_tasks(benchmark, context.output)
     chosen = _official_games(benchmark) if isinstance(benchmark, OfficialAlfWorld) else _generated_games(benchmark)
     summary = {}
     for split, (games, facts) in chosen.items():
         write_games(games, context.output / f"{split}.parquet")
-        by_task_type = dict(sorted(Counter(game.task_type for game in games).items()))
-        summary[split] = {"games": len(games), **facts, "by_task_type": by_task_type}
+        summary[split] = _split_summary([game.task_type for game in games], facts)
     return StageResult(summary=summary)
+
+
+def _webshop_tasks(benchmark: WebShop, output: Path) -> StageResult:
+    goals, facts = make_shop(benchmark, output)
+    summary: dict[str, Any] = {"goals": len(goals), **facts}
+    for split, (dealt, split_facts) in deal_goals(goals, benchmark, output).items():
+        write_goals(dealt, output / f"{split}.parquet")
+        summary[split] = _split_summary([goal.category for goal in dealt], split_facts)
+    return StageResult(summary=summary)
+
+
+def _split_summary(task_types: Sequence[str], facts: dict[str, Any]) -> dict[str, Any]:
+    return {"games": len(task_types), **facts, "by_task_type": dict(sorted(Counter(task_types).items()))}
 
 
 def split_seeds(benchmark: Games, split: str) -> range:
@@ -66,8 +96,10 @@ def _official_games(benchmark: OfficialAlfWorld) -> dict[str, tuple[list[Game], 
     return chosen
 
 
-def read_tasks(folder: Path, split: str, limit: int | None = None) -> list[Game]:
-    """The first `limit` games of a split, all of them by default."""
+def read_tasks(folder: Path, split: str, limit: int | None = None) -> Sequence[Task]:
+    """The first `limit` tasks of a split, all of them by default."""
+    if (folder / SHOP_FOLDER).is_dir():
+        return read_shopping_tasks(folder, split, limit)
     return read_games_file(folder / f"{split}.parquet", limit)
 
 
@@ -75,4 +107,33 @@ def begin_episode(task: Task) -> Episode:
     """An episode in the environment that the task belongs to."""
     if isinstance(task, Game):
         return AlfWorldEpisode(task)
+    if isinstance(task, ShoppingTask):
+        return WebShopEpisode(task)
     raise TypeError(f"no environment plays {type(task).__name__}")
+
+
+def make_expert(task: Task) -> Expert:
+    """The teacher of agents that are trained here."""
+    if isinstance(task, Game):
+        return ExploringExpert(task.instruction)
+    if isinstance(task, ShoppingTask):
+        return ShoppingExpert(task)
+    raise TypeError(f"no expert plays {type(task).__name__}")
+
+
+def take_look(task: Task, rng: random.Random) -> Look:
+    """A single observation, and what the expert makes of it."""
+    if isinstance(task, Game):
+        return look(task, rng)
+    if isinstance(task, ShoppingTask):
+        return results_look(task, rng)
+    raise TypeError(f"no looks into {type(task).__name__}")
+
+
+def benchmark_texts(folder: Path, benchmark: Games) -> list[str]:
+    """Texts that together hold every word that a tokenizer for the benchmark must know.
+
+    Args:
+        folder: of the stage `benchmark_tasks`.
+    """
+    return webshop_texts(folder) if isinstance(benchmark, WebShop) else alfworld_texts()

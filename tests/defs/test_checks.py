@@ -42,6 +42,17 @@ def test_all_pass_on_a_finished_project(finished_project: Recipe):
     assert not any(failures.values()), failures
 
 
+@pytest.mark.parametrize(
+    ("stage", "name"), [("trajectories", "steps_and_episodes_are_complete"), ("sensitivity_dataset", "labels_are_sane")]
+)
+def test_task_types_of_another_benchmark_are_found(finished_project: Recipe, stage: str, name: str):
+    shopping = {"environment": "webshop", "splits": finished_project.benchmark.splits}
+    recipe = Recipe.model_validate({**finished_project.model_dump(), "benchmark": shopping})
+    (failure,) = found(name, recipe, stage=stage).failures
+    assert "column=task_type" in failure
+    assert "grocery" in failure
+
+
 def test_a_game_in_two_splits_and_a_missing_game_are_found(finished_project: Recipe):
     folder = artifact_folder("benchmark_tasks", RECIPE)
     manifest = verify(folder).manifest

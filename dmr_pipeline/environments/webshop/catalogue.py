@@ -129,6 +129,12 @@ def search_document(product: Product) -> str:
     return f"{product.title} {product.description} {first} {options}".lower()
 
 
+def read_pricing(folder: Path) -> list[list[float]]:
+    """What each product of a shop's folder may cost, in order."""
+    pricing: list[list[float]] = pq.read_table(folder / "products.parquet", columns=["pricing"])["pricing"].to_pylist()
+    return pricing
+
+
 def draw_prices(pricing: Iterable[Sequence[float]], rng: random.Random) -> list[float]:
     """The price of each product: drawn where it is a range, in order, as WebShop draws it from Python's generator."""
     return [rng.uniform(*ends) if len(ends) > 1 else ends[0] for ends in pricing]
@@ -168,6 +174,8 @@ class Shop:
         """product(row): one product."""
         self.search = lru_cache(maxsize=20_000)(self._search)
         """search(words): rows of the best matches, RESULTS at most, best first."""
+        self.rows_where = lru_cache(maxsize=1_000)(self._rows_where)
+        """rows_where(column, value): all rows whose column is the value, in order."""
 
     def __len__(self) -> int:
         return len(self.prices)
@@ -183,8 +191,7 @@ class Shop:
         """Rows drawn by a key, RESULTS at most."""
         return tuple(random.Random(key).sample(range(len(self)), min(RESULTS, len(self))))
 
-    def rows_where(self, column: str, value: str) -> tuple[int, ...]:
-        """All rows whose column is the value, in order."""
+    def _rows_where(self, column: str, value: str) -> tuple[int, ...]:
         return tuple(pc.indices_nonzero(pc.equal(self._table[column], value)).to_pylist())
 
     def with_attribute(self, attribute: str) -> tuple[int, ...]:
@@ -218,8 +225,10 @@ def _open_shop(folder: Path, changed_ns: int) -> Shop:
 
 
 def _to_row(product: Product) -> dict[str, Any]:
-    options = [{"name": name, "values": values} for name, values in product.options.items()]
-    return asdict(product) | {"options": options}
+    row = {name: getattr(product, name) for name in SCHEMA.names}
+    row["options"] = [{"name": name, "values": values} for name, values in product.options.items()]
+    row["human_instructions"] = [asdict(human) for human in product.human_instructions]
+    return row
 
 
 def _from_row(row: dict[str, Any]) -> Product:

@@ -8,11 +8,11 @@ import re
 from collections.abc import Mapping
 from typing import Literal, NamedTuple, get_args
 
+from dmr_pipeline.environments.base import SEPARATOR
 from dmr_pipeline.environments.webshop.catalogue import Product
 from dmr_pipeline.environments.webshop.goals import ShoppingTask
 from dmr_pipeline.environments.webshop.reward import reward
 
-SEPARATOR = " [SEP] "
 PAGE_SIZE = 10
 BACK, PREVIOUS, NEXT, BUY = "back to search", "< prev", "next >", "buy now"
 SubPage = Literal["description", "features", "reviews"]

@@ -38,8 +38,8 @@ class Goal(BaseModel):
     """Chance of being drawn, where goals are drawn by weight; not normalised."""
 
     @property
-    def wanted_values(self) -> tuple[str, ...]:
-        return tuple(self.options.values()) if isinstance(self.options, dict) else self.options
+    def task_id(self) -> str:
+        return f"goal-{self.index}"
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class ShoppingTask:
 
     @property
     def task_id(self) -> str:
-        return f"goal-{self.goal.index}"
+        return self.goal.task_id
 
     @property
     def task_type(self) -> str:
@@ -70,7 +70,7 @@ def make_goals(shop: Shop, rng: random.Random, *, human: bool = False) -> list[G
             generator that `draw_prices` has used.
         human: the instructions that people wrote, instead of the synthetic ones with every combination of options.
     """
-    make = _human_goals if human else _synthetic_goals
+    make = _human_goals if human else synthetic_goals
     goals = [goal for row in range(len(shop)) for goal in make(shop.product(row), shop.prices[row], rng)]
     if not human:
         count = Counter(attribute for goal in goals for attribute in goal.attributes)
@@ -81,7 +81,7 @@ def make_goals(shop: Shop, rng: random.Random, *, human: bool = False) -> list[G
     return [goal.model_copy(update={"index": index}) for index, goal in enumerate(goals)]
 
 
-def _synthetic_goals(product: Product, price: float, rng: random.Random) -> Iterator[Goal]:
+def synthetic_goals(product: Product, price: float, rng: random.Random) -> Iterator[Goal]:
     if product.instruction is None:
         return
     limit, limit_text = _price_limit(price, rng)

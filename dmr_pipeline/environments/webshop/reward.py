@@ -14,6 +14,7 @@ from rapidfuzz import fuzz, utils
 from dmr_pipeline.environments.webshop.catalogue import Product
 from dmr_pipeline.environments.webshop.goals import Goal
 
+TYPE_SCORES = (0.0, 0.1, 0.5, 1.0)
 _MATCH = 85
 """A match is a fuzzy ratio above this, of 100."""
 _COLOURS = (  # noqa: SIM905 - a list would be a hundred lines
@@ -37,12 +38,17 @@ def reward(
         chosen: option values.
         nouns: of a title (see nouns.py).
     """
+    return type_score(product, goal, nouns) * matched_share(product, price, chosen, goal)
+
+
+def matched_share(product: Product, price: float, chosen: Collection[str], goal: Goal) -> float:
+    """The second factor of the reward, which does not depend on the kind of product."""
     matched = (
         sum(attribute_matches(product, attribute) for attribute in goal.attributes)
         + sum(any(option_matches(value, wanted) for value in chosen) for wanted in wanted_options(goal))
         + (price <= goal.price_upper)
     )
-    return type_score(product, goal, nouns) * (matched / (len(goal.attributes) + len(goal.options) + 1))
+    return matched / (len(goal.attributes) + len(goal.options) + 1)
 
 
 def type_score(product: Product, goal: Goal, nouns: Callable[[str], list[str]]) -> float:

@@ -3,6 +3,7 @@
 The scores are bm25s' Lucene variant, with each document's length rounded as Lucene keeps it.
 """
 
+from collections import Counter
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
@@ -14,10 +15,13 @@ import bm25s.scoring
 import numpy as np
 import regex
 import Stemmer
+from numpy.typing import NDArray
 
 _BOUNDARY = regex.compile(r"(?V1)(?w)\b")
 """Unicode's word boundaries (UAX #29), which Lucene's StandardTokenizer follows."""
 _HAS_LETTER = regex.compile(r"[\p{L}\p{Nd}]")
+_MEASURED = regex.compile("(?:[aeiou]|(?<=[^aeiou])y)[^aeiou]")
+"""A vowel and a consonant: what Porter's rules ask for before a suffix (m > 0)."""
 _STOP_WORDS = frozenset(
     (  # noqa: SIM905 - a list would be thirty lines
         "a an and are as at be but by for if in into is it no not of on or such that the their then there these they "
@@ -29,11 +33,23 @@ _STOP_WORDS = frozenset(
 
 @lru_cache(maxsize=1_000_000)
 def _term(word: str) -> str:
-    """Lower-cased and without possessive 's, then stemmed; empty for a stop word."""
+    """Lower-cased and without possessive 's, then stemmed; empty for a stop word, and for what is no word."""
+    if not _HAS_LETTER.search(word):
+        return ""
     word = word.lower()
     if word.endswith(("'s", "’s")):
         word = word[:-2]
-    return "" if word in _STOP_WORDS else str(_stemmer().stemWord(word))
+    return "" if word in _STOP_WORDS else _stem(word)
+
+
+def _stem(word: str) -> str:
+    """By Porter's algorithm with the two rules of its second step that Lucene has from his program, not his paper:
+    bli -> ble (possibly, possible) and logi -> log (technology, technological)."""
+    stem = str(_stemmer().stemWord(word))
+    for suffix, instead in (("bli", "ble"), ("logi", "log")):
+        if stem.endswith(suffix) and _MEASURED.search(stem.removesuffix(suffix)):
+            return str(_stemmer().stemWord(stem.removesuffix(suffix) + instead))
+    return stem
 
 
 @lru_cache(maxsize=1)
@@ -43,7 +59,7 @@ def _stemmer() -> Stemmer.Stemmer:
 
 def terms(text: str) -> list[str]:
     """What a text is searched by."""
-    return [term for word in _BOUNDARY.split(text) if _HAS_LETTER.search(word) and (term := _term(word))]
+    return [term for word in _BOUNDARY.split(text) if (term := _term(word))]
 
 
 def lossy_length(length: int) -> int:
@@ -57,7 +73,7 @@ def build_index(documents: Iterable[str], folder: Path) -> None:
     """Index the documents, numbered from 0, and save the index."""
     vocabulary: dict[str, int] = {}
     numbered = [
-        np.fromiter((vocabulary.setdefault(term, len(vocabulary)) for term in terms(text)), dtype=np.int32)
+        np.array([vocabulary.setdefault(term, len(vocabulary)) for term in terms(text)], dtype=np.int32)
         for text in documents
     ]
     index = bm25s.BM25(k1=0.9, b=0.4, method="lucene")
@@ -86,14 +102,29 @@ class SearchIndex:
         return int(self._index.scores["num_docs"])
 
     def search(self, words: str, count: int) -> tuple[int, ...]:
-        """Numbers of the documents that score best, `count` at most, best first and then in order; none that score 0."""
-        known = [term for term in terms(words) if term in self._index.vocab_dict]
-        if not known:
+        """Numbers of the documents that score best, `count` at most, best first and then in order; none that score 0.
+
+        As in Lucene, scores are summed in double precision and compared in single.
+        """
+        repeats = Counter(term for term in terms(words) if term in self._index.vocab_dict)
+        if not repeats:
             return ()
-        scores = self._index.get_scores(known)
-        found = np.flatnonzero(scores > 0)
-        if len(found) > count:
-            least = np.partition(scores[found], -count)[-count]
-            found = found[scores[found] >= least]
-        best = found[np.lexsort((found, -scores[found]))][:count]
-        return tuple(int(document) for document in best)
+        scores = np.zeros(len(self))
+        rarest = None
+        for term, times in repeats.items():
+            documents, added = self._postings(term)
+            scores[documents] += added * np.float32(times)
+            if len(documents) >= count and (rarest is None or len(documents) < len(rarest)):
+                rarest = documents
+        # The count-th best of one term's documents is a bound for that of all, which would take long to find among a million.
+        # A hair less, since sums are compared in single precision.
+        bound = 0.0 if rarest is None else np.partition(scores[rarest], -count)[-count] * (1 - 1e-6)
+        found = np.flatnonzero(scores > bound)
+        best = np.lexsort((found, -scores[found].astype(np.float32)))[:count]
+        return tuple(found[best].tolist())
+
+    def _postings(self, term: str) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+        """The documents that have the term, ascending, and what it adds to the score of each."""
+        stored, column = self._index.scores, self._index.vocab_dict[term]
+        of_term = slice(stored["indptr"][column], stored["indptr"][column + 1])
+        return stored["indices"][of_term], stored["data"][of_term]

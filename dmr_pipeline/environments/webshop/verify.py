@@ -6,23 +6,25 @@ counted apart.
 
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from dmr_pipeline.environments.webshop.catalogue import Shop
+from dmr_pipeline.environments.webshop.catalogue import Shop, draw_prices, open_shop, read_pricing, write_terms
 from dmr_pipeline.environments.webshop.engine import BACK, NEXT, PAGE_SIZE, PREVIOUS, WebShopEpisode
-from dmr_pipeline.environments.webshop.goals import Goal, ShoppingTask
+from dmr_pipeline.environments.webshop.goals import Goal, ShoppingTask, make_goals
+from dmr_pipeline.environments.webshop.official import pack
+from dmr_pipeline.environments.webshop.reward import TYPE_SCORES, matched_share
 from dmr_pipeline.errors import UserError
 
-PRICE_SEED = 1
+_PRICE_SEED = 1
 """What Python's generator was seeded with before the recordings."""
 _TOTAL = "(Total results: "
-_KINDS = (0.0, 0.1, 0.5, 1.0)
-"""What the kind of product can multiply a reward by."""
 
 
 class Available(BaseModel):
@@ -46,16 +48,26 @@ class RecordedStep(BaseModel):
     goal: dict[str, Any] | None = None
 
 
+Kind = Literal["goal", "reward", "observation", "done", "available actions"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+
+class Difference(NamedTuple):
+    kind: Kind
+    where: str
+    """Episode and step, from 0."""
+    what: str
+
+
 @dataclass
 class Comparison:
     """What was compared, and how it came out."""
 
     episodes: int = 0
     steps: int = 0
-    differences: list[str] = field(default_factory=list)
-    """Each names its episode and step, and says what differs."""
-    nouns: list[str] = field(default_factory=list)
-    """Steps whose reward differs only through the titles' nouns."""
+    differences: list[Difference] = field(default_factory=list)
+    nouns: list[Difference] = field(default_factory=list)
+    """Rewards that differ only through the titles' nouns."""
     searches: int = 0
     same_top_10: int = 0
 
@@ -90,8 +102,18 @@ def read_episodes(path: Path) -> list[list[RecordedStep]]:
     return episodes
 
 
-def compare(shop: Shop, goals: Sequence[Goal], episodes: Sequence[Sequence[RecordedStep]]) -> Comparison:
-    """Replay recorded episodes. Prices and goals are to be drawn from `recorded_generator`."""
+def recorded_shop(data: Path, folder: Path) -> tuple[Shop, list[Goal]]:
+    """The authors' files in `data` as a shop in `folder`, prices and goals drawn as for the recordings."""
+    pack(data, folder)
+    rng = random.Random(_PRICE_SEED)
+    rng.getrandbits(32)  # one draw had been made before
+    write_terms(draw_prices(read_pricing(folder), rng), "alphabetic", folder)
+    shop = open_shop(folder)
+    return shop, make_goals(shop, rng)
+
+
+def compare(shop: Shop, goals: Sequence[Goal], episodes: Iterable[Sequence[RecordedStep]]) -> Comparison:
+    """Replay recorded episodes in the shop of `recorded_shop`."""
     found = Comparison()
     for number, recorded in enumerate(episodes):
         _compare_episode(shop, goals, recorded, f"episode {number}", found)
@@ -99,14 +121,12 @@ def compare(shop: Shop, goals: Sequence[Goal], episodes: Sequence[Sequence[Recor
 
 
 class _Replay(WebShopEpisode):
-    """Finds what was recorded."""
+    """Finds what it is told to."""
 
-    def __init__(self, task: ShoppingTask, results: Iterator[tuple[int, ...]]) -> None:
-        super().__init__(task)
-        self._results = results
+    found: tuple[int, ...] = ()
 
     def find(self, words: str) -> tuple[int, ...]:
-        return next(self._results)
+        return self.found
 
 
 def _compare_episode(
@@ -116,37 +136,38 @@ def _compare_episode(
     assert first.goal_index is not None
     assert first.goal is not None
     found.episodes += 1
+    if first.goal_index >= len(goals):
+        found.differences.append(Difference("goal", name, f"goal {first.goal_index}, of {len(goals)}"))
+        return
     goal = goals[first.goal_index]
     if wrong := [key for key, value in first.goal.items() if _field(goal, key) != value]:
-        found.differences.append(f"{name}: goal {first.goal_index} differs in {', '.join(wrong)}")
+        found.differences.append(Difference("goal", name, f"goal {first.goal_index} differs in {', '.join(wrong)}"))
         return
-    searches = [i for i, step in enumerate(recorded) if step.action and step.action.startswith("search[")]
-    lists = {i: _recorded_results(shop, recorded[i : _next(searches, i, len(recorded))]) for i in searches}
-    episode = _Replay(ShoppingTask(goal, shop), iter(lists.values()))
+    episode = _Replay(ShoppingTask(goal, shop))
     for i, step in enumerate(recorded):
-        where = f"{name}, step {i}"
         found.steps += 1
         if step.action is None:
             observation, reward, done = episode.reset(), 0.0, False
         else:
+            if step.action.startswith("search[") and _TOTAL in step.obs:
+                episode.found = _recorded_results(shop, recorded[i:])
+                found.searches += 1
+                words = step.action.removeprefix("search[").removesuffix("]").lower()
+                found.same_top_10 += shop.search(words)[:PAGE_SIZE] == episode.found[:PAGE_SIZE]
             observation, reward, done = episode.step(step.action)
-        if reward != step.reward and _only_kind_differs(reward, step.reward):
-            found.nouns.append(f"{where}: reward {reward}, recorded {step.reward}")
-            observation = observation.replace(str(reward), str(step.reward))
-        elif reward != step.reward:
-            found.differences.append(f"{where}: reward {reward}, recorded {step.reward}")
+        differ = partial(Difference, where=f"{name}, step {i}")
+        if reward != step.reward:
+            difference = differ("reward", what=f"{reward}, recorded {step.reward}")
+            (found.nouns if _only_nouns_differ(episode, step) else found.differences).append(difference)
+            episode.state = episode.state._replace(reward=step.reward)
+            observation = episode.observation()
         if observation != step.obs:
-            found.differences.append(f"{where}: observation {_first_difference(observation, step.obs)}")
-        elif done != step.done:
-            found.differences.append(f"{where}: done is {done}, recorded {step.done}")
-        elif (episode.has_search_bar(), episode.clickables()) != (step.avail.has_search_bar, step.avail.clickables):
-            found.differences.append(f"{where}: other things can be clicked, or the search bar differs")
-    for i in searches:
-        action = recorded[i].action
-        assert action is not None
-        words = action.removeprefix("search[").removesuffix("]").lower()
-        found.searches += 1
-        found.same_top_10 += shop.search(words)[:PAGE_SIZE] == lists[i][:PAGE_SIZE]
+            found.differences.append(differ("observation", what=_first_difference(observation, step.obs)))
+        if (episode.has_search_bar(), episode.clickables()) != (step.avail.has_search_bar, step.avail.clickables):
+            found.differences.append(differ("available actions", what=_first_different_action(episode, step)))
+        if done != step.done:
+            found.differences.append(differ("done", what=f"{done}, recorded {step.done}"))
+            return
 
 
 def _field(goal: Goal, key: str) -> Any:  # noqa: ANN401 - what the recording holds under the key
@@ -156,15 +177,17 @@ def _field(goal: Goal, key: str) -> Any:  # noqa: ANN401 - what the recording ho
     return list(value) if isinstance(value, tuple) else value
 
 
-def _next(searches: Sequence[int], current: int, end: int) -> int:
-    return next((i for i in searches if i > current), end)
-
-
 def _recorded_results(shop: Shop, steps: Sequence[RecordedStep]) -> tuple[int, ...]:
-    """Rows in the order of the result pages that were shown; what no page showed is filled with the first product."""
-    total = int(steps[0].obs.partition(_TOTAL)[2].partition(")")[0])
-    rows = [0] * total
-    for step in steps:
+    """Rows in the order of the result pages that the first step's search showed; what no page showed is filled with the first
+    product.
+
+    Raises:
+        UserError: a product is unknown.
+    """
+    rows = [0] * int(steps[0].obs.partition(_TOTAL)[2].partition(")")[0])
+    for number, step in enumerate(steps):
+        if number and step.action and step.action.startswith("search["):
+            break
         if _TOTAL not in step.obs:
             continue
         page = int(step.obs.partition(_TOTAL)[0].rsplit("Page ", 1)[1])
@@ -177,9 +200,23 @@ def _recorded_results(shop: Shop, steps: Sequence[RecordedStep]) -> tuple[int, .
     return tuple(rows)
 
 
-def _only_kind_differs(first: float, second: float) -> bool:
-    """Two rewards of equal matches, whose products are of different kinds."""
-    return any(abs(first * a - second * b) < 1e-9 for a in _KINDS for b in _KINDS if a * b) or 0.0 in (first, second)
+def _only_nouns_differ(episode: WebShopEpisode, step: RecordedStep) -> bool:
+    """The recorded reward is that of the same matches and another kind of product."""
+    state, shop = episode.state, episode.task.shop
+    if state.page != "done" or not step.done:
+        return False
+    assert state.row is not None
+    chosen = dict(state.options).values()
+    share = matched_share(shop.product(state.row), shop.prices[state.row], chosen, episode.task.goal)
+    return step.reward in [score * share for score in TYPE_SCORES]
+
+
+def _first_different_action(episode: WebShopEpisode, step: RecordedStep) -> str:
+    if episode.has_search_bar() != step.avail.has_search_bar:
+        return f"search bar {episode.has_search_bar()}, recorded {step.avail.has_search_bar}"
+    ours, recorded = episode.clickables(), step.avail.clickables
+    pairs = zip_longest(ours, recorded)
+    return next(f"{mine!r}, recorded {theirs!r}" for mine, theirs in pairs if mine != theirs)
 
 
 def _first_difference(ours: str, recorded: str) -> str:
@@ -188,10 +225,3 @@ def _first_difference(ours: str, recorded: str) -> str:
     )
     around = slice(max(0, place - 20), place + 40)
     return f"{ours[around]!r}, recorded {recorded[around]!r}"
-
-
-def recorded_generator() -> random.Random:
-    """The generator that prices and goals of the recordings were drawn from: one draw had been made before them."""
-    rng = random.Random(PRICE_SEED)
-    rng.getrandbits(32)
-    return rng

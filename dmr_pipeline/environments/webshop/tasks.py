@@ -1,0 +1,113 @@
+"""The shop and the goals of a recipe: made once by the stage `benchmark_tasks`, read by every later stage."""
+
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from dmr_pipeline.environments.webshop.catalogue import draw_prices, open_shop, read_pricing, write_shop, write_terms
+from dmr_pipeline.environments.webshop.expert import ShoppingExpert
+from dmr_pipeline.environments.webshop.generator import generate_products
+from dmr_pipeline.environments.webshop.goals import PUBLISHED_SPLITS, Goal, ShoppingTask, make_goals
+from dmr_pipeline.environments.webshop.nouns import DESCRIPTIONS, NounTagger, installed_tagger
+from dmr_pipeline.errors import UserError
+from dmr_pipeline.recipe import GeneratedWebShop, OfficialWebShop, WebShop
+
+SHOP_FOLDER = "shop"
+_PUBLISHED = {"agent_train": "train", "router_train": "train", "validation": "eval", "test": "test"}
+
+
+def make_shop(benchmark: WebShop, output: Path) -> tuple[list[Goal], dict[str, str]]:
+    """Write the shop into `output`; all its goals, in WebShop's order, and what a report should say of them.
+
+    Raises:
+        UserError: the official catalogue is not packed.
+    """
+    folder = output / SHOP_FOLDER
+    tagger: NounTagger = "alphabetic"
+    if isinstance(benchmark, GeneratedWebShop):
+        seed, human = benchmark.seed, False
+        count = write_shop(generate_products(benchmark.products, seed), folder)
+        catalogue = f"{count} generated products"
+    else:
+        assert isinstance(benchmark, OfficialWebShop)
+        seed, human = benchmark.price_seed, benchmark.goals == "human"
+        tagger = installed_tagger() if benchmark.nouns == "installed" else benchmark.nouns
+        from dmr_pipeline.environments.webshop.official import official_shop
+
+        packed, pack = official_shop()
+        shutil.copytree(packed, folder, ignore=shutil.ignore_patterns("pack.json"))
+        catalogue = f"{pack.products} products of WebShop ({pack.name}), {benchmark.goals} goals"
+    rng = random.Random(seed)
+    write_terms(draw_prices(read_pricing(folder), rng), tagger, folder)
+    goals = make_goals(open_shop(folder), rng, human=human)
+    return goals, {"catalogue": f"{catalogue}; prices drawn with seed {seed}", "nouns": DESCRIPTIONS[tagger]}
+
+
+def deal_goals(
+    goals: list[Goal], benchmark: WebShop, folder: Path
+) -> dict[str, tuple[list[Goal], dict[str, Any]]]:
+    """The goals of each split, from the published ranges. A goal that even its own product does not satisfy in full, a quirk
+    of WebShop's reward, is dropped from the training splits, and only from these.
+
+    Raises:
+        UserError: there are fewer goals than a split asks for.
+    """
+    shop = open_shop(folder / SHOP_FOLDER)
+    left = {name: goals[part] for name, part in PUBLISHED_SPLITS.items()}
+    train = [goal for goal in left["train"] if ShoppingExpert(ShoppingTask(goal, shop)).can_be_satisfied()]
+    dropped, left["train"] = len(left["train"]) - len(train), train
+    dealt: dict[str, tuple[list[Goal], dict[str, Any]]] = {}
+    for split, published in _PUBLISHED.items():
+        wanted, source = getattr(benchmark.splits, split), left[published]
+        if wanted > len(source):
+            raise UserError(
+                f"benchmark.splits.{split}: {wanted} goals, but WebShop's {published} split has {len(source)} left: ask for"
+                " fewer, or use a larger catalogue"
+            )
+        facts: dict[str, Any] = {"published_split": published}
+        if published == "train":
+            facts["unsatisfiable_goals_dropped"] = dropped
+        dealt[split] = source[:wanted], facts
+        del source[:wanted]
+    return dealt
+
+
+def write_goals(goals: list[Goal], path: Path) -> None:
+    """One row a goal: id, task type, instruction, and the goal itself as JSON."""
+    pl.DataFrame(
+        {
+            "task_id": [goal.task_id for goal in goals],
+            "task_type": [goal.category for goal in goals],
+            "instruction": [goal.instruction for goal in goals],
+            "goal": [goal.model_dump_json() for goal in goals],
+        }
+    ).write_parquet(path, compression="zstd")
+
+
+def read_shopping_tasks(folder: Path, split: str, limit: int | None = None) -> list[ShoppingTask]:
+    shop = open_shop(folder / SHOP_FOLDER)
+    rows = pl.read_parquet(folder / f"{split}.parquet", columns=["goal"], n_rows=limit)
+    return [ShoppingTask(Goal.model_validate_json(goal), shop) for goal in rows["goal"]]
+
+
+def webshop_texts(folder: Path) -> list[str]:
+    """Texts that together hold every word of titles, options and instructions, and all the asins and prices. Words of
+    descriptions and bullet points are left out: they are many, and few episodes read them."""
+    shop = open_shop(folder / SHOP_FOLDER)
+    texts = [
+        "WebShop [SEP] Instruction: [SEP] Search search[ click[ ]",
+        "Page 1 (Total results: 50) Rating: N.A. Price:",
+    ]
+    texts += ["Back to Search < Prev Next > Description Features Reviews Buy Now find me with for and to , :"]
+    texts += [f"price lower than {limit:.2f} dollars" for limit in range(10, 1000, 10)]
+    texts += [f"{page} (Total results: {total})" for page in range(1, 7) for total in range(51)]
+    for row in range(len(shop)):
+        product = shop.product(row)
+        options = [text for name, values in product.options.items() for text in (name, *values)]
+        texts += [product.asin, product.title, product.price_tag, product.query, *options, *product.attributes]
+        texts.append(product.instruction or "")
+        texts += [human.instruction for human in product.human_instructions]
+    return texts
