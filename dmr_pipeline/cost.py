@@ -3,8 +3,9 @@
 Our definition, since the paper gives none: the sum, over an episode's forward passes at batch 1, of the weight bytes that the
 pass reads. Generating an action of n tokens takes n passes of the acting precision: one reads the new segment, together with
 whatever this precision has not seen yet (catch-up after a switch), and n - 1 read one token each; the router's decision takes
-one pass of the router. A policy that lets low precision draft, or read, before it decides pays for the passes that are thrown
-away where high precision then acts. Reports divide by the mean cost of an always-high episode on validation games.
+one pass of the router, unless the step is forced. A policy that lets low precision draft, or read, before it decides pays for
+the passes that are thrown away where high precision then acts. Reports divide by the mean cost of an always-high episode on
+validation games.
 """
 
 from collections.abc import Mapping
@@ -21,7 +22,9 @@ def episode_cost(trajectory: Trajectory, weight_bytes: Mapping[bool, int], route
     """
     return float(
         sum(
-            weight_bytes[step.high] * len(step.action) + weight_bytes[False] * step.drafted + router_bytes
+            weight_bytes[step.high] * len(step.action)
+            + weight_bytes[False] * step.drafted
+            + router_bytes * (not step.forced)
             for step in trajectory.steps
         )
     )

@@ -167,7 +167,7 @@ def threshold(rows: pl.DataFrame, section: Sensitivity) -> float:
     """Tau in nats, given or a quantile of all steps."""
     if section.tau is not None:
         return section.tau
-    value = rows[_column(section)].quantile(section.quantile or 0.0, interpolation="linear")
+    value = rows[divergence_column(section)].quantile(section.quantile or 0.0, interpolation="linear")
     assert value is not None
     return float(value)
 
@@ -175,7 +175,7 @@ def threshold(rows: pl.DataFrame, section: Sensitivity) -> float:
 def label(rows: pl.DataFrame, section: Sensitivity, tau: float) -> pl.DataFrame:
     """A step is sensitive where its divergence is at least tau (the paper's label) and, with `won_only` (ours), its
     episode was won."""
-    sensitive = pl.col(_column(section)) >= tau
+    sensitive = pl.col(divergence_column(section)) >= tau
     return rows.with_columns(sensitive=sensitive & pl.col("success") if section.won_only else sensitive).select(
         STEPS.names()
     )
@@ -199,7 +199,8 @@ def read_sensitivity(folder: Path) -> pl.DataFrame:
     return table
 
 
-def _column(section: Sensitivity) -> str:
+def divergence_column(section: Sensitivity) -> str:
+    """The one of `STEPS` that the labels go by."""
     return "js" if section.direction == "js" else f"kl_{section.direction}"
 
 

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,9 +13,10 @@ import torch
 from pydantic import JsonValue
 from rich.progress import Progress
 
+from dmr_pipeline.agent.prompts import truncation_policy
 from dmr_pipeline.agent.rollout import Clock, RoutingPolicy, Run, SinglePrecision, Trajectory
 from dmr_pipeline.cost import episode_cost
-from dmr_pipeline.environments.alfworld.game import Game
+from dmr_pipeline.environments.base import Task
 from dmr_pipeline.environments.tasks import read_tasks
 from dmr_pipeline.evaluation.metrics import EPISODES, compute_metrics
 from dmr_pipeline.evaluation.plots import (
@@ -31,6 +32,7 @@ from dmr_pipeline.router.calibration import OperatingPoint, find_threshold
 from dmr_pipeline.router.kl import ROUTER_FOLDER
 from dmr_pipeline.router.model import Router, load_router
 from dmr_pipeline.router.policies import routing_policy
+from dmr_pipeline.router.search_steps import opens_at_search_bar
 from dmr_pipeline.sensitivity import read_sensitivity
 from dmr_pipeline.stage import StageContext, StageResult
 
@@ -65,7 +67,10 @@ def evaluation_report(context: StageContext) -> StageResult:
     frames: list[pl.DataFrame] = []
     with Progress() as progress:
         cascade = confidence_cascade(ladder, validation[: recipe.evaluation.confidence_games], progress)
-        for entry in entries(routers, cascade, ladder.slots(len(test))):
+        compared = entries(routers, cascade, ladder.slots(len(test)))
+        if opens_at_search_bar(test[0]):
+            compared += search_entries(routers, ladder.slots(len(test)))
+        for entry in compared:
             frames.append(evaluate(entry, ladder, test, progress))
             if entry.kind == "router":  # random mixing follows once the router's ratio is known
                 at_ratio = RandomMixing(_ratio(frames[-1]), recipe.evaluation.seed)
@@ -106,8 +111,10 @@ def evaluation_report(context: StageContext) -> StageResult:
     )
     summary: dict[str, JsonValue] = {"headline": chosen, "verdict": " ".join(headline(metrics))}
     for name, policy in metrics["policies"].items():
+        score = f", score {policy['score']:.3f}" if "score" in policy else ""
         summary[name] = (
-            f"success {policy['success']:.3f}, high-precision ratio {policy['high_ratio']:.3f}, cost {policy['cost']:.3f}"
+            f"success {policy['success']:.3f}{score}, high-precision ratio {policy['high_ratio']:.3f}, "
+            f"cost {policy['cost']:.3f}"
         )
     acting: dict[str, RoutingPolicy] = {
         "always_high": SinglePrecision(high=True),
@@ -134,7 +141,21 @@ def entries(routers: dict[str, Router], cascade: Confidence, slots: int) -> list
     ]
 
 
-def confidence_cascade(ladder: Ladder, games: Sequence[Game], progress: Progress) -> Confidence:
+def search_entries(routers: dict[str, Router], slots: int) -> list[Entry]:
+    """What forcing search steps does: each router with it switched, its threshold as it is; and searches alone at high
+    precision, which needs no router."""
+    compared = [Entry("search_only", "baseline", RandomMixing(0.0, 0, force_search=True))]
+    for name, router in routers.items():
+        forced = router.settings.force_search
+        switched = replace(router, settings=router.settings.model_copy(update={"force_search": not forced}))
+        policy = routing_policy(switched, slots)
+        compared.append(
+            Entry(f"{name}{'-' if forced else '+'}search", "ablation", policy, router_bytes=router.weight_bytes)
+        )
+    return compared
+
+
+def confidence_cascade(ladder: Ladder, games: Sequence[Task], progress: Progress) -> Confidence:
     """At the threshold that gives the recipe's ratio in closed loop on validation games."""
     section, runs = ladder.recipe.evaluation, [Run(game) for game in games]
     bar = progress.add_task("confidence on validation", total=None)
@@ -149,7 +170,7 @@ def confidence_cascade(ladder: Ladder, games: Sequence[Game], progress: Progress
 
 
 def choose_headline(
-    ladder: Ladder, routers: dict[str, Router], games: Sequence[Game]
+    ladder: Ladder, routers: dict[str, Router], games: Sequence[Task]
 ) -> tuple[str, dict[str, dict[str, float]]]:
     """The router with the higher success on validation games among those within HEADLINE_RATIO (all, if none is); equal
     success is decided by the lower cost. This rule is ours."""
@@ -168,7 +189,7 @@ def choose_headline(
     return max(within, key=lambda name: (found[name]["success"], -found[name]["cost"])), found
 
 
-def evaluate(entry: Entry, ladder: Ladder, games: Sequence[Game], progress: Progress, note: str = "") -> pl.DataFrame:
+def evaluate(entry: Entry, ladder: Ladder, games: Sequence[Task], progress: Progress, note: str = "") -> pl.DataFrame:
     """Rows of `metrics.EPISODES` for one policy."""
     runs = [Run(game, draw) for draw in range(entry.draws) for game in games]
     bar = progress.add_task(entry.name + note, total=len(runs))
@@ -186,6 +207,7 @@ def _row(entry: Entry, trajectory: Trajectory, ladder: Ladder) -> tuple[object, 
         task.task_id,
         task.task_type,
         trajectory.success,
+        trajectory.reward,
         len(steps),
         sum(step.high for step in steps),
         sum(step.processed + 1 + step.drafted for step in steps),
@@ -195,7 +217,7 @@ def _row(entry: Entry, trajectory: Trajectory, ladder: Ladder) -> tuple[object, 
     )
 
 
-def seconds_per_step(policy: RoutingPolicy, ladder: Ladder, games: Sequence[Game]) -> dict[str, JsonValue]:
+def seconds_per_step(policy: RoutingPolicy, ladder: Ladder, games: Sequence[Task]) -> dict[str, JsonValue]:
     """One episode at a time, as an interactive agent runs: mean and p95 of a step, and the router's share of it."""
     seconds: list[float] = []
     router = 0.0
@@ -249,8 +271,17 @@ def report_context(context: StageContext, on_validation: dict[str, dict[str, flo
             "embeddings and scales included).",
             "The test games were played once; threshold, rung, checkpoint and headline router were chosen on validation games.",
             "The paper's numbers come from other agents, games and precisions; nothing here is a reproduction of them.",
+            f"What the agent reads: {truncation_policy(recipe.agent.prompt.page)}.",
+            *benchmark_notes(context.inputs["benchmark_tasks"]),
         ],
     }
+
+
+def benchmark_notes(benchmark_tasks: Path) -> list[str]:
+    """What the stage of this folder tells of a shop."""
+    summary = _summary(benchmark_tasks)
+    words = {"catalogue": "Catalogue of the shop", "nouns": "Nouns of the titles, which rewards compare"}
+    return [f"{words[fact]}: {summary[fact]}." for fact in words if fact in summary]
 
 
 def _summary(folder: Path) -> dict[str, JsonValue]:

@@ -1,4 +1,4 @@
-"""What the episodes of an evaluation say: success, cost, gap recovered, with intervals and paired tests.
+"""What the episodes of an evaluation say: success, score, cost, gap recovered, with intervals and paired tests.
 
 The unit of inference is the game. All policies play the same games, so differences are taken within a game; draws of a
 random policy on one game are averaged first and never counted as games of their own. Episodes that share a game are
@@ -8,8 +8,10 @@ Intervals of a success rate:
     one episode a game    Wilson's score interval, which stays honest near 0% and 100%;
     several draws a game  percentile bootstrap over games; where the games do not vary (a rate of 0% or 100%) it would
                           have no width, so there it is Wilson's with n = games, as if each had been played once.
-Intervals of gap recovered, of gains and of paired differences: percentile bootstrap over games, the policies resampled
-together. All resamples come from one seed, so the same episodes give the same bytes in any row order.
+Intervals of a score, the mean reward: that bootstrap, also where there is one episode a game. Where every reward is 0 or 1
+the score is the success, and is left out. Intervals of gap recovered, of gains and of paired differences: percentile bootstrap
+over games, the policies resampled together. All resamples come from one seed, so the same episodes give the same bytes in any
+row order.
 """
 
 import json
@@ -27,7 +29,7 @@ from numpy.typing import NDArray
 
 from dmr_pipeline.errors import UserError
 
-Kind = Literal["single", "random", "router", "baseline", "oracle"]
+Kind = Literal["single", "random", "router", "ablation", "baseline", "oracle"]
 Floats = NDArray[np.float64]
 Interval = list[float]
 """[low, high]"""
@@ -40,6 +42,7 @@ EPISODES = pl.Schema(
         "game_id": pl.String(),
         "task_type": pl.String(),
         "success": pl.Boolean(),
+        "reward": pl.Float64(),
         "steps": pl.Int64(),
         "high_steps": pl.Int64(),
         "tokens": pl.Int64(),
@@ -48,9 +51,10 @@ EPISODES = pl.Schema(
         "cost": pl.Float64(),
     }
 )
-"""One row per (policy, draw, game). `cost` is relative to the mean `always_high` episode on validation."""
+"""One row per (policy, draw, game). `reward` is in [0, 1], and 1 is success. `cost` is relative to the mean `always_high`
+episode on validation."""
 
-_KIND_ORDER: Mapping[str, int] = {"single": 0, "baseline": 1, "random": 2, "router": 3, "oracle": 4}
+_KIND_ORDER: Mapping[str, int] = {"single": 0, "baseline": 1, "random": 2, "router": 3, "ablation": 4, "oracle": 5}
 _DIGITS = 6
 
 
@@ -60,6 +64,8 @@ class TaskTypeMetrics(TypedDict):
     n: int
     success: float
     ci95: Interval
+    score: NotRequired[float]
+    score_ci95: NotRequired[Interval]
     high_ratio: float
 
 
@@ -70,6 +76,9 @@ class PolicyMetrics(TypedDict):
     success: float
     """Mean over games of the mean over draws."""
     ci95: Interval
+    score: NotRequired[float]
+    """Mean reward, in [0, 1], over games of the mean over draws. Absent where every reward of the evaluation is 0 or 1."""
+    score_ci95: NotRequired[Interval]
     high_ratio: float
     """High-precision steps / steps, over all episodes together."""
     token_high_ratio: float
@@ -180,6 +189,8 @@ def failures_of(metrics: Metrics) -> list[str]:
         low, high = policy["ci95"]
         if not 0 <= low <= policy["success"] <= high <= 1:
             failures.append(f"{name}: success {policy['success']} with interval {low} to {high}")
+        if "score" in policy and not policy["success"] <= policy["score"] <= 1:
+            failures.append(f"{name}: score {policy['score']} with success {policy['success']}")
         if not 0 <= policy["high_ratio"] <= 1:
             failures.append(f"{name}: high-precision ratio {policy['high_ratio']}")
         if policy["cost"] <= 0 or policy["n"] <= 0:
@@ -203,6 +214,7 @@ class _Outcomes:
     kind: Kind
     draws: int
     success: Floats
+    reward: Floats
     cost: Floats
 
 
@@ -241,10 +253,12 @@ def compute_metrics(
     names = sorted(outcomes, key=lambda name: (_KIND_ORDER[outcomes[name].kind], name != high, name != low, name))
     weights = game_weights(episodes["game_id"].n_unique(), bootstrap, seed)
 
+    graded = not episodes["reward"].is_in([0.0, 1.0]).all()
+
     policies: dict[str, PolicyMetrics] = {}
     for name in names:
         rows = episodes.filter(pl.col("policy") == name)
-        policies[name] = _policy_metrics(rows, outcomes[name], weights, confidence, seed)
+        policies[name] = _policy_metrics(rows, outcomes[name], weights, confidence, seed, graded)
         if outcomes[name].kind != "single":
             recovered, recovered_ci = gap_recovered(
                 outcomes[name].success, outcomes[high].success, outcomes[low].success, weights, confidence
@@ -306,9 +320,16 @@ def game_weights(games: int, resamples: int, seed: int) -> Floats:
 
 def success_interval(success: Floats, draws: int, weights: Floats, confidence: float) -> Interval:
     """Interval of a policy's success from its rates per game [games]; see the module for which method is used when."""
-    if draws == 1 or np.ptp(success) == 0:
+    if draws == 1:
         return wilson(float(success.mean()), success.size, confidence)
-    return _percentiles(weights @ success, confidence)
+    return mean_interval(success, weights, confidence)
+
+
+def mean_interval(values: Floats, weights: Floats, confidence: float) -> Interval:
+    """Percentile bootstrap interval of the mean of numbers in [0, 1], one a game; Wilson's where the games do not vary."""
+    if np.ptp(values) == 0:
+        return wilson(float(values.mean()), values.size, confidence)
+    return _percentiles(weights @ values, confidence)
 
 
 def gap_recovered(
@@ -417,12 +438,16 @@ def _checked(episodes: pl.DataFrame, needed: Sequence[str]) -> pl.DataFrame:
         & pl.col("high_steps").is_between(0, pl.col("steps"))
         & pl.col("tokens").gt(0)
         & pl.col("high_tokens").is_between(0, pl.col("tokens"))
+        & pl.col("reward").is_between(0, 1)
+        & (pl.col("reward").eq(1) == pl.col("success"))
         & pl.col("cost").is_finite()
         & pl.col("cost").ge(0)
     )
     if (impossible := episodes.filter(~possible)).height:
         name, game = impossible.select("policy", "game_id").row(0)
-        raise UserError(f"episodes: impossible steps, tokens or cost, first for policy {name!r} on game {game!r}")
+        raise UserError(
+            f"episodes: impossible steps, tokens, cost or reward, first for policy {name!r} on game {game!r}"
+        )
     games = episodes["game_id"].n_unique()
     for (name,), rows in episodes.group_by("policy", maintain_order=True):
         if rows.height != rows["draw"].n_unique() * games:
@@ -433,32 +458,38 @@ def _checked(episodes: pl.DataFrame, needed: Sequence[str]) -> pl.DataFrame:
 def _outcomes(episodes: pl.DataFrame) -> dict[str, _Outcomes]:
     outcomes = {}
     for (name,), rows in episodes.group_by("policy", maintain_order=True):
-        games = rows.group_by("game_id").agg(pl.mean("success"), pl.mean("cost")).sort("game_id")
+        games = rows.group_by("game_id").agg(pl.mean("success", "reward", "cost")).sort("game_id")
         outcomes[str(name)] = _Outcomes(
             kind=cast(Kind, rows["kind"][0]),
             draws=rows["draw"].n_unique(),
             success=games["success"].to_numpy(),
+            reward=games["reward"].to_numpy(),
             cost=games["cost"].to_numpy(),
         )
     return outcomes
 
 
 def _policy_metrics(
-    rows: pl.DataFrame, outcomes: _Outcomes, weights: Floats, confidence: float, seed: int
+    rows: pl.DataFrame, outcomes: _Outcomes, weights: Floats, confidence: float, seed: int, graded: bool
 ) -> PolicyMetrics:
-    """A policy's own numbers, without those that need other policies."""
+    """A policy's own numbers, without those that need other policies; the score where rewards are graded."""
     successes = _total(rows, "success")
     by_type: dict[str, TaskTypeMetrics] = {}
     for (task_type,), part in rows.sort("task_type").group_by("task_type", maintain_order=True):
-        success = part.group_by("game_id").agg(pl.mean("success")).sort("game_id")["success"].to_numpy()
+        games = part.group_by("game_id").agg(pl.mean("success", "reward")).sort("game_id")
+        success, reward = games["success"].to_numpy(), games["reward"].to_numpy()
         part_weights = game_weights(success.size, weights.shape[0], seed)
-        by_type[str(task_type)] = {
+        of_type: TaskTypeMetrics = {
             "n": success.size,
             "success": float(success.mean()),
             "ci95": success_interval(success, outcomes.draws, part_weights, confidence),
             "high_ratio": _total(part, "high_steps") / _total(part, "steps"),
         }
-    return {
+        if graded:
+            of_type["score"] = float(reward.mean())
+            of_type["score_ci95"] = mean_interval(reward, part_weights, confidence)
+        by_type[str(task_type)] = of_type
+    metrics: PolicyMetrics = {
         "kind": outcomes.kind,
         "success": float(outcomes.success.mean()),
         "ci95": success_interval(outcomes.success, outcomes.draws, weights, confidence),
@@ -472,6 +503,10 @@ def _policy_metrics(
         "episodes": rows.height,
         "by_task_type": by_type,
     }
+    if graded:
+        metrics["score"] = float(outcomes.reward.mean())
+        metrics["score_ci95"] = mean_interval(outcomes.reward, weights, confidence)
+    return metrics
 
 
 def _gain_at_equal_cost(
@@ -506,9 +541,15 @@ def _gap(high: _Outcomes, low: _Outcomes, weights: Floats, confidence: float) ->
 def _comparisons(
     names: Sequence[str], outcomes: Mapping[str, _Outcomes], high: str, headline: str
 ) -> list[tuple[str, str]]:
-    """Each router against random at its ratio and always-high, the headline first; then routers with one another."""
+    """Each router against random at its ratio, always-high and itself with forced searches switched, the headline first;
+    then routers with one another."""
     routers = sorted((name for name in names if outcomes[name].kind == "router"), key=lambda name: name != headline)
-    pairs = [(router, against) for router in routers for against in (f"random@{router}", high) if against in outcomes]
+    pairs = [
+        (router, against)
+        for router in routers
+        for against in (f"random@{router}", high, f"{router}+search", f"{router}-search")
+        if against in outcomes
+    ]
     return pairs + list(combinations(routers, 2))
 
 

@@ -190,7 +190,7 @@ def _figure(path: Path, width: float, height: float) -> Iterator[Figure]:
 def _colours(policies: Mapping[str, PolicyMetrics]) -> dict[str, str]:
     routers = [name for name, policy in policies.items() if policy["kind"] == "router"]
     colours = {name: _ROUTER_COLOURS[i % len(_ROUTER_COLOURS)] for i, name in enumerate(routers)}
-    by_kind = {"single": INK, "oracle": GREEN, "baseline": GREY, "random": GREY}
+    by_kind = {"single": INK, "oracle": GREEN, "baseline": GREY, "random": GREY, "ablation": GREY}
     return {
         name: colours.get(name.removeprefix("random@")) or by_kind[policy["kind"]] for name, policy in policies.items()
     }
@@ -202,7 +202,8 @@ def _coordinate(policy: PolicyMetrics, key: str) -> float:
 
 def _point(axes: Axes, x: float, policy: PolicyMetrics, colour: str) -> None:
     """Filled for what decides or is fixed, hollow for random."""
-    marker = {"single": "s", "random": "o", "router": "o", "baseline": "D", "oracle": "^"}[policy["kind"]]
+    markers = {"single": "s", "random": "o", "router": "o", "ablation": "X", "baseline": "D", "oracle": "^"}
+    marker = markers[policy["kind"]]
     errors = [[policy["success"] - policy["ci95"][0]], [policy["ci95"][1] - policy["success"]]]
     face = "white" if policy["kind"] == "random" else colour
     axes.errorbar(

@@ -14,8 +14,7 @@ from dmr_pipeline.artifacts import sidecar_path
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.evaluation.metrics import Interval, Metrics, PairedComparison, PolicyMetrics
 
-_COLUMNS = ("policy", "success", "high-precision ratio", "cost", "steps", "gap recovered")
-_KIND_STYLES = {"single": "", "baseline": "", "random": "dim", "router": "bold", "oracle": "italic"}
+_KIND_STYLES = {"single": "", "baseline": "", "random": "dim", "router": "bold", "ablation": "dim", "oracle": "italic"}
 _NONE = "-"
 
 
@@ -70,6 +69,12 @@ def headline(metrics: Metrics) -> list[str]:
         f"{router['high_ratio']:.1%} of the steps; {metrics['high']} succeeds in {high['success']:.1%}, "
         f"{metrics['low']} in {low['success']:.1%}."
     ]
+    if "score" in router:
+        sentences.append(
+            f"Its score, the mean reward times 100, is {_score(router)} "
+            f"(interval {_span(router['score_ci95']).removesuffix('%')}); {metrics['high']}'s is {_score(high)}, "
+            f"{metrics['low']}'s {_score(low)}."
+        )
     recovered, interval = router.get("gap_recovered"), router.get("gap_ci95")
     if recovered is None or interval is None:
         sentences.append(f"{metrics['low']} is no worse than {metrics['high']} here, so there is no gap to recover.")
@@ -86,17 +91,20 @@ def headline(metrics: Metrics) -> list[str]:
 
 def markdown_table(metrics: Metrics) -> str:
     """The results as a GitHub table, a policy a row."""
-    rows = [_COLUMNS, ("---",) + ("---:",) * (len(_COLUMNS) - 1)]
+    score = ("score",) if has_scores(metrics) else ()
+    columns = ("policy", "success", *score, "high-precision ratio", "cost", "steps", "gap recovered")
+    rows = [columns, ("---",) + ("---:",) * (len(columns) - 1)]
     for name, policy in metrics["policies"].items():
-        cells = _cells(policy)
+        success, *others = _cells(policy)
+        scores = [f"{_score(policy)} {_brackets(policy['score_ci95'], 1)}"] if score else []
         shown = f"**{name}**" if name == metrics["headline"] else name
-        rows.append((shown, *cells))
+        rows.append((shown, success, *scores, *others))
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     return f"{table}\n\n{_note(metrics)}\n"
 
 
 def console_table(metrics: Metrics) -> Table:
-    """The results for a terminal of 80 columns or more."""
+    """The results for a terminal of 80 columns or more, where a score takes the room of the steps."""
     table = Table(
         box=box.SIMPLE_HEAD,
         pad_edge=False,
@@ -107,7 +115,8 @@ def console_table(metrics: Metrics) -> Table:
     )
     table.caption, table.caption_justify = _note(metrics), "left"
     table.add_column("policy", no_wrap=True)
-    for column in ("success", "ratio", "cost", "steps", "gap recovered"):
+    scores = has_scores(metrics)
+    for column in ("success", *(("score", "ratio", "cost") if scores else ("ratio", "cost", "steps")), "gap recovered"):
         table.add_column(column, justify="right", no_wrap=True)
     kind = None
     for name, policy in metrics["policies"].items():
@@ -115,7 +124,9 @@ def console_table(metrics: Metrics) -> Table:
             table.add_section()
         kind = policy["kind"]
         marked = f"{name} *" if name == metrics["headline"] else name
-        table.add_row(marked, *_cells(policy), style=_KIND_STYLES[kind])
+        success, ratio, cost, steps, recovered = _cells(policy)
+        middle = (_score(policy), ratio, cost) if scores else (ratio, cost, steps)
+        table.add_row(marked, success, *middle, recovered, style=_KIND_STYLES[kind])
     return table
 
 
@@ -155,6 +166,7 @@ def render_html(folder: Path, sidecar: Path | None, html: Path) -> None:
         .render(
             metrics=metrics,
             headline=headline(metrics),
+            scores=has_scores(metrics),
             draws=max(policy["episodes"] // policy["n"] for policy in policies.values()),
             confidence=_confidence(metrics),
             router=policies[metrics["headline"]],
@@ -194,8 +206,8 @@ def _verdict(pair: PairedComparison, metrics: Metrics) -> str:
     return f"it is {'better' if pair['difference'] > 0 else 'worse'} in the paired test: {points}"
 
 
-def _cells(policy: PolicyMetrics) -> tuple[str, ...]:
-    """A policy's row under `_COLUMNS`, its name left out."""
+def _cells(policy: PolicyMetrics) -> tuple[str, str, str, str, str]:
+    """A policy's success, high-precision ratio, cost, steps and gap recovered."""
     return (
         f"{policy['success']:.1%} {_brackets(policy['ci95'], 1)}",
         f"{policy['high_ratio']:.1%}",
@@ -205,15 +217,26 @@ def _cells(policy: PolicyMetrics) -> tuple[str, ...]:
     )
 
 
+def has_scores(metrics: Metrics) -> bool:
+    """Whether rewards are graded, so that a score says more than the success."""
+    return "score" in metrics["policies"][metrics["headline"]]
+
+
 def _recovered(policy: PolicyMetrics) -> str:
     recovered, interval = policy.get("gap_recovered"), policy.get("gap_ci95")
     return _NONE if recovered is None or interval is None else f"{recovered:.0%} {_brackets(interval, 0)}"
 
 
+def _score(policy: PolicyMetrics) -> str:
+    """Out of 100, as WebShop's papers write it."""
+    return f"{policy['score'] * 100:.1f}"
+
+
 def _note(metrics: Metrics) -> str:
     games = metrics["policies"][metrics["headline"]]["n"]
+    score = " Score: mean reward times 100." if has_scores(metrics) else ""
     return (
-        f"{games} games; brackets: {_confidence(metrics)} intervals, clustered by game. Cost: {metrics['high']} on "
+        f"{games} games; brackets: {_confidence(metrics)} intervals, clustered by game.{score} Cost: {metrics['high']} on "
         f"validation = 1. Chosen on validation: {metrics['headline']}."
     )
 

@@ -5,20 +5,31 @@ from collections.abc import Sequence
 import numpy as np
 
 from dmr_pipeline.agent.rollout import Decision, Peek, Run, seeded_generator
+from dmr_pipeline.router.search_steps import at_search_bar
 
 
 class RandomMixing:
-    """Each step at high precision with the same chance, drawn by (seed, task, member)."""
+    """Each step at high precision with the same chance, drawn by (seed, task, member).
 
-    def __init__(self, high_ratio: float, seed: int) -> None:
-        self.high_ratio, self.seed = high_ratio, seed
+    Args:
+        force_search: search steps are at high precision, and are not drawn.
+    """
+
+    def __init__(self, high_ratio: float, seed: int, force_search: bool = False) -> None:
+        self.high_ratio, self.seed, self.force_search = high_ratio, seed, force_search
         self._generators: dict[int, np.random.Generator] = {}
 
     def begin(self, slot: int, run: Run) -> None:
         self._generators[slot] = seeded_generator("random-mixing", self.seed, run.task.task_id, run.member)
 
     def decide(self, slots: Sequence[int], segments: Sequence[list[int]], peek: Peek) -> list[Decision]:
-        return [Decision(bool(self._generators[slot].random() < self.high_ratio), self.high_ratio) for slot in slots]
+        forced = at_search_bar(peek) if self.force_search else [False] * len(slots)
+        return [
+            Decision(True, 1.0, forced=True)
+            if by_rule
+            else Decision(bool(self._generators[slot].random() < self.high_ratio), self.high_ratio)
+            for slot, by_rule in zip(slots, forced, strict=True)
+        ]
 
     def acted(self, slot: int, action: list[int]) -> None:
         pass

@@ -30,7 +30,7 @@ from transformers.utils import logging as transformers_logging
 
 from dmr_pipeline.agent.rollout import Clock, Run, Trajectory, seeded_generator
 from dmr_pipeline.cost import episode_cost
-from dmr_pipeline.environments.alfworld.game import Game
+from dmr_pipeline.environments.base import Task
 from dmr_pipeline.environments.tasks import read_tasks
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.ladder import Ladder
@@ -100,7 +100,7 @@ def grpo_router(context: StageContext) -> StageResult:
     if section.target_ratio is not None:
         policy = routing_policy(chosen, ladder.slots(len(validation)))
         played = play_games(validation, policy, ladder, section.seed, "router at threshold 0.5", Clock())
-        probabilities = np.array([step.probability for trajectory in played for step in trajectory.steps])
+        probabilities = np.array([s.probability for trajectory in played for s in trajectory.steps if not s.forced])
         chosen, point, _ = calibrate_threshold(
             chosen, probabilities, section.target_ratio, validation, ladder, section.seed, Clock()
         )
@@ -147,19 +147,20 @@ class Scorer:
         }
 
 
-def tempered_settings(router: Router, scorer: Scorer, games: Sequence[Game], scratch: Path) -> RouterSettings:
+def tempered_settings(router: Router, scorer: Scorer, games: Sequence[Task], scratch: Path) -> RouterSettings:
     """Stage 1's settings with the offset at which P(high) is `initial_ratio` in the mean, over the steps of one episode
-    of each game that mixes the precisions at that ratio. A resumed run reads what it found before."""
+    of each game that mixes the precisions at that ratio, forced steps aside. A resumed run reads what it found before."""
     section, saved = scorer.ladder.recipe.grpo_router, scratch / "start.json"
     if saved.exists():
         return RouterSettings.model_validate_json(saved.read_text(encoding="utf-8"))
-    policy = RandomMixing(section.initial_ratio, section.seed)
+    policy = RandomMixing(section.initial_ratio, section.seed, router.settings.force_search)
     with Progress(TextColumn("{task.description}"), TimeElapsedColumn()) as progress:
         progress.add_task(f"episodes to start from a ratio of {section.initial_ratio:.2f}", total=None)
         played = scorer.ladder.play([Run(game) for game in games], policy, section.seed)
     sequences = [sequence_of_trajectory(trajectory, router.settings) for trajectory in played]
     sequences = with_features(router, sequences, _BATCH, scorer.ladder.processes)
-    margins = np.concatenate(routing_margins(router, sequences, _BATCH))
+    asked = [not step.forced for trajectory in played for step in trajectory.steps]
+    margins = np.concatenate(routing_margins(router, sequences, _BATCH))[asked]
     offset = offset_for(router.settings.scale * margins, section.initial_ratio)
     settings = router.settings.model_copy(update={"offset": offset, "threshold": 0.5, "target_ratio": None})
     part = saved.with_suffix(".part")
@@ -205,7 +206,7 @@ class Session(TrainerCallback):
     """
 
     def __init__(
-        self, router: Router, start: Router, scorer: Scorer, games: Sequence[Game], validation: Sequence[Game]
+        self, router: Router, start: Router, scorer: Scorer, games: Sequence[Task], validation: Sequence[Task]
     ) -> None:
         self.router, self.start, self.scorer, self.validation = router, start, scorer, validation
         self.games = {game.task_id: game for game in games}
@@ -235,17 +236,19 @@ class Session(TrainerCallback):
 
         settings = self.start.settings
         scores = settings.scale * np.concatenate(routing_margins(self.start, sequences, _BATCH)) + settings.offset
-        probabilities = np.array([step.probability for trajectory in played for step in trajectory.steps])
+        steps = [step for trajectory in played for step in trajectory.steps]
+        probabilities, asked = np.array([step.probability for step in steps]), [not step.forced for step in steps]
+        forced = [frozenset(i for i, step in enumerate(t.steps) if step.forced) for t in played]
         row = {
             "update": update,
             **self.scorer.means(played),
             "tied_groups": float(np.mean(np.ptp(np.reshape(rewards, (-1, self.section.group_size)), axis=1) == 0)),
-            "divergence": float(divergence(probabilities, scores).mean()),
+            "divergence": float(divergence(probabilities, scores)[asked].mean()),
         }
         self.rows.append(row)
         note = f"reward {row['reward']:.3f}, ratio {row['ratio']:.2f}, ties {row['tied_groups']:.0%}"
         self.progress.update(self.bar, completed=update, note=note)
-        return [Rollout(*pair) for pair in zip(sequences, rewards, strict=True)]
+        return [Rollout(*parts) for parts in zip(sequences, rewards, forced, strict=True)]
 
     def validate(self, update: int) -> None:
         """Log how the router acts at its threshold, and keep its weights if none were better."""

@@ -29,6 +29,8 @@ class Rollout:
 
     sequence: RoutingSequence
     reward: float
+    forced: frozenset[int] = frozenset()
+    """Steps, from 0, at which the router was not asked: nothing is learned there."""
 
 
 RolloutFunction = Callable[[int, list[str]], list[Rollout]]
@@ -137,8 +139,8 @@ def as_completions(played: Sequence[Rollout]) -> dict[str, Any]:
     masks = []
     for rollout, start in zip(played, starts, strict=True):
         mask = [0] * (len(rollout.sequence.tokens) - start)
-        for position in rollout.sequence.positions:
-            mask[position + 1 - start] = 1
+        for turn, position in enumerate(rollout.sequence.positions):
+            mask[position + 1 - start] = int(turn not in rollout.forced)
         masks.append(mask)
     return {
         "prompt_ids": [rollout.sequence.tokens[:start] for rollout, start in zip(played, starts, strict=True)],

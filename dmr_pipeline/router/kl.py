@@ -1,8 +1,8 @@
 """Stage `kl_router`: stage 1 of the router, class-weighted cross-entropy on the sensitivity labels.
 
 The paper's loss; the rest is ours. It is taken over the two routing tokens alone, at every step of the router_train and the
-ingested trajectories. Held out by game: calibration (Platt), quality and threshold come from validation games. The training
-resumes after a kill with the same result.
+ingested trajectories. Held out by game: calibration (Platt), quality and threshold come from validation games, without the
+search steps where these are forced (see search_steps.py). The training resumes after a kill with the same result.
 """
 
 import math
@@ -10,6 +10,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -20,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dmr_pipeline.agent.rollout import Clock, RoutingPolicy, Run, Trajectory
-from dmr_pipeline.environments.alfworld.game import Game
+from dmr_pipeline.environments.base import Task
 from dmr_pipeline.environments.tasks import read_tasks
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.ladder import Ladder
@@ -49,7 +50,8 @@ from dmr_pipeline.router.model import (
 )
 from dmr_pipeline.router.policies import routing_policy
 from dmr_pipeline.router.probe import ProbeHead
-from dmr_pipeline.sensitivity import label, measure, read_sensitivity, threshold
+from dmr_pipeline.router.search_steps import SEARCH
+from dmr_pipeline.sensitivity import divergence_column, label, measure, read_sensitivity, threshold
 from dmr_pipeline.stage import StageContext, StageResult
 from dmr_pipeline.trajectories import read_all_trajectories, to_frames
 
@@ -64,6 +66,8 @@ def kl_router(context: StageContext) -> StageResult:
     ladder = Ladder.load(context.inputs["quantized_checkpoints"], recipe)
     steps = read_all_trajectories(context.inputs, ladder.prompter, recipe.precisions.high).steps
     sensitivity = read_sensitivity(context.inputs["sensitivity_dataset"])
+    tau = threshold(sensitivity, recipe.sensitivity)
+    searches = search_summary(steps, sensitivity, recipe, tau)
     router = new_router(section.model, ladder.prompter.tokenizer, section.seed, ladder.device, ladder.models[False])
     sequences = sequences_of_steps(steps, router.settings)
     sequences = with_features(router, sequences, section.batch_episodes, ladder.processes)
@@ -71,9 +75,9 @@ def kl_router(context: StageContext) -> StageResult:
         router.model.standardize(torch.cat([s.features for s in sequences if s.features is not None]))
     labels = labels_of_steps(steps, sensitivity)
     router, log = train(router, sequences, labels, section, context.scratch)
+    router = with_settings(router, force_search=searches.get("search_forced", False))
 
     games = read_tasks(context.inputs["benchmark_tasks"], "validation", section.validation_games)
-    tau = threshold(sensitivity, recipe.sensitivity)
     validation = validate(router, games, ladder, recipe, tau)
     sensitive = validation["sensitive"].to_numpy()
     if sensitive.all() or not sensitive.any():
@@ -107,6 +111,7 @@ def kl_router(context: StageContext) -> StageResult:
             "train_label_share": round(float(np.mean([y for episode in labels for y in episode])), 5),
             "final_loss": round(float(np.mean(log["loss"].tail(50).to_numpy())), 5),
             "tau": tau,
+            **searches,
             "validation_games": len(games),
             "validation_steps": len(validation),
             "validation_label_share": round(float(sensitive.mean()), 5),
@@ -147,17 +152,46 @@ def labels_of_steps(steps: pl.DataFrame, sensitivity: pl.DataFrame) -> list[list
     return joined.group_by("episode_id", maintain_order=True).agg("sensitive")["sensitive"].to_list()
 
 
+def search_summary(steps: pl.DataFrame, sensitivity: pl.DataFrame, recipe: Recipe, tau: float) -> dict[str, Any]:
+    """Whether search steps are forced from now on, and why: mean divergences in nats. Empty where no command is a search.
+
+    Args:
+        steps: `trajectories.STEPS`.
+        sensitivity: `sensitivity.STEPS`, of these steps.
+
+    Raises:
+        UserError: the recipe forces searches, but there are none.
+    """
+    searches = pl.col("command").str.starts_with(SEARCH)
+    joined = sensitivity.join(steps.select("episode_id", "turn", "command"), on=["episode_id", "turn"])
+    divergence = pl.col(divergence_column(recipe.sensitivity))
+    search, other = (joined.filter(chosen).select(divergence.mean()).item() for chosen in (searches, ~searches))
+    forced = recipe.kl_router.force_search
+    if search is None:
+        if forced:
+            raise UserError(
+                f"kl_router.force_search: none of the {len(steps)} labelled steps is a search; leave it out where the"
+                " benchmark has no search bar"
+            )
+        return {}
+    return {
+        "search_forced": forced and search >= tau,
+        "mean_divergence_of_searches": round(search, 5),
+        "mean_divergence_of_other_steps": None if other is None else round(other, 5),
+    }
+
+
 def with_settings(router: Router, **changes: float) -> Router:
     return replace(router, settings=RouterSettings.model_validate(router.settings.model_dump() | changes))
 
 
 def calibrate_threshold(
-    router: Router, probabilities: Floats, target: float, games: Sequence[Game], ladder: Ladder, seed: int, clock: Clock
+    router: Router, probabilities: Floats, target: float, games: Sequence[Task], ladder: Ladder, seed: int, clock: Clock
 ) -> tuple[Router, OperatingPoint, list[OperatingPoint]]:
     """The router at the threshold that gives the target ratio in closed loop on these games.
 
     Args:
-        probabilities: P(high) at steps that the router may meet, to start from.
+        probabilities: P(high) at steps that the router may be asked at, to start from.
 
     Returns:
         Beside it, how it then acts, and all thresholds that were tried.
@@ -292,10 +326,12 @@ def batches_by_length(sequences: Sequence[RoutingSequence], size: int, rng: rand
     return batches
 
 
-def validate(router: Router, games: Sequence[Game], ladder: Ladder, recipe: Recipe, tau: float) -> pl.DataFrame:
-    """Labelled steps of games that the router has not seen: `sensitivity.STEPS`' columns, and the router's margin z."""
+def validate(router: Router, games: Sequence[Task], ladder: Ladder, recipe: Recipe, tau: float) -> pl.DataFrame:
+    """Labelled steps of games that the router has not seen, but for those that are forced: `sensitivity.STEPS`' columns, and
+    the router's margin z."""
     seed = recipe.kl_router.seed
-    played = play_games(games, RandomMixing(_VALIDATION_MIX, seed), ladder, seed, "episodes to calibrate on", Clock())
+    mixing = RandomMixing(_VALIDATION_MIX, seed, router.settings.force_search)
+    played = play_games(games, mixing, ladder, seed, "episodes to calibrate on", Clock())
     episodes, steps = to_frames(played, "validation")
     with Progress() as progress:
         bar = progress.add_task("their labels", total=len(episodes))
@@ -304,11 +340,12 @@ def validate(router: Router, games: Sequence[Game], ladder: Ladder, recipe: Reci
     sequences = with_features(router, sequences_of_steps(steps, router.settings), batch, ladder.processes)
     margins = routing_margins(router, sequences, batch)
     flat = pl.Series([z for episode in margins for z in episode], dtype=pl.Float64)
-    return label(rows, recipe.sensitivity, tau).with_columns(margin=flat)
+    asked = pl.Series([not step.forced for trajectory in played for step in trajectory.steps], dtype=pl.Boolean)
+    return label(rows, recipe.sensitivity, tau).with_columns(margin=flat).filter(asked)
 
 
 def play_games(
-    games: Sequence[Game], policy: RoutingPolicy, ladder: Ladder, seed: int, title: str, clock: Clock
+    games: Sequence[Task], policy: RoutingPolicy, ladder: Ladder, seed: int, title: str, clock: Clock
 ) -> list[Trajectory]:
     """One episode of each game under the policy."""
     with Progress() as progress:

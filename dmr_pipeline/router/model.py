@@ -55,6 +55,8 @@ class RouterSettings(BaseModel):
     """High precision acts where P(high) is at least this."""
     target_ratio: float | None = None
     """High-precision ratio that the threshold was calibrated to."""
+    force_search: bool = False
+    """Search steps are at high precision whatever P(high) is (see search_steps.py)."""
 
     @property
     def tokens(self) -> list[int]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -9,6 +10,7 @@ from dmr_pipeline.agent.rollout import CAPACITY, Decision, Peek, RoutingPolicy, 
 from dmr_pipeline.agent.streams import Streams
 from dmr_pipeline.router.model import Router
 from dmr_pipeline.router.probe import probe_features
+from dmr_pipeline.router.search_steps import at_search_bar
 
 ROUTER_CAPACITY = CAPACITY + CAPACITY // 2
 """Tokens that an LM router's sequence may have: one more a step than the transcript's, and a step has at least two."""
@@ -26,7 +28,7 @@ def routing_policy(router: Router, slots: int, sample: bool = False, seed: int =
 
 
 class _Chooser:
-    """Takes the precision by a router's probability: by the threshold, or by a draw."""
+    """Takes the precision by a router's probability: by the threshold, or by a draw. Search steps may be forced."""
 
     def __init__(self, router: Router, sample: bool, seed: int) -> None:
         self.settings, self.sample, self.seed = router.settings, sample, seed
@@ -36,13 +38,22 @@ class _Chooser:
     def begin(self, slot: int, run: Run) -> None:
         self._runs[slot], self.turns[slot] = run, 0
 
-    def choose(self, slots: Sequence[int], logits: Tensor) -> list[tuple[bool, float]]:
-        """High or not, and P(high), from logits [slots, 2]; a turn ends."""
-        choices = []
+    def asked(self, slots: Sequence[int], peek: Peek) -> list[int]:
+        """The slots at which it is the router that decides; at the others high precision is forced."""
+        if not self.settings.force_search:
+            return list(slots)
+        return [slot for slot, forced in zip(slots, at_search_bar(peek), strict=True) if not forced]
+
+    def choose(self, slots: Sequence[int], logits: Tensor) -> dict[int, tuple[bool, float]]:
+        """For each slot high or not, and P(high), from logits [slots, 2]."""
+        choices = {}
         for slot, probability in zip(slots, self.settings.probability(logits.double()).tolist(), strict=True):
-            choices.append((probability >= (self._draw(slot) if self.sample else self.settings.threshold), probability))
-            self.turns[slot] += 1
+            bar = self._draw(slot) if self.sample else self.settings.threshold
+            choices[slot] = (probability >= bar, probability)
         return choices
+
+    def acted(self, slot: int) -> None:
+        self.turns[slot] += 1
 
     def _draw(self, slot: int) -> float:
         """In (0, 1], so that a probability of 0 is never taken."""
@@ -51,13 +62,14 @@ class _Chooser:
 
 
 class LmRouter:
-    """One cached forward pass a decision, over what is new since the last one. Arguments as in `routing_policy`."""
+    """One cached forward pass a decision, over what is new since the last one that was the router's. Arguments as in
+    `routing_policy`."""
 
     def __init__(self, router: Router, slots: int, sample: bool = False, seed: int = 0) -> None:
         self.router, self._chooser = router, _Chooser(router, sample, seed)
         self._streams = Streams(router.model, slots, ROUTER_CAPACITY)
         self._pending: dict[int, list[int]] = {}
-        """Tokens that the stream of a slot has not read: the last step's routing token and action."""
+        """Tokens that the stream of a slot has not read: since its last decision."""
 
     def begin(self, slot: int, run: Run) -> None:
         self._streams.reset([slot])
@@ -66,14 +78,22 @@ class LmRouter:
 
     def decide(self, slots: Sequence[int], segments: Sequence[list[int]], peek: Peek) -> list[Decision]:
         tokens = self.router.settings.tokens
-        chunks = [self._pending[slot] + segment for slot, segment in zip(slots, segments, strict=True)]
-        choices = self._chooser.choose(slots, self._streams.extend(slots, chunks)[:, tokens])
-        for slot, (high, _) in zip(slots, choices, strict=True):
-            self._pending[slot] = [tokens[high]]
-        return [Decision(high, probability) for high, probability in choices]
+        for slot, segment in zip(slots, segments, strict=True):
+            self._pending[slot] += segment
+        choices: dict[int, tuple[bool, float]] = {}
+        if asked := self._chooser.asked(slots, peek):
+            logits = self._streams.extend(asked, [self._pending[slot] for slot in asked])
+            choices = self._chooser.choose(asked, logits[:, tokens])
+            self._pending |= {slot: [] for slot in asked}
+        forced = Decision(True, 1.0, forced=True)
+        decisions = [Decision(*choices[slot]) if slot in choices else forced for slot in slots]
+        for slot, decision in zip(slots, decisions, strict=True):
+            self._pending[slot].append(tokens[decision.high])
+        return decisions
 
     def acted(self, slot: int, action: list[int]) -> None:
         self._pending[slot] += action
+        self._chooser.acted(slot)
 
 
 class ProbeRouter:
@@ -88,14 +108,17 @@ class ProbeRouter:
 
     @torch.no_grad()
     def decide(self, slots: Sequence[int], segments: Sequence[list[int]], peek: Peek) -> list[Decision]:
-        turns = torch.tensor([self._chooser.turns[slot] for slot in slots])
         model = self.router.model
-        features = probe_features(peek.states(model.config.layers), turns)
-        choices = self._chooser.choose(slots, model(features.to(model.device)))
-        rows = features.cpu().numpy()
-        return [
-            Decision(high, p, drafted=int(high), features=row) for (high, p), row in zip(choices, rows, strict=True)
-        ]
+        # Nothing is learned from a forced step, but a sequence has features at all of its steps.
+        forced = Decision(True, 1.0, features=np.zeros(len(model.mean), np.float32), forced=True)
+        decisions = dict.fromkeys(slots, forced)
+        if asked := self._chooser.asked(slots, peek):
+            turns = torch.tensor([self._chooser.turns[slot] for slot in asked])
+            features = probe_features(peek.states(asked, model.config.layers), turns)
+            choices = self._chooser.choose(asked, model(features.to(model.device)))
+            for (slot, (high, p)), row in zip(choices.items(), features.cpu().numpy(), strict=True):
+                decisions[slot] = Decision(high, p, drafted=int(high), features=row)
+        return list(decisions.values())
 
     def acted(self, slot: int, action: list[int]) -> None:
-        pass
+        self._chooser.acted(slot)

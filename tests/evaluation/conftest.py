@@ -9,7 +9,7 @@ import pytest
 from dmr_pipeline.evaluation.metrics import EPISODES
 
 Success = Mapping[str, tuple[str, np.ndarray]]
-"""Policy -> kind and success [draws, games]."""
+"""Policy -> kind and success, or reward, [draws, games]."""
 
 
 def make_episodes(success: Success, ratios: Mapping[str, float], costs: Mapping[str, float]) -> pl.DataFrame:
@@ -21,7 +21,8 @@ def make_episodes(success: Success, ratios: Mapping[str, float], costs: Mapping[
             "draw": draw,
             "game_id": f"game-{game:04d}",
             "task_type": ("even", "odd")[game % 2],
-            "success": bool(solved),
+            "success": bool(solved == 1),
+            "reward": float(solved),
             "steps": 10,
             "high_steps": round(10 * ratios[policy]),
             "tokens": 100,

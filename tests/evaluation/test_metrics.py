@@ -19,6 +19,7 @@ from dmr_pipeline.evaluation.metrics import (
     average_improvement_in_quality,
     call_performance_threshold,
     compute_metrics,
+    failures_of,
     game_weights,
     gap_recovered,
     sign_flip_p_value,
@@ -232,6 +233,39 @@ def test_metrics_of_known_episodes(episodes: pl.DataFrame) -> None:
     assert metrics["random_curve"]["apgr"] == pytest.approx(0.4 * recovered / 2 + 0.6 * (1 + recovered) / 2, abs=1e-6)
 
 
+def test_scores_of_known_rewards(make: Callable) -> None:
+    """Even games give the router 0.25, odd ones 0.75: the bootstrap's mean is 0.25 + Binomial(100, 1/2) / 200."""
+    rewards = np.tile([0.25, 0.75], 50)
+    draws = np.array([rewards, 1 - rewards, np.ones(100)])
+    rows = {
+        "always_high": ("single", np.ones((1, 100))),
+        "always_low": ("single", np.full((1, 100), 0.5)),
+        "kl_router": ("router", rewards[None]),
+        "random@kl_router": ("random", draws),
+    }
+    ratios = {"always_high": 1.0, "always_low": 0.0, "random@kl_router": 0.4, "kl_router": 0.4}
+    metrics = compute(make(rows, ratios, dict.fromkeys(ratios, 1.0)), bootstrap=4000)
+    policies = metrics["policies"]
+    assert {name: policy["score"] for name, policy in policies.items()} == pytest.approx(
+        {"always_high": 1.0, "always_low": 0.5, "random@kl_router": 2 / 3, "kl_router": 0.5}, abs=1e-6
+    )
+    ends = stats.binom.ppf([0.025, 0.975], 100, 0.5)
+    assert policies["kl_router"]["score_ci95"] == pytest.approx(0.25 + ends / 200, abs=0.003)
+    # Rewards that do not vary over the games would leave the bootstrap without a width.
+    assert policies["always_low"]["score_ci95"] == pytest.approx(wilson(0.5, 100, 0.95), abs=1e-6)
+    assert policies["always_high"]["score_ci95"] == policies["always_high"]["ci95"]
+    by_type = policies["kl_router"]["by_task_type"]
+    assert {name: part["score"] for name, part in by_type.items()} == {"even": 0.25, "odd": 0.75}
+    assert policies["kl_router"]["success"] == 0.0  # only a reward of 1 is one
+    assert not [line for line in failures_of(metrics) if "score" in line]
+    policies["kl_router"]["score"] = -0.1
+    assert "kl_router: score -0.1 with success 0.0" in failures_of(metrics)
+
+
+def test_rewards_of_0_and_1_have_no_score(episodes: pl.DataFrame) -> None:
+    assert "score" not in json.dumps(compute(episodes))
+
+
 def test_confidence_and_seed_reach_the_intervals(episodes: pl.DataFrame) -> None:
     def intervals(metrics: Metrics) -> dict[str, tuple[float, float]]:
         random, router = metrics["policies"]["random@kl_router"], metrics["policies"]["kl_router"]
@@ -284,6 +318,19 @@ def test_headline_comes_first_and_routers_are_compared(episodes: pl.DataFrame) -
     ]
 
 
+def test_a_router_is_compared_with_itself_with_searches_switched(episodes: pl.DataFrame) -> None:
+    switched = episodes.filter(policy="kl_router").with_columns(
+        policy=pl.lit("kl_router-search"), kind=pl.lit("ablation"), success=pl.lit(False), reward=pl.lit(0.0)
+    )
+    without, metrics = compute(episodes), compute(pl.concat([episodes, switched]))
+    pairs = {(row["policy"], row["against"]): row for row in metrics["paired"]}
+    assert list(pairs)[2:] == [("kl_router", "kl_router-search")]
+    assert pairs["kl_router", "kl_router-search"]["difference"] == 0.85
+    assert metrics["policies"]["kl_router-search"]["gap_recovered"] == pytest.approx(-0.5 / 0.4)
+    for curve in ("apgr", "cpt50", "aiq"):  # it is no point of the routers' curve
+        assert metrics[curve] == without[curve]
+
+
 @settings(max_examples=25, deadline=None)
 @given(success=arrays(np.bool_, (6, 24)), seed=st.integers(0, 2**32 - 1))
 def test_any_episodes(make: Callable, success: np.ndarray, seed: int) -> None:
@@ -318,7 +365,8 @@ def test_any_episodes(make: Callable, success: np.ndarray, seed: int) -> None:
         (lambda rows: pl.concat([rows, rows.head(1)]), "appears twice"),
         (lambda rows: rows.with_columns(kind=pl.lit("magic")), "unknown kind magic"),
         (lambda rows: rows.with_columns(high_steps=pl.lit(11, pl.Int64)), "impossible steps"),
-        (lambda rows: rows.with_columns(cost=pl.lit(float("nan"))), "impossible steps, tokens or cost"),
+        (lambda rows: rows.with_columns(cost=pl.lit(float("nan"))), "impossible steps, tokens, cost or reward"),
+        (lambda rows: rows.with_columns(reward=pl.lit(0.5)), "impossible steps, tokens, cost or reward"),
         (lambda rows: rows.with_columns(success=pl.lit(None, pl.Boolean)), "missing values in success"),
     ],
 )

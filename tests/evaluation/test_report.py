@@ -87,10 +87,9 @@ def test_headline_is_honest_about_bad_news(episodes: pl.DataFrame) -> None:
     arguments = {"recipe": "tiny", "high": "always_high", "low": "always_low", "headline": "kl_router"}
 
     def like(policy: str, model: str) -> pl.DataFrame:
-        copied = episodes.filter(policy=model, draw=0).select("game_id", copied="success")
-        changed = (
-            episodes.filter(policy=policy).join(copied, on="game_id").with_columns(success="copied").drop("copied")
-        )
+        copied = episodes.filter(policy=model, draw=0).select("game_id", "success", "reward")
+        changed = episodes.filter(policy=policy).drop("success", "reward").join(copied, on="game_id")
+        changed = changed.select(episodes.columns)
         return pl.concat([episodes.filter(pl.col("policy") != policy), changed])
 
     worse = compute_metrics(like("kl_router", "always_low"), **arguments)
@@ -103,6 +102,39 @@ def test_headline_is_honest_about_bad_news(episodes: pl.DataFrame) -> None:
     assert "It saves nothing: an episode costs 1.50 times always_high's" in " ".join(
         headline(compute_metrics(dear, **arguments))
     )
+
+
+@pytest.fixture
+def graded(episodes: pl.DataFrame) -> Metrics:
+    """The same successes; who fails gets half of the reward."""
+    rewards = episodes.with_columns(reward=pl.when("success").then(1.0).otherwise(0.5))
+    return compute_metrics(rewards, recipe="tiny", high="always_high", low="always_low", headline="kl_router")
+
+
+def test_scores_are_shown_where_rewards_are_graded(graded: Metrics, metrics: Metrics, tmp_path: Path) -> None:
+    """Out of 100, beside the success. Where a reward is 0 or 1 there is no word of them (see the tables' own tests)."""
+    low, high = (100 * end for end in graded["policies"]["kl_router"]["score_ci95"])
+    shown = f"92.5 [{low:.1f}, {high:.1f}]"
+    table = markdown_table(graded)
+    assert "| policy | success | score | high-precision ratio |" in table
+    assert f" | {shown} | 40.0% |" in next(line for line in table.splitlines() if line.startswith("| **kl_router**"))
+    assert "Score: mean reward times 100." in table
+    sentence = f"is 92.5 (interval {low:.1f} to {high:.1f}); always_high's is 95.0, always_low's 75.0."
+    assert sentence in " ".join(headline(graded))
+
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(console_table(graded))
+    text = console.export_text()
+    assert "…" not in text
+    assert "92.5" in next(line for line in text.splitlines() if line.strip().startswith("kl_router *"))
+
+    folder = tmp_path / "evaluation_report"
+    folder.mkdir()
+    for name, content in (("graded", graded), ("metrics", metrics)):
+        (folder / "metrics.json").write_text(json.dumps(content))
+        words = render(folder).text
+        assert (shown in words) == (name == "graded")
+        assert (" score " in words.replace("Wilson score", "")) == (name == "graded")
 
 
 def test_markdown_table_holds_the_metrics(metrics: Metrics) -> None:

@@ -140,6 +140,20 @@ def test_only_routing_tokens_are_trained_each_alike_whatever_the_length(tmp_path
     assert_close(gradient, expected)
 
 
+def test_forced_steps_have_no_gradient_and_no_share_in_the_mean(tmp_path: Path) -> None:
+    """Of eight steps four were forced, among them all of the third episode's."""
+    router = random_router(scale=0.7, offset=-0.2)
+    played, forced = sequences(router), [{0}, {0, 2}, {0}, set()]
+    expected = by_hand(router, played, [[0.0, 0.005], [0.0, -0.005, 0.0], [0.0], [-0.01] * 2])
+    rollouts = [
+        Rollout(sequence, reward, frozenset(steps))
+        for sequence, reward, steps in zip(played, [0.01, 0.0, 0.03, 0.01], forced, strict=True)
+    ]
+    catch = Catch()
+    RoutingTrainer(router, ["a", "b"], lambda update, ids: rollouts, section(), tmp_path, [catch]).train()
+    assert_close(catch.gradient, {name: gradient * 8 / 4 for name, gradient in expected.items()})
+
+
 @pytest.mark.parametrize("kind", ["gated", "difference"])
 def test_gradient_scales_with_the_costs_weight_where_all_succeed(tmp_path: Path, kind: str) -> None:
     costs = [0.3, 0.5, 0.4, 0.9]
@@ -193,7 +207,10 @@ class NothingToPeekAt:
     def drafts(self, high: bool) -> list[Draft]:
         raise AssertionError
 
-    def states(self, layers: Sequence[int]) -> Tensor:
+    def states(self, slots: Sequence[int], layers: Sequence[int]) -> Tensor:
+        raise AssertionError
+
+    def admissible_commands(self) -> list[Sequence[str]]:
         raise AssertionError
 
 

@@ -1,0 +1,25 @@
+"""Search steps, the paper's special case for WebShop: "high-KL `search` steps are forced to high precision".
+
+No more is known of it than these words. Here a search step is one at whose page there is a search bar. Where they are forced
+(`RouterSettings.force_search`), high precision acts at them by rule: the router is not asked, which saves its forward pass, and
+learns nothing from them in stage 2. Whether their divergence is high is decided once, in stage 1 (see kl.py).
+"""
+
+from dmr_pipeline.agent.rollout import Peek
+from dmr_pipeline.environments.base import Task
+from dmr_pipeline.environments.tasks import begin_episode
+
+SEARCH = "search["
+"""What the command of a search starts with."""
+
+
+def at_search_bar(peek: Peek) -> list[bool]:
+    """For each slot being decided: is there a search bar?"""
+    return [any(command.startswith(SEARCH) for command in commands) for commands in peek.admissible_commands()]
+
+
+def opens_at_search_bar(task: Task) -> bool:
+    """Whether there is one on the task's first page."""
+    episode = begin_episode(task)
+    episode.reset()
+    return any(command.startswith(SEARCH) for command in episode.admissible_commands())

@@ -1,0 +1,241 @@
+"""Forced search steps, in a stub of a shop: ALFWorld's rooms, with a search bar at every other step."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from scipy.special import expit
+
+from dmr_pipeline.agent.prompts import Prompter
+from dmr_pipeline.agent.rollout import RoutingPolicy, Run, Trajectory, play
+from dmr_pipeline.agent.streams import Streams
+from dmr_pipeline.cost import episode_cost
+from dmr_pipeline.environments.alfworld.engine import AlfWorldEpisode
+from dmr_pipeline.environments.alfworld.generator import generate_game
+from dmr_pipeline.environments.tasks import read_tasks
+from dmr_pipeline.errors import UserError
+from dmr_pipeline.evaluation.evaluate import search_entries
+from dmr_pipeline.ladder import Ladder
+from dmr_pipeline.recipe import Prompt, Recipe
+from dmr_pipeline.router.baselines import RandomMixing
+from dmr_pipeline.router.grpo import Scorer, Session, tempered_settings
+from dmr_pipeline.router.grpo_trainer import as_completions
+from dmr_pipeline.router.kl import search_summary
+from dmr_pipeline.router.model import Router, routing_margins, sequence_of_trajectory, with_features
+from dmr_pipeline.router.policies import routing_policy
+from dmr_pipeline.router.search_steps import opens_at_search_bar
+from dmr_pipeline.sensitivity import read_sensitivity
+from dmr_pipeline.trajectories import read_trajectories
+from tests.router.test_grpo import artefacts, tiny_recipe
+from tests.router.test_kl import inputs, recipe, run_stage, section
+from tests.router.test_model import TOKENIZER, random_router
+from tests.router.test_probe import HIGH, LOW, by_hand, greedy, new_probe, transcripts
+
+__all__ = ["artefacts", "inputs", "recipe"]  # fixtures
+
+GAMES = [generate_game(number, 50)[0] for number in range(4)]
+
+
+def at_bar(task_id: str, turn: int) -> bool:
+    """The games are not in step, so that only some of the episodes that are played at once are at a search bar."""
+    return (turn + sum(map(ord, task_id))) % 2 == 0
+
+
+class Shop(AlfWorldEpisode):
+    turn = 0
+
+    def reset(self) -> str:
+        self.turn = 0
+        return super().reset()
+
+    def step(self, command: str) -> tuple[str, float, bool]:
+        self.turn += 1
+        return super().step(command)
+
+    def admissible_commands(self) -> Sequence[str]:
+        return ("search[apple]",) if at_bar(self.game.task_id, self.turn) else super().admissible_commands()
+
+
+@pytest.fixture
+def shop(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("agent.rollout", "router.search_steps"):
+        monkeypatch.setattr(f"dmr_pipeline.{module}.begin_episode", Shop)
+
+
+def play_with(policy: RoutingPolicy, slots: int = 3) -> list[Trajectory]:
+    agents = {False: Streams(LOW, slots, 4096), True: Streams(HIGH, slots, 4096)}
+    runs = [Run(game) for game in GAMES]
+    return play(runs, agents, Prompter.of(TOKENIZER, Prompt()), policy, step_limit=6)
+
+
+def new_router(kind: str) -> Router:
+    make = new_probe if kind == "probe" else random_router
+    return make(scale=3.0, offset=0.1, force_search=True)
+
+
+@torch.no_grad()
+def uncached_probability(router: Router, trajectory: Trajectory, turn: int) -> float:
+    """P(high) from one plain forward pass over all that came before."""
+    settings = router.settings
+    if settings.kind == "probe":
+        low, high = router.model(by_hand(router, transcripts(trajectory)[turn], turn)[None])[0].tolist()
+    else:
+        sequence = sequence_of_trajectory(trajectory, settings)
+        before = sequence.tokens[: sequence.positions[turn] + 1]
+        low, high = router.model(torch.tensor([before])).logits[0, -1, settings.tokens].tolist()
+    return float(expit(settings.scale * (high - low) + settings.offset))
+
+
+@pytest.mark.usefixtures("shop")
+@pytest.mark.parametrize("kind", ["probe", "lm"])
+@pytest.mark.parametrize("slots", [1, 3])
+def test_a_router_is_not_asked_at_search_steps_and_decides_the_others_as_ever(kind: str, slots: int) -> None:
+    router = new_router(kind)
+    taken = set()
+    for trajectory in play_with(routing_policy(router, slots, sample=True, seed=5), slots):
+        for turn, (step, prefix) in enumerate(zip(trajectory.steps, transcripts(trajectory), strict=True)):
+            assert step.forced == at_bar(trajectory.run.task.task_id, turn)
+            if step.forced:
+                assert (step.high, step.probability, step.drafted) == (True, 1.0, 0)
+            else:
+                assert step.probability == pytest.approx(uncached_probability(router, trajectory, turn), abs=1e-3)
+                assert step.drafted == (kind == "probe" and step.high)
+            assert step.action == greedy(HIGH if step.high else LOW, prefix)
+            taken.add((step.forced, step.high))
+        passes = sum(len(s.action) * (1000 if s.high else 100) + 100 * s.drafted for s in trajectory.steps)
+        asked = sum(not s.forced for s in trajectory.steps)
+        assert episode_cost(trajectory, {True: 1000, False: 100}, router_bytes=7) == passes + 7 * asked
+    assert taken == {(True, True), (False, False), (False, True)}
+
+
+@pytest.mark.usefixtures("shop")
+def test_nothing_is_forced_unless_the_settings_say_so() -> None:
+    router = new_router("probe")
+    router = replace(router, settings=router.settings.model_copy(update={"force_search": False, "offset": -99.0}))
+    steps = [step for trajectory in play_with(routing_policy(router, 3)) for step in trajectory.steps]
+    assert not any(step.forced or step.high for step in steps)
+
+
+@pytest.mark.usefixtures("shop")
+def test_the_evaluation_switches_it_and_plays_searches_alone() -> None:
+    forcing = new_router("lm")
+    plain = replace(forcing, settings=forcing.settings.model_copy(update={"force_search": False, "threshold": 1.0}))
+    found = {entry.name: entry for entry in search_entries({"kl_router": forcing, "grpo_router": plain}, 3)}
+    assert {name: entry.kind for name, entry in found.items()} == {
+        "search_only": "baseline", "kl_router-search": "ablation", "grpo_router+search": "ablation",
+    }  # fmt: skip
+    assert found["search_only"].router_bytes == 0 < found["kl_router-search"].router_bytes == forcing.weight_bytes
+    assert not any(s.forced for t in play_with(found["kl_router-search"].policy) for s in t.steps)
+    for name in ("search_only", "grpo_router+search"):  # this router's threshold is never reached
+        for trajectory in play_with(found[name].policy):
+            bars = [at_bar(trajectory.run.task.task_id, turn) for turn in range(len(trajectory.steps))]
+            assert [step.high for step in trajectory.steps] == [step.forced for step in trajectory.steps] == bars
+    assert [opens_at_search_bar(game) for game in GAMES] == [at_bar(game.task_id, 0) for game in GAMES]
+
+
+def test_alfworld_has_no_search_bar() -> None:
+    assert not any(map(opens_at_search_bar, GAMES))
+
+
+def as_searches(inputs: dict[str, Path], folder: Path, share: float) -> dict[str, Path]:
+    """The same inputs, where the commands of this share of the labelled steps, those of highest divergence, are searches."""
+    episodes, steps = read_trajectories(inputs["trajectories"])
+    labelled = read_sensitivity(inputs["sensitivity_dataset"]).select("episode_id", "turn", "kl_high_low")
+    steps = steps.join(labelled, on=["episode_id", "turn"], maintain_order="left")
+    chosen = pl.col("kl_high_low").rank("ordinal", descending=True) <= share * pl.len()
+    searches = pl.when(chosen).then(pl.lit("search[apple]")).otherwise("command")
+    folder.mkdir()
+    episodes.write_parquet(folder / "episodes.parquet")
+    steps.with_columns(command=searches).drop("kl_high_low").write_parquet(folder / "steps.parquet")
+    return inputs | {"trajectories": folder}
+
+
+@pytest.mark.parametrize("direction", ["high_low", "js"])
+def test_searches_are_forced_where_their_mean_divergence_reaches_tau(
+    recipe: Recipe, inputs: dict[str, Path], tmp_path: Path, direction: str
+) -> None:
+    sensitivity = read_sensitivity(inputs["sensitivity_dataset"])
+    _, steps = read_trajectories(as_searches(inputs, tmp_path / "trajectories", 0.1)["trajectories"])
+    column = "js" if direction == "js" else "kl_high_low"
+    values = {(row["episode_id"], row["turn"]): row[column] for row in sensitivity.to_dicts()}
+    rows = steps.select("episode_id", "turn", "command").rows()
+    search, other = (
+        float(
+            np.mean(
+                [values[episode, turn] for episode, turn, command in rows if (command == "search[apple]") == chosen]
+            )
+        )
+        for chosen in (True, False)
+    )
+
+    def summary(force: bool, tau: float) -> dict[str, object]:
+        asked = recipe.model_copy(
+            update={
+                "kl_router": recipe.kl_router.model_copy(update={"force_search": force}),
+                "sensitivity": recipe.sensitivity.model_copy(update={"direction": direction}),
+            }
+        )
+        return search_summary(steps, sensitivity, asked, tau)
+
+    found = summary(force=True, tau=0.99 * search)
+    assert found["mean_divergence_of_searches"] == pytest.approx(search, abs=1e-5)
+    assert found["mean_divergence_of_other_steps"] == pytest.approx(other, abs=1e-5)
+    assert found["search_forced"] is True
+    assert summary(force=True, tau=1.01 * search)["search_forced"] is False
+    assert summary(force=False, tau=0.99 * search)["search_forced"] is False
+
+
+def test_a_benchmark_without_searches_has_none_to_force(recipe: Recipe, inputs: dict[str, Path]) -> None:
+    sensitivity, (_, steps) = read_sensitivity(inputs["sensitivity_dataset"]), read_trajectories(inputs["trajectories"])
+    assert search_summary(steps, sensitivity, recipe, 0.1) == {}
+    forcing = recipe.model_copy(update={"kl_router": section(force_search=True)})
+    with pytest.raises(UserError, match=f"none of the {len(steps)} labelled steps is a search"):
+        search_summary(steps, sensitivity, forcing, 0.1)
+
+
+@pytest.mark.usefixtures("shop")
+def test_stage_1_calibrates_at_the_other_steps_and_hands_the_rule_on(
+    recipe: Recipe, inputs: dict[str, Path], tmp_path: Path
+) -> None:
+    forcing = recipe.model_copy(update={"kl_router": section(epochs=2, force_search=True)})
+    output, summary = run_stage(forcing, as_searches(inputs, tmp_path / "trajectories", 0.1), tmp_path / "stage")
+    assert summary["search_forced"] is True
+    assert json.loads((output / "router" / "router.json").read_text())["force_search"] is True
+    validation = pl.read_parquet(output / "validation.parquet")
+    games = {game.task_id for game in read_tasks(inputs["benchmark_tasks"], "validation", 4)}
+    asked = {(f"validation/{game}/0", turn) for game in games for turn in range(6) if not at_bar(game, turn)}
+    assert set(validation.select("episode_id", "turn").rows()) == asked
+    # Half of the steps are forced, so that no threshold gets to a ratio below.
+    assert 0.5 <= summary["validation_high_ratio"] < 0.7
+
+
+@pytest.mark.usefixtures("shop")
+@pytest.mark.parametrize("kind", ["probe", "lm"])
+def test_stage_2_learns_from_the_other_steps_alone(artefacts: Path, tmp_path: Path, kind: str) -> None:
+    ladder = Ladder.load(artefacts / "quantized_checkpoints", tiny_recipe())
+    router = replace(new_router(kind), agent=ladder.models[False])
+    scorer, games = Scorer(ladder, router.weight_bytes), read_tasks(artefacts / "benchmark_tasks", "validation")
+    settings = tempered_settings(router, scorer, games, tmp_path)
+    assert settings.force_search
+    mixed = ladder.play([Run(game) for game in games], RandomMixing(0.6, 0, force_search=True), 0)
+    sequences = with_features(router, [sequence_of_trajectory(t, settings) for t in mixed], 16)
+    margins = np.concatenate(routing_margins(router, sequences, 16))
+    asked = [not step.forced for trajectory in mixed for step in trajectory.steps]
+    assert 0 < sum(asked) < len(asked)
+    assert expit(settings.scale * margins + settings.offset)[asked].mean() == pytest.approx(0.6, abs=1e-6)
+
+    tempered = replace(router, settings=settings)
+    session = Session(tempered, tempered, scorer, games, games)
+    played = session.rollouts(1, [game.task_id for game in games for _ in range(3)])
+    assert session.rows[0]["divergence"] == pytest.approx(0.0, abs=1e-6)  # 1.0 is no probability of the router's
+    for rollout, mask in zip(played, as_completions(played)["env_mask"], strict=True):
+        positions, high = rollout.sequence.positions, rollout.sequence.high
+        assert 0 < len(rollout.forced) < len(positions)
+        assert all(high[turn] for turn in rollout.forced)
+        learned = [i + positions[0] + 1 for i, trained in enumerate(mask) if trained]
+        assert learned == [position + 1 for turn, position in enumerate(positions) if turn not in rollout.forced]
