@@ -166,7 +166,7 @@ class Shop:
             self._index = SearchIndex.load(folder / "index")
             self.nouns = nouns(Terms.model_validate_json((folder / "terms.json").read_bytes()).nouns)
         except FileNotFoundError as error:
-            raise UserError(f"{error.filename or folder} is missing: {folder} is not a shop; make it anew") from error
+            raise UserError(f"{folder} is not a shop, a file is missing ({error}): make it anew") from error
         if not len(self._table) == len(self.prices) == len(self._index):
             raise UserError(f"{folder}: products, prices and index are of different lengths; make it anew")
         self._row_of = {asin.lower(): row for row, asin in enumerate(self._table["asin"].to_pylist())}
@@ -216,7 +216,8 @@ class Shop:
 def open_shop(folder: Path) -> Shop:
     """The shop in a folder; opened once a process, however often it is asked for."""
     path = folder.resolve()
-    return _open_shop(path, (path / "prices.parquet").stat().st_mtime_ns if path.is_dir() else 0)
+    prices = path / "prices.parquet"
+    return _open_shop(path, prices.stat().st_mtime_ns if prices.is_file() else 0)
 
 
 @lru_cache(maxsize=4)

@@ -3,7 +3,6 @@
 The scores are bm25s' Lucene variant, with each document's length rounded as Lucene keeps it.
 """
 
-from collections import Counter
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
@@ -15,7 +14,6 @@ import bm25s.scoring
 import numpy as np
 import regex
 import Stemmer
-from numpy.typing import NDArray
 
 _BOUNDARY = regex.compile(r"(?V1)(?w)\b")
 """Unicode's word boundaries (UAX #29), which Lucene's StandardTokenizer follows."""
@@ -102,29 +100,14 @@ class SearchIndex:
         return int(self._index.scores["num_docs"])
 
     def search(self, words: str, count: int) -> tuple[int, ...]:
-        """Numbers of the documents that score best, `count` at most, best first and then in order; none that score 0.
-
-        As in Lucene, scores are summed in double precision and compared in single.
-        """
-        repeats = Counter(term for term in terms(words) if term in self._index.vocab_dict)
-        if not repeats:
+        """Numbers of the documents that score best, `count` at most, best first and then in order; none that score 0."""
+        known = [term for term in terms(words) if term in self._index.vocab_dict]
+        if not known:
             return ()
-        scores = np.zeros(len(self))
-        rarest = None
-        for term, times in repeats.items():
-            documents, added = self._postings(term)
-            scores[documents] += added * np.float32(times)
-            if len(documents) >= count and (rarest is None or len(documents) < len(rarest)):
-                rarest = documents
-        # The count-th best of one term's documents is a bound for that of all, which would take long to find among a million.
-        # A hair less, since sums are compared in single precision.
-        bound = 0.0 if rarest is None else np.partition(scores[rarest], -count)[-count] * (1 - 1e-6)
-        found = np.flatnonzero(scores > bound)
-        best = np.lexsort((found, -scores[found].astype(np.float32)))[:count]
-        return tuple(found[best].tolist())
-
-    def _postings(self, term: str) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-        """The documents that have the term, ascending, and what it adds to the score of each."""
-        stored, column = self._index.scores, self._index.vocab_dict[term]
-        of_term = slice(stored["indptr"][column], stored["indptr"][column + 1])
-        return stored["indices"][of_term], stored["data"][of_term]
+        scores = self._index.get_scores(known)
+        found = np.flatnonzero(scores > 0)
+        if len(found) > count:
+            least = np.partition(scores[found], -count)[-count]
+            found = found[scores[found] >= least]
+        best = found[np.lexsort((found, -scores[found]))][:count]
+        return tuple(int(document) for document in best)

@@ -12,6 +12,7 @@ from dmr_pipeline.environments.webshop.expert import ShoppingExpert
 from dmr_pipeline.environments.webshop.generator import generate_products
 from dmr_pipeline.environments.webshop.goals import PUBLISHED_SPLITS, Goal, ShoppingTask, make_goals
 from dmr_pipeline.environments.webshop.nouns import DESCRIPTIONS, NounTagger, installed_tagger
+from dmr_pipeline.environments.webshop.official import official_shop
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.recipe import GeneratedWebShop, OfficialWebShop, WebShop
 
@@ -35,8 +36,6 @@ def make_shop(benchmark: WebShop, output: Path) -> tuple[list[Goal], dict[str, s
         assert isinstance(benchmark, OfficialWebShop)
         seed, human = benchmark.price_seed, benchmark.goals == "human"
         tagger = installed_tagger() if benchmark.nouns == "installed" else benchmark.nouns
-        from dmr_pipeline.environments.webshop.official import official_shop
-
         packed, pack = official_shop()
         shutil.copytree(packed, folder, ignore=shutil.ignore_patterns("pack.json"))
         catalogue = f"{pack.products} products of WebShop ({pack.name}), {benchmark.goals} goals"
@@ -46,9 +45,7 @@ def make_shop(benchmark: WebShop, output: Path) -> tuple[list[Goal], dict[str, s
     return goals, {"catalogue": f"{catalogue}; prices drawn with seed {seed}", "nouns": DESCRIPTIONS[tagger]}
 
 
-def deal_goals(
-    goals: list[Goal], benchmark: WebShop, folder: Path
-) -> dict[str, tuple[list[Goal], dict[str, Any]]]:
+def deal_goals(goals: list[Goal], benchmark: WebShop, folder: Path) -> dict[str, tuple[list[Goal], dict[str, Any]]]:
     """The goals of each split, from the published ranges. A goal that even its own product does not satisfy in full, a quirk
     of WebShop's reward, is dropped from the training splits, and only from these.
 

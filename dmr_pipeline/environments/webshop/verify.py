@@ -6,6 +6,7 @@ counted apart.
 
 import json
 import random
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,7 +14,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
 
 from dmr_pipeline.environments.webshop.catalogue import Shop, draw_prices, open_shop, read_pricing, write_terms
 from dmr_pipeline.environments.webshop.engine import BACK, NEXT, PAGE_SIZE, PREVIOUS, WebShopEpisode
@@ -24,7 +25,7 @@ from dmr_pipeline.errors import UserError
 
 _PRICE_SEED = 1
 """What Python's generator was seeded with before the recordings."""
-_TOTAL = "(Total results: "
+_RESULTS = re.compile(r"Page (\d+) \(Total results: (\d{1,7})\)")
 
 
 class Available(BaseModel):
@@ -44,7 +45,7 @@ class RecordedStep(BaseModel):
     action: str | None = None
     reward: float = 0.0
     done: bool = False
-    goal_index: int | None = None
+    goal_index: NonNegativeInt | None = None
     goal: dict[str, Any] | None = None
 
 
@@ -140,7 +141,8 @@ def _compare_episode(
         found.differences.append(Difference("goal", name, f"goal {first.goal_index}, of {len(goals)}"))
         return
     goal = goals[first.goal_index]
-    if wrong := [key for key, value in first.goal.items() if _field(goal, key) != value]:
+    ours = _as_recorded(goal)
+    if wrong := [key for key, value in first.goal.items() if ours.get(key) != value]:
         found.differences.append(Difference("goal", name, f"goal {first.goal_index} differs in {', '.join(wrong)}"))
         return
     episode = _Replay(ShoppingTask(goal, shop))
@@ -149,7 +151,7 @@ def _compare_episode(
         if step.action is None:
             observation, reward, done = episode.reset(), 0.0, False
         else:
-            if step.action.startswith("search[") and _TOTAL in step.obs:
+            if step.action.startswith("search[") and _RESULTS.search(step.obs):
                 episode.found = _recorded_results(shop, recorded[i:])
                 found.searches += 1
                 words = step.action.removeprefix("search[").removesuffix("]").lower()
@@ -159,8 +161,9 @@ def _compare_episode(
         if reward != step.reward:
             difference = differ("reward", what=f"{reward}, recorded {step.reward}")
             (found.nouns if _only_nouns_differ(episode, step) else found.differences).append(difference)
-            episode.state = episode.state._replace(reward=step.reward)
-            observation = episode.observation()
+            # The receipt shows the reward: with the recorded one, is it the same?
+            kept, episode.state = episode.state, episode.state._replace(reward=step.reward)
+            observation, episode.state = episode.observation(), kept
         if observation != step.obs:
             found.differences.append(differ("observation", what=_first_difference(observation, step.obs)))
         if (episode.has_search_bar(), episode.clickables()) != (step.avail.has_search_bar, step.avail.clickables):
@@ -170,33 +173,26 @@ def _compare_episode(
             return
 
 
-def _field(goal: Goal, key: str) -> Any:  # noqa: ANN401 - what the recording holds under the key
-    """As the original names and writes it."""
-    names = {"instruction_text": "instruction", "goal_options": "options"}
-    value = getattr(goal, names.get(key, key))
-    return list(value) if isinstance(value, tuple) else value
+def _as_recorded(goal: Goal) -> dict[str, Any]:
+    """As the original names and writes a goal's fields."""
+    fields = goal.model_dump(mode="json")
+    return fields | {"instruction_text": fields["instruction"], "goal_options": fields["options"]}
 
 
 def _recorded_results(shop: Shop, steps: Sequence[RecordedStep]) -> tuple[int, ...]:
-    """Rows in the order of the result pages that the first step's search showed; what no page showed is filled with the first
-    product.
-
-    Raises:
-        UserError: a product is unknown.
-    """
-    rows = [0] * int(steps[0].obs.partition(_TOTAL)[2].partition(")")[0])
-    for number, step in enumerate(steps):
-        if number and step.action and step.action.startswith("search["):
+    """Rows in the order of the result pages that the first step's search showed. The first product stands for what no page
+    showed, and for what is not among ours: then pages differ."""
+    rows: list[int] = []
+    for step in steps:
+        if rows and step.action and step.action.startswith("search["):
             break
-        if _TOTAL not in step.obs:
-            continue
-        page = int(step.obs.partition(_TOTAL)[0].rsplit("Page ", 1)[1])
-        shown = [text for text in step.avail.clickables if text not in (BACK, PREVIOUS, NEXT)]
-        for place, asin in enumerate(shown, start=(page - 1) * PAGE_SIZE):
-            row = shop.row(asin)
-            if row is None:
-                raise UserError(f"the recorded product {asin} is not among the data: name the data they were made on")
-            rows[place] = row
+        if match := _RESULTS.search(step.obs):
+            number, total = map(int, match.groups())
+            rows = rows or [0] * total
+            shown = [text for text in step.avail.clickables if text not in (BACK, PREVIOUS, NEXT)]
+            for place, asin in enumerate(shown, start=(number - 1) * PAGE_SIZE):
+                if place < len(rows):
+                    rows[place] = shop.row(asin) or 0
     return tuple(rows)
 
 
