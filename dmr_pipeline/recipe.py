@@ -167,12 +167,6 @@ class Training(Section):
     mistake_rate: Share = Field(
         description="chance that the expert's step is replaced by a random admissible one before DAgger"
     )
-    head_from_embeddings: bool = Field(
-        False,
-        exclude_if=_unset,
-        description="the output head starts as the embeddings, scaled: a word that attention has found in the transcript can then"
-        " be written at once, which rare words (WebShop's product numbers) need; otherwise it starts at random",
-    )
     seed: int = Field(0, ge=0)
 
 

@@ -28,8 +28,6 @@ from dmr_pipeline.stage import StageContext, StageResult
 _PIECE = 2500
 """Tokens in one forward and backward pass, padding included."""
 _EMBEDDING_STD = 0.5
-_HEAD_SCALE = 0.2
-"""Of a head that starts as the embeddings; with more than that, the first updates only undo what it says."""
 _KEPT_EPISODES = 4000
 """The agent's own episodes that are kept for training; older ones, of a worse agent, are dropped."""
 
@@ -125,9 +123,6 @@ def train(
     Every update draws from a generator seeded by (seed, update), so that a resumed run repeats an unbroken one.
     """
     model = new_model(training.architecture, len(prompter.tokenizer), training.seed).to(device)
-    if training.head_from_embeddings:
-        with torch.no_grad():
-            model.get_output_embeddings().weight.copy_(_HEAD_SCALE * model.get_input_embeddings().weight)
     optimizers = make_optimizers(model, training)
     state = _State(0, [], [])
     saved = scratch / "training.pt"
