@@ -198,6 +198,44 @@ def experts_alfworld(
     )
 
 
+@experts_env.command("webshop")
+@user_errors_exit_2
+def experts_webshop(
+    recipe: Annotated[str, typer.Option(help="a WebShop recipe: its catalogue and its goals")] = "webshop-tiny",
+    split: Annotated[
+        Literal["train", "eval", "test"], typer.Option(help="published split: goals 1,500 and on, 500-1,499, 0-499")
+    ] = "eval",
+    goals: Annotated[int, typer.Option(min=1, help="of the split's goals, the first so many")] = 500,
+) -> None:
+    """Let the shopping expert, which the tiny agents learn from, shop for goals of a recipe's catalogue."""
+    from tempfile import TemporaryDirectory
+
+    from rich.progress import track
+
+    from dmr_pipeline.environments.webshop.catalogue import open_shop
+    from dmr_pipeline.environments.webshop.expert import shop_as_expert
+    from dmr_pipeline.environments.webshop.goals import PUBLISHED_SPLITS, ShoppingTask
+    from dmr_pipeline.environments.webshop.tasks import SHOP_FOLDER, make_shop
+    from dmr_pipeline.recipe import WebShop, load_recipe
+
+    benchmark = load_recipe(recipe).benchmark
+    if not isinstance(benchmark, WebShop):
+        raise UserError(f"{recipe}: its benchmark is {benchmark.environment}, name a WebShop recipe")
+    with TemporaryDirectory() as folder:
+        all_goals, facts = make_shop(benchmark, Path(folder))
+        shop = open_shop(Path(folder) / SHOP_FOLDER)
+        chosen = all_goals[PUBLISHED_SPLITS[split]][:goals]
+        played = [shop_as_expert(ShoppingTask(goal, shop), benchmark.step_limit) for goal in track(chosen, "shopping")]
+    rewards, steps = zip(*played, strict=True)
+    full = sum(reward == 1.0 for reward in rewards) / len(rewards)
+    console.print(f"{facts['catalogue']}; nouns: {facts['nouns']}", soft_wrap=True)
+    console.print(
+        f"shopping expert: full reward for {full:.1%} of {len(rewards)} {split} goals in "
+        f"{benchmark.step_limit} steps, score {100 * mean(rewards):.1f}, {mean(steps):.1f} steps on average",
+        soft_wrap=True,
+    )
+
+
 bench = typer.Typer(help="Measure how quick a part is.", no_args_is_help=True)
 
 

@@ -129,3 +129,16 @@ class ShoppingExpert:
         chosen = dict(self._episode.state.options)
         fitting = {name: value for name, value in self._fitting(self._row) if value is not None}
         return next((value for name, value in fitting.items() if chosen.get(name) != value), None)
+
+
+def shop_as_expert(task: ShoppingTask, step_limit: int) -> tuple[float, int]:
+    """An episode of the expert alone: the reward, and the steps that it took."""
+    episode, expert = WebShopEpisode(task), ShoppingExpert(task)
+    expert.observe(None, episode.reset())
+    for steps in range(1, step_limit + 1):
+        command = expert.act()
+        observation, reward, over = episode.step(command)
+        if over:
+            return reward, steps
+        expert.observe(command, observation)
+    return 0.0, step_limit

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
+from dmr_pipeline.cli import app
 from dmr_pipeline.environments.tasks import read_tasks, take_look
 from dmr_pipeline.environments.webshop.engine import State, WebShopEpisode
 from dmr_pipeline.environments.webshop.expert import ShoppingExpert
@@ -78,3 +80,18 @@ def test_a_look_is_a_page_and_a_click_that_may_do(tasks: list[ShoppingTask]) -> 
         episode.state = State("results", tuple(r for r in shown if r is not None))
         assert episode.observation() == look.observation
     assert len(set(places)) > 3
+
+
+def test_the_command_says_how_well_it_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipes = Path("recipes").resolve()
+    monkeypatch.chdir(tmp_path)
+    text = (recipes / "webshop-tiny.yaml").read_text(encoding="utf-8").replace("products: 6000", "products: 600")
+    Path("recipes").mkdir()
+    Path("recipes/small.yaml").write_text(text, encoding="utf-8")
+    Path("recipes/alfworld-tiny.yaml").write_bytes((recipes / "alfworld-tiny.yaml").read_bytes())
+    done = CliRunner().invoke(app, ["env", "experts", "webshop", "--recipe", "small", "--goals", "20"])
+    assert "600 generated products" in done.stdout
+    assert "of 20 eval goals in 15 steps" in done.stdout
+    done = CliRunner().invoke(app, ["env", "experts", "webshop", "--recipe", "alfworld-tiny"])
+    assert done.exit_code == 2
+    assert "its benchmark is alfworld" in done.stderr
