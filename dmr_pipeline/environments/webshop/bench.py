@@ -25,7 +25,7 @@ from dmr_pipeline.environments.webshop.catalogue import (
 )
 from dmr_pipeline.environments.webshop.engine import search_words
 from dmr_pipeline.environments.webshop.generator import generate_products
-from dmr_pipeline.environments.webshop.goals import ShoppingTask, synthetic_goals
+from dmr_pipeline.environments.webshop.goals import ShoppingTask, combinations, price_limit, synthetic_goal
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -121,9 +121,10 @@ def _tasks(shop: Shop) -> Iterator[ShoppingTask]:
     """Goals of different products, drawn at random."""
     rng = random.Random(0)
     for row in rng.sample(range(len(shop)), len(shop)):
-        goals = list(synthetic_goals(shop.product(row), shop.prices[row], rng))
-        if goals:
-            yield ShoppingTask(rng.choice(goals), shop)
+        product = shop.product(row)
+        if product.instruction is not None:
+            limit = price_limit(shop.prices[row], rng)
+            yield ShoppingTask(synthetic_goal(product, limit, rng.randrange(combinations(product))), shop)
 
 
 def _steps_a_second(tasks: Sequence[ShoppingTask]) -> float:

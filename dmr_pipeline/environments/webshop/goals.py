@@ -1,10 +1,12 @@
 """Goals: what a customer asks for. Made from a shop as WebShop makes them, and dealt to splits as its papers do."""
 
-import itertools
 import random
+from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
+from typing import overload
 
 from pydantic import BaseModel, ConfigDict
 
@@ -62,50 +64,91 @@ class ShoppingTask:
         return self.goal.instruction
 
 
-def make_goals(shop: Shop, rng: random.Random, *, human: bool = False) -> list[Goal]:
-    """All goals of a shop, in WebShop's shuffled order.
+class Goals(Sequence[Goal]):
+    """All goals of a shop, in WebShop's shuffled order. Each is made when it is asked for: the whole catalogue has millions.
 
     Args:
         rng: draws the price limits. WebShop draws them, after the prices, from Python's global generator: go on with the
             generator that `draw_prices` has used.
         human: the instructions that people wrote, instead of the synthetic ones with every combination of options.
     """
-    make = _human_goals if human else synthetic_goals
-    goals = [goal for row in range(len(shop)) for goal in make(shop.product(row), shop.prices[row], rng)]
-    if not human:
-        count = Counter(attribute for goal in goals for attribute in goal.attributes)
-        for i, goal in enumerate(goals):
-            weight = sum(1.0 / count[attribute] for attribute in goal.attributes) / len(goal.attributes)
-            goals[i] = goal.model_copy(update={"weight": weight})
-    random.Random(_SHUFFLE_SEED).shuffle(goals)
-    return [goal.model_copy(update={"index": index}) for index, goal in enumerate(goals)]
+
+    def __init__(self, shop: Shop, rng: random.Random, *, human: bool = False) -> None:
+        self._shop = shop
+        self._sources: list[tuple[int, float, int | None]] = []
+        """Row, price limit, and of which human instruction; None: of all combinations of options."""
+        self._starts: list[int] = []
+        """Of each source, how many goals there are before its own."""
+        self._count: Counter[str] = Counter()
+        """Of each attribute, how many synthetic goals ask for it."""
+        total = 0
+        for row in range(len(shop)):
+            product = shop.product(row)
+            numbers: Sequence[int | None] = [] if product.instruction is None else [None]
+            for number in range(len(product.human_instructions)) if human else numbers:
+                self._sources.append((row, price_limit(shop.prices[row], rng), number))
+                self._starts.append(total)
+                total += 1 if human else combinations(product)
+                if not human:
+                    self._count.update(dict.fromkeys(product.instruction_attributes, combinations(product)))
+        self._order = list(range(total))
+        random.Random(_SHUFFLE_SEED).shuffle(self._order)
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    @overload
+    def __getitem__(self, index: int) -> Goal: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Goal]: ...
+
+    def __getitem__(self, index: int | slice) -> Goal | list[Goal]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
+        index = range(len(self))[index]
+        source = bisect_right(self._starts, self._order[index]) - 1
+        row, limit, number = self._sources[source]
+        product = self._shop.product(row)
+        if number is not None:
+            return human_goal(product, limit, number).model_copy(update={"index": index})
+        goal = synthetic_goal(product, limit, self._order[index] - self._starts[source])
+        weight = sum(1.0 / self._count[attribute] for attribute in goal.attributes) / len(goal.attributes)
+        return goal.model_copy(update={"index": index, "weight": weight})
 
 
-def synthetic_goals(product: Product, price: float, rng: random.Random) -> Iterator[Goal]:
-    if product.instruction is None:
-        return
-    limit, limit_text = _price_limit(price, rng)
-    names = sorted(product.options)
-    for values in itertools.product(*(product.options[name] for name in names)):
-        options = dict(zip(names, values, strict=True))
-        wanted = ", and ".join(f"{name}: {value}" for name, value in options.items())
-        text = product.instruction + (f" with {wanted}" if wanted else "") + limit_text
-        yield _goal(product, text, product.instruction_attributes, limit, options)
+def combinations(product: Product) -> int:
+    """Of values, one for each option."""
+    return prod(len(values) for values in product.options.values())
 
 
-def _human_goals(product: Product, price: float, rng: random.Random) -> Iterator[Goal]:
-    for human in product.human_instructions:
-        limit, limit_text = _price_limit(price, rng)
-        yield _goal(product, human.instruction.strip(".") + limit_text, human.attributes, limit, human.options)
+def synthetic_goal(product: Product, limit: float, number: int) -> Goal:
+    """The goal of one combination of options: number 0 to `combinations` - 1, in the order of `itertools.product` over the
+    options' names in sorted order."""
+    chosen = {}
+    for name in sorted(product.options, reverse=True):
+        number, place = divmod(number, len(product.options[name]))
+        chosen[name] = product.options[name][place]
+    options = dict(sorted(chosen.items()))
+    wanted = ", and ".join(f"{name}: {value}" for name, value in options.items())
+    text = f"{product.instruction}{' with ' if wanted else ''}{wanted}{_limit_text(limit)}"
+    return _goal(product, text, product.instruction_attributes, limit, options)
 
 
-def _price_limit(price: float, rng: random.Random) -> tuple[float, str]:
-    """The larger of two of the next four tens above the price, and how an instruction says it."""
+def human_goal(product: Product, limit: float, number: int) -> Goal:
+    human = product.human_instructions[number]
+    text = human.instruction.strip(".") + _limit_text(limit)
+    return _goal(product, text, human.attributes, limit, human.options)
+
+
+def price_limit(price: float, rng: random.Random) -> float:
+    """The larger of two of the next four tens above the price."""
     above = [limit for limit in _LIMITS if limit > price][:4]
-    if len(above) < 2:
-        return NO_LIMIT, ""
-    limit = max(rng.sample(above, 2))
-    return limit, f", and price lower than {limit:.2f} dollars"
+    return max(rng.sample(above, 2)) if len(above) > 1 else NO_LIMIT
+
+
+def _limit_text(limit: float) -> str:
+    return "" if limit == NO_LIMIT else f", and price lower than {limit:.2f} dollars"
 
 
 def _goal(

@@ -2,6 +2,8 @@
 
 import random
 import shutil
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import polars as pl
 from dmr_pipeline.environments.webshop.catalogue import draw_prices, open_shop, read_pricing, write_shop, write_terms
 from dmr_pipeline.environments.webshop.expert import ShoppingExpert
 from dmr_pipeline.environments.webshop.generator import generate_products
-from dmr_pipeline.environments.webshop.goals import PUBLISHED_SPLITS, Goal, ShoppingTask, make_goals
+from dmr_pipeline.environments.webshop.goals import PUBLISHED_SPLITS, Goal, Goals, ShoppingTask
 from dmr_pipeline.environments.webshop.nouns import DESCRIPTIONS, NounTagger, installed_tagger
 from dmr_pipeline.environments.webshop.official import official_shop
 from dmr_pipeline.errors import UserError
@@ -20,7 +22,7 @@ SHOP_FOLDER = "shop"
 _PUBLISHED = {"agent_train": "train", "router_train": "train", "validation": "eval", "test": "test"}
 
 
-def make_shop(benchmark: WebShop, output: Path) -> tuple[list[Goal], dict[str, str]]:
+def make_shop(benchmark: WebShop, output: Path) -> tuple[Goals, dict[str, str]]:
     """Write the shop into `output`; all its goals, in WebShop's order, and what a report should say of them.
 
     Raises:
@@ -41,11 +43,11 @@ def make_shop(benchmark: WebShop, output: Path) -> tuple[list[Goal], dict[str, s
         catalogue = f"{pack.products} products of WebShop ({pack.name}), {benchmark.goals} goals"
     rng = random.Random(seed)
     write_terms(draw_prices(read_pricing(folder), rng), tagger, folder)
-    goals = make_goals(open_shop(folder), rng, human=human)
+    goals = Goals(open_shop(folder), rng, human=human)
     return goals, {"catalogue": f"{catalogue}; prices drawn with seed {seed}", "nouns": DESCRIPTIONS[tagger]}
 
 
-def deal_goals(goals: list[Goal], benchmark: WebShop, folder: Path) -> dict[str, tuple[list[Goal], dict[str, Any]]]:
+def deal_goals(goals: Sequence[Goal], benchmark: WebShop, folder: Path) -> dict[str, tuple[list[Goal], dict[str, Any]]]:
     """The goals of each split, from the published ranges. A goal that even its own product does not satisfy in full, a quirk
     of WebShop's reward, is dropped from the training splits, and only from these.
 
@@ -53,22 +55,32 @@ def deal_goals(goals: list[Goal], benchmark: WebShop, folder: Path) -> dict[str,
         UserError: there are fewer goals than a split asks for.
     """
     shop = open_shop(folder / SHOP_FOLDER)
-    left = {name: goals[part] for name, part in PUBLISHED_SPLITS.items()}
-    train = [goal for goal in left["train"] if ShoppingExpert(ShoppingTask(goal, shop)).can_be_satisfied()]
-    dropped, left["train"] = len(left["train"]) - len(train), train
+    dropped = 0
+
+    def satisfiable(goal: Goal) -> bool:
+        nonlocal dropped
+        can_be = ShoppingExpert(ShoppingTask(goal, shop)).can_be_satisfied()
+        dropped += not can_be
+        return can_be
+
+    left: dict[str, Iterator[Goal]] = {
+        name: (goals[i] for i in range(len(goals))[part]) for name, part in PUBLISHED_SPLITS.items()
+    }
+    left["train"] = filter(satisfiable, left["train"])
     dealt: dict[str, tuple[list[Goal], dict[str, Any]]] = {}
     for split, published in _PUBLISHED.items():
-        wanted, source = getattr(benchmark.splits, split), left[published]
-        if wanted > len(source):
+        wanted, before = getattr(benchmark.splits, split), dropped
+        chosen = list(islice(left[published], wanted))
+        if len(chosen) < wanted:
             raise UserError(
-                f"benchmark.splits.{split}: {wanted} goals, but WebShop's {published} split has {len(source)} left: ask for"
+                f"benchmark.splits.{split}: {wanted} goals, but WebShop's {published} split has {len(chosen)} left: ask for"
                 " fewer, or use a larger catalogue"
             )
-        facts: dict[str, Any] = {"published_split": published}
-        if published == "train":
-            facts["unsatisfiable_goals_dropped"] = dropped
-        dealt[split] = source[:wanted], facts
-        del source[:wanted]
+        facts = {"published_split": published}
+        dealt[split] = (
+            chosen,
+            facts | ({"unsatisfiable_goals_dropped": dropped - before} if published == "train" else {}),
+        )
     return dealt
 
 

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
 
 from dmr_pipeline.environments.webshop.catalogue import Shop, draw_prices, open_shop, read_pricing, write_terms
 from dmr_pipeline.environments.webshop.engine import BACK, NEXT, PAGE_SIZE, PREVIOUS, WebShopEpisode
-from dmr_pipeline.environments.webshop.goals import Goal, ShoppingTask, make_goals
+from dmr_pipeline.environments.webshop.goals import Goal, Goals, ShoppingTask
 from dmr_pipeline.environments.webshop.official import pack
 from dmr_pipeline.environments.webshop.reward import TYPE_SCORES, matched_share
 from dmr_pipeline.errors import UserError
@@ -103,14 +103,14 @@ def read_episodes(path: Path) -> list[list[RecordedStep]]:
     return episodes
 
 
-def recorded_shop(data: Path, folder: Path) -> tuple[Shop, list[Goal]]:
+def recorded_shop(data: Path, folder: Path) -> tuple[Shop, Sequence[Goal]]:
     """The authors' files in `data` as a shop in `folder`, prices and goals drawn as for the recordings."""
     pack(data, folder)
     rng = random.Random(_PRICE_SEED)
     rng.getrandbits(32)  # one draw had been made before
     write_terms(draw_prices(read_pricing(folder), rng), "alphabetic", folder)
     shop = open_shop(folder)
-    return shop, make_goals(shop, rng)
+    return shop, Goals(shop, rng)
 
 
 def compare(shop: Shop, goals: Sequence[Goal], episodes: Iterable[Sequence[RecordedStep]]) -> Comparison:

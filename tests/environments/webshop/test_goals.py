@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from dmr_pipeline.environments.webshop import nouns
 from dmr_pipeline.environments.webshop.catalogue import HumanInstruction, draw_prices
-from dmr_pipeline.environments.webshop.goals import NO_LIMIT, PUBLISHED_SPLITS, Goal, make_goals, synthetic_goals
+from dmr_pipeline.environments.webshop.goals import NO_LIMIT, PUBLISHED_SPLITS, Goal, Goals, price_limit, synthetic_goal
 from dmr_pipeline.errors import UserError
 from tests.environments.webshop.worlds import product, shop
 
@@ -34,7 +34,7 @@ PRODUCTS = [DRESS, product(3, "Nobody asks for this"), MUG]
 
 
 def test_synthetic_goals_are_all_combinations_with_names_sorted(tmp_path: Path) -> None:
-    goals = make_goals(shop(PRODUCTS, tmp_path, [5.0, 5.0, 995.0]), random.Random(0))
+    goals = Goals(shop(PRODUCTS, tmp_path, [5.0, 5.0, 995.0]), random.Random(0))
     assert [goal.index for goal in goals] == list(range(7))
     assert goals[3].task_id == "goal-3"
     assert Counter(goal.asin for goal in goals) == {DRESS.asin: 6, MUG.asin: 1}
@@ -57,7 +57,7 @@ def test_synthetic_goals_are_all_combinations_with_names_sorted(tmp_path: Path) 
 
 
 def test_human_goals_have_their_own_words_and_values_without_names(tmp_path: Path) -> None:
-    goals = make_goals(shop(PRODUCTS, tmp_path, [985.0] * 3), random.Random(0), human=True)
+    goals = Goals(shop(PRODUCTS, tmp_path, [985.0] * 3), random.Random(0), human=True)
     assert {(goal.instruction, goal.attributes, goal.options, goal.weight) for goal in goals} == {
         ("I need a red dress", ("cotton",), ("red", "xl"), 1.0),
         ("a dress", (), (), 1.0),
@@ -67,7 +67,7 @@ def test_human_goals_have_their_own_words_and_values_without_names(tmp_path: Pat
 
 @given(st.floats(0, 1100), st.integers(0, 1000))
 def test_the_price_limit_is_the_larger_of_two_of_the_next_four_tens(price: float, seed: int) -> None:
-    (goal,) = synthetic_goals(MUG, price, random.Random(seed))
+    goal = synthetic_goal(MUG, price_limit(price, random.Random(seed)), 0)
     tens = [ten for ten in range(10, 991, 10) if ten > price][:4]
     if len(tens) < 2:
         assert (goal.price_upper, goal.instruction) == (NO_LIMIT, "Find me a mug")
@@ -82,8 +82,8 @@ def test_goals_are_shuffled_alike_whatever_the_prices_were_drawn_with(tmp_path: 
     order = list(range(30))
     random.Random(233).shuffle(order)
     for seed in (0, 1):
-        assert [int(goal.asin[1:]) for goal in make_goals(opened, random.Random(seed))] == order
-    limits = [[goal.price_upper for goal in make_goals(opened, random.Random(seed))] for seed in (0, 0, 1)]
+        assert [int(goal.asin[1:]) for goal in Goals(opened, random.Random(seed))] == order
+    limits = [[goal.price_upper for goal in Goals(opened, random.Random(seed))] for seed in (0, 0, 1)]
     assert limits[0] == limits[1] != limits[2]
 
 
@@ -134,3 +134,11 @@ def test_the_real_model_where_it_is_installed() -> None:
     found = nouns.nouns("spacy")("A red ceramic mug for coffee by Keurig")
     assert {"mug", "coffee"} <= set(found)
     assert not {"a", "for", "by"} & set(found)
+
+
+def test_goals_are_a_sequence(tmp_path: Path) -> None:
+    goals = Goals(shop(PRODUCTS, tmp_path, [5.0, 5.0, 995.0]), random.Random(0))
+    assert goals[2:0:-1] == [goals[2], goals[1]]
+    assert goals[-1] == list(goals)[-1]
+    with pytest.raises(IndexError):
+        goals[len(goals)]
