@@ -2,8 +2,6 @@
 
 import re
 from collections.abc import Iterable
-from itertools import product
-from string import ascii_lowercase, digits
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -18,7 +16,6 @@ _SILENT = r"[.,:\[\]()!=\-]|\b(?:a|an|and|you|the|see|it|is|this|with value)\b"
 
 _JOINER = "￭"
 """On the side of a mark where no blank is: '￭,' (joiner annotation, as in OpenNMT's Tokenizer)."""
-_ALPHANUMERIC = "[0-9a-z]"
 _BLANK = "▁"
 """A blank that follows another one."""
 _PAGE_SEPARATOR = SEPARATOR.strip().lower()
@@ -45,14 +42,10 @@ def exact_word_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     """One token a word or mark, over those of `texts`; anything else is `<unk>`. What was encoded is decoded to the letter.
 
     Brackets, and marks at the end of a word, are tokens of their own, so that a value is the same tokens in a command, in a
-    sentence and on a page. Amazon's product numbers, 'b0' and eight letters or digits, are cut into pairs: an agent learns to
-    copy any of them, where whole ones would each be a rare word. Lost are case, blanks at both ends, the difference between a
-    blank, a tab and a new line, and the two signs that are used here, `_JOINER` and `_BLANK`, where a text has them itself.
+    sentence and on a page. Lost are case, blanks at both ends, the difference between a blank, a tab and a new line, and the
+    two signs that are used here, `_JOINER` and `_BLANK`, where a text has them itself.
     """
     rewrites = [(r"[\t\r\n]", " "), (r"(?<= ) ", f"{_BLANK} ")]
-    rewrites.append((rf"(?<=\bb0)(?={_ALPHANUMERIC}{{8}}(?!{_ALPHANUMERIC}))", f" {_JOINER}"))
-    next_pair = rf"(?<={_JOINER}{_ALPHANUMERIC}{{2}})(?={_ALPHANUMERIC}{{2,6}}(?!{_ALPHANUMERIC}))"
-    rewrites += [(next_pair, f" {_JOINER}")] * 3
     end = rf"(?=[{_FINAL_MARKS}\]]*(?: |$))"
     rewrites += [(f"(?<=[^ ]){re.escape(mark)}{end}", f" {_JOINER}{mark}") for mark in _FINAL_MARKS]
     rewrites += [(f"(?<=[^ ]){bracket}", f" {_JOINER}{mark}") for mark, bracket in _BRACKETS.items()]
@@ -67,8 +60,7 @@ def exact_word_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     splitter = pre_tokenizers.Split(" ", "removed")
     marks = {f"{left}{mark}{right}" for mark in _BRACKETS for left in ("", _JOINER) for right in ("", _JOINER)}
     marks |= {f"{left}{mark}" for mark in _FINAL_MARKS for left in ("", _JOINER)}
-    pairs = {f"{_JOINER}{first}{second}" for first, second in product(ascii_lowercase + digits, repeat=2)}
-    words = _words(texts, normalizer, splitter) | marks | pairs | {_BLANK, _PAGE_SEPARATOR, "b0"}
+    words = _words(texts, normalizer, splitter) | marks | {_BLANK, _PAGE_SEPARATOR}
     decoder = decoders.Sequence(
         [
             # Blanks between tokens, but before those that begin with the joiner, which goes.

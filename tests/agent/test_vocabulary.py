@@ -89,14 +89,3 @@ def test_all_that_can_be_clicked_in_the_real_catalogue_comes_back() -> None:
     tokenizer = exact_word_tokenizer(["click", *values, *(product["asin"] for product in products)])
     assert len(commands) > 2900
     assert [command for command in commands if given_back(tokenizer, command) != command] == []
-
-
-def test_product_numbers_are_pairs_of_characters_whether_they_were_seen_or_not() -> None:
-    tokenizer = exact_word_tokenizer(["search click"])
-    for text in ("click[b0x1y2z3w4]", "b0x1y2z3w4 [SEP] b000000000", "B0X1Y2Z3W4"):
-        tokens = encode(tokenizer, text)
-        assert tokenizer.unk_token_id not in tokens
-        assert given_back(tokenizer, text) == text.lower()
-    assert len(encode(tokenizer, "b0x1y2z3w4")) == 5
-    assert encode(tokenizer, "b0x1y2z3w4")[1:] == encode(tokenizer, "click[b0x1y2z3w4]")[3:-1]
-    assert tokenizer.unk_token_id in encode(tokenizer, "b0x1y2z3w45")
