@@ -87,7 +87,7 @@ def test_materialisation_records_hash_summary_table_and_picture(project: Recipe)
     record = latest("evaluation_report")
     assert record is not None
     assert record.tags["dagster/data_version"] == artifact.hash
-    assert record.tags["dagster/code_version"] == "1"
+    assert record.tags["dagster/code_version"] == pipeline.find_stage("evaluation_report", pipeline.STAGES).code_version
     shown = {key: value.value for key, value in record.metadata.items()}
     assert shown["hash"] == artifact.hash
     assert shown["size_bytes"] == artifact.size
