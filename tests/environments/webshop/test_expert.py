@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
@@ -85,9 +86,10 @@ def test_a_look_is_a_page_and_a_click_that_may_do(tasks: list[ShoppingTask]) -> 
 def test_the_command_says_how_well_it_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipes = Path("recipes").resolve()
     monkeypatch.chdir(tmp_path)
-    text = (recipes / "webshop-tiny.yaml").read_text(encoding="utf-8").replace("products: 6000", "products: 600")
+    recipe = yaml.safe_load((recipes / "webshop-tiny.yaml").read_text(encoding="utf-8"))
+    recipe["benchmark"]["products"] = 600
     Path("recipes").mkdir()
-    Path("recipes/small.yaml").write_text(text, encoding="utf-8")
+    Path("recipes/small.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
     Path("recipes/alfworld-tiny.yaml").write_bytes((recipes / "alfworld-tiny.yaml").read_bytes())
     done = CliRunner().invoke(app, ["env", "experts", "webshop", "--recipe", "small", "--goals", "20"])
     assert "600 generated products" in done.stdout
