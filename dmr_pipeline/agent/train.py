@@ -25,8 +25,9 @@ from dmr_pipeline.environments.tasks import benchmark_texts, read_tasks
 from dmr_pipeline.recipe import Architecture, Games, Runtime, Training, WebShop
 from dmr_pipeline.stage import StageContext, StageResult
 
-_PIECE = 2500
-"""Tokens in one forward and backward pass, padding included."""
+_PIECE = {"cpu": 2500, "cuda": 12_000}
+"""Tokens in one forward and backward pass, padding included, by type of device: small ones suit a CPU's caches, a GPU is kept
+busy by few large ones."""
 _EMBEDDING_STD = 0.5
 _KEPT_EPISODES = 4000
 """The agent's own episodes that are kept for training; older ones, of a worse agent, are dropped."""
@@ -201,7 +202,7 @@ def learn(model: PreTrainedModel, batch: Sequence[Example], device: torch.device
     """
     trained = sum(target != IGNORED for example in batch for target in example.targets)
     loss, right = 0.0, 0
-    for piece in pieces_of_similar_length(batch):
+    for piece in pieces_of_similar_length(batch, _PIECE[device.type]):
         logits, wanted = trained_logits(model, piece, device)
         cross_entropy = torch.nn.functional.cross_entropy(logits, wanted, reduction="sum") / trained
         cross_entropy.backward()
@@ -210,11 +211,11 @@ def learn(model: PreTrainedModel, batch: Sequence[Example], device: torch.device
     return loss, right / trained
 
 
-def pieces_of_similar_length(batch: Sequence[Example]) -> list[list[Example]]:
-    """The batch by length, cut where a piece would hold more than _PIECE tokens with its padding."""
+def pieces_of_similar_length(batch: Sequence[Example], most_tokens: int) -> list[list[Example]]:
+    """The batch by length, cut where a piece would hold more than `most_tokens` with its padding."""
     pieces: list[list[Example]] = [[]]
     for example in sorted(batch, key=lambda example: len(example.tokens)):
-        if pieces[-1] and (len(pieces[-1]) + 1) * len(example.tokens) > _PIECE:
+        if pieces[-1] and (len(pieces[-1]) + 1) * len(example.tokens) > most_tokens:
             pieces.append([])
         pieces[-1].append(example)
     return pieces

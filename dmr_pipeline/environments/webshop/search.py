@@ -3,11 +3,15 @@
 The scores are bm25s' Lucene variant, with each document's length rounded as Lucene keeps it.
 """
 
+import os
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
+
+# bm25s starts JAX where it is installed, and JAX would take three quarters of the GPU's memory from the LLM.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import bm25s
 import bm25s.scoring

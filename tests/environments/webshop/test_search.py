@@ -1,7 +1,10 @@
 """Search against BM25 written out, with Lucene's byte for a document's length, and against Lucene's analysis by hand."""
 
 import math
+import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -108,3 +111,20 @@ def test_nothing_is_found_for_unknown_and_empty_words(tmp_path: Path) -> None:
 def test_terms_are_those_of_lucenes_english_analysis(text: str, expected: str) -> None:
     """Stems are the examples of Porter (1980)."""
     assert terms(text) == expected.split()
+
+
+def test_an_installed_jax_is_kept_off_the_gpu(tmp_path: Path) -> None:
+    """bm25s starts JAX when it is imported, and JAX takes most of a GPU's memory at once."""
+    jax = tmp_path / "jax"
+    jax.mkdir()
+    (jax / "__init__.py").touch()
+    (jax / "lax.py").write_text("import os\nprint(os.environ['JAX_PLATFORMS'])\ndef top_k(scores, k): ...\n")
+    environment = {key: value for key, value in os.environ.items() if key != "JAX_PLATFORMS"}
+    done = subprocess.run(
+        [sys.executable, "-c", "import dmr_pipeline.environments.webshop.search"],
+        env=environment | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "cpu\n"
