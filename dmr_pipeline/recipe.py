@@ -200,7 +200,9 @@ class Prompt(Section):
     action_end: str = Field("<end>", description="a single token that ends the action")
     max_action_tokens: Count = Field(12, description="tokens generated for one action at most, its thought included")
     page: PageView | None = Field(
-        None, description="how pages are shown; without it, observations are shown as they are"
+        None,
+        exclude_if=_unset,
+        description="how pages are shown; without it, observations are shown as they are",
     )
 
 
