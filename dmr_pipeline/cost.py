@@ -1,4 +1,4 @@
-"""What an episode costs: bytes of weights read.
+"""What an episode costs: bytes of weights read; and what an outcome is worth at that cost.
 
 Our definition, since the paper gives none: the sum, over an episode's forward passes at batch 1, of the weight bytes that the
 pass reads. Generating an action of n tokens takes n passes of the acting precision: one reads the new segment, together with
@@ -11,6 +11,7 @@ validation games.
 from collections.abc import Mapping
 
 from dmr_pipeline.agent.rollout import Trajectory
+from dmr_pipeline.recipe import GrpoRouter
 
 
 def episode_cost(trajectory: Trajectory, weight_bytes: Mapping[bool, int], router_bytes: int = 0) -> float:
@@ -28,3 +29,10 @@ def episode_cost(trajectory: Trajectory, weight_bytes: Mapping[bool, int], route
             for step in trajectory.steps
         )
     )
+
+
+def reward(success: bool, cost: float, section: GrpoRouter) -> float:
+    """Of one episode, what stage 2 maximises and routers are compared by; `cost` in mean always-high episodes."""
+    if section.reward == "gated":
+        return success * (1 - section.cost_weight * cost)
+    return success - section.cost_weight * cost

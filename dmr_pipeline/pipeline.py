@@ -229,8 +229,8 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         name="evaluation_report",
         inputs=("benchmark_tasks", "quantized_checkpoints", "sensitivity_dataset", "kl_router", "grpo_router"),
-        sections=("benchmark", "agent", "precisions", "evaluation"),
-        code_version="2",
+        sections=("benchmark", "agent", "precisions", "grpo_router", "evaluation"),
+        code_version="3",
         run=_evaluation_report,
         group="evaluation",
         kinds=frozenset({"pytorch", "matplotlib"}),

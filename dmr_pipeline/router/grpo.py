@@ -29,7 +29,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.utils import logging as transformers_logging
 
 from dmr_pipeline.agent.rollout import Clock, Run, Trajectory, seeded_generator
-from dmr_pipeline.cost import episode_cost
+from dmr_pipeline.cost import episode_cost, reward
 from dmr_pipeline.environments.base import Task
 from dmr_pipeline.environments.tasks import read_tasks
 from dmr_pipeline.errors import UserError
@@ -113,13 +113,6 @@ def grpo_router(context: StageContext) -> StageResult:
     save_router(chosen, context.output / ROUTER_FOLDER)
     log.write_parquet(context.output / "training.parquet")
     return StageResult(summary=summary, measured={"seconds": time.perf_counter() - started})
-
-
-def reward(success: bool, cost: float, section: GrpoRouter) -> float:
-    """Of one episode; `cost` in mean always-high episodes."""
-    if section.reward == "gated":
-        return success * (1 - section.cost_weight * cost)
-    return success - section.cost_weight * cost
 
 
 @dataclass(frozen=True)

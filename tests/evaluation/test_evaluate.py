@@ -1,7 +1,10 @@
 import json
 from pathlib import Path
 
-from dmr_pipeline.evaluation.evaluate import benchmark_notes
+import polars as pl
+
+from dmr_pipeline.evaluation.evaluate import benchmark_notes, choose_headline
+from dmr_pipeline.recipe import load_recipe
 
 
 def test_notes_say_of_a_shop_where_its_catalogue_and_nouns_come_from(tmp_path: Path) -> None:
@@ -13,3 +16,23 @@ def test_notes_say_of_a_shop_where_its_catalogue_and_nouns_come_from(tmp_path: P
     ]
     (tmp_path / "manifest.json").write_text(json.dumps({"summary": {"test": {"games": 200}}}))
     assert benchmark_notes(tmp_path) == []
+
+
+def validation_frame(won: int, cost: float, high_steps: int) -> pl.DataFrame:
+    """100 episodes of ten steps."""
+    rows = pl.DataFrame({"success": [i < won for i in range(100)]})
+    return rows.with_columns(cost=pl.lit(cost), steps=pl.lit(10), high_steps=pl.lit(high_steps))
+
+
+def test_the_headline_router_is_the_one_of_the_higher_reward_within_the_budget() -> None:
+    section = load_recipe("alfworld-tiny").grpo_router.model_copy(update={"reward": "difference", "cost_weight": 0.5})
+    dear, cheap = validation_frame(80, 0.9, 2), validation_frame(78, 0.5, 2)
+    chosen, facts = choose_headline({"dear": dear, "cheap": cheap}, section)
+    assert chosen == "cheap"
+    assert facts["cheap"] == {"stage_2_reward": 0.53, "success": 0.78, "high_ratio": 0.2, "cost": 0.5}
+    assert facts["dear"]["stage_2_reward"] == 0.35
+    free = section.model_copy(update={"cost_weight": 0.0})
+    assert choose_headline({"dear": dear, "cheap": cheap}, free)[0] == "dear"
+    over_budget = validation_frame(99, 0.5, 5)
+    assert choose_headline({"cheap": cheap, "over budget": over_budget}, section)[0] == "cheap"
+    assert choose_headline({"over budget": over_budget}, section)[0] == "over budget"

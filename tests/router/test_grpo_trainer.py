@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from dmr_pipeline.agent.rollout import Draft, Run
+from dmr_pipeline.cost import reward
 from dmr_pipeline.recipe import GrpoRouter
-from dmr_pipeline.router.grpo import reward
 from dmr_pipeline.router.grpo_trainer import Rollout, RoutingTrainer, two_way
 from dmr_pipeline.router.model import (
     Router,
