@@ -127,7 +127,7 @@ def test_status_tells_present_stale_damaged_and_missing(finished_project: Recipe
         "evaluation_report": "stale",
         "released_router": "stale",
     }
-    shown = dmr("status", "--recipe", RECIPE)
+    shown = dmr("status", RECIPE)
     assert shown.exit_code == 0
     assert all(word in shown.output for word in ("present", "stale", "damaged", "missing"))
 
@@ -162,7 +162,7 @@ def fill_disk(context: StageContext) -> StageResult:
     [
         (("run", "nope"), "unknown recipe 'nope'.*known recipes: fake"),
         (("report", "nope"), "unknown recipe 'nope'"),
-        (("status", "--recipe", "nope"), "unknown recipe 'nope'"),
+        (("status", "nope"), "unknown recipe 'nope'"),
         (("materialize", "agent"), "unknown recipe 'alfworld-tiny'"),
         (("materialize", "nope", "--recipe", RECIPE), "unknown stage 'nope'.*benchmark_tasks"),
         (("materialize", "agent", "--recipe", RECIPE), "benchmark_tasks is missing.*dmr materialize benchmark_tasks"),

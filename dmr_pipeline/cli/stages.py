@@ -60,7 +60,7 @@ def materialize(
 
 
 @user_errors_exit_2
-def status(recipe: RecipeOption = DEFAULT_RECIPE) -> None:
+def status(recipe: RecipeArgument = DEFAULT_RECIPE) -> None:
     """Show which stages of a recipe are present, stale or missing."""
     table = Table(title=recipe, box=box.SIMPLE)
     for column in ("stage", "hash", "size", "made"):
