@@ -32,7 +32,12 @@ def episode_cost(trajectory: Trajectory, weight_bytes: Mapping[bool, int], route
 
 
 def reward(success: bool, cost: float, section: GrpoRouter) -> float:
-    """Of one episode, what stage 2 maximises and routers are compared by; `cost` in mean always-high episodes."""
+    """Of one episode, what stage 2 maximises and routers are compared by: success - lambda * cost (`difference`, the paper's)
+    or success * (1 - lambda * cost) (`gated`, ours).
+
+    Args:
+        cost: in mean always-high episodes.
+    """
     if section.reward == "gated":
         return success * (1 - section.cost_weight * cost)
     return success - section.cost_weight * cost
