@@ -6,7 +6,8 @@ All paths are relative to the project's folder, which is the working directory.
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -67,13 +68,33 @@ def check_rendered(stages: Sequence[Stage], recipes: Sequence[str], file: Path =
         raise UserError(f"{file} is not what the pipeline table and {RECIPE_FOLDER}/ say: run `dmr render`")
 
 
-def lock_entry(stage: Stage, recipe: str, lock_file: Path = LOCK_FILE) -> Mapping[str, Any] | None:
+@contextmanager
+def dvc_at_rest() -> Iterator[None]:
+    """Holds DVC's own lock, and waits for it: DVC writes `dvc.lock` in place, so whoever reads it meanwhile sees a part.
+
+    Raises:
+        UserError: the working directory is in no DVC project.
+    """
+    from dvc.exceptions import DvcException
+    from dvc.lock import make_lock
+    from dvc.repo import Repo
+
+    try:
+        with Repo() as repo:
+            hardlinks = repo.config["core"].get("hardlink_lock", False)
+            with make_lock(repo.lock.lockfile, tmp_dir=repo.tmp_dir, hardlink_lock=hardlinks, wait=True):
+                yield
+    except DvcException as error:
+        raise UserError(f"DVC: {' '.join(str(error).split())}") from error
+
+
+def lock_entry(stage: Stage, recipe: str) -> Mapping[str, Any] | None:
     """What `dvc.lock` records of a stage; None where it has no entry."""
-    if not lock_file.is_file():
+    if not LOCK_FILE.is_file():
         return None
-    entry: Mapping[str, Any] | None = (
-        (_yaml().load(lock_file) or {}).get("stages", {}).get(stage_address(stage, recipe))
-    )
+    with dvc_at_rest():
+        lock = LOCK_FILE.read_text(encoding="utf-8")
+    entry: Mapping[str, Any] | None = (_yaml().load(lock) or {}).get("stages", {}).get(stage_address(stage, recipe))
     return entry
 
 
@@ -94,9 +115,9 @@ def has_provenance(entry: Mapping[str, Any], stage: Stage, recipe: str, inputs: 
     )
 
 
-def is_committed(stage: Stage, recipe: str, artifact: Artifact, lock_file: Path = LOCK_FILE) -> bool:
+def is_committed(stage: Stage, recipe: str, artifact: Artifact) -> bool:
     """Does `dvc.lock` record this artefact, made by this command from these inputs and parameters?"""
-    entry = lock_entry(stage, recipe, lock_file)
+    entry = lock_entry(stage, recipe)
     return (
         entry is not None
         and recorded_outputs(entry) == {artifact.path.as_posix(): artifact.hash}

@@ -8,15 +8,14 @@ import datetime
 import os
 import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from itertools import count
 from pathlib import Path
 
 from ruamel.yaml import YAML
 
 from dmr_pipeline.errors import UserError
-from dmr_pipeline.versioning.dvc_stages import LOCK_FILE
+from dmr_pipeline.versioning.dvc_stages import LOCK_FILE, dvc_at_rest
 
 ATTEMPTS = 20
 IDENTITY = ("dmr-pipeline", "dmr-pipeline@localhost")
@@ -46,7 +45,7 @@ def commit_lock(message: str, paths: Sequence[Path], date: datetime.date) -> str
         UserError: the working directory is in no Git checkout or DVC project, a path does not exist, or Git refuses.
     """
     _git("rev-parse", "--show-toplevel")
-    with _dvc_lock(), tempfile.TemporaryDirectory() as scratch:
+    with dvc_at_rest(), tempfile.TemporaryDirectory() as scratch:
         for attempt in range(ATTEMPTS):
             branch = _branch(date)
             tip = _find(branch)
@@ -127,22 +126,6 @@ def _identity() -> dict[str, str]:
         if _run("-c", "user.useConfigOnly=true", "var", f"GIT_{role}_IDENT").returncode != 0:
             environment.update(zip((f"GIT_{role}_NAME", f"GIT_{role}_EMAIL"), IDENTITY, strict=True))
     return environment
-
-
-@contextmanager
-def _dvc_lock() -> Iterator[None]:
-    """DVC writes `dvc.lock` in place, so it is read only while DVC stands still."""
-    from dvc.exceptions import DvcException
-    from dvc.lock import make_lock
-    from dvc.repo import Repo
-
-    try:
-        with Repo() as repo:
-            hardlinks = repo.config["core"].get("hardlink_lock", False)
-            with make_lock(repo.lock.lockfile, tmp_dir=repo.tmp_dir, hardlink_lock=hardlinks, wait=True):
-                yield
-    except DvcException as error:
-        raise UserError(f"DVC: {_one_line(str(error))}") from error
 
 
 def _git(*arguments: str, stdin: str | None = None, environment: Mapping[str, str] | None = None) -> str:

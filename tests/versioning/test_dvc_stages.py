@@ -1,3 +1,4 @@
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
 
@@ -78,6 +79,21 @@ def test_commit_records_what_dvc_then_calls_up_to_date(project: Recipe):
     out = yaml.safe_load(Path("dvc.lock").read_text())["stages"][f"benchmark_tasks@{RECIPE}"]["outs"][0]
     assert out["md5"] == artifact.hash
     assert "up to date" in dvc("status", f"benchmark_tasks@{RECIPE}")
+
+
+def test_dvc_lock_is_not_read_while_dvc_writes_it(project: Recipe):
+    """DVC writes it in place: half a file may be no YAML, or hide an entry."""
+    stage = pipeline.STAGES[0]
+    dvc_stages.commit(stage, RECIPE, artifact=materialize_stage(stage, project).artifact, rebuilt=True)
+    whole, entry = dvc_stages.LOCK_FILE.read_text(), dvc_stages.lock_entry(stage, RECIPE)
+    assert entry is not None
+    with ThreadPoolExecutor(1) as reader:
+        with Repo() as repo, repo.lock:
+            dvc_stages.LOCK_FILE.write_text(whole[: whole.index("outs:")] + "ou")
+            read = reader.submit(dvc_stages.lock_entry, stage, RECIPE)
+            assert not wait([read], timeout=1).done
+            dvc_stages.LOCK_FILE.write_text(whole)
+        assert read.result(timeout=60) == entry
 
 
 @pytest.mark.parametrize("change", ["output", "command", "params", "dependency"])
