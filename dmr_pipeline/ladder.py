@@ -3,7 +3,7 @@
 import json
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -217,11 +217,14 @@ class Ladder:
         device = resolve_device(recipe.runtime.device)
         models, sizes = {}, {}
         for high, rung in ((True, recipe.precisions.high), (False, recipe.precisions.low)):
-            model = load_rung(checkpoints / rung, device)
-            sizes[high] = rung_size(model).bytes
-            models[high] = acting_model(model, device)
+            models[high], sizes[high] = _load_acting(checkpoints / rung, device)
         prompter = Prompter.of(load_tokenizer(checkpoints / "tokenizer"), recipe.agent.prompt)
         return cls(models, sizes, read_ladder(checkpoints).always_high_cost, prompter, device, recipe)
+
+    def of_rung(self, checkpoints: Path, rung: str) -> "Ladder":
+        """The same with one rung in the place of both, so that it acts whatever a policy says."""
+        model, size = _load_acting(checkpoints / rung, self.device)
+        return replace(self, models={True: model, False: model}, weight_bytes={True: size, False: size})
 
     @property
     def processes(self) -> int:
@@ -273,6 +276,12 @@ class Ladder:
     def streams(self, slots: int) -> dict[bool, Streams]:
         """Fresh token streams of both precisions."""
         return {high: Streams(model, slots, CAPACITY) for high, model in self.models.items()}
+
+
+def _load_acting(folder: Path, device: torch.device) -> tuple[PreTrainedModel, int]:
+    """What computes when a rung acts, and the bytes of weights that it stands for."""
+    model = load_rung(folder, device)
+    return acting_model(model, device), rung_size(model).bytes
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -1,9 +1,10 @@
 """The precision ladder: one float checkpoint at several weight precisions, through optimum-quanto.
 
 Round-to-nearest quantization of the linear layers, without data: int8 symmetric with one scale for each output row;
-int4 and int2 affine (scale and shift) in groups along the input. quanto chooses the group size from the input width
-alone: up to 128 inputs, one group a row; above, 128, less 32 for as long as it does not divide the width (160 and 224:
-32; 192: 96; 320: 64), and one group a row where not even 32 does.
+int4 and int2 affine (scale and shift) in groups along the input, over their whole range or, where a rung says so, over the
+part of it with the least squared error. quanto chooses the group size from the input width alone: up to 128 inputs, one
+group a row; above, 128, less 32 for as long as it does not divide the width (160 and 224: 32; 192: 96; 320: 64), and one
+group a row where not even 32 does.
 
 quanto unpacks int4 and int2 by a C++ extension, which it compiles on first use into its own installed folder (killed
 half-way, it leaves a lock on which every later load waits). A few operations of torch replace it here: the same bytes,
@@ -20,7 +21,16 @@ from typing import NamedTuple
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from optimum.quanto import Calibration, QLinear, QModuleMixin, freeze, quantization_map, quantize
+from optimum.quanto import (
+    AffineOptimizer,
+    Calibration,
+    QLinear,
+    QModuleMixin,
+    freeze,
+    qtype,
+    quantization_map,
+    quantize,
+)
 from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
@@ -44,6 +54,31 @@ with warnings.catch_warnings():
     warnings.filterwarnings("ignore", message=".*may also be overridden", category=UserWarning)
     for _device in ("CPU", "CUDA"):
         _kernels.impl("unpack", _unpack, _device, allow_override=True)
+
+
+_SHARES = [1 - step / 40 for step in range(29)]
+"""Parts of its range that a group may be given, from all of it to 30%."""
+
+
+class MseRanges(AffineOptimizer):
+    """Scale and shift of each group by the part of its range, of those in `_SHARES`, that is nearest to the weights in the
+    mean square; of equal ones the largest. A part lies about the mean of the group. This search is ours."""
+
+    def optimize(self, base: Tensor, qtype: qtype, axis: int | None) -> tuple[Tensor, Tensor]:
+        """Weights [groups, weights of a group] -> scale and shift [groups, 1] of their dtype, which make of an integer the
+        weight scale * integer - shift. `axis` is that of the groups, which in a linear layer is always the first."""
+        weights, greatest = base.float(), 2**qtype.bits - 1
+        least, mean = weights.amin(1, keepdim=True), weights.mean(1, keepdim=True)
+        span = weights.amax(1, keepdim=True) - least
+        scale, shift, error = span / greatest, -least, torch.full_like(span, torch.inf)
+        for share in _SHARES:
+            new_scale, new_shift = span * share / greatest, -(mean + share * (least - mean))
+            nearest = ((weights + new_shift) / new_scale).round().clamp(0, greatest)
+            new_error = (nearest * new_scale - new_shift - weights).square().sum(1, keepdim=True)
+            better = new_error < error  # never where all weights of a group are equal: 0 / 0
+            scale, shift = torch.where(better, new_scale, scale), torch.where(better, new_shift, shift)
+            error = torch.where(better, new_error, error)
+        return scale.to(base.dtype), shift.to(base.dtype)
 
 
 class RungSize(NamedTuple):
@@ -80,7 +115,8 @@ def quantize_rung(
         if not any(fnmatch(name, pattern) for name, _ in model.named_modules()):
             raise UserError(f"rung {rung.name!r}: keep_float pattern {pattern!r} fits no module of the model")
     activations = None if rung.activations == "none" else f"q{rung.activations}"
-    _quantize(model, f"q{rung.weights}", activations, exclude=list(rung.keep_float))
+    optimizer = MseRanges() if rung.ranges == "mse" else None
+    _quantize(model, f"q{rung.weights}", activations, optimizer, exclude=list(rung.keep_float))
     if activations is not None and calibration is not None:
         with torch.no_grad(), Calibration(streamline=False):
             calibration(model)
@@ -160,10 +196,11 @@ def _quantize(
     model: PreTrainedModel,
     weights: str,
     activations: str | None,
+    optimizer: AffineOptimizer | None = None,
     include: list[str] | None = None,
     exclude: list[str] | None = None,
 ) -> None:
-    quantize(model, weights=weights, activations=activations, include=include, exclude=exclude)
+    quantize(model, weights=weights, activations=activations, optimizer=optimizer, include=include, exclude=exclude)
     for module in model.modules():
         if isinstance(module, QModuleMixin):
             module.disable_output_quantization()

@@ -235,6 +235,18 @@ class Rung(Section):
     keep_float: tuple[str, ...] = Field(
         ("lm_head",), description="modules left in float, as glob patterns of module names"
     )
+    ranges: Literal["mse"] | None = Field(
+        None,
+        exclude_if=_unset,
+        description="of int4 and int2: what a group's integers span. Without it, quanto's choice, from the group's least weight"
+        " to its greatest (min-max); mse: the part of that with the least squared error (both: Nagel et al., 2021, 3.1)",
+    )
+
+    @model_validator(mode="after")
+    def _ranges_of_groups(self) -> Self:
+        if self.ranges is not None and self.weights not in ("int4", "int2"):
+            raise ValueError(f"rung {self.name!r}: ranges is for int4 and int2 weights, these are {self.weights}")
+        return self
 
 
 class Precisions(Section):

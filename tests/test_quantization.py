@@ -2,17 +2,21 @@ import json
 from pathlib import Path
 from typing import Literal
 
+import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
-from optimum.quanto import QLinear, qint2, qint4
+from hypothesis import HealthCheck, given, settings
+from hypothesis.extra.numpy import arrays
+from optimum.quanto import QLinear, qint2, qint4, quantize_weight
 from optimum.quanto.library.extensions import extension
+from pydantic import ValidationError
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config, Qwen3Config
 
 from dmr_pipeline.errors import UserError
-from dmr_pipeline.quantization import dequantized, load_rung, quantize_rung, rung_size, save_rung
+from dmr_pipeline.quantization import MseRanges, dequantized, load_rung, quantize_rung, rung_size, save_rung
 from dmr_pipeline.recipe import Rung
 
 CPU = torch.device("cpu")
@@ -126,6 +130,51 @@ def test_int2_weights_are_the_nearest_of_four_levels_of_each_group() -> None:
     expected = (np.clip(np.round((groups - low) / step), 0, 3) * step + low).reshape(weight.shape)
     plain = dequantized(quantize_rung(model, rung("int2")))
     np.testing.assert_allclose(plain.model.layers[0].mlp.down_proj.weight.numpy(), expected, rtol=0, atol=1e-6)
+
+
+def shrunk(group: np.ndarray, share: float, bits: int) -> np.ndarray:
+    """What is left of a group's weights if its integers span this share of its range; plain arithmetic."""
+    if np.ptp(group) == 0:
+        return group
+    step = share * np.ptp(group) / (2**bits - 1)
+    lowest = group.mean() + share * (group.min() - group.mean())
+    return np.clip(np.round((group - lowest) / step), 0, 2**bits - 1) * step + lowest
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])  # the one here only forbids
+@given(
+    weights=arrays(np.float32, (3, 64), elements=st.floats(-2, 2, width=16)),
+    bits=st.sampled_from([2, 4]),
+)
+def test_mse_ranges_have_the_least_error_of_all_shares(weights: np.ndarray, bits: int) -> None:
+    weights[0] = weights[0, 0]  # a group without a range
+    optimizer, axis = MseRanges(), 0
+    scale, shift = optimizer(torch.from_numpy(weights), {2: qint2, 4: qint4}[bits], axis, group_size=32)
+    groups = weights.reshape(-1, 32)
+    stored = quantize_weight(
+        torch.from_numpy(weights), {2: qint2, 4: qint4}[bits], axis, scale, shift, group_size=32
+    ).dequantize()
+    errors = np.square(stored.numpy().reshape(-1, 32) - groups).sum(1)
+    for group, error in zip(groups.astype(np.float64), errors, strict=True):
+        least = min(np.square(shrunk(group, share, bits) - group).sum() for share in np.linspace(0.3, 1, 29))
+        assert error == pytest.approx(least, rel=1e-3, abs=1e-5)
+
+
+def test_a_rung_with_mse_ranges_is_nearer_to_float_and_as_small(tmp_path: Path) -> None:
+    model = causal_lm()
+    plain, shrunk_one = (quantize_rung(model, rung("int2", ranges=ranges)) for ranges in (None, "mse"))
+    assert rung_size(shrunk_one) == rung_size(plain)
+    weights = model.model.layers[0].mlp.down_proj.weight
+    distances = [
+        torch.dist(dequantized(quantized).model.layers[0].mlp.down_proj.weight, weights)
+        for quantized in (plain, shrunk_one)
+    ]
+    assert distances[1] < 0.9 * distances[0]
+    save_rung(shrunk_one, tmp_path)
+    assert_same(logits(load_rung(tmp_path, CPU)), logits(shrunk_one))
+    for refused in ("float", "int8"):
+        with pytest.raises(ValidationError, match="ranges is for int4 and int2 weights"):
+            rung(refused, ranges="mse")
 
 
 @pytest.mark.parametrize(

@@ -71,6 +71,11 @@ def evaluation_report(context: StageContext) -> StageResult:
         compared = entries(routers, cascade, ladder.slots(len(test)))
         if opens_at_search_bar(test[0]):
             compared += search_entries(routers, ladder.slots(len(test)))
+        for rung in recipe.precisions.ladder:
+            if rung.name not in (recipe.precisions.high, recipe.precisions.low):
+                alone = ladder.of_rung(context.inputs["quantized_checkpoints"], rung.name)
+                entry = Entry(f"always_{rung.name}", "rung", SinglePrecision(high=False))
+                frames.append(evaluate(entry, alone, test, progress))
         for entry in compared:
             frames.append(evaluate(entry, ladder, test, progress))
             if entry.kind == "router":  # random mixing follows once the router's ratio is known

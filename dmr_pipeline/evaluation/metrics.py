@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from dmr_pipeline.errors import UserError
 
-Kind = Literal["single", "random", "router", "ablation", "baseline", "oracle"]
+Kind = Literal["single", "rung", "random", "router", "ablation", "baseline", "oracle"]
 Floats = NDArray[np.float64]
 Interval = list[float]
 """[low, high]"""
@@ -51,10 +51,18 @@ EPISODES = pl.Schema(
         "cost": pl.Float64(),
     }
 )
-"""One row per (policy, draw, game). `reward` is in [0, 1], and 1 is success. `cost` is relative to the mean `always_high`
-episode on validation."""
+"""One row per (policy, draw, game). The kind `rung` is another rung of the ladder that acts alone: none of its steps is in
+high precision. `reward` is in [0, 1], and 1 is success. `cost` is relative to the mean `always_high` episode on validation."""
 
-_KIND_ORDER: Mapping[str, int] = {"single": 0, "baseline": 1, "random": 2, "router": 3, "ablation": 4, "oracle": 5}
+_KIND_ORDER: Mapping[str, int] = {
+    "single": 0,
+    "rung": 1,
+    "baseline": 2,
+    "random": 3,
+    "router": 4,
+    "ablation": 5,
+    "oracle": 6,
+}
 _DIGITS = 6
 
 

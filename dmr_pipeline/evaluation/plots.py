@@ -15,9 +15,12 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from dmr_pipeline.evaluation.metrics import Floats, Metrics, PolicyMetrics, wilson
 
 INK, MUTED, GRID = "#1f2933", "#616e7c", "#e4e7eb"
-BLUE, ORANGE, GREEN, GREY = "#1d5fd1", "#d9580d", "#1b8a5a", "#7b8794"
+BLUE, ORANGE, GREEN, BROWN, GREY = "#1d5fd1", "#d9580d", "#1b8a5a", "#7a4a12", "#7b8794"
 _ROUTER_COLOURS = (BLUE, ORANGE, "#8d35b5", "#b3261e")
 """Routers in the order of the table; a random policy has the colour of the router whose ratio it plays."""
+
+_LABEL = 0.391
+"""Inches of a figure's height that a policy's name needs beside the picture."""
 
 _STYLE = {
     "axes.axisbelow": True,
@@ -48,7 +51,7 @@ def plot_accuracy_cost(metrics: Metrics, path: Path) -> None:
     policies = metrics["policies"]
     high, low = policies[metrics["high"]], policies[metrics["low"]]
     colours = _colours(policies)
-    with _figure(path, 10.5, 4.6) as figure:
+    with _figure(path, 10.5, max(4.6, _LABEL * len(policies))) as figure:
         by_ratio, by_cost = figure.subplots(1, 2, sharey=True, gridspec_kw={"width_ratios": [1, 1]})
         figure.subplots_adjust(left=0.07, right=0.74, bottom=0.13, top=0.91, wspace=0.08)
         for axes, key in ((by_ratio, "high_ratio"), (by_cost, "cost")):
@@ -190,7 +193,7 @@ def _figure(path: Path, width: float, height: float) -> Iterator[Figure]:
 def _colours(policies: Mapping[str, PolicyMetrics]) -> dict[str, str]:
     routers = [name for name, policy in policies.items() if policy["kind"] == "router"]
     colours = {name: _ROUTER_COLOURS[i % len(_ROUTER_COLOURS)] for i, name in enumerate(routers)}
-    by_kind = {"single": INK, "oracle": GREEN, "baseline": GREY, "random": GREY, "ablation": GREY}
+    by_kind = {"single": INK, "rung": BROWN, "oracle": GREEN, "baseline": GREY, "random": GREY, "ablation": GREY}
     return {
         name: colours.get(name.removeprefix("random@")) or by_kind[policy["kind"]] for name, policy in policies.items()
     }
@@ -202,7 +205,15 @@ def _coordinate(policy: PolicyMetrics, key: str) -> float:
 
 def _point(axes: Axes, x: float, policy: PolicyMetrics, colour: str) -> None:
     """Filled for what decides or is fixed, hollow for random."""
-    markers = {"single": "s", "random": "o", "router": "o", "ablation": "X", "baseline": "D", "oracle": "^"}
+    markers = {
+        "single": "s",
+        "rung": "s",
+        "random": "o",
+        "router": "o",
+        "ablation": "X",
+        "baseline": "D",
+        "oracle": "^",
+    }
     marker = markers[policy["kind"]]
     errors = [[policy["success"] - policy["ci95"][0]], [policy["ci95"][1] - policy["success"]]]
     face = "white" if policy["kind"] == "random" else colour
@@ -219,7 +230,7 @@ def _label_beside(
     names = sorted(policies, key=lambda name: (policies[name]["success"], -policies[name]["cost"], name))
     wanted = [(policies[name]["success"] - bottom) / (top - bottom) for name in names]
     right = axes.get_xlim()[1]
-    for name, height in zip(names, _spread(wanted, 0.085), strict=True):
+    for name, height in zip(names, _spread(wanted, _LABEL / figure.get_figheight()), strict=True):
         policy = policies[name]
         axes.annotate(
             f"{name}  {policy['success']:.1%}",

@@ -14,7 +14,15 @@ from dmr_pipeline.artifacts import sidecar_path
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.evaluation.metrics import Interval, Metrics, PairedComparison, PolicyMetrics
 
-_KIND_STYLES = {"single": "", "baseline": "", "random": "dim", "router": "bold", "ablation": "dim", "oracle": "italic"}
+_KIND_STYLES = {
+    "single": "",
+    "rung": "",
+    "baseline": "",
+    "random": "dim",
+    "router": "bold",
+    "ablation": "dim",
+    "oracle": "italic",
+}
 _NONE = "-"
 
 
@@ -86,7 +94,7 @@ def headline(metrics: Metrics) -> list[str]:
         sentences.append(
             f"It saves nothing: an episode costs {router['cost'] / high['cost']:.2f} times {metrics['high']}'s."
         )
-    return [*sentences, *_against_random(metrics)]
+    return [*sentences, *_against_rungs(metrics), *_against_random(metrics)]
 
 
 def markdown_table(metrics: Metrics) -> str:
@@ -187,6 +195,18 @@ def render_html(folder: Path, sidecar: Path | None, html: Path) -> None:
     part = html.with_name(f".{html.name}.part")
     part.write_text(page, encoding="utf-8")
     part.replace(html)
+
+
+def _against_rungs(metrics: Metrics) -> list[str]:
+    """Whether a single rung of the ladder does as well for as little, so that no router is needed."""
+    policies = metrics["policies"]
+    router = policies[metrics["headline"]]
+    found = [
+        f"{name} ({policy['success']:.1%} at a cost of {policy['cost']:.2f})"
+        for name, policy in policies.items()
+        if policy["kind"] == "rung" and policy["success"] >= router["success"] and policy["cost"] <= router["cost"]
+    ]
+    return [f"Without a router, at no higher cost, as much is reached by: {', '.join(found)}."] if found else []
 
 
 def _against_random(metrics: Metrics) -> list[str]:

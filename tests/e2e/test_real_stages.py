@@ -9,7 +9,12 @@ from pathlib import Path
 import pytest
 
 from dmr_pipeline import pipeline
+from dmr_pipeline.agent.rollout import Run, SinglePrecision
 from dmr_pipeline.artifacts import artifact_folder, verify
+from dmr_pipeline.cost import episode_cost
+from dmr_pipeline.environments.tasks import read_tasks
+from dmr_pipeline.ladder import Ladder
+from dmr_pipeline.recipe import load_recipe
 from tests.fake_project import make_project
 
 RECIPE_YAML = """\
@@ -32,7 +37,7 @@ agent:
     dagger_tokens: 100
     mistake_rate: 0.05
 precisions:
-  ladder: [{name: float, weights: float}, {name: int4, weights: int4}, {name: int2, weights: int2}]
+  ladder: [{name: float, weights: float}, {name: int4, weights: int4, ranges: mse}, {name: int2, weights: int2}]
   high: float
   low: int2
   kl_episodes: 2
@@ -77,6 +82,19 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def assert_the_rung_acted_alone(cost: float) -> None:
+    """As where int4 is the low precision, and low acts throughout."""
+    recipe = load_recipe("micro")
+    precisions = recipe.precisions.model_copy(update={"low": "int4"})
+    ladder = Ladder.load(
+        artifact_folder("quantized_checkpoints", "micro"), recipe.model_copy(update={"precisions": precisions})
+    )
+    games = read_tasks(artifact_folder("benchmark_tasks", "micro"), "test")
+    played = ladder.play([Run(game) for game in games], SinglePrecision(high=False), seed=0)
+    spent = [episode_cost(trajectory, ladder.weight_bytes) / ladder.always_high_cost for trajectory in played]
+    assert cost == pytest.approx(sum(spent) / len(spent), abs=1e-6)
+
+
 def test_the_whole_pipeline_runs_and_repeats_itself(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(project)
     monkeypatch.setenv("DAGSTER_HOME", str(project / "dagster_home"))
@@ -90,6 +108,7 @@ def test_the_whole_pipeline_runs_and_repeats_itself(project: Path, monkeypatch: 
     assert set(policies) == {
         "always_high",
         "always_low",
+        "always_int4",
         "confidence",
         "kl_router",
         "grpo_router",
@@ -98,8 +117,9 @@ def test_the_whole_pipeline_runs_and_repeats_itself(project: Path, monkeypatch: 
         "disagreement",
     }
     assert all(policy["n"] == 4 for policy in policies.values())
-    assert policies["always_high"]["high_ratio"] == 1.0
+    assert (policies["always_high"]["high_ratio"], policies["always_int4"]["high_ratio"]) == (1.0, 0.0)
     assert policies["random@kl_router"]["episodes"] == 12
+    assert_the_rung_acted_alone(report["policies"]["always_int4"]["cost"])
     assert Path(report["html"]).read_text().count("data:image/png;base64,") >= 4
 
     again = dmr("run", "micro")

@@ -233,6 +233,20 @@ def test_metrics_of_known_episodes(episodes: pl.DataFrame) -> None:
     assert metrics["random_curve"]["apgr"] == pytest.approx(0.4 * recovered / 2 + 0.6 * (1 + recovered) / 2, abs=1e-6)
 
 
+def test_a_rung_that_acts_alone_recovers_its_part_of_the_gap_and_is_no_router(episodes: pl.DataFrame) -> None:
+    won = pl.col("game_id") < "game-0080"
+    rung = episodes.filter(policy="always_low").with_columns(
+        policy=pl.lit("always_int4"), kind=pl.lit("rung"), success=won, reward=won.cast(pl.Float64), cost=pl.lit(0.3)
+    )
+    before, metrics = compute(episodes), compute(pl.concat([episodes, rung]))
+    assert list(metrics["policies"])[:3] == ["always_high", "always_low", "always_int4"]
+    found = metrics["policies"].pop("always_int4")
+    assert (found["success"], found["high_ratio"], found["gap_recovered"]) == (0.8, 0.0, 0.75)
+    # At cost 0.3 the line from (0.2, 50%) to (1, 90%) is at 55%.
+    assert found["gain_at_equal_cost"] == pytest.approx(0.25)
+    assert metrics == before
+
+
 def test_scores_of_known_rewards(make: Callable) -> None:
     """Even games give the router 0.25, odd ones 0.75: the bootstrap's mean is 0.25 + Binomial(100, 1/2) / 200."""
     rewards = np.tile([0.25, 0.75], 50)

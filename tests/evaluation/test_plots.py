@@ -56,10 +56,14 @@ def test_pictures_depend_on_the_data_alone(
     assert all(png.startswith(b"\x89PNG") and b"Software" not in png for png in first.values())
 
 
+@pytest.mark.parametrize("more", [0, 12])
 def test_labels_of_close_points_do_not_overlap(
-    tmp_path: Path, episodes: pl.DataFrame, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, episodes: pl.DataFrame, monkeypatch: pytest.MonkeyPatch, more: int
 ) -> None:
     """Measured with the renderer: no two names share pixels, and none leaves the picture."""
+    low = episodes.filter(policy="always_low")
+    rungs = [low.with_columns(policy=pl.lit(f"always_{number}"), kind=pl.lit("rung")) for number in range(more)]
+    episodes = pl.concat([episodes, *rungs])
     figures = []
     figure_of = plots.Figure
 
@@ -73,7 +77,8 @@ def test_labels_of_close_points_do_not_overlap(
     boxes = [text.get_window_extent() for axes in figure.axes for text in axes.texts]
     assert len(boxes) == episodes["policy"].n_unique()
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
-    assert all(box.x0 >= 0 and box.x1 <= figure.bbox.width and box.y1 <= figure.bbox.height for box in boxes)
+    assert all(box.x0 >= 0 and box.x1 <= figure.bbox.width for box in boxes)
+    assert all(box.y0 >= 0 and box.y1 <= figure.bbox.height for box in boxes)
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=10))

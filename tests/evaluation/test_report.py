@@ -104,6 +104,23 @@ def test_headline_is_honest_about_bad_news(episodes: pl.DataFrame) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("solved", "cost", "said"), [(85, 0.5, True), (84, 0.5, False), (85, 0.51, False), (90, 0.3, True)]
+)
+def test_headline_names_the_precision_that_makes_a_router_needless(
+    episodes: pl.DataFrame, solved: int, cost: float, said: bool
+) -> None:
+    won = pl.col("game_id") < f"game-{solved:04d}"
+    rung = episodes.filter(policy="always_low").with_columns(
+        policy=pl.lit("always_int4"), kind=pl.lit("rung"), success=won, reward=won.cast(pl.Float64), cost=pl.lit(cost)
+    )
+    metrics = compute_metrics(
+        pl.concat([episodes, rung]), recipe="tiny", high="always_high", low="always_low", headline="kl_router"
+    )
+    sentence = f"Without a router, at no higher cost, as much is reached by: always_int4 ({solved}.0% at a cost of {cost:.2f})."
+    assert (sentence in headline(metrics)) is said
+
+
 @pytest.fixture
 def graded(episodes: pl.DataFrame) -> Metrics:
     """The same successes; who fails gets half of the reward."""
