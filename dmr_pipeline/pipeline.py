@@ -147,7 +147,7 @@ STAGES: tuple[Stage, ...] = (
         run=_trajectories,
         group="labels",
         kinds=frozenset({"pytorch", "parquet"}),
-        description="Episodes on the router's training games by the behaviour policies that the recipe names.",
+        description="Episodes on the router_train games by the behaviour policies that the recipe names.",
         reading=(
             "`episodes.parquet` has a row an episode, `steps.parquet` a row a step. The success of each behaviour "
             "policy is in the summary: all-low should lose some games that all-high wins."

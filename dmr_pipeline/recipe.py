@@ -279,13 +279,6 @@ class BehaviourPolicy(Section):
     high_ratio: Share = Field(
         description="chance that a step is taken at high precision: 1 all-high, 0 all-low, else random mixing"
     )
-    agent_games: int = Field(
-        0,
-        ge=0,
-        exclude_if=_unset,
-        description="games; 0 plays all of router_train, else the first so many of agent_train in its place: more to learn"
-        " from, though the agent errs less on games that it was trained on",
-    )
 
 
 class Trajectories(Section):
@@ -479,17 +472,6 @@ class Recipe(Section):
             raise ValueError(
                 "grpo_router.beta: trl reloads the reference as a causal LM, which a probe is not; set it to 0"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _games_of_behaviours(self) -> Self:
-        there = self.benchmark.splits.agent_train
-        for behaviour in self.trajectories.behaviour:
-            if behaviour.agent_games > there:
-                raise ValueError(
-                    f"trajectories.behaviour {behaviour.name!r}: agent_games is {behaviour.agent_games}, but"
-                    f" benchmark.splits.agent_train has {there} games"
-                )
         return self
 
     @model_validator(mode="after")

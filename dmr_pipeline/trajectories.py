@@ -1,4 +1,4 @@
-"""Stage `trajectories`: episodes on the router's training games by the behaviour policies that the recipe names.
+"""Stage `trajectories`: episodes on the router_train games by the behaviour policies that the recipe names.
 
 And the union of these with the ingested ones, which all training reads.
 """
@@ -15,12 +15,10 @@ from rich.progress import Progress
 
 from dmr_pipeline.agent.prompts import Prompter
 from dmr_pipeline.agent.rollout import CAPACITY, Clock, RoutingPolicy, Run, SinglePrecision, Trajectory
-from dmr_pipeline.environments.base import Task
 from dmr_pipeline.environments.tasks import read_tasks
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.ingestion import LoggedEpisode, read_ingested
 from dmr_pipeline.ladder import Ladder
-from dmr_pipeline.recipe import BehaviourPolicy
 from dmr_pipeline.router.baselines import RandomMixing
 from dmr_pipeline.stage import StageContext, StageResult
 
@@ -76,10 +74,10 @@ def trajectories(context: StageContext) -> StageResult:
     recipe = context.recipe
     torch.set_num_threads(recipe.runtime.threads)
     ladder = Ladder.load(context.inputs["quantized_checkpoints"], recipe)
+    runs = [Run(game) for game in read_tasks(context.inputs["benchmark_tasks"], "router_train")]
     clock, frames, summary = Clock(), [], {}
     with Progress() as progress:
         for behaviour in recipe.trajectories.behaviour:
-            runs = [Run(game) for game in games_of(behaviour, context.inputs["benchmark_tasks"])]
             bar = progress.add_task(f"episodes by {behaviour.name}", total=len(runs))
             policy = behaviour_policy(behaviour.high_ratio, recipe.trajectories.seed)
             advance = partial(progress.advance, bar)
@@ -94,12 +92,6 @@ def trajectories(context: StageContext) -> StageResult:
     episodes.write_parquet(context.output / "episodes.parquet")
     steps.write_parquet(context.output / "steps.parquet")
     return StageResult(summary=summary, measured={"seconds_per_step": (clock.agent + clock.environment) / clock.steps})
-
-
-def games_of(behaviour: BehaviourPolicy, benchmark_tasks: Path) -> Sequence[Task]:
-    if behaviour.agent_games:
-        return read_tasks(benchmark_tasks, "agent_train", behaviour.agent_games)
-    return read_tasks(benchmark_tasks, "router_train")
 
 
 def behaviour_policy(high_ratio: float, seed: int) -> RoutingPolicy:

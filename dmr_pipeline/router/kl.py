@@ -1,8 +1,8 @@
 """Stage `kl_router`: stage 1 of the router, class-weighted cross-entropy on the sensitivity labels.
 
-The paper's loss; the rest is ours. It is taken over the two routing tokens alone, at every step of the played and the ingested
-trajectories. Held out by game: calibration (Platt), quality and threshold come from validation games, without the search steps
-where these are forced (see search_steps.py). The training resumes after a kill with the same result.
+The paper's loss; the rest is ours. It is taken over the two routing tokens alone, at every step of the router_train and the
+ingested trajectories. Held out by game: calibration (Platt), quality and threshold come from validation games, without the
+search steps where these are forced (see search_steps.py). The training resumes after a kill with the same result.
 """
 
 import math

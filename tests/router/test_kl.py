@@ -11,7 +11,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import ValidationError
 
 from dmr_pipeline.agent.checkpoint import save_causal_lm
 from dmr_pipeline.agent.prompts import Prompter
@@ -232,25 +231,6 @@ def inputs(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> dict[str
         done[stage.__name__].mkdir()
         stage(StageContext(recipe, done, done[stage.__name__], folder, incoming=folder / "incoming"))
     return done
-
-
-def test_a_behaviour_may_play_games_of_the_agent(recipe: Recipe, inputs: dict[str, Path], tmp_path: Path) -> None:
-    def with_games(agent_games: int) -> Recipe:
-        behaviours = [
-            {"name": "usual", "high_ratio": 0.0},
-            {"name": "more", "high_ratio": 0.0, "agent_games": agent_games},
-        ]
-        return Recipe.model_validate(recipe.model_dump() | {"trajectories": {"behaviour": behaviours}})
-
-    trajectories(StageContext(with_games(1), inputs, tmp_path, tmp_path))
-    episodes, _ = read_trajectories(tmp_path)
-    for policy, split in (("usual", "router_train"), ("more", "agent_train")):
-        played = episodes.filter(pl.col("policy") == policy)["task_id"].to_list()
-        assert played == [game.task_id for game in read_tasks(inputs["benchmark_tasks"], split)]
-    with pytest.raises(
-        ValidationError, match=r"'more': agent_games is 2, but benchmark.splits.agent_train has 1 games"
-    ):
-        with_games(2)
 
 
 def run_stage(recipe: Recipe, inputs: dict[str, Path], folder: Path) -> tuple[Path, dict[str, object]]:
