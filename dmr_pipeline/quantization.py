@@ -75,7 +75,7 @@ class MseRanges(AffineOptimizer):
             new_scale, new_shift = span * share / greatest, -(mean + share * (least - mean))
             nearest = ((weights + new_shift) / new_scale).round().clamp(0, greatest)
             new_error = (nearest * new_scale - new_shift - weights).square().sum(1, keepdim=True)
-            better = new_error < error  # never where all weights of a group are equal: 0 / 0
+            better = new_error < error  # not of NaN, as where all weights of a group are equal: its scale is 0 anyway
             scale, shift = torch.where(better, new_scale, scale), torch.where(better, new_shift, shift)
             error = torch.where(better, new_error, error)
         return scale.to(base.dtype), shift.to(base.dtype)
