@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis.extra.numpy import arrays
-from optimum.quanto import QLinear, qint2, qint4, quantize_weight
+from optimum.quanto import QLinear, qint2, qint4, qtype, quantize_weight
 from optimum.quanto.library.extensions import extension
 from pydantic import ValidationError
 from safetensors.torch import load_file
@@ -144,19 +144,16 @@ def shrunk(group: np.ndarray, share: float, bits: int) -> np.ndarray:
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])  # the one here only forbids
 @given(
     weights=arrays(np.float32, (3, 64), elements=st.floats(-2, 2, width=16)),
-    bits=st.sampled_from([2, 4]),
+    integers=st.sampled_from([qint2, qint4]),
 )
-def test_mse_ranges_have_the_least_error_of_all_shares(weights: np.ndarray, bits: int) -> None:
+def test_mse_ranges_have_the_least_error_of_all_shares(weights: np.ndarray, integers: qtype) -> None:
     weights[0] = weights[0, 0]  # a group without a range
-    optimizer, axis = MseRanges(), 0
-    scale, shift = optimizer(torch.from_numpy(weights), {2: qint2, 4: qint4}[bits], axis, group_size=32)
-    groups = weights.reshape(-1, 32)
-    stored = quantize_weight(
-        torch.from_numpy(weights), {2: qint2, 4: qint4}[bits], axis, scale, shift, group_size=32
-    ).dequantize()
+    tensor, groups = torch.from_numpy(weights), weights.reshape(-1, 32)
+    scale, shift = MseRanges()(tensor, integers, 0, group_size=32)
+    stored = quantize_weight(tensor, integers, 0, scale, shift, group_size=32).dequantize()
     errors = np.square(stored.numpy().reshape(-1, 32) - groups).sum(1)
     for group, error in zip(groups.astype(np.float64), errors, strict=True):
-        least = min(np.square(shrunk(group, share, bits) - group).sum() for share in np.linspace(0.3, 1, 29))
+        least = min(np.square(shrunk(group, share, integers.bits) - group).sum() for share in np.linspace(0.3, 1, 29))
         assert error == pytest.approx(least, rel=1e-3, abs=1e-5)
 
 
@@ -181,8 +178,8 @@ def test_a_rung_with_mse_ranges_is_nearer_to_float_and_as_small(tmp_path: Path) 
     ("width", "group"), [(64, None), (128, None), (160, 32), (192, 96), (256, 128), (320, 64), (200, None)]
 )
 def test_group_size_of_a_width(width: int, group: int | None) -> None:
-    for qtype in (qint2, qint4):
-        assert QLinear(width, 8, weights=qtype).weight_group_size == group
+    for integers in (qint2, qint4):
+        assert QLinear(width, 8, weights=integers).weight_group_size == group
 
 
 def test_sizes_are_those_of_the_packed_weights(tmp_path: Path) -> None:

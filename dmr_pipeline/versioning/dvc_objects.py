@@ -43,7 +43,7 @@ def restore(folder_hash: str, target: Path, remote: str | None = None) -> None:
         with artifacts.locked(target):
             if target.is_dir() and artifacts.folder_hash(hash_files(target)) == folder_hash:
                 return
-            with _repository() as repo:
+            with dvc_stages.repository() as repo:
                 _checkout(repo, _load(repo, folder_hash, remote), target)
     log.info("%s: restored %s", target, folder_hash)
 
@@ -63,7 +63,7 @@ def push(folder_hash: str, remote: str | None = None) -> int:
     Raises:
         UserError: there is no such remote, it cannot be written, or the cache lacks an object.
     """
-    with _repository() as repo:
+    with dvc_stages.repository() as repo:
         store = repo.cloud.get_remote_odb(remote, "push")
         tree = _load(repo, folder_hash, remote)
         return _send(repo.cache.local, store, _files(tree)) + _send(repo.cache.local, store, [folder_hash])
@@ -97,7 +97,7 @@ def check_recorded(stage: Stage, recipe: str, artifact: Artifact) -> None:
     else:
         # `dvc checkout` alone believes its notes on the files, which say that they are the recorded ones.
         recorded_one = f"`rm -r {artifact.path}` and `dvc pull {dvc_stages.stage_address(stage, recipe)}`"
-        with _repository() as repo:
+        with dvc_stages.repository() as repo:
             _drop_damaged(repo.cache.local, [recorded])
             if repo.cache.local.exists(recorded):
                 _drop_damaged(repo.cache.local, _files(_tree(repo.cache.local, recorded)))
@@ -131,19 +131,6 @@ def ensure_history(stage: Stage, recipe: str, data_root: Path = DATA_ROOT, remot
 
 def _output_hash(entry: Mapping[str, Any], stage: Stage, recipe: str) -> str | None:
     return dvc_stages.recorded_outputs(entry).get(artifact_folder(stage.name, recipe).as_posix())
-
-
-@contextmanager
-def _repository() -> Iterator["Repo"]:
-    """The DVC project around the working directory. What DVC refuses meanwhile is a UserError."""
-    from dvc.exceptions import DvcException
-    from dvc.repo import Repo
-
-    try:
-        with Repo() as repo:
-            yield repo
-    except DvcException as error:
-        raise UserError(f"DVC: {' '.join(str(error).split())}") from error
 
 
 def _load(repo: "Repo", folder_hash: str, remote: str | None) -> "Tree":

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from ruamel.yaml import YAML
@@ -18,6 +18,9 @@ from dmr_pipeline.artifacts import Artifact, artifact_folder
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.recipe import RECIPE_FOLDER
 from dmr_pipeline.stage import Stage
+
+if TYPE_CHECKING:
+    from dvc.repo import Repo
 
 DVC_FILE = Path("dvc.yaml")
 LOCK_FILE = Path("dvc.lock")
@@ -69,23 +72,31 @@ def check_rendered(stages: Sequence[Stage], recipes: Sequence[str], file: Path =
 
 
 @contextmanager
+def repository() -> Iterator["Repo"]:
+    """The DVC project around the working directory. What DVC refuses meanwhile is a UserError."""
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
+
+    try:
+        with Repo() as repo:
+            yield repo
+    except DvcException as error:
+        raise UserError(f"DVC: {' '.join(str(error).split())}") from error
+
+
+@contextmanager
 def dvc_at_rest() -> Iterator[None]:
     """Holds DVC's own lock, and waits for it: DVC writes `dvc.lock` in place, so whoever reads it meanwhile sees a part.
 
     Raises:
         UserError: the working directory is in no DVC project.
     """
-    from dvc.exceptions import DvcException
     from dvc.lock import make_lock
-    from dvc.repo import Repo
 
-    try:
-        with Repo() as repo:
-            hardlinks = repo.config["core"].get("hardlink_lock", False)
-            with make_lock(repo.lock.lockfile, tmp_dir=repo.tmp_dir, hardlink_lock=hardlinks, wait=True):
-                yield
-    except DvcException as error:
-        raise UserError(f"DVC: {' '.join(str(error).split())}") from error
+    with repository() as repo:
+        hardlinks = repo.config["core"].get("hardlink_lock", False)
+        with make_lock(repo.lock.lockfile, tmp_dir=repo.tmp_dir, hardlink_lock=hardlinks, wait=True):
+            yield
 
 
 def lock_entry(stage: Stage, recipe: str) -> Mapping[str, Any] | None:
