@@ -11,7 +11,7 @@ from rich import get_console
 from rich.console import Console
 from rich.logging import RichHandler
 
-from dmr_pipeline.errors import UserError
+from dmr_pipeline.errors import UserError, printable
 
 DEFAULT_RECIPE = "alfworld-tiny"
 P = ParamSpec("P")
@@ -29,7 +29,7 @@ def user_errors_exit_2(command: Callable[P, None]) -> Callable[P, None]:
         try:
             command(*args, **kwargs)
         except UserError as error:
-            errors.print(f"error: {error}", style="red", markup=False, highlight=False)
+            errors.print(f"error: {printable(error)}", style="red", markup=False, highlight=False)
             raise typer.Exit(2) from error
 
     return wrapped

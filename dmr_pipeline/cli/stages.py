@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 from dmr_pipeline import pipeline
@@ -22,7 +23,7 @@ from dmr_pipeline.cli.common import (
     progress_lines,
     user_errors_exit_2,
 )
-from dmr_pipeline.errors import UserError
+from dmr_pipeline.errors import UserError, printable
 from dmr_pipeline.recipe import Recipe, load_recipe, recipe_names
 from dmr_pipeline.versioning import dvc_stages
 
@@ -71,7 +72,7 @@ def status(recipe: RecipeArgument = DEFAULT_RECIPE) -> None:
         described = ("", "", "")
         if artifact is not None:
             described = (artifact.hash[:7], f"{artifact.size / 1e6:.2f} MB", _when(artifact))
-        table.add_row(name, *described, f"[{colour}]{state}[/]" + (f": {why}" if why else ""))
+        table.add_row(name, *described, f"[{colour}]{state}[/]" + (f": {escape(printable(why))}" if why else ""))
     console.print(table)
 
 
