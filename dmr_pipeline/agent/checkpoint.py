@@ -9,8 +9,16 @@ from typing import Literal
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
+from dmr_pipeline.agent.logits import check_causal_lm
 from dmr_pipeline.errors import UserError
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -44,7 +52,8 @@ def load_causal_lm(
         source: folder with config, tokenizer and safetensors weights; or a hub id, with its commit hash as `revision`.
 
     Raises:
-        UserError: no such folder, weights only as a pickle, a hub id without a commit hash, or unusable files.
+        UserError: no such folder, weights only as a pickle, a hub id without a commit hash, unusable files, or a model that
+            cannot act (`check_causal_lm`).
     """
     if Path(source).is_dir():
         refuse_pickles(Path(source))
@@ -53,6 +62,9 @@ def load_causal_lm(
             f"model {str(source)!r}: no such folder; if it is a hub id, give its full commit hash as 'revision'"
         )
     try:
+        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            raise UserError(f"model {str(source)!r}: type {config.model_type!r} is no causal LM; choose one that is")
         model, report = AutoModelForCausalLM.from_pretrained(
             source,
             revision=revision,
@@ -67,7 +79,9 @@ def load_causal_lm(
     unusable = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
     if unusable:
         raise UserError(f"model {str(source)!r}: weights missing or of a wrong shape: {', '.join(unusable[:3])}, ...")
-    return model.to(device).eval(), tokenizer
+    model = model.to(device).eval()
+    check_causal_lm(model)
+    return model, tokenizer
 
 
 def save_causal_lm(

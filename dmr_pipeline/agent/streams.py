@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from dmr_pipeline.agent.logits import decoder_of, logits_of
 from dmr_pipeline.errors import UserError
 
 _SMALLEST_STORAGE = 256
@@ -79,8 +80,7 @@ class Streams:
     them (as in generation), move next to nothing.
 
     Args:
-        model: any causal LM with full attention in every layer whose logits are its output embeddings applied to the
-            last hidden state (Qwen, Llama, ...), float or quantized. It is put into evaluation mode.
+        model: any causal LM with full attention in every layer, float or quantized. It is put into evaluation mode.
         slots: number of sequences.
         capacity: tokens that one sequence may have; memory is taken as the longest sequence needs it.
 
@@ -131,12 +131,14 @@ class Streams:
         Raises:
             UserError: a sequence would outgrow the capacity; then no slot has changed.
         """
-        return self._head(torch.stack([hidden[-1] for hidden in self._hidden(slots, chunks)]))
+        return logits_of(self.model, torch.stack([hidden[-1] for hidden in self._hidden(slots, chunks)]))
 
     @torch.no_grad()
     def extend_all(self, slots: Sequence[int], chunks: Sequence[Sequence[int]]) -> list[Tensor]:
         """As `extend`, with float32 logits after every token: [len(chunk), vocabulary] for each chunk."""
-        return list(self._head(torch.cat(self._hidden(slots, chunks))).split([len(chunk) for chunk in chunks]))
+        return list(
+            logits_of(self.model, torch.cat(self._hidden(slots, chunks))).split([len(chunk) for chunk in chunks])
+        )
 
     @torch.no_grad()
     def read(
@@ -152,11 +154,7 @@ class Streams:
         """
         last = torch.stack([hidden[-1] for hidden in self._hidden(slots, chunks, layers)])
         width = self.model.config.hidden_size
-        return self._head(last[:, :width]), last[:, width:].float()
-
-    def _head(self, hidden: Tensor) -> Tensor:
-        logits: Tensor = self.model.get_output_embeddings()(hidden)
-        return logits.float()
+        return logits_of(self.model, last[:, :width]), last[:, width:].float()
 
     def _hidden(
         self, slots: Sequence[int], chunks: Sequence[Sequence[int]], layers: Sequence[int] = ()
@@ -205,7 +203,7 @@ class Streams:
         mask = torch.zeros(len(slots), 1, width, cache.read, dtype=self.model.dtype, device=device)
         mask.masked_fill_(torch.arange(cache.read, device=device) > positions[:, None, :, None], float("-inf"))
         with _shared_heads() if device.type == "cpu" and width > 1 else nullcontext():
-            output = self.model.base_model(
+            output = decoder_of(self.model)(
                 input_ids=tokens,
                 attention_mask=mask,
                 position_ids=positions,

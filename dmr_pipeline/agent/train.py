@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from dmr_pipeline.agent.checkpoint import load_causal_lm, resolve_device, save_causal_lm
 from dmr_pipeline.agent.examples import IGNORED, Example, expert_example, look_example, relabelled_example
+from dmr_pipeline.agent.logits import decoder_of, logits_of
 from dmr_pipeline.agent.prompts import Prompter
 from dmr_pipeline.agent.rollout import CAPACITY, play_alone
 from dmr_pipeline.agent.vocabulary import exact_word_tokenizer, word_tokenizer
@@ -230,9 +231,9 @@ def trained_logits(model: PreTrainedModel, examples: Sequence[Example], device: 
         tokens[row, : len(example.tokens)] = torch.tensor(example.tokens)
         targets[row, : len(example.targets)] = torch.tensor(example.targets)
     # Padding is on the right and attention is causal: no mask is needed, and none keeps the fast attention path.
-    hidden = model.base_model(input_ids=tokens.to(device), use_cache=False).last_hidden_state
+    hidden = decoder_of(model)(input_ids=tokens.to(device), use_cache=False).last_hidden_state
     trained = (targets != IGNORED).to(device)
-    return model.get_output_embeddings()(hidden[trained]).float(), targets.to(device)[trained]
+    return logits_of(model, hidden[trained]), targets.to(device)[trained]
 
 
 def collect_own(

@@ -27,6 +27,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dmr_pipeline.agent.checkpoint import load_causal_lm, load_tokenizer, refuse_pickles, save_causal_lm
+from dmr_pipeline.agent.logits import decoder_of, logits_of
 from dmr_pipeline.agent.rollout import Trajectory
 from dmr_pipeline.agent.train import new_model
 from dmr_pipeline.errors import UserError
@@ -236,7 +237,7 @@ def with_features(
                 [t for i, t in enumerate(s.tokens) if i not in out] for s, out in zip(read_now, routed, strict=True)
             ]
             positions = [[position - turn for turn, position in enumerate(s.positions)] for s in read_now]
-            output = agent.base_model(
+            output = decoder_of(agent)(
                 input_ids=_padded(tokens, agent.device), use_cache=False, output_hidden_states=True
             )
             for row, at in enumerate(positions):
@@ -258,9 +259,8 @@ def routing_logits(model: PreTrainedModel, sequences: Sequence[RoutingSequence],
     rows = [row for row, sequence in enumerate(sequences) for _ in sequence.positions]
     columns = [position for sequence in sequences for position in sequence.positions]
     tokens = _padded([s.tokens for s in sequences], model.device)
-    hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state[rows, columns]
-    logits: Tensor = model.get_output_embeddings()(hidden)
-    return logits[:, settings.tokens].float()
+    hidden = decoder_of(model)(input_ids=tokens, use_cache=False).last_hidden_state[rows, columns]
+    return logits_of(model, hidden)[:, settings.tokens]
 
 
 @torch.no_grad()
