@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from dmr_pipeline.agent.checkpoint import load_causal_lm, load_tokenizer, resolve_device
 from dmr_pipeline.agent.examples import Example, expert_example
+from dmr_pipeline.agent.memory import halving
 from dmr_pipeline.agent.prompts import Prompter
 from dmr_pipeline.agent.rollout import CAPACITY, Clock, RoutingPolicy, Run, Trajectory, play, play_alone
 from dmr_pipeline.agent.streams import Streams
@@ -252,20 +253,24 @@ class Ladder:
         """
 
         def play_part(part: Sequence[Run], advance: Callable[[int], None]) -> tuple[list[Trajectory], Clock]:
-            spent = Clock()
-            played = play(
-                part,
-                self.streams(self.slots(len(part))),
-                self.prompter,
-                policy,
-                self.recipe.benchmark.step_limit,
-                self.recipe.agent.action,
-                self.recipe.agent.temperature,
-                seed,
-                spent,
-                advance,
-            )
-            return played, spent
+            spent, done = Clock(), dict[int, Trajectory]()
+
+            def attempt(slots: int) -> list[Trajectory]:
+                return play(
+                    part,
+                    self.streams(slots),
+                    self.prompter,
+                    policy,
+                    self.recipe.benchmark.step_limit,
+                    self.recipe.agent.action,
+                    self.recipe.agent.temperature,
+                    seed,
+                    spent,
+                    advance,
+                    done,
+                )
+
+            return halving(self.slots(len(part)), "episodes", attempt), spent
 
         parts = in_processes(play_part, deal(runs, self.processes), advance)
         for _, spent in parts:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from dmr_pipeline.agent.memory import halving
 from dmr_pipeline.agent.prompts import Prompter
 from dmr_pipeline.agent.streams import Streams
 from dmr_pipeline.environments.base import Episode, Task
@@ -195,6 +196,7 @@ def play(
     seed: int = 0,
     clock: Clock | None = None,
     advance: Callable[[int], None] = lambda _: None,
+    done: dict[int, Trajectory] | None = None,
 ) -> list[Trajectory]:
     """Play all runs; results are in the order of `runs` and do not depend on how many slots there are (but for rounding).
 
@@ -204,11 +206,13 @@ def play(
             each scored in full, the end included.
         temperature: 0 acts greedily; otherwise tokens (or commands) are drawn, seeded by (seed, task, member, turn).
         advance: called with the number of episodes that have just ended (progress).
+        done: episodes that were played before, by their index in `runs`; those that end are added, so that where this breaks
+            off another call can go on.
     """
     clock = clock if clock is not None else Clock()
     batch = _Batch(agents, prompter, policy, action, temperature, seed, clock)
-    queue = list(enumerate(runs))[::-1]
-    done: dict[int, Trajectory] = {}
+    done = done if done is not None else {}
+    queue = [(index, run) for index, run in enumerate(runs) if index not in done][::-1]
     free = list(range(min(len(agents[True].lengths), len(agents[False].lengths))))[::-1]
     order: dict[int, int] = {}
     while queue or batch.slots:
@@ -236,11 +240,19 @@ def play_alone(
     temperature: float = 0.0,
     advance: Callable[[int], None] = lambda _: None,
 ) -> list[Trajectory]:
-    """One episode of each task, in which one model acts at every step; arguments as in `play`."""
-    streams = Streams(model, min(slots, len(tasks)), CAPACITY)
-    agents, policy = {False: streams, True: streams}, SinglePrecision(high=True)
-    runs = [Run(task) for task in tasks]
-    return play(runs, agents, prompter, policy, step_limit, action, temperature, advance=advance)
+    """One episode of each task, in which one model acts at every step; arguments as in `play`.
+
+    Args:
+        slots: episodes at once; halved where a GPU's memory does not suffice.
+    """
+    runs, done = [Run(task) for task in tasks], dict[int, Trajectory]()
+
+    def attempt(slots: int) -> list[Trajectory]:
+        streams = Streams(model, slots, CAPACITY)
+        agents, policy = {False: streams, True: streams}, SinglePrecision(high=True)
+        return play(runs, agents, prompter, policy, step_limit, action, temperature, advance=advance, done=done)
+
+    return halving(min(slots, len(tasks)), "episodes", attempt)
 
 
 class _Batch:

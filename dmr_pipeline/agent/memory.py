@@ -1,0 +1,60 @@
+"""What happens where a GPU's memory does not suffice: fewer episodes at once, and where that does not help, one clear line."""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+
+from dmr_pipeline.errors import UserError
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+def halving(count: int, what: str, work: Callable[[int], T]) -> T:
+    """`work(count)`, with half the count, down to 1, whenever the GPU's memory does not suffice.
+
+    For work whose result does not depend on the count but for rounding: how many rows go through a model at once.
+
+    Args:
+        count: rows at once, at least 1.
+        what: of what, in the plural, for the log and the error: "episodes".
+
+    Raises:
+        UserError: not even one fits.
+    """
+    while True:
+        try:
+            return work(count)
+        except torch.OutOfMemoryError as error:
+            if count == 1:
+                raise UserError(
+                    f"the GPU's memory does not suffice for one of the {what} at a time: choose a smaller model or shorter"
+                    " episodes (benchmark.step_limit), free the GPU of other programs, or act on runtime.device: cpu"
+                ) from error
+        # Out of the handler, whose traceback held the tensors of the failed try.
+        torch.cuda.empty_cache()
+        log.warning("out of GPU memory with %d %s at once: going on with %d", count, what, count // 2)
+        count //= 2
+
+
+@contextmanager
+def out_of_memory_names(knob: str) -> Iterator[None]:
+    """Around a training, in which the batch is part of the result and cannot be halved.
+
+    Args:
+        knob: what to make smaller, a field of the recipe.
+
+    Raises:
+        UserError: the GPU's memory does not suffice.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"the GPU's memory does not suffice for this training: make {knob} smaller, free the GPU of other programs,"
+            " or train on runtime.device: cpu"
+        ) from error
