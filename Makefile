@@ -8,7 +8,7 @@ RECIPE ?= alfworld-tiny
 
 export DAGSTER_HOME := $(CURDIR)/dagster_home
 
-.PHONY: setup official-engine demo test test-slow lint ui render screenshots
+.PHONY: setup official-engine demo test test-slow lint gpu-check ui render screenshots
 
 setup: $(READY)
 
@@ -40,6 +40,10 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy dmr_pipeline
 	$(BIN)/lint-imports
+
+# What this machine's GPU does with the pipeline, as JSON in build/; without a GPU: make gpu-check FLAGS=--tiny
+gpu-check: setup
+	$(BIN)/dmr bench gpu $(FLAGS)
 
 ui: setup
 	$(BIN)/dagster dev -w workspace.yaml -h 127.0.0.1
