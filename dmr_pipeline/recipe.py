@@ -1,21 +1,76 @@
 """Recipes: one YAML file fixes one experiment, from the games to the report.
 
 A recipe is made of sections. Each stage of the pipeline names the sections it reads, so that a change to one section makes
-exactly those stages stale. Unknown keys are refused. Sizes in the field descriptions are the unit of the number.
+exactly those stages stale. Unknown keys are refused, and so is a value of another type than its key's ('24' and true are no
+counts), or one that would only fail, or mean nothing, after hours of work. Sizes in the field descriptions are the unit of
+the number.
 """
 
+import logging
+import math
+import re
+import reprlib
+from collections.abc import Callable, Iterator, Mapping
+from fnmatch import fnmatchcase
+from functools import cache
+from inspect import signature
+from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar, get_type_hints
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import ErrorDetails, PydanticCustomError
 
-from dmr_pipeline.errors import UserError
+from dmr_pipeline.errors import UserError, printable
+from dmr_pipeline.recipe_text import read_mapping, short
+
+log = logging.getLogger(__name__)
 
 RECIPE_FOLDER = Path("recipes")
 
+Number = TypeVar("Number", int, float)
+
+
+def at_most(limit: float, reason: str) -> AfterValidator:
+    """An upper bound that says why it is there."""
+
+    def check(value: Number) -> Number:
+        if value > limit:
+            raise PydanticCustomError("at_most", f"Input should be at most {limit:,}: {reason}")
+        return value
+
+    return AfterValidator(check)
+
+
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
-Count = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(gt=0), at_most(10**9, "more would take years")]
+Update = Annotated[int, Field(ge=0), at_most(10**9, "more would take years")]
+GameCount = Annotated[int, Field(gt=0), at_most(10**7, "each split draws its games from a range of so many seeds")]
+StepLimit = Annotated[int, Field(ge=3), at_most(10_000, "no transcript has room for so many steps")]
+"""No task of ALFWorld or WebShop can be done in fewer than three steps."""
+Seed = Annotated[int, Field(ge=0), at_most(2**32 - 1, "numpy takes no larger seed")]
+Rate = Annotated[float, Field(gt=0), at_most(1.0, "no optimiser here learns with larger steps")]
+Ratio = Annotated[float, Field(gt=0.0, lt=1.0)]
+"""Of high precision, for a router: always-high and always-low need none, and are in every report."""
+Confidence = Annotated[float, Field(ge=0.5, lt=1.0)]
+"""Of an interval: at 1 it would be everything."""
+Bootstrap = Annotated[int, Field(gt=0), at_most(1_000_000, "resamples times games are held in memory")]
+Batch = Annotated[int, Field(gt=0), at_most(100_000, "they are held in memory at once")]
+Size = Annotated[int, Field(gt=0), at_most(1_000_000, "no LLM has so many")]
+Text = Annotated[str, Field(min_length=1, max_length=10_000)]
+Workers = Annotated[int, Field(gt=0), at_most(1024, "no machine has more cores")]
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=100)]
+"""Names become parts of file names and of the report's policies."""
 
 
 def _unset(value: object) -> bool:
@@ -24,35 +79,55 @@ def _unset(value: object) -> bool:
 
 
 class Section(BaseModel):
-    """A part of a recipe: immutable, and strict about its keys."""
+    """A part of a recipe: immutable, and strict about its keys and types."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lists_are_tuples(cls, content: Any) -> Any:  # noqa: ANN401 - what a recipe file holds
+        """YAML knows lists, sections hold tuples."""
+        if not isinstance(content, dict):
+            return content
+        return {key: tuple(value) if isinstance(value, list) else value for key, value in content.items()}
+
+    @model_validator(mode="after")
+    def _without_problems(self) -> Self:
+        problems = list(self.problems())
+        if problems:
+            text = "; ".join(f"{field}: {problem}" if field else problem for field, problem in problems)
+            raise PydanticCustomError("problems", "{text}", {"text": text, "problems": problems})
+        return self
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """What is wrong although each field by itself is right: field ('' for the whole section), and what to do."""
+        yield from ()
 
 
 class Splits(Section):
     """Numbers of games in the four disjoint splits."""
 
-    agent_train: Count = Field(description="games; the agent learns on these")
-    router_train: Count = Field(
+    agent_train: GameCount = Field(description="games; the agent learns on these")
+    router_train: GameCount = Field(
         description="games; labels and GRPO (an agent's confidence on its own training games is memorised)"
     )
-    validation: Count = Field(description="games; every choice: threshold, rung, checkpoint, headline policy")
-    test: Count = Field(description="games; touched once, by the evaluation report")
+    validation: GameCount = Field(description="games; every choice: threshold, rung, checkpoint, headline policy")
+    test: GameCount = Field(description="games; touched once, by the evaluation report")
 
 
 class Games(Section):
     """Which games are played, whatever the environment."""
 
     splits: Splits
-    seed: int = Field(0, ge=0, description="decides which games there are, or which of them each split gets")
-    step_limit: Count = Field(description="steps an episode may take")
+    seed: Seed = Field(0, description="decides which games there are, or which of them each split gets")
+    step_limit: StepLimit = Field(description="steps an episode may take")
     environment: str = Field(description="the benchmark, and who made its games: generated here, or the official ones")
 
 
 class AlfWorld(Games):
     """ALFWorld, whoever made the games."""
 
-    step_limit: Count = Field(50, description="steps an episode may take; 50 is ALFWorld's norm, ExpeL used 20")
+    step_limit: StepLimit = Field(50, description="steps an episode may take; 50 is ALFWorld's norm, ExpeL used 20")
 
 
 class GeneratedAlfWorld(AlfWorld):
@@ -70,19 +145,37 @@ class OfficialAlfWorld(AlfWorld):
         "valid_seen", description="rooms that the train split has (140 games), or others (134 games)"
     )
 
+    def problems(self) -> Iterator[tuple[str, str]]:
+        games, there = self.splits, {"valid_seen": 140, "valid_unseen": 134}[self.test_split]
+        if games.test > there:
+            yield "splits.test", f"{games.test:,} games, but official {self.test_split} has {there}"
+        if (train := games.agent_train + games.router_train + games.validation) > 3553:
+            yield (
+                "splits",
+                f"agent_train, router_train and validation ask for {train:,} games, official train has 3,553",
+            )
+
 
 class WebShop(Games):
     """WebShop, whoever made the catalogue. Splits are as published: of the shuffled goals, test has its games from 0 to 499,
     validation from 500 to 1,499, agent_train and router_train from the rest."""
 
-    step_limit: Count = Field(15, description="steps an episode may take; 15 is the norm for LLM agents")
+    step_limit: StepLimit = Field(15, description="steps an episode may take; 15 is the norm for LLM agents")
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        for split, there in (("test", 500), ("validation", 1000)):
+            if (wanted := getattr(self.splits, split)) > there:
+                yield f"splits.{split}", f"{wanted:,} games, but WebShop's published split has {there:,}"
 
 
 class GeneratedWebShop(WebShop):
     """Goals in a catalogue made by the generator."""
 
     environment: Literal["webshop"] = "webshop"
-    products: Count = Field(1000, description="products in the generated catalogue")
+    products: Annotated[int, Field(gt=0), at_most(2_000_000, "WebShop itself has 1.18 million")] = Field(
+        1000,
+        description="products in the generated catalogue",
+    )
 
 
 class OfficialWebShop(WebShop):
@@ -92,7 +185,7 @@ class OfficialWebShop(WebShop):
     goals: Literal["synthetic", "human"] = Field(
         "synthetic", description="synthetic: one for each combination of a product's options; human: people's own words"
     )
-    price_seed: int = Field(1, ge=0, description="of the prices, which WebShop draws unseeded")
+    price_seed: Seed = Field(1, description="of the prices, which WebShop draws unseeded")
     nouns: Literal["installed", "spacy", "alphabetic"] = Field(
         "installed",
         description="nouns of titles, for the reward: spaCy's en_core_web_sm as in WebShop, or every word of letters;"
@@ -119,18 +212,33 @@ Benchmark = Annotated[
 class Architecture(Section):
     """A Qwen3-architecture causal LM, made from nothing."""
 
-    layers: Count
-    width: Count = Field(description="hidden size; decides quanto's group size (see quantization.py)")
-    heads: Count
-    key_value_heads: Count
-    head_width: Count
-    feed_forward: Count = Field(description="intermediate size")
+    layers: Size
+    width: Size = Field(description="hidden size; decides quanto's group size (see quantization.py)")
+    heads: Size
+    key_value_heads: Size
+    head_width: Size = Field(description="even: rotary positions turn its numbers in pairs")
+    feed_forward: Size = Field(description="intermediate size")
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        if self.heads % self.key_value_heads:
+            yield "key_value_heads", f"{self.key_value_heads} does not divide the {self.heads} heads, which share them"
+        if self.head_width % 2:
+            yield "head_width", f"{self.head_width} is odd, but rotary positions turn its numbers in pairs"
+        attention = 2 * self.width * self.head_width * (self.heads + self.key_value_heads)
+        parameters = self.layers * (attention + 3 * self.width * self.feed_forward)
+        if parameters > 10**10:
+            yield "", f"{parameters:,} weights, in float32, are no model that is trained here: bring one along"
+
+    def linear_layers(self) -> list[str]:
+        """Names of the linear layers of the model that is made of it."""
+        parts = [f"self_attn.{part}_proj" for part in "qkvo"] + [f"mlp.{part}_proj" for part in ("gate", "up", "down")]
+        return ["lm_head", *(f"model.layers.{layer}.{part}" for layer in range(self.layers) for part in parts)]
 
 
 class Pretrained(Section):
     """An LLM that exists: a checkpoint folder, or a hub id with a pinned revision."""
 
-    model: str = Field(
+    model: Text = Field(
         description="folder with config, tokenizer and safetensors weights; or a hub id such as Qwen/Qwen3-1.7B"
     )
     revision: str | None = Field(None, description="commit hash; required for a hub id")
@@ -141,41 +249,59 @@ class Training(Section):
 
     architecture: Architecture
     updates: Count = Field(description="optimiser updates in all")
-    episodes_per_update: Count = Field(description="expert episodes")
-    learning_rate: float = Field(gt=0)
-    warmup_updates: int = Field(ge=0)
-    weight_decay: float = Field(0.1, ge=0)
-    looks_per_update: int = Field(
-        ge=0, description="single observations, each with what the expert makes of it; ALFWorld's teach thoughts"
+    episodes_per_update: Batch = Field(description="expert episodes")
+    learning_rate: Rate
+    warmup_updates: Update
+    weight_decay: Share = 0.1
+    looks_per_update: Update = Field(
+        description="single observations, each with what the expert makes of it; ALFWorld's teach thoughts"
     )
-    looks_alone_until: int = Field(
-        ge=0, description="update up to which there is nothing but looks; after it a quarter of them"
+    looks_alone_until: Update = Field(
+        description="update up to which there is nothing but looks; after it a quarter of them"
     )
-    short_until: int = Field(
-        ge=0, description="update up to which only games are used that the expert wins in `short_steps`"
+    short_until: Update = Field(
+        description="update up to which only games are used that the expert wins in `short_steps`"
     )
     short_steps: Count = Field(description="steps; short games teach sooner what the goal is")
-    dagger_from: int = Field(ge=0, description="update from which on the agent's own episodes are added")
+    dagger_from: Update = Field(description="update from which on the agent's own episodes are added")
     dagger_every: Count = Field(description="updates between two collections of the agent's own episodes")
-    dagger_episodes: Count = Field(description="episodes a collection")
+    dagger_episodes: Batch = Field(description="episodes a collection")
     dagger_steps: Count = Field(
         description="steps that such an episode may take; a failing agent's last ones teach little"
     )
-    dagger_tokens: Count = Field(
+    dagger_tokens: Annotated[int, Field(gt=0), at_most(10**7, "an update is held in memory")] = Field(
         description="tokens of the agent's own episodes in an update, which then has half the expert's"
     )
     mistake_rate: Share = Field(
         description="chance that the expert's step is replaced by a random admissible one before DAgger"
     )
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        for field in ("warmup_updates", "looks_alone_until", "short_until", "dagger_from"):
+            if (value := getattr(self, field)) > self.updates:
+                yield field, f"{value:,}, but there are {self.updates:,} updates"
+        if self.looks_alone_until and not self.looks_per_update:
+            yield "looks_per_update", f"0, but there is nothing else up to update {self.looks_alone_until}"
+        if 0 < self.short_until <= self.looks_alone_until:
+            yield "short_until", f"{self.short_until}, but up to update {self.looks_alone_until} there are no games"
+        first = -(-self.dagger_from // self.dagger_every) * self.dagger_every
+        if self.dagger_from < self.updates <= first:
+            yield (
+                "dagger_every",
+                f"{self.dagger_every:,} has no multiple from dagger_from on ({self.dagger_from:,}) below {self.updates:,}"
+                " updates, so nothing would be collected; to do without, set dagger_from to the number of updates",
+            )
 
 
 class PageView(Section):
     """What the agent is shown of a page. A page's segments are what ' [SEP] ' separates; limits are in words, which blanks
     separate. What is cut or hidden is lost to the agent alone: environment and expert have the whole page."""
 
-    hide: tuple[str, ...] = Field(
-        (), description="segments that are not shown, each named in full; {task} stands for the task sentence"
+    hide: tuple[Text, ...] = Field(
+        (),
+        max_length=1000,
+        description="segments that are not shown, each named in full; {task} stands for the task sentence",
     )
     segment_words: Count | None = Field(
         None,
@@ -198,7 +324,9 @@ class Prompt(Section):
         None, description="a single token; what an action holds before it is thought, not command"
     )
     action_end: str = Field("<end>", description="a single token that ends the action")
-    max_action_tokens: Count = Field(12, description="tokens generated for one action at most, its thought included")
+    max_action_tokens: Annotated[int, Field(gt=0), at_most(10**6, "no transcript has room for more")] = Field(
+        12, description="tokens generated for one action at most, its thought included"
+    )
     page: PageView | None = Field(
         None,
         exclude_if=_unset,
@@ -215,25 +343,27 @@ class Agent(Section):
     action: Literal["generate", "score"] = Field(
         "generate", description="generate the action, or score the admissible ones"
     )
-    temperature: float = Field(0.0, ge=0, description="acting temperature; 0 is greedy")
+    temperature: Annotated[float, Field(ge=0.0), at_most(100.0, "it would draw at random")] = Field(
+        0.0, description="acting temperature; 0 is greedy"
+    )
 
-    @model_validator(mode="after")
-    def _one_source(self) -> Self:
+    def problems(self) -> Iterator[tuple[str, str]]:
         if self.action == "score" and self.prompt.thought_end is not None:
-            raise ValueError("agent: an agent that thinks first must generate its actions")
+            yield "action", "an agent that thinks first must generate its actions"
         if (self.pretrained is None) == (self.training is None):
-            raise ValueError("agent: give exactly one of 'pretrained' and 'training'")
-        return self
+            yield "", "give exactly one of 'pretrained' and 'training'"
+        if 0 < self.temperature < 1e-3:
+            yield "temperature", f"{self.temperature} divides logits by next to nothing; 0 is greedy"
 
 
 class Rung(Section):
     """One rung of the precision ladder."""
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
+    name: Name
     weights: Literal["float", "int8", "int4", "int2"]
     activations: Literal["none", "int8"] = "none"
-    keep_float: tuple[str, ...] = Field(
-        ("lm_head",), description="modules left in float, as glob patterns of module names"
+    keep_float: tuple[Text, ...] = Field(
+        ("lm_head",), max_length=1000, description="modules left in float, as glob patterns of module names"
     )
     ranges: Literal["mse"] | None = Field(
         None,
@@ -242,17 +372,30 @@ class Rung(Section):
         " to its greatest (min-max); mse: the part of that with the least squared error (both: Nagel et al., 2021, 3.1)",
     )
 
-    @model_validator(mode="after")
-    def _ranges_of_groups(self) -> Self:
+    def problems(self) -> Iterator[tuple[str, str]]:
+        if self.name == "tokenizer":
+            yield "name", "'tokenizer' is the folder beside the rungs"
         if self.ranges is not None and self.weights not in ("int4", "int2"):
-            raise ValueError(f"rung {self.name!r}: ranges is for int4 and int2 weights, these are {self.weights}")
-        return self
+            yield "ranges", f"rung {self.name!r}: ranges is for int4 and int2 weights, these are {self.weights}"
+        for pattern in self.keep_float:
+            if not _PATTERN.fullmatch(pattern):
+                yield (
+                    "keep_float",
+                    f"rung {self.name!r}: {_shown(pattern)} is no pattern of module names, such as lm_head or *.down_proj",
+                )
+            elif not re.search("[a-z0-9]", pattern):
+                yield "keep_float", f"rung {self.name!r}: {_shown(pattern)} fits every module, so nothing is quantized"
+
+
+_PATTERN = re.compile(r"(?:[\w.*?]|\[!?\w[\w-]*\])+", re.ASCII)
+"""A glob of module names whose brackets are closed."""
+_BITS = {"float": 32, "int8": 8, "int4": 4, "int2": 2}
 
 
 class Precisions(Section):
     """The precision ladder, highest first, and the two rungs that the router chooses from."""
 
-    ladder: tuple[Rung, ...] = Field(min_length=2)
+    ladder: tuple[Rung, ...] = Field(min_length=2, max_length=50)
     high: str
     low: str
     gate_high: Share = Field(0.85, description="success of the high rung on validation games that the gate asks for")
@@ -261,29 +404,60 @@ class Precisions(Section):
         50, description="validation games whose expert steps give the mean KL to the float model"
     )
 
-    @model_validator(mode="after")
-    def _known_rungs(self) -> Self:
+    def problems(self) -> Iterator[tuple[str, str]]:
         names = [rung.name for rung in self.ladder]
         if len(set(names)) != len(names):
-            raise ValueError(f"precisions.ladder: names are not unique: {names}")
+            yield "ladder", f"names are not unique: {names}"
         for field in ("high", "low"):
             if getattr(self, field) not in names:
-                raise ValueError(f"precisions.{field}: {getattr(self, field)!r} is not on the ladder {names}")
-        return self
+                yield field, f"{_shown(getattr(self, field))} is not on the ladder {names}"
+        if self.high in names and self.low in names and names.index(self.high) >= names.index(self.low):
+            yield "low", f"{self.low!r} has to be below high, {self.high!r}; the ladder is highest first: {names}"
+        for rung in self.ladder:
+            if rung.name in ("high", "low") and rung.name != getattr(self, rung.name):
+                yield "ladder", f"a rung may be called {rung.name!r} only if it is precisions.{rung.name}"
+        for rung in self.ladder:
+            if rung.weights == "float" and rung.keep_float != ("lm_head",):
+                yield "ladder", f"rung {rung.name!r} is float throughout: leave out keep_float"
+            if rung.weights == "float" and rung.activations != "none":
+                yield "ladder", f"rung {rung.name!r}: quantized activations need quantized weights"
+        for i, rung in enumerate(self.ladder):
+            for earlier in self.ladder[:i]:
+                if earlier.model_copy(update={"name": rung.name}) == rung:
+                    yield "ladder", f"rungs {earlier.name!r} and {rung.name!r} are equal"
+        for above, below in pairwise(self.ladder):
+            if _BITS[above.weights] < _BITS[below.weights]:
+                yield "ladder", f"is highest first, but {below.name!r} ({below.weights}) is below {above.name!r}"
+        yield from _in_order("gate_gap", self.gate_gap)
+
+
+def _in_order(field: str, bounds: tuple[float, float]) -> Iterator[tuple[str, str]]:
+    if not bounds[0] < bounds[1]:
+        yield field, f"{list(bounds)}: the first is the lower bound, the second the upper one"
 
 
 class BehaviourPolicy(Section):
     """Who acts while trajectories are collected."""
 
-    name: str
+    name: Name
     high_ratio: Share = Field(
         description="chance that a step is taken at high precision: 1 all-high, 0 all-low, else random mixing"
     )
 
 
 class Trajectories(Section):
-    behaviour: tuple[BehaviourPolicy, ...] = Field(min_length=1)
-    seed: int = Field(0, ge=0)
+    behaviour: tuple[BehaviourPolicy, ...] = Field(min_length=1, max_length=100)
+    seed: Seed = 0
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        names = [policy.name for policy in self.behaviour]
+        if len(set(names)) != len(names):
+            yield "behaviour", f"names are not unique: {names}"
+        if "ingested" in names:
+            yield "behaviour", "'ingested' is the policy of episodes that people bring; choose another name"
+        ratios = [policy.high_ratio for policy in self.behaviour]
+        if len(set(ratios)) != len(ratios):
+            yield "behaviour", f"policies of one high_ratio play the same episodes: {ratios}"
 
 
 class Sensitivity(Section):
@@ -292,8 +466,12 @@ class Sensitivity(Section):
     direction: Literal["high_low", "low_high", "js"] = Field(
         "high_low", description="KL(high||low), KL(low||high), or Jensen-Shannon"
     )
-    tau: float | None = Field(None, gt=0, description="absolute threshold in nats")
-    quantile: Share | None = Field(None, description="threshold as a quantile of the KL over all steps")
+    tau: Annotated[float, Field(gt=0), at_most(1000.0, "no step's divergence is larger")] | None = Field(
+        None, description="absolute threshold in nats"
+    )
+    quantile: Annotated[float, Field(gt=0.0, lt=1.0)] | None = Field(
+        None, description="threshold as a quantile of the KL over all steps; at 0 or 1 there would be a single class"
+    )
     won_only: bool = Field(
         False,
         description="ours: only steps of episodes that were won can be sensitive. In a lost episode the precisions diverge"
@@ -303,23 +481,28 @@ class Sensitivity(Section):
         (0.02, 0.6), description="bounds for the share of sensitive steps; outside them the check fails"
     )
 
-    @model_validator(mode="after")
-    def _one_threshold(self) -> Self:
+    def problems(self) -> Iterator[tuple[str, str]]:
         if (self.tau is None) == (self.quantile is None):
-            raise ValueError("sensitivity: give exactly one of 'tau' and 'quantile'")
-        return self
+            yield "", "give exactly one of 'tau' and 'quantile'"
+        yield from _in_order("label_share", self.label_share)
 
 
 class Lora(Section):
-    rank: Count = 8
-    alpha: Count = 16
+    rank: Size = 8
+    alpha: Size = 16
 
 
 class Probe(Section):
     """A head on the hidden states of the low-precision agent, which has read the transcript."""
 
-    layers: tuple[Count, ...] = Field(min_length=1, description="decoder layers, from 1, whose outputs are read")
-    hidden: Count = Field(32, description="width of the head's hidden layer")
+    layers: tuple[Size, ...] = Field(
+        min_length=1, max_length=1000, description="decoder layers, from 1, whose outputs are read"
+    )
+    hidden: Size = Field(32, description="width of the head's hidden layer")
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        if len(set(self.layers)) != len(self.layers):
+            yield "layers", f"{list(self.layers)} are not all different"
 
 
 class RouterModel(Section):
@@ -330,13 +513,11 @@ class RouterModel(Section):
     pretrained: Pretrained | None = None
     lora: Lora | None = Field(None, description="train adapters only (needs 'pretrained')")
 
-    @model_validator(mode="after")
-    def _one_source(self) -> Self:
+    def problems(self) -> Iterator[tuple[str, str]]:
         if [self.probe, self.architecture, self.pretrained].count(None) != 2:
-            raise ValueError("router: give exactly one of 'probe', 'architecture' and 'pretrained'")
+            yield "", "give exactly one of 'probe', 'architecture' and 'pretrained'"
         if self.lora is not None and self.pretrained is None:
-            raise ValueError("router.lora: needs 'pretrained'")
-        return self
+            yield "lora", "needs 'pretrained'"
 
 
 class KlRouter(Section):
@@ -344,55 +525,85 @@ class KlRouter(Section):
 
     model: RouterModel
     epochs: Count
-    batch_episodes: Count
-    learning_rate: float = Field(gt=0)
+    batch_episodes: Batch
+    learning_rate: Rate
     validation_games: Count = Field(description="validation games for Platt scaling and for the closed-loop threshold")
-    target_ratio: Share = Field(description="high-precision ratio that the threshold is calibrated to, in closed loop")
+    target_ratio: Ratio = Field(description="high-precision ratio that the threshold is calibrated to, in closed loop")
     force_search: bool = Field(
         False,
         exclude_if=_unset,
         description="WebShop: high precision at every step whose page has a search bar, without asking the router, if the mean"
         " divergence of the labelled searches is at least tau; the paper's special case, as far as it is known",
     )
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
 
 
 class GrpoRouter(Section):
     """Stage 2: GRPO on success and cost."""
 
     updates: Count
-    games_per_update: Count
-    group_size: int = Field(ge=2, description="episodes of one game in a group")
+    games_per_update: Batch
+    group_size: Annotated[int, Field(ge=2), at_most(10_000, "they are played at once")] = Field(
+        description="episodes of one game in a group; with one alone there is nothing to compare"
+    )
     iterations: Count = Field(1, description="optimizer steps on the same episodes (GRPO's mu)")
-    clip: float = Field(0.2, gt=0, description="GRPO's epsilon: bounds the importance ratio to 1 - clip and 1 + clip")
-    learning_rate: float = Field(gt=0)
+    clip: Ratio = Field(0.2, description="GRPO's epsilon: bounds the importance ratio to 1 - clip and 1 + clip")
+    learning_rate: Rate
     reward: Literal["gated", "difference"] = Field(
         "gated",
         description="gated: success * (1 - cost_weight * cost), ours; difference: success - cost_weight * cost, the paper's",
     )
-    cost_weight: float = Field(ge=0, description="lambda")
-    beta: float = Field(0.0, ge=0, description="KL penalty to the stage-1 router")
-    initial_ratio: Share = Field(
+    cost_weight: Annotated[float, Field(ge=0.0), at_most(100.0, "success would count for nothing")] = Field(
+        description="lambda"
+    )
+    beta: Annotated[float, Field(ge=0.0), at_most(100.0, "the router would stay as it is")] = Field(
+        0.0, description="KL penalty to the stage-1 router"
+    )
+    initial_ratio: Ratio = Field(
         0.4, description="mean routing probability that the tempered stage-1 router starts from"
     )
     validate_every: Count = Field(description="updates between two validations; the best checkpoint is kept")
     validation_games: Count
-    target_ratio: Share | None = Field(
+    target_ratio: Ratio | None = Field(
         None,
         description="high-precision ratio that the threshold is calibrated to, in closed loop; without it, it is 0.5",
     )
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        if self.validate_every > self.updates:
+            yield "validate_every", f"{self.validate_every:,}, but there are {self.updates:,} updates"
+        if self.reward == "gated" and self.cost_weight > 1:
+            yield (
+                "cost_weight",
+                f"{self.cost_weight}: with the gated reward, a game won at the cost of always-high would be worth less than"
+                " a lost one; give at most 1",
+            )
 
 
 class Evaluation(Section):
-    random_draws: Count = Field(3, description="draws of random routing at each router's ratio")
-    confidence_ratio: Share = Field(
+    random_draws: Annotated[int, Field(gt=0), at_most(10_000, "each plays all test games")] = Field(
+        3, description="draws of random routing at each router's ratio"
+    )
+    confidence_ratio: Ratio = Field(
         0.3, description="high-precision ratio that the confidence cascade is calibrated to on validation games"
     )
     confidence_games: Count = Field(60, description="validation games for that")
-    confidence: Share = 0.95
-    bootstrap: Count = Field(2000, description="bootstrap resamples, of games")
-    seed: int = Field(0, ge=0)
+    confidence: Confidence = 0.95
+    bootstrap: Bootstrap = Field(2000, description="bootstrap resamples, of games")
+    seed: Seed = 0
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        yield from _resamples(self.confidence, self.bootstrap)
+
+
+def _resamples(confidence: float, bootstrap: int) -> Iterator[tuple[str, str]]:
+    needed = math.ceil(round(2 / (1 - confidence), 6))
+    if bootstrap < needed:
+        yield (
+            "bootstrap",
+            f"{bootstrap} resamples, but an interval of {confidence:.4g} has one beyond its ends from {needed} on",
+        )
 
 
 class Release(Section):
@@ -403,13 +614,16 @@ class Release(Section):
         description="promoted only if the lower bound of the paired difference in success, new minus released, is above"
         " minus this",
     )
-    cost_increase: float = Field(
-        0.0, ge=0, description="mean cost of an episode may rise by this share of the released router's at most"
+    cost_increase: Annotated[float, Field(ge=0.0), at_most(1000.0, "any router would do")] = Field(
+        0.0, description="mean cost of an episode may rise by this share of the released router's at most"
     )
     games: Count | None = Field(None, description="validation games that both play; all of them by default")
-    confidence: Share = 0.95
-    bootstrap: Count = Field(2000, description="bootstrap resamples, of games")
-    seed: int = Field(0, ge=0, description="of the resamples, and of actions drawn at a temperature")
+    confidence: Confidence = 0.95
+    bootstrap: Bootstrap = Field(2000, description="bootstrap resamples, of games")
+    seed: Seed = Field(0, description="of the resamples, and of actions drawn at a temperature")
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        yield from _resamples(self.confidence, self.bootstrap)
 
 
 class Retraining(Section):
@@ -428,7 +642,7 @@ class Versioning(Section):
         description="commit: each new entry of dvc.lock also becomes a commit on the branch retrain/<date, UTC>; what is"
         " checked out is never touched",
     )
-    remote: str | None = Field(
+    remote: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)] | None = Field(
         None,
         description="DVC remote over which machines exchange artefacts by hash: a worker pulls the inputs that Dagster's"
         " instance records and pushes what it made; without it all stages work on one data folder",
@@ -440,19 +654,17 @@ class Runtime(Section):
     of threads and processes."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    threads: Count = Field(1, description="torch threads a process")
-    processes: Count = Field(2, description="processes that play episodes at once on a CPU; one on a GPU")
-    batch_episodes: Count = Field(64, description="episodes acted on at once in a process")
+    threads: Workers = Field(1, description="torch threads a process")
+    processes: Workers = Field(2, description="processes that play episodes at once on a CPU; one on a GPU")
+    batch_episodes: Batch = Field(64, description="episodes acted on at once in a process")
 
-    @model_validator(mode="after")
-    def _threads_or_processes(self) -> Self:
+    def problems(self) -> Iterator[tuple[str, str]]:
         if self.threads > 1 and self.processes > 1:
-            raise ValueError("runtime: torch's threads do not survive a fork; give more 'threads' or more 'processes'")
-        return self
+            yield "threads", "torch's threads do not survive a fork; give more 'threads' or more 'processes'"
 
 
 class Recipe(Section):
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
+    name: str
     benchmark: Benchmark
     agent: Agent
     precisions: Precisions
@@ -466,52 +678,190 @@ class Recipe(Section):
     versioning: Versioning = Versioning()
     runtime: Runtime = Runtime()
 
-    @model_validator(mode="after")
-    def _reference_model(self) -> Self:
-        if self.grpo_router.beta and self.kl_router.model.probe:
-            raise ValueError(
-                "grpo_router.beta: trl reloads the reference as a causal LM, which a probe is not; set it to 0"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _thoughts_of_looks(self) -> Self:
-        training, thinks = self.agent.training, self.agent.prompt.thought_end is not None
-        if isinstance(self.benchmark, AlfWorld) and training and training.looks_per_update and not thinks:
-            raise ValueError("agent: ALFWorld's looks teach thoughts, so they need 'prompt.thought_end'")
-        return self
-
 
 UNHASHED_SECTIONS = frozenset({"retraining", "versioning", "runtime"})
 """Sections that say how a pipeline is run, not what it computes; no stage reads them into its provenance."""
+
+
+def problems_across(sections: Mapping[str, Section]) -> Iterator[str]:
+    """What is wrong between sections that are right by themselves, a line each. Checks of sections that are not given are
+    left out."""
+    for check in _ACROSS:
+        wanted = signature(check).parameters
+        if wanted.keys() <= sections.keys():
+            yield from check(**{name: sections[name] for name in wanted})
+
+
+def _games_asked_for(
+    benchmark: Games,
+    precisions: Precisions,
+    kl_router: KlRouter,
+    grpo_router: GrpoRouter,
+    evaluation: Evaluation,
+    release: Release,
+) -> Iterator[str]:
+    """What a field has by default is as many as there are at most; a number that somebody wrote is meant."""
+    asked: list[tuple[str, Section, str, str]] = [
+        ("precisions", precisions, "kl_episodes", "validation"),
+        ("kl_router", kl_router, "validation_games", "validation"),
+        ("grpo_router", grpo_router, "validation_games", "validation"),
+        ("grpo_router", grpo_router, "games_per_update", "router_train"),
+        ("evaluation", evaluation, "confidence_games", "validation"),
+        ("release", release, "games", "validation"),
+    ]
+    for name, section, field, split in asked:
+        wanted, there = getattr(section, field), getattr(benchmark.splits, split)
+        if field in section.model_fields_set and wanted is not None and wanted > there:
+            yield f"{name}.{field}: {wanted:,} games, but benchmark.splits.{split} has {there:,}"
+
+
+def _reference_model(kl_router: KlRouter, grpo_router: GrpoRouter) -> Iterator[str]:
+    if grpo_router.beta and kl_router.model.probe:
+        yield "grpo_router.beta: trl reloads the reference as a causal LM, which a probe is not; set it to 0"
+
+
+def _thoughts_of_looks(benchmark: Games, agent: Agent) -> Iterator[str]:
+    thinks = agent.prompt.thought_end is not None
+    if isinstance(benchmark, AlfWorld) and agent.training and agent.training.looks_per_update and not thinks:
+        yield "agent: ALFWorld's looks teach thoughts, so they need 'prompt.thought_end'"
+
+
+def _short_games(agent: Agent) -> Iterator[str]:
+    if agent.training and agent.training.short_until and agent.training.short_steps < 3:
+        yield f"agent.training.short_steps: {agent.training.short_steps}, but no game can be won in fewer than 3 steps"
+
+
+def _probe_layers(agent: Agent, kl_router: KlRouter) -> Iterator[str]:
+    if agent.training is None or kl_router.model.probe is None:
+        return
+    layers, there = kl_router.model.probe.layers, agent.training.architecture.layers
+    if max(layers) > there:
+        yield f"kl_router.model.probe.layers: {list(layers)}, but the agent has {there}"
+
+
+def _kept_in_float(agent: Agent, precisions: Precisions) -> Iterator[str]:
+    if agent.training is None:
+        return
+    layers = agent.training.architecture.linear_layers()
+    for rung in precisions.ladder:
+        if rung.weights == "float":
+            continue
+        where = f"precisions.ladder: rung {rung.name!r}: keep_float"
+        for pattern in rung.keep_float:
+            if not any(fnmatchcase(layer, pattern) for layer in layers):
+                yield f"{where}: {_shown(pattern)} fits no linear layer of the agent, which has {layers[0]}, {layers[1]} ..."
+        if all(any(fnmatchcase(layer, pattern) for pattern in rung.keep_float) for layer in layers):
+            yield f"{where}: {list(rung.keep_float)} leave every linear layer in float, so nothing is quantized"
+
+
+_ACROSS: tuple[Callable[..., Iterator[str]], ...] = (
+    _games_asked_for,
+    _reference_model,
+    _thoughts_of_looks,
+    _short_games,
+    _probe_layers,
+    _kept_in_float,
+)
+"""Their parameters are the sections that they look at."""
+
+NAME_RULE = "small letters, digits, '.', '_' and '-', a letter or digit first, at most 100, and no number"
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,99}")
+_LIKE_A_NUMBER = re.compile(r"[0-9][0-9_.]*(?:e[0-9]+)?|0[box][0-9a-f_]+")
+"""YAML would read such a name as a number, and DVC then look for another recipe."""
+_TAKEN = frozenset({"incoming", "official"})
+"""Folders of `data/` beside those of the recipes."""
+
+
+def is_recipe_name(name: str) -> bool:
+    """Does a recipe or its file's stem go by the rule? What does is safe as part of a path, a command and a YAML text."""
+    return bool(_NAME.fullmatch(name)) and not _LIKE_A_NUMBER.fullmatch(name) and name not in _TAKEN
 
 
 def load_recipe(name: str, folder: Path = RECIPE_FOLDER) -> Recipe:
     """Read `<folder>/<name>.yaml`.
 
     Raises:
-        UserError: there is no such recipe, or it is malformed; the message names the file, the key and what to do.
+        UserError: there is no such recipe, or it is malformed; the message names the file, the key and what to do. Where
+            there is more than one problem it names the first, and the command that shows all.
     """
-    path = folder / f"{name}.yaml"
-    if not path.is_file():
-        known = ", ".join(recipe_names(folder)) or "none"
-        raise UserError(f"unknown recipe {name!r}: there is no {path} (known recipes: {known})")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: a recipe is a mapping of sections, this is {type(content).__name__}")
-    try:
-        recipe = Recipe.model_validate({"name": name, **content})
-    except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'recipe'}: {e['msg']}" for e in error.errors())
-        raise UserError(f"{path}: {problems}") from error
-    if recipe.name != name:
-        raise UserError(f"{path}: its name is {recipe.name!r}, but the file is called {name!r}")
+    recipe, problems = check_recipe(name, folder)
+    if recipe is None:
+        more = len(problems) - 1
+        rest = f" (and {more} more: `dmr recipe check {name}` shows all)" if more else ""
+        raise UserError(problems[0] + rest)
     return recipe
 
 
+def check_recipe(name: str, folder: Path = RECIPE_FOLDER) -> tuple[Recipe | None, list[str]]:
+    """The recipe, or None and everything that is wrong with it: a line each, of file, key, what to do and what is there."""
+    if not is_recipe_name(name):
+        known = ", ".join(recipe_names(folder)) or "none"
+        return None, [f"{_shown(name)} can be no recipe's name: {NAME_RULE} (known recipes: {known})"]
+    path = folder / f"{name}.yaml"
+    if not path.exists() and not path.is_symlink():
+        known = ", ".join(recipe_names(folder)) or "none"
+        return None, [f"unknown recipe {name!r}: there is no {path} (known recipes: {known})"]
+    try:
+        content = {"name": name, **read_mapping(path)}
+    except UserError as error:
+        return None, [str(error)]
+    if content["name"] != name:
+        return None, [f"{path}: its name is {_shown(content['name'])}, but the file is called {name!r}"]
+    recipe, errors = None, list[ErrorDetails]()
+    try:
+        recipe = Recipe.model_validate(content)
+        sections: dict[str, Section] = dict(recipe)
+    except ValidationError as error:
+        errors = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")  # a typo makes others of its kind
+        bad = {e["loc"][0] for e in errors if e["loc"]}
+        sections = {
+            key: adapter.validate_python(content[key])
+            for key, adapter in _section_readers().items()
+            if key in content and key not in bad
+        }
+    problems = [line for e in errors for line in _lines(e)] + list(problems_across(sections))
+    return (None if problems else recipe), [f"{path}: {problem}" for problem in problems]
+
+
+@cache
+def _section_readers() -> dict[str, TypeAdapter[Section]]:
+    hints = get_type_hints(Recipe, include_extras=True)
+    return {name: TypeAdapter(hints[name]) for name in Recipe.model_fields if name != "name"}
+
+
+def _lines(error: ErrorDetails) -> Iterator[str]:
+    """One a problem; the path is that of the YAML text, without the benchmark's tag."""
+    loc = [part for i, part in enumerate(error["loc"]) if not (i == 1 and error["loc"][0] == "benchmark")]
+    if error["type"] == "problems":
+        for field, text in error["ctx"]["problems"]:
+            yield f"{'.'.join([*map(_key, loc), *([field] if field else [])])}: {short(text)}"
+        return
+    given = "" if error["type"] in ("missing", "extra_forbidden") else f" (it is {_shown(error['input'])})"
+    yield f"{'.'.join(map(_key, loc)) or 'recipe'}: {short(error['msg'])}{given}"
+
+
+def _key(part: int | str) -> str:
+    return short(reprlib.repr(part) if not isinstance(part, str) else part[:60])
+
+
+def _shown(value: object) -> str:
+    """A value from a file in a few characters."""
+    return printable(reprlib.repr(value))
+
+
 def recipe_names(folder: Path = RECIPE_FOLDER) -> list[str]:
-    """Names of all recipes, sorted."""
-    return sorted(path.stem for path in folder.glob("*.yaml"))
+    """Names of all recipes, sorted. Other files called *.yaml are passed over, with a warning that names them."""
+    names = []
+    for path in folder.glob("*.yaml"):
+        if is_recipe_name(path.stem) and path.is_file():
+            names.append(path.stem)
+        else:
+            _warn_of(path)
+    return sorted(names)
+
+
+@cache
+def _warn_of(path: Path) -> None:
+    """Once, since commands list the recipes many times."""
+    why = "is no file" if is_recipe_name(path.stem) else f"is not called as a recipe may be ({NAME_RULE})"
+    log.warning("%s is passed over: it %s", printable(path), why)

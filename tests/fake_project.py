@@ -34,14 +34,14 @@ kl_router:
   model: {pretrained: {model: models/tiny}}
   epochs: 1
   batch_episodes: 1
-  learning_rate: 1e-3
+  learning_rate: 0.001
   validation_games: 1
   target_ratio: 0.3
 grpo_router:
   updates: 1
   games_per_update: 1
   group_size: 2
-  learning_rate: 1e-3
+  learning_rate: 0.001
   cost_weight: 0.1
   validate_every: 1
   validation_games: 1

@@ -69,7 +69,7 @@ def test_a_step_is_sensitive_from_tau_on() -> None:
     rows = pl.DataFrame({**others, **columns})
     absolute = Sensitivity(tau=0.2)
     assert label(rows, absolute, threshold(rows, absolute))["sensitive"].to_list() == [False, False, True, True]
-    quantile = Sensitivity(quantile=1.0, direction="js")
+    quantile = Sensitivity(quantile=0.99, direction="js")
     assert label(rows, quantile, threshold(rows, quantile))["sensitive"].to_list() == [False, False, False, True]
     lost = rows.with_columns(success=pl.Series([True, True, False, True]))
     won_only = Sensitivity(tau=0.2, won_only=True)

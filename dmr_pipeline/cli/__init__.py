@@ -7,6 +7,7 @@ from dmr_pipeline.cli.data import data
 from dmr_pipeline.cli.doctor import doctor
 from dmr_pipeline.cli.environments import bench, env
 from dmr_pipeline.cli.provenance import provenance
+from dmr_pipeline.cli.recipe import recipe
 from dmr_pipeline.cli.router import router
 from dmr_pipeline.cli.trajectories import trajectories
 
@@ -19,6 +20,7 @@ for command in (stages.run, stages.materialize, stages.status, stages.pull, stag
     app.command()(command)
 app.command()(provenance)
 app.command()(doctor)
+app.add_typer(recipe, name="recipe")
 app.add_typer(trajectories, name="trajectories")
 app.add_typer(router, name="router")
 app.add_typer(data, name="data")

@@ -5,7 +5,6 @@ import random
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import ValidationError
 
 from dmr_pipeline.agent import examples
 from dmr_pipeline.agent.examples import (
@@ -23,7 +22,7 @@ from dmr_pipeline.environments.alfworld.engine import AlfWorldEpisode
 from dmr_pipeline.environments.alfworld.generator import generate_game
 from dmr_pipeline.environments.alfworld.words import alfworld_texts
 from dmr_pipeline.environments.base import Look, Task
-from dmr_pipeline.recipe import GeneratedWebShop, Prompt, Recipe, load_recipe
+from dmr_pipeline.recipe import GeneratedWebShop, Prompt, Recipe, Splits, load_recipe, problems_across
 
 
 def prompter() -> Prompter:
@@ -142,7 +141,7 @@ def test_an_episode_that_the_expert_played_teaches_what_the_experts_own_does() -
 def test_only_alfworlds_looks_need_thoughts() -> None:
     recipe = load_recipe("alfworld-tiny").model_dump()
     recipe["agent"]["prompt"]["thought_end"] = None
-    with pytest.raises(ValidationError, match=r"ALFWorld's looks teach thoughts, so they need 'prompt.thought_end'"):
-        Recipe.model_validate(recipe)
-    recipe["benchmark"] = GeneratedWebShop(splits=recipe["benchmark"]["splits"])
-    assert Recipe.model_validate(recipe).agent.training is not None
+    (problem,) = problems_across(dict(Recipe.model_validate(recipe)))
+    assert problem == "agent: ALFWorld's looks teach thoughts, so they need 'prompt.thought_end'"
+    recipe["benchmark"] = GeneratedWebShop(splits=Splits(agent_train=1, router_train=99, validation=200, test=1))
+    assert not list(problems_across(dict(Recipe.model_validate(recipe))))
