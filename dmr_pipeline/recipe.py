@@ -571,8 +571,6 @@ class GrpoRouter(Section):
     seed: Seed = 0
 
     def problems(self) -> Iterator[tuple[str, str]]:
-        if self.validate_every > self.updates:
-            yield "validate_every", f"{self.validate_every:,}, but there are {self.updates:,} updates"
         if self.reward == "gated" and self.cost_weight > 1:
             yield (
                 "cost_weight",
