@@ -79,7 +79,7 @@ def shown(observation: str, task: str, page: PageView) -> str:
     left = page.observation_words
     kept = []
     for segment in observation.split(SEPARATOR):
-        if segment in hidden:
+        if not segment or segment in hidden:
             continue
         # Split at blanks alone, so that what is not cut stays as it is.
         words = segment.split(" ")[: page.segment_words][:left]

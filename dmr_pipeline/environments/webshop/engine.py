@@ -1,6 +1,9 @@
 """The shop as an agent sees it: pages as text, moves between them, and the reward at the end (WebShop's text mode).
 
 Actions are `search[words]`, on every page, and `click[text]` of something that the page offers; anything else changes nothing.
+
+Pages and moves are those of the original, its quirks included: where an option's value reads like a button, the button is
+clicked ("attributes", whose button is hidden, too), and a title or bullet point of blanks alone is an empty part of its page.
 """
 
 import json
@@ -17,13 +20,16 @@ PAGE_SIZE = 10
 BACK, PREVIOUS, NEXT, BUY = "back to search", "< prev", "next >", "buy now"
 SubPage = Literal["description", "features", "reviews"]
 SUB_PAGES: tuple[SubPage, ...] = get_args(SubPage)
+ATTRIBUTES: Literal["attributes"] = "attributes"
+"""A page that nothing leads to but an option's value of this name."""
+_HTML_BLANKS = " \t\n\f\r"
 _ACTION = re.compile(r"(.+)\[(.+)\]")
 
 
 class State(NamedTuple):
     """All that changes in an episode."""
 
-    page: Literal["start", "results", "item", "done"] | SubPage = "start"
+    page: Literal["start", "results", "item", "done", "attributes"] | SubPage = "start"
     results: tuple[int, ...] = ()
     """Rows of the shop's products."""
     number: int = 1
@@ -51,13 +57,11 @@ class WebShopEpisode:
         """Take one action; returns observation, reward and whether the product was bought."""
         if self.state.page == "done":
             raise RuntimeError("the episode has ended: call reset")
-        match = _ACTION.match(command)
-        if match:
-            verb, argument = match[1], match[2].lower()
-            if verb == "search":
-                self.state = State("results", self.find(argument))
-            elif verb == "click" and argument in self.clickables() and argument != "search":
-                self.state = self._clicked(argument)
+        verb, argument = _named(command)
+        if verb == "search":
+            self.state = State("results", self.find(argument))
+        elif verb == "click" and argument in self.clickables() and argument != "search":
+            self.state = self._clicked(argument)
         return self.observation(), self.state.reward, self.state.page == "done"
 
     def find(self, words: str) -> tuple[int, ...]:
@@ -98,26 +102,30 @@ class WebShopEpisode:
                 return (BACK, PREVIOUS)
 
     def admissible_commands(self) -> tuple[str, ...]:
-        """Every click; and where there is a search bar, of all searches the one for the instruction's own words."""
+        """Every click; and where there is a search bar, of all searches the one for the instruction's own words.
+
+        An option's value that no command can name (it is empty, "search", or has a bracket) is left out.
+        """
         if self.has_search_bar():
             return (f"search[{search_words(self.task.instruction)}]",)
-        return tuple(sorted(f"click[{text}]" for text in self.clickables()))
+        clicks = {f"click[{text}]": ("click", text) for text in self.clickables() if text != "search"}
+        return tuple(sorted(click for click, named in clicks.items() if _named(click) == named))
 
     def observation(self) -> str:
-        return SEPARATOR.join(text for part in self._texts() if (text := part.strip()))
+        return SEPARATOR.join(text.strip() for text in self._texts() if _is_part(text))
 
     def _clicked(self, text: str) -> State:
         state = self.state
         if state.page == "item":
-            # WebShop keys what can be clicked by its text, options last: of equal texts the last one counts.
-            names = [name for name, values in self._bought.options.items() if text in values]
-            if names:
-                return state._replace(options=tuple((dict(state.options) | {names[-1]: text}).items()))
             if text == BUY:
                 return state._replace(page="done", reward=self._reward())
-            for sub_page in SUB_PAGES:
+            for sub_page in (*SUB_PAGES, ATTRIBUTES):
                 if text == sub_page:
                     return state._replace(page=sub_page)
+            # Of equal values the last name counts.
+            names = [name for name, values in self._bought.options.items() if text in values]
+            if names and text not in (BACK, PREVIOUS):
+                return state._replace(options=tuple((dict(state.options) | {names[-1]: text}).items()))
         if text == BACK:
             return State()
         if text == PREVIOUS:
@@ -151,7 +159,7 @@ class WebShopEpisode:
         return self.state.results[first : first + PAGE_SIZE]
 
     def _texts(self) -> list[str]:
-        """The page's texts; those that are blank are not shown."""
+        """Texts between the tags of the page."""
         state = self.state
         instruction = ["Instruction:", self.task.instruction]
         match state.page:
@@ -175,9 +183,24 @@ class WebShopEpisode:
             case "description":
                 return [*top, product.description]
             case "features":
-                return [*top, *product.bullet_points]
+                return [*top, *(f" {point}" for point in product.bullet_points)]
+            case "attributes":
+                attributes = [f" {attribute}" for attribute in product.attributes]
+                return [*top, *attributes, product.category, product.query, product.product_category]
             case _:
                 return top
+
+
+def _named(command: str) -> tuple[str, str]:
+    """Verb and lower-cased argument of a command; two empty ones where it is none."""
+    match = _ACTION.match(command)
+    return (match[1], match[2].lower()) if match else ("", "")
+
+
+def _is_part(text: str) -> bool:
+    """Whether WebShop shows a text between tags. Blanks with a line break it takes for the page's own, other blanks not (as
+    BeautifulSoup tells them apart)."""
+    return text != "" and not ("\n" in text and not text.strip(_HTML_BLANKS))
 
 
 def search_words(instruction: str) -> str:

@@ -6,10 +6,10 @@ The original's quirks are kept, since published scores contain them: an option i
 anywhere in it ('1877brown' and 'tan' in 'tank' too), but of a synthetic goal's option only where it is the whole value.
 """
 
+import re
 from collections.abc import Callable, Collection
+from difflib import SequenceMatcher
 from functools import lru_cache
-
-from rapidfuzz import fuzz, utils
 
 from dmr_pipeline.environments.webshop.catalogue import Product
 from dmr_pipeline.environments.webshop.goals import Goal
@@ -26,6 +26,8 @@ _COLOURS = (  # noqa: SIM905 - a list would be a hundred lines
     "skull slate steel stone stonewash sunflower tan taupe teal tiger turquoise violet walnut wheat white wine yellow"
 ).split()
 """The colour words of WebShop, in its order: the first that is found counts."""
+_DROPPED = dict.fromkeys(range(0x80, 0x100))
+_NO_WORD = re.compile(r"\W")
 
 
 def reward(
@@ -90,9 +92,22 @@ def _normalised(option: str | tuple[str, str]) -> str | tuple[str, str]:
 
 @lru_cache(maxsize=200_000)
 def token_set_ratio(first: str, second: str) -> int:
-    """As thefuzz computes it: of ASCII letters and digits only, lower-cased, rounded."""
-    return round(fuzz.token_set_ratio(*(utils.default_process(_ascii(text)) for text in (first, second))))
+    """As thefuzz 0.19 has it, of 100: texts are compared as sets of words. Matching blocks are difflib's, which thefuzz uses
+    where python-Levenshtein is not installed; WebShop's setup does not install it."""
+    mine, theirs = set(_words(first)), set(_words(second))
+    if not mine or not theirs:
+        return 0
+    common = sorted(mine & theirs)
+    texts = [" ".join([*common, *sorted(own)]) for own in (mine - theirs, theirs - mine)]
+    pairs = [(" ".join(common), text) for text in texts] if common else []
+    return max(_ratio(*pair) for pair in [*pairs, (texts[0], texts[1])])
 
 
-def _ascii(text: str) -> str:
-    return text.encode("ascii", "ignore").decode()
+def _ratio(first: str, second: str) -> int:
+    # Equal texts first: difflib takes characters that are frequent in a long text for noise, and would find nothing.
+    return 100 if first == second else round(100 * SequenceMatcher(None, first, second).ratio())
+
+
+def _words(text: str) -> list[str]:
+    """Lower-cased, of letters, digits and underscores, without the characters from U+0080 to U+00FF (and no others)."""
+    return _NO_WORD.sub(" ", text.translate(_DROPPED)).lower().split()

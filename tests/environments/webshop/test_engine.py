@@ -76,7 +76,7 @@ def test_an_episode_page_by_page(task: ShoppingTask) -> None:
         ("click[B000000001]", DRESS_PAGE),
         ("click[description]", f"{sub_page} [SEP] A dress of cotton."),
         ("click[< prev]", DRESS_PAGE),
-        ("click[Features]", f"{sub_page} [SEP] Soft & light [SEP] Machine wash"),
+        ("click[Features]", f"{sub_page} [SEP] Soft & light [SEP]  [SEP] Machine wash"),
         ("click[< prev]", DRESS_PAGE),
         ("click[reviews]", sub_page),
         ("click[small]", sub_page),
@@ -149,6 +149,57 @@ def test_of_equal_values_the_last_name_counts_and_html_is_escaped_on_the_receipt
     assert episode.step("click[buy now]")[0].startswith(receipt("B000000001", '{"size": "red"}', "")[:200])
     episode = walk(task, "search[cotton]", "click[b000000001]", "click[men's <xl>]")
     assert '[SEP] {"size": "men\\u0027s \\u003cxl\\u003e"} [SEP]' in episode.step("click[buy now]")[0]
+
+
+ODD = product(
+    1,
+    " ",
+    description="\n ",
+    bullet_points=("a", "", "  ", "\n", "\xa0"),
+    attributes=("cotton", ""),
+    options={
+        "color": ("buy now", "description", "attributes", "search", "next >", "< prev", "back to search"),
+        " ": ("x", "", "a[b]"),
+    },
+)
+ODD_PAGE = (
+    f"{TOP}Back to Search [SEP] < Prev [SEP] color [SEP] buy now [SEP] description [SEP] attributes [SEP] search [SEP] "
+    "next > [SEP] < prev [SEP] back to search [SEP]  [SEP] x [SEP] a[b] [SEP]  [SEP] Price: $9.99 [SEP] Rating: N.A. [SEP] "
+    "Description [SEP] Features [SEP] Reviews [SEP] Buy Now"
+)
+
+
+def test_blank_titles_and_options_named_like_buttons(tmp_path: Path) -> None:
+    """All texts as the original showed them when it was played on this product."""
+    task = ShoppingTask(goal(ODD), shop([ODD], tmp_path / "shop"))
+    sub_page = f"{TOP}Back to Search [SEP] < Prev"
+    episode = walk(task, "search[<q> dresses]")
+    assert episode.observation().endswith("Next > [SEP] B000000001 [SEP]  [SEP] $9.99")
+    for command, page in (
+        ("click[b000000001]", ODD_PAGE),
+        ("click[features]", f"{sub_page} [SEP] a [SEP]  [SEP]  [SEP] "),
+        ("click[< prev]", ODD_PAGE),
+        ("click[description]", sub_page),
+        ("click[< prev]", ODD_PAGE),
+        (
+            "click[attributes]",
+            f"{sub_page} [SEP] cotton [SEP]  [SEP] fashion [SEP] dresses [SEP] Clothing › Women › Dresses",
+        ),
+        ("click[< prev]", ODD_PAGE),
+        ("click[search]", ODD_PAGE),
+        ("click[a[b]]", ODD_PAGE),
+        ("click[next >]", ODD_PAGE),
+        ("click[x]", ODD_PAGE),
+    ):
+        assert episode.step(command) == (page, 0.0, False), command
+    buttons = ("back to search", "< prev", "description", "features", "reviews", "buy now")
+    assert episode.clickables() == (*buttons, "attributes", "search", "next >", "x", "", "a[b]")
+    assert {f"click[{text}]" for text in (*buttons, "attributes", "next >", "x")} == set(episode.admissible_commands())
+    assert episode.step("click[buy now]")[0].startswith(
+        receipt("B000000001", '{" ": "x", "color": "next \\u003e"}', "")[:200]
+    )
+    for button, page in (("< prev", "results"), ("back to search", "start")):
+        assert walk(task, "search[<q> dresses]", "click[b000000001]", f"click[{button}]").state.page == page
 
 
 def test_rewards_of_other_purchases(task: ShoppingTask) -> None:
