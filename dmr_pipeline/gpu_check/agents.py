@@ -26,7 +26,6 @@ from dmr_pipeline.ladder import Ladder, acting_model, quantized_checkpoints
 from dmr_pipeline.quantization import dequantized, load_rung, quantize_rung, rung_size, save_rung
 from dmr_pipeline.recipe import Recipe, Rung, load_recipe
 from dmr_pipeline.router.baselines import Disagreement, RandomMixing
-from dmr_pipeline.router.grpo import grpo_router
 from dmr_pipeline.router.kl import ROUTER_FOLDER
 from dmr_pipeline.router.model import new_router, save_router
 from dmr_pipeline.stage import StageContext
@@ -214,6 +213,8 @@ def speed(agent: TinyAgent, part: Part) -> None:
 
 def two_grpo_updates(agent: TinyAgent, part: Part) -> None:
     """The stages from the games to the router, with an untrained probe in the place of stage 1's."""
+    from dmr_pipeline.router.grpo import grpo_router  # trl and all that it needs, which the other parts do without
+
     part.units = {"ratio": "share of steps", "divergence": "nats a decision"}
     number = agent.sizes.grpo_games
     changes = {

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
+from typing import NamedTuple
 
 import torch
 from optimum.quanto import QLinear, qint2, qint4, qint8, qtype
@@ -49,17 +50,24 @@ def bandwidth(device: torch.device, size: int) -> float:
     """Bytes a second that a large copy reads and writes."""
     source = torch.empty(size // 4, device=device).uniform_()
     target = torch.empty_like(source)
-    return 2 * source.nbytes / seconds_a_call([lambda: target.copy_(source)] * 3, device)
+    return 2 * source.nbytes / timed([lambda: target.copy_(source)] * 3, device).seconds
 
 
-def seconds_a_call(calls: Sequence[Callable[[], object]], device: torch.device) -> float:
+class Timing(NamedTuple):
+    seconds: float
+    """Of one call."""
+    launching: bool
+    """Whether the time that it takes to launch its kernels is in it."""
+
+
+def timed(calls: Sequence[Callable[[], object]], device: torch.device) -> Timing:
     """Median over repeats of all calls one after the other, divided by their number.
 
     On a GPU they are captured in a graph first: what is timed is the GPU, not the launching of its kernels. What cannot be
     captured is timed with the launching.
     """
     if device.type == "cpu":
-        return median(_wall(calls) for _ in range(3)) / len(calls)
+        return Timing(median(_wall(calls) for _ in range(3)) / len(calls), True)
 
     def one_by_one() -> None:
         for call in calls:
@@ -76,11 +84,11 @@ def seconds_a_call(calls: Sequence[Callable[[], object]], device: torch.device) 
     try:
         with torch.cuda.graph(graph):
             one_by_one()
-        repeat: Callable[[], object] = graph.replay
+        repeat, captured = graph.replay, True
     except RuntimeError as error:
         log.info("  not captured: %s", _line(error))
         torch.cuda.synchronize()
-        repeat = one_by_one
+        repeat, captured = one_by_one, False
     repeat()
     times = []
     for _ in range(_REPEATS):
@@ -90,7 +98,7 @@ def seconds_a_call(calls: Sequence[Callable[[], object]], device: torch.device) 
         end.record()
         end.synchronize()
         times.append(start.elapsed_time(end) / 1000)
-    return median(times) / len(calls)
+    return Timing(median(times) / len(calls), not captured)
 
 
 def _wall(calls: Sequence[Callable[[], object]]) -> float:
@@ -210,7 +218,7 @@ def _measure(
         expected = rows.float() @ first.weights().T
         error = float((first.apply(rows).float() - expected).norm() / expected.norm())
         worst[name] = max(worst.get(name, 0.0), error)
-        seconds = seconds_a_call([partial(product.apply, rows) for product in products], device)
+        seconds, launching = timed([partial(product.apply, rows) for product in products], device)
         part.row(
             layer=layer,
             shape=f"{inputs} to {outputs}",
@@ -221,4 +229,5 @@ def _measure(
             speed=first.bytes / seconds / 1e9,
             of_bandwidth=first.bytes / seconds / copied,
             error=error,
+            launching_included=launching,
         )
