@@ -2,30 +2,42 @@
 
 A file is known by its content (sha256), never by its name or time, and is taken in whole or not at all. It moves once: a bad
 one into `quarantine/`, the reasons beside it; a good one into `ingested/`, after the artefact that holds it was published. So a
-kill at any moment loses no file, and no content is taken in twice.
+kill at any moment loses no file, and no content is taken in twice. What cannot be moved stops nothing: `dmr status` names it.
 
 The artefact is `episodes/<sha256 of the dropped file>.parquet`, one row an episode, and `left_out.json`: episodes that the
 recipe no longer allows, since it has changed, and why. They stay in the artefact, but nothing reads them.
 """
 
+import errno
 import hashlib
-import io
 import json
 import logging
+import os
 import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
-from pydantic_core import from_json
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
-from dmr_pipeline.artifacts import artifact_folder, incoming_folder
+from dmr_pipeline.artifacts import RunRecord, artifact_folder, incoming_folder, sidecar_path
+from dmr_pipeline.environments.task_ids import KnownGames
 from dmr_pipeline.environments.task_types import task_types
-from dmr_pipeline.errors import UserError
-from dmr_pipeline.recipe import Recipe
+from dmr_pipeline.episode_rows import json_lines, json_value, parquet_rows
+from dmr_pipeline.errors import UserError, printable
+from dmr_pipeline.incoming import (
+    FILE_LIMIT,
+    INGESTED_FOLDER,
+    QUARANTINE_FOLDER,
+    Dropped,
+    look,
+    make_way,
+    move,
+    quarantine,
+    read,
+)
+from dmr_pipeline.recipe import Recipe, Splits
 from dmr_pipeline.stage import StageContext, StageResult
 
 log = logging.getLogger(__name__)
@@ -33,9 +45,8 @@ log = logging.getLogger(__name__)
 STAGE = "ingested_trajectories"
 EPISODES_FOLDER = "episodes"
 LEFT_OUT_FILE = "left_out.json"
-INGESTED_FOLDER = "ingested"
-QUARANTINE_FOLDER = "quarantine"
-HELD_OUT_SPLITS = ("validation", "test")
+NOT_MOVED = "not_moved"
+"""In the run's record: sha256 of a refused file that could not be moved -> why, and why it was refused."""
 
 EXAMPLE: dict[str, JsonValue] = {
     "episode_id": "kitchen-robot-2026-11-24-0001",
@@ -63,25 +74,47 @@ Name = Annotated[str, Field(min_length=1, pattern=r"^\S(.*\S)?$")]
 """One line without white space around it."""
 
 
+def _left_out_as_empty(text: object) -> object:
+    return "" if text is None else text
+
+
 class LoggedStep(BaseModel):
-    """One step of a logged episode."""
+    """One step of a logged episode. Texts are kept as they are, of whatever length: an episode whose transcript the agent has no
+    room for is not trained on, and the stages that leave it out say so."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    command: str = Field(description="what the agent did, as the environment was given it")
-    thought: str = Field("", description="what the agent thought before the command, if it is one that thinks")
+    command: str = Field(
+        description="what the agent did, as the environment was given it: empty where the agent wrote nothing, of several lines"
+        " where it wrote several"
+    )
+    thought: Annotated[str, BeforeValidator(_left_out_as_empty, json_schema_input_type=str | None)] = Field(
+        "",
+        description="what the agent thought before the command, if it is one that thinks; null is the same as left out",
+    )
     observation: str = Field(description="what the command showed")
     precision: Name = Field(description="rung of the recipe's precision ladder that acted, such as float or int2")
+    probability: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        allow_inf_nan=False,
+        description="with which the policy at work chose the ladder's high rung at this step, whatever it then drew; left out"
+        " where it is not known",
+    )
 
 
 class LoggedEpisode(BaseModel):
-    """One logged episode: a line of NAME.jsonl, or a row of NAME.parquet, whose `steps` are a list of structs. A null in
-    Parquet is a field that was left out."""
+    """One logged episode: a line of NAME.jsonl (UTF-8; no key twice in an object), or a row of NAME.parquet, whose `steps` are a
+    list of structs. A null in Parquet is a field that was left out. A file holds at most 128 MiB, also once it is unpacked."""
 
     model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra={"examples": [EXAMPLE]})
 
     episode_id: Name = Field(description="unique over all files that were ever ingested for the recipe")
-    task_id: Name = Field(description="the game or goal, named as the benchmark names it; none of a held-out split")
+    task_id: Name = Field(
+        description="the game or goal, named as the benchmark names it or by its file's path, URL or session; none of a held-out"
+        " split. One that the recipe has not drawn is taken in, with a warning"
+    )
     task_type: Name = Field(
         description="the benchmark's kind of task: in ALFWorld such as pick_and_place_simple, in WebShop the category"
     )
@@ -109,36 +142,42 @@ class Rules:
     precisions: tuple[str, ...]
     """Names of the ladder's rungs."""
     step_limit: int
-    held_out: Mapping[str, str]
-    """Task id -> the split that must never be trained on."""
+    games: KnownGames
 
     @classmethod
     def of(cls, recipe: Recipe, benchmark_tasks: Path | None) -> "Rules":
-        """Args: benchmark_tasks: that stage's folder; without it no game is known to be held out."""
+        """Args: benchmark_tasks: that stage's folder; without it no game is known to be held out but by its split's name."""
         return cls(
             task_types(recipe.benchmark),
             tuple(rung.name for rung in recipe.precisions.ladder),
             recipe.benchmark.step_limit,
-            {} if benchmark_tasks is None else _held_out_games(benchmark_tasks),
+            KnownGames(recipe.benchmark.environment, {} if benchmark_tasks is None else _games(benchmark_tasks)),
         )
 
-    def objection(self, episode: LoggedEpisode) -> str | None:
-        """Why the episode must not be trained on; None where it may."""
-        if episode.task_id in self.held_out:
-            return (
-                f"its game {episode.task_id} is held out, in the split {self.held_out[episode.task_id]}: trained on, it"
-                " would falsify the report"
-            )
+    def objections(self, episode: LoggedEpisode) -> Iterator[str]:
+        """Why the episode must not be trained on; none where it may."""
+        if (held_out := self.games.held_out(episode.task_id)) is not None:
+            yield f"{held_out}: trained on, it would falsify the report"
         if episode.task_type not in self.task_types:
             known = ", ".join(self.task_types)
-            return f"task_type: {episode.task_type!r} is none of the benchmark's ({known})"
+            yield f"task_type: {episode.task_type!r} is none of the benchmark's ({known})"
         if len(episode.steps) > self.step_limit:
-            return f"{len(episode.steps)} steps, but benchmark.step_limit of the recipe is {self.step_limit}"
+            yield f"{len(episode.steps)} steps, but benchmark.step_limit of the recipe is {self.step_limit}"
         for turn, step in enumerate(episode.steps):
             if step.precision not in self.precisions:
                 known = ", ".join(self.precisions)
-                return f"steps.{turn}.precision: {step.precision!r} is not on the recipe's ladder ({known})"
-        return None
+                yield f"steps.{turn}.precision: {step.precision!r} is not on the recipe's ladder ({known})"
+
+    def strangers(self, episodes: Sequence[LoggedEpisode]) -> str | None:
+        """A warning of episodes whose games are none of the recipe's; None where there are none."""
+        unknown = [episode.task_id for episode in episodes if not self.games.is_known(episode.task_id)]
+        if not unknown:
+            return None
+        named = f"{', '.join(unknown[:3])}{', ...' if len(unknown) > 3 else ''}"
+        return (
+            f"{len(unknown)} of {len(episodes)} episodes are of games that the recipe's splits do not hold"
+            f" ({printable(named)}): that none of them is held out is not known"
+        )
 
 
 def ingested_trajectories(context: StageContext) -> StageResult:
@@ -150,22 +189,26 @@ def ingested_trajectories(context: StageContext) -> StageResult:
     for path in [] if context.previous is None else _stored_files(context.previous):
         shutil.copyfile(path, folder / path.name)
     ids = {episode.episode_id for episode in episodes}
-    dropped = () if context.incoming is None else _dropped(context.incoming)
-    for path, content in dropped:
-        digest = hashlib.sha256(content).hexdigest()
-        stored = folder / f"{digest}.parquet"
+    not_moved: dict[str, str] = {}
+    for file in [] if context.incoming is None else _dropped(context.incoming):
+        stored = folder / f"{file.digest}.parquet"
         if stored.exists():
             continue
-        new, problems = read_episodes(path, content, rules, ids)
+        new, problems = _read_dropped(file, rules, ids)
         if problems:
-            _quarantine(path, digest, problems)
-            log.warning("%s: quarantined: %s", path, problems[0])
-        else:
+            trouble = _quarantine(file, problems)
+            if trouble is not None:
+                not_moved[file.digest] = f"{trouble}; it was refused: {_shortened(problems)}"
+        elif new:
             _store(new, stored)
             episodes += new
             ids |= {episode.episode_id for episode in new}
-            log.info("%s: %d episodes", path, len(new))
-    left_out = {episode.episode_id: why for episode in episodes if (why := rules.objection(episode)) is not None}
+            log.info("%s: %d episodes", printable(file.path), len(new))
+            if (warning := rules.strangers(new)) is not None:
+                log.warning("%s: %s", printable(file.path), warning)
+    left_out = {
+        episode.episode_id: why for episode in episodes if (why := next(rules.objections(episode), None)) is not None
+    }
     if left_out:
         log.warning("%d of %d ingested episodes are left out, see %s", len(left_out), len(episodes), LEFT_OUT_FILE)
     text = json.dumps(left_out, indent=2, sort_keys=True) + "\n"
@@ -176,34 +219,112 @@ def ingested_trajectories(context: StageContext) -> StageResult:
             "files": len(_stored_files(context.output)),
             "episodes": len(used),
             "steps": sum(len(episode.steps) for episode in used),
-        }
+        },
+        measured={NOT_MOVED: not_moved} if not_moved else {},
     )
 
 
+def _dropped(incoming: Path) -> list[Dropped]:
+    make_way(incoming)
+    dropped, left = look(incoming)
+    for reason in left:
+        log.warning("%s", reason)
+    return dropped
+
+
+def _read_dropped(file: Dropped, rules: Rules, earlier: Collection[str]) -> tuple[list[LoggedEpisode], list[str]]:
+    """As `read_episodes`; nothing of either where the file is gone, or is being written."""
+    if file.refusal is not None:
+        return [], [f"{file.path.name}: {file.refusal}"]
+    try:
+        content = read(file.path)
+    except FileNotFoundError:
+        return [], []
+    except UserError as error:
+        log.warning("%s: %s", printable(file.path), error)
+        return [], []
+    if hashlib.sha256(content).hexdigest() != file.digest:
+        log.warning("%s is being written: left for the next time", printable(file.path))
+        return [], []
+    return read_episodes(file.path, content, rules, earlier)
+
+
+def _quarantine(file: Dropped, problems: Sequence[str]) -> str | None:
+    """Why the file cannot be moved, in a few words; None where it was.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    try:
+        reasons = quarantine(file, problems)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        trouble = f"it cannot be moved into {QUARANTINE_FOLDER}/ ({error.strerror or printable(error)})"
+        log.warning("%s: %s; it was refused: %s", printable(file.path), trouble, _shortened(problems))
+        return trouble
+    more = f" (and {len(problems) - 1} more, see {printable(reasons)})" if len(problems) > 1 else ""
+    log.warning("%s: quarantined: %s%s", printable(file.path), printable(problems[0]), more)
+    return None
+
+
+def _shortened(problems: Sequence[str]) -> str:
+    return printable(problems[0]) + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else "")
+
+
 def waiting_files(data_root: Path, recipe: str) -> Sequence[Path]:
-    """Dropped files whose content the published artefact does not hold yet, sorted by name."""
-    held = _held(data_root, recipe)
-    dropped = _dropped(incoming_folder(recipe, data_root))
-    return [path for path, content in dropped if hashlib.sha256(content).hexdigest() not in held]
+    """Dropped files that are yet to be taken in or quarantined, sorted by name."""
+    return [file.path for file in _waiting(data_root, recipe)]
+
+
+def waiting_contents(data_root: Path, recipe: str) -> str | None:
+    """sha256 over the waiting files' contents, whatever they are called; None where none is waiting."""
+    digests = sorted(file.digest for file in _waiting(data_root, recipe))
+    return hashlib.sha256("".join([recipe, *digests]).encode()).hexdigest() if digests else None
+
+
+def _waiting(data_root: Path, recipe: str) -> list[Dropped]:
+    settled = _held(data_root, recipe) | _not_moved(data_root, recipe).keys()
+    dropped, _ = look(incoming_folder(recipe, data_root))
+    return [file for file in dropped if file.digest not in settled]
 
 
 def file_away(data_root: Path, recipe: str) -> None:
     """Move dropped files that the published artefact holds into `ingested/`. Any number of processes may do so at once."""
     held = _held(data_root, recipe)
-    for path, content in _dropped(incoming_folder(recipe, data_root)):
-        digest = hashlib.sha256(content).hexdigest()
-        if digest in held:
-            _move(path, path.parent / INGESTED_FOLDER, digest)
+    dropped, _ = look(incoming_folder(recipe, data_root))
+    for file in dropped:
+        if file.digest in held:
+            try:
+                move(file, file.path.parent / INGESTED_FOLDER)
+            except OSError as error:
+                log.warning("%s: it is ingested, but cannot be moved away (%s)", printable(file.path), error.strerror)
+
+
+def lying_files(data_root: Path, recipe: str) -> list[str]:
+    """What lies in the recipe's folder and waits for nothing: what it is, and what to do, in a line each."""
+    dropped, left = look(incoming_folder(recipe, data_root))
+    held, not_moved = _held(data_root, recipe), _not_moved(data_root, recipe)
+    again = f"or give this user the right to and run `dmr materialize {STAGE} --recipe {recipe} --force`"
+    for file in dropped:
+        if file.digest in held:
+            left.append(f"{printable(file.path)}: it is ingested; `dmr run {recipe}` moves it into {INGESTED_FOLDER}/")
+        elif file.digest in not_moved:
+            left.append(f"{printable(file.path)}: {not_moved[file.digest]}; move it away, {again}")
+    return left
 
 
 def misplaced_files(data_root: Path, recipes: Sequence[str]) -> list[Path]:
     """Files under `data/incoming/` that no recipe will ever ingest, sorted: not directly in the folder of one."""
     root = incoming_folder("", data_root)
-    return [
+    return sorted(
         path
-        for path in sorted(root.rglob("*"))
-        if _is_dropped(path) and not _has_its_place(path.relative_to(root).parts, recipes)
-    ]
+        for folder, _, names in os.walk(root)
+        for path in (Path(folder, name) for name in names)
+        if not path.name.startswith(".")
+        and path.suffix != ".part"
+        and not _has_its_place(path.relative_to(root).parts, recipes)
+    )
 
 
 def read_ingested(folder: Path) -> list[LoggedEpisode]:
@@ -239,81 +360,73 @@ def read_episodes(
     for place, row in rows:
         try:
             episode = _parse(row)
-        except UserError as error:
-            problems.append(f"{path.name}: {place}: {error}")
+        except _NoEpisode as error:
+            problems += [f"{path.name}: {place}: {problem}" for problem in error.problems]
             continue
-        problem = rules.objection(episode)
+        found = list(rules.objections(episode))
         if episode.episode_id in episodes:
-            problem = "its id is in this file twice"
+            found.append("its id is in this file twice")
         elif episode.episode_id in earlier:
-            problem = "an earlier file has brought an episode of this id"
-        if problem is not None:
-            problems.append(f"{path.name}: {place}: episode {episode.episode_id!r}: {problem}")
+            found.append("an earlier file has brought an episode of this id")
+        problems += [f"{path.name}: {place}: episode {episode.episode_id!r}: {problem}" for problem in found]
         episodes[episode.episode_id] = episode
     return list(episodes.values()), problems
 
 
-def _rows(suffix: str, content: bytes) -> list[tuple[str, Any]]:
+class _NoEpisode(Exception):
+    """What is wrong with a row, a line each."""
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__("; ".join(problems))
+        self.problems = problems
+
+
+def _rows(suffix: str, content: bytes) -> Sequence[tuple[str, Any]]:
     """Each row and its place in the file: a line of JSON, or what a row of Parquet holds.
 
     Raises:
         UserError: it is neither JSONL nor Parquet.
     """
     if suffix == ".jsonl":
-        return [(f"line {n}", line) for n, line in enumerate(content.splitlines(), start=1) if line.strip()]
+        return json_lines(content)
     if suffix == ".parquet":
-        return [(f"row {n}", row) for n, row in enumerate(_parquet_rows(content), start=1)]
+        return [(f"row {n}", row) for n, row in enumerate(parquet_rows(content, FILE_LIMIT), start=1)]
     raise UserError("use .jsonl or .parquet")
 
 
-def _parquet_rows(content: bytes) -> list[dict[str, Any]]:
-    """By pyarrow, since a damaged file can make polars abort the whole process.
-
-    Raises:
-        UserError: it is no Parquet file, or a damaged one.
-    """
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        rows = pyarrow.parquet.ParquetFile(io.BytesIO(content)).read(use_threads=False).to_pylist()
-    except (pyarrow.ArrowException, OSError, ValueError) as error:
-        raise UserError(f"not a Parquet file, or a damaged one: {_one_line(error)}") from error
-    return [_without_nulls(row) for row in rows]
-
-
-def _without_nulls(value: Any) -> Any:  # noqa: ANN401 - whatever a Parquet file holds
-    if isinstance(value, dict):
-        return {key: _without_nulls(part) for key, part in value.items() if part is not None}
-    if isinstance(value, list):
-        return [_without_nulls(part) for part in value]
-    return value
-
-
 def _parse(row: Any) -> LoggedEpisode:  # noqa: ANN401 - a line of JSON, or what a row of Parquet holds
-    """Raises: UserError: it is no episode; which one, and what is wrong with it."""
-    value = row
+    """Raises: _NoEpisode: which one, and all that is wrong with it."""
     try:
-        if isinstance(row, bytes):
-            value = from_json(row)
+        value = json_value(row) if isinstance(row, bytes) else row
+    except UserError as error:
+        raise _NoEpisode([str(error)]) from error
+    try:
         return LoggedEpisode.model_validate(value)
     except ValidationError as error:
-        first, *others = error.errors()
         named = f"episode {value['episode_id']!r}: " if isinstance(value, dict) and value.get("episode_id") else ""
-        field = f"{'.'.join(map(str, first['loc']))}: " if first["loc"] else ""
-        more = f" (and {len(others)} more)" if others else ""
-        raise UserError(_one_line(f"{named}{field}{first['msg']}{more}")) from error
-    except ValueError as error:
-        raise UserError(f"not JSON: {_one_line(error)}") from error
+        raise _NoEpisode([f"{named}{_described(found)}" for found in error.errors(include_url=False)]) from error
+
+
+def _described(found: Mapping[str, Any]) -> str:
+    """Args: found: one of `ValidationError.errors()`."""
+    field = f"{'.'.join(map(str, found['loc']))}: " if found["loc"] else ""
+    return f"{field}{' '.join(found['msg'].split())}"
 
 
 def _store(episodes: Sequence[LoggedEpisode], path: Path) -> None:
-    """One row an episode. Equal episodes give equal bytes."""
+    """One row an episode. Equal episodes give equal bytes. Where no step has a probability, there is no column of them."""
     import pyarrow as pa
     import pyarrow.parquet
 
     text = pa.string()
-    step = pa.struct([(name, text) for name in LoggedStep.model_fields])
+    known = any(step.probability is not None for episode in episodes for step in episode.steps)
+    step = pa.struct(
+        [
+            (name, pa.float64() if name == "probability" else text)
+            for name in LoggedStep.model_fields
+            if known or name != "probability"
+        ]
+    )
     others = {"steps": pa.list_(step), "success": pa.bool_(), "reward": pa.float64()}
     schema = pa.schema([(name, others.get(name, text)) for name in LoggedEpisode.model_fields])
     table = pa.Table.from_pylist([episode.model_dump() for episode in episodes], schema=schema)
@@ -324,10 +437,10 @@ def _read_stored(artefact: Path) -> list[LoggedEpisode]:
     """Raises: UserError: an episode does not follow the schema, or its id is there twice."""
     episodes: dict[str, LoggedEpisode] = {}
     for path in _stored_files(artefact):
-        for row in _parquet_rows(path.read_bytes()):
+        for row in parquet_rows(path.read_bytes(), limit=None):
             try:
                 episode = _parse(row)
-            except UserError as error:
+            except _NoEpisode as error:
                 raise UserError(f"{path}: {error}; restore it with `dvc checkout {artefact}`") from error
             if episode.episode_id in episodes:
                 raise UserError(
@@ -346,64 +459,28 @@ def _held(data_root: Path, recipe: str) -> set[str]:
     return {path.stem for path in _stored_files(artifact_folder(STAGE, recipe, data_root))}
 
 
-def _held_out_games(benchmark_tasks: Path) -> dict[str, str]:
+def _not_moved(data_root: Path, recipe: str) -> dict[str, str]:
+    """What the record of the run that made the artefact says of refused files that still lie where they were dropped."""
+    try:
+        record = RunRecord.model_validate_json(sidecar_path(artifact_folder(STAGE, recipe, data_root)).read_bytes())
+    except (OSError, ValidationError):
+        return {}
+    found = record.measured.get(NOT_MOVED)
+    return {digest: str(why) for digest, why in found.items()} if isinstance(found, dict) else {}
+
+
+def _games(benchmark_tasks: Path) -> dict[str, str]:
+    """Task id -> split."""
     import pyarrow.parquet
 
     tables = {
         split: pyarrow.parquet.read_table(benchmark_tasks / f"{split}.parquet", columns=["task_id"])
-        for split in HELD_OUT_SPLITS
+        for split in Splits.model_fields
     }
     return {task_id: split for split, table in tables.items() for task_id in table["task_id"].to_pylist()}
-
-
-def _dropped(incoming: Path) -> Iterator[tuple[Path, bytes]]:
-    """Files that lie directly in the folder, sorted by name, and their content.
-
-    Raises:
-        UserError: a file may not be read.
-    """
-    for path in sorted(incoming.iterdir()) if incoming.is_dir() else []:
-        if not _is_dropped(path):
-            continue
-        try:
-            content = path.read_bytes()
-        except FileNotFoundError:
-            continue  # another process has moved it meanwhile
-        except PermissionError as error:
-            raise UserError(f"{path} may not be read: give this user the right to, or move it away") from error
-        yield path, content
-
-
-def _is_dropped(path: Path) -> bool:
-    return path.is_file() and not path.name.startswith(".") and path.suffix != ".part"
 
 
 def _has_its_place(parts: tuple[str, ...], recipes: Sequence[str]) -> bool:
     """Args: parts: of a file's path under `data/incoming/`."""
     filed = (INGESTED_FOLDER, QUARANTINE_FOLDER)
     return parts[0] in recipes and (len(parts) == 2 or (len(parts) == 3 and parts[1] in filed))
-
-
-def _quarantine(path: Path, digest: str, problems: Sequence[str]) -> None:
-    """The reasons come first, so that no file ever lies there without."""
-    folder = path.parent / QUARANTINE_FOLDER
-    folder.mkdir(exist_ok=True)
-    reason = folder / f"{_filed_name(path, digest)}.reason.txt"
-    part = reason.with_name(f".{reason.name}.part")
-    part.write_text("\n".join(problems) + "\n", encoding="utf-8", errors="backslashreplace")
-    part.replace(reason)
-    _move(path, folder, digest)
-
-
-def _move(path: Path, folder: Path, digest: str) -> None:
-    folder.mkdir(exist_ok=True)
-    with suppress(FileNotFoundError):  # another process has moved it meanwhile
-        path.rename(folder / _filed_name(path, digest))
-
-
-def _filed_name(path: Path, digest: str) -> str:
-    return f"{digest[:12]}-{path.name}"
-
-
-def _one_line(message: object) -> str:
-    return " ".join(str(message).split())

@@ -41,7 +41,7 @@ STEPS = pl.Schema(
     }
 )
 """One row a step. `segment` and `action` are token ids; `observation` is what the command showed; `processed` counts the
-tokens that the acting precision's forward passes read."""
+tokens that the acting precision's forward passes read; `probability` is the policy's, of high precision."""
 
 EPISODES = pl.Schema(
     {
@@ -170,7 +170,8 @@ def ingested_tables(
     """Logged episodes as tables of the schemas above, tokenized as if the agent had played them.
 
     A step counts as high where the rung `high` acted. Episodes whose transcript leaves the agent no room are left out, with a
-    warning. What acted is known, so `probability` is 1 or 0; what its forward passes read is not, so `processed` is 0.
+    warning. `probability` is what was logged, else 1 or 0 by what acted; what forward passes read is not logged, so `processed`
+    is 0.
     """
     episodes, steps, too_long = [], [], 0
     for episode in logged:
@@ -196,7 +197,16 @@ def ingested_tables(
             )
         )
         steps += [
-            (episode_id, turn, step.command, step.observation, acted[turn], float(acted[turn]), *tokens, 0)
+            (
+                episode_id,
+                turn,
+                step.command,
+                step.observation,
+                acted[turn],
+                float(acted[turn]) if step.probability is None else step.probability,
+                *tokens,
+                0,
+            )
             for turn, (step, *tokens) in enumerate(zip(episode.steps, segments, actions, strict=True))
         ]
     if too_long:

@@ -32,6 +32,7 @@ from dmr_pipeline.environments.alfworld.engine import AlfWorldEpisode
 from dmr_pipeline.environments.alfworld.expert import ExploringExpert
 from dmr_pipeline.environments.alfworld.game import TaskType
 from dmr_pipeline.environments.alfworld.generator import generate_game
+from dmr_pipeline.environments.task_ids import KnownGames
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.ingestion import (
     EXAMPLE,
@@ -53,7 +54,7 @@ from tests.fake_project import RECIPE_YAML, REPOSITORY, fake_run
 
 REAL = pipeline.find_stage("ingested_trajectories", pipeline.STAGES)
 BENCHMARK = replace(pipeline.find_stage("benchmark_tasks", pipeline.STAGES), run=fake_run)
-RULES = Rules(TaskType.__args__, ("float", "int2"), 50, {"test-game": "test"})
+RULES = Rules(TaskType.__args__, ("float", "int2"), 50, KnownGames("alfworld", {"test-game": "test"}))
 DATA = Path("data")
 RECIPE = Recipe.model_validate({"name": "fake", **yaml.safe_load(RECIPE_YAML)})
 
@@ -168,7 +169,7 @@ def test_task_types_and_step_limit_are_the_benchmarks() -> None:
     rules = Rules.of(Recipe.model_validate({**RECIPE.model_dump(), "benchmark": shopping}), None)
     bought = logged("a", task_id="goal-1500", task_type="grocery")
     long = logged("b", task_id="goal-1501", task_type="beauty", steps=EXAMPLE["steps"] * 8)
-    _, problems = read_episodes(Path("x.jsonl"), jsonl(bought, long, logged("c")), rules, set())
+    _, problems = read_episodes(Path("x.jsonl"), jsonl(bought, long, logged("c", task_id="goal-1502")), rules, set())
     assert problems == [
         "x.jsonl: line 2: episode 'b': 16 steps, but benchmark.step_limit of the recipe is 15",
         "x.jsonl: line 3: episode 'c': task_type: 'pick_and_place_simple' is none of the benchmark's (beauty, electronics,"
@@ -231,12 +232,18 @@ def episodes_of_any_kind(draw: st.DrawFn) -> list[Episode]:
     for episode_id in draw(st.lists(names, min_size=1, max_size=3, unique=True)):
         success = draw(st.booleans())
         step = st.fixed_dictionaries(
-            {"command": texts, "thought": texts, "observation": texts, "precision": st.sampled_from(["float", "int2"])}
+            {
+                "command": texts,
+                "thought": texts,
+                "observation": texts,
+                "precision": st.sampled_from(["float", "int2"]),
+                "probability": st.none() | st.floats(0, 1),
+            }
         )
         made.append(
             {
                 "episode_id": episode_id,
-                "task_id": draw(names),
+                "task_id": f"game-{draw(names).replace('/', '')}",
                 "task_type": draw(st.sampled_from(TaskType.__args__)),
                 "task": draw(names),
                 "observation": draw(texts) + draw(names),
@@ -351,16 +358,6 @@ def test_files_are_known_by_their_content(prepared: Recipe, caplog: pytest.LogCa
     kept = {path: md5 for path, md5 in grown.manifest.files.items() if path in first.manifest.files}
     assert kept == first.manifest.files
     assert ingest(prepared, force=True).artifact.hash == grown.hash
-
-
-def test_a_file_that_may_not_be_read_is_named(prepared: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(path: Path) -> bytes:
-        raise PermissionError(path)
-
-    drop(DATA, "a.jsonl", b"")
-    monkeypatch.setattr(Path, "read_bytes", refuse)  # root may read everything
-    with pytest.raises(UserError, match=r"a\.jsonl may not be read"):
-        waiting_files(DATA, "fake")
 
 
 @pytest.mark.parametrize("moment", ["before reading", "after reading"])
@@ -646,7 +643,12 @@ def log_of(trajectory: Trajectory) -> Episode:
         "task": task.instruction,
         "observation": trajectory.opening,
         "steps": [
-            {"command": s.command, "observation": s.observation, "precision": "float" if s.high else "int2"}
+            {
+                "command": s.command,
+                "observation": s.observation,
+                "precision": "float" if s.high else "int2",
+                "probability": s.probability,
+            }
             for s in trajectory.steps
         ],
         "success": trajectory.success,
@@ -666,7 +668,8 @@ def test_a_played_episode_that_was_logged_gives_the_same_tables(prepared: Recipe
     episodes, steps = ingested_tables(read_ingested(folder), PROMPTER, "float")
     wanted_episodes, wanted_steps = to_frames(played, INGESTED)
     assert wanted_steps["high"].n_unique() == 2
-    known = wanted_steps.with_columns(probability=pl.col("high").cast(pl.Float64), processed=pl.lit(0, pl.Int64))
+    assert set(wanted_steps["probability"]) == {0.5}
+    known = wanted_steps.with_columns(processed=pl.lit(0, pl.Int64))
     assert episodes.equals(wanted_episodes)
     assert steps.equals(known)
 
@@ -680,6 +683,23 @@ def test_a_played_episode_that_was_logged_gives_the_same_tables(prepared: Recipe
     assert union.episodes.equals(pl.concat([own_episodes, wanted_episodes]))
     assert union.steps.equals(pl.concat([own_steps, known]))
     assert union.ingested_steps == len(known)
+
+
+def test_a_probability_that_was_not_logged_is_what_acted(prepared: Recipe) -> None:
+    """And the artefact of a file that holds none has no column of them."""
+    steps = [{"command": "look", "observation": "", "precision": rung} for rung in ("float", "int2")]
+    drop(DATA, "a.jsonl", jsonl(logged("a", steps=steps)))
+    drop(DATA, "b.jsonl", jsonl(logged("b", steps=[steps[0] | {"probability": 0.125}, steps[1]])))
+    folder = ingest(prepared).artifact.path
+    stored = {path.stem: pyarrow.parquet.read_schema(path) for path in folder.rglob("*.parquet")}
+    columns = {stem: [field.name for field in schema.field("steps").type.value_type] for stem, schema in stored.items()}
+    without = ["command", "thought", "observation", "precision"]
+    assert sorted(columns.values()) == [without, [*without, "probability"]]
+    _, table = ingested_tables(read_ingested(folder), PROMPTER, "float")
+    found = {row["episode_id"]: [] for row in table.iter_rows(named=True)}
+    for row in table.iter_rows(named=True):
+        found[row["episode_id"]].append(row["probability"])
+    assert found == {"ingested/a": [1.0, 0.0], "ingested/b": [0.125, 0.0]}
 
 
 def test_thoughts_are_tokenized_as_the_agent_writes_them() -> None:

@@ -37,6 +37,9 @@ def run(recipe: RecipeArgument) -> None:
     loaded = load_recipe(recipe)
     dvc_stages.check_rendered(pipeline.STAGES, recipe_names())
     if _all_done(loaded):
+        from dmr_pipeline.ingestion import file_away
+
+        file_away(DATA_ROOT, recipe)  # what was dropped again, or by a run that was killed before it did so itself
         console.print(f"{recipe}: every stage is up to date, nothing to do.")
     else:
         _materialize(recipe, [stage.name for stage in pipeline.STAGES])
@@ -74,6 +77,7 @@ def status(recipe: RecipeArgument = DEFAULT_RECIPE) -> None:
             described = (artifact.hash[:7], f"{artifact.size / 1e6:.2f} MB", _when(artifact))
         table.add_row(name, *described, f"[{colour}]{state}[/]" + (f": {escape(printable(why))}" if why else ""))
     console.print(table)
+    _name_what_lies(recipe)
 
 
 @user_errors_exit_2
@@ -145,6 +149,17 @@ def stage_states(recipe: Recipe) -> Iterator[tuple[str, str, str, Artifact | Non
         if difference is None:
             present[stage.name] = artifact.hash
         yield stage.name, "present" if difference is None else "stale", difference or "", artifact
+
+
+def _name_what_lies(recipe: str) -> None:
+    """What was dropped for ingestion and will not move by itself."""
+    from dmr_pipeline.ingestion import lying_files, misplaced_files
+
+    lines = lying_files(DATA_ROOT, recipe)
+    for path in misplaced_files(DATA_ROOT, recipe_names()):
+        lines.append(f"{printable(path)} is in no recipe's folder: move it to {DATA_ROOT}/incoming/<recipe>/")
+    for line in lines:
+        console.print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
 def _all_done(recipe: Recipe) -> bool:

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
 from dmr_pipeline.artifacts import artifact_folder, verify
 from dmr_pipeline.cli.common import DEFAULT_RECIPE, RecipeOption, console, errors, user_errors_exit_2
-from dmr_pipeline.errors import UserError
+from dmr_pipeline.errors import UserError, printable
 from dmr_pipeline.recipe import load_recipe
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ def validate(
     file: Annotated[Path, typer.Argument(help="NAME.jsonl or NAME.parquet")], recipe: RecipeOption = DEFAULT_RECIPE
 ) -> None:
     """Say what a file of episodes holds; or, with exit code 2, everything that is wrong with it."""
+    from dmr_pipeline.incoming import read
     from dmr_pipeline.ingestion import STAGE, Rules, read_episodes, stored_ids
 
     loaded = load_recipe(recipe)
@@ -46,12 +48,18 @@ def validate(
     made = {name: verify(folder).path for name, folder in folders.items() if folder.is_dir()}
     earlier = stored_ids(made[STAGE]) if STAGE in made else set()
     rules = Rules.of(loaded, made.get("benchmark_tasks"))
-    episodes, problems = read_episodes(file, file.read_bytes(), rules, earlier)
+    try:
+        content = read(file.resolve())
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from error
+    episodes, problems = read_episodes(file, content, rules, earlier)
     for problem in problems:
-        errors.print(f"error: {problem}", style="red", markup=False, highlight=False)
+        errors.print(f"error: {printable(problem)}", style="red", markup=False, highlight=False)
     if problems:
         raise typer.Exit(2)
-    console.print(_summary(episodes, loaded.precisions.high, f"{file.name} for {recipe}"))
+    console.print(_summary(episodes, loaded.precisions.high, printable(f"{file.name} for {recipe}")))
+    if (warning := rules.strangers(episodes)) is not None:
+        errors.print(f"warning: {warning}", style="yellow", markup=False, highlight=False)
     if "benchmark_tasks" not in made:
         console.print(
             f"Not checked: whether its games are held out, since {folders['benchmark_tasks']} is missing; make it with"
@@ -63,7 +71,7 @@ def validate(
 
 def _summary(episodes: "list[LoggedEpisode]", high: str, title: str) -> Table:
     steps = [step for episode in episodes for step in episode.steps]
-    table = Table(title=title, box=box.SIMPLE, show_header=False)
+    table = Table(title=Text(title), box=box.SIMPLE, show_header=False)
     table.add_column()
     table.add_column(justify="right")
     table.add_row("episodes", str(len(episodes)))

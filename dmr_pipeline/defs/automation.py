@@ -1,13 +1,12 @@
 """New trajectories are ingested and start retrainings; both the sensor and the schedule ship stopped."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator
 
 import dagster as dg
 
 from dmr_pipeline.artifacts import DATA_ROOT, MANIFEST, Manifest, artifact_folder
-from dmr_pipeline.errors import UserError
+from dmr_pipeline.errors import UserError, printable
 from dmr_pipeline.recipe import Recipe, load_recipe, recipe_names
 
 INGEST_TAG = "dmr/incoming"
@@ -49,16 +48,17 @@ retrain = dg.define_asset_job(
     " `retraining.min_new_steps` steps of the recipe are new.",
 )
 def new_trajectories(context: dg.SensorEvaluationContext) -> dg.SensorResult | dg.SkipReason:
-    from dmr_pipeline.ingestion import file_away, misplaced_files, waiting_files
+    from dmr_pipeline.ingestion import file_away, lying_files, misplaced_files, waiting_contents
 
     requests, reasons = [], []
     for path in misplaced_files(DATA_ROOT, recipe_names()):
-        reasons.append(f"{path} is in no recipe's folder: move it to {DATA_ROOT}/incoming/<recipe>/")
+        reasons.append(f"{printable(path)} is in no recipe's folder: move it to {DATA_ROOT}/incoming/<recipe>/")
     for name in recipe_names():
         try:
             recipe = load_recipe(name)
             file_away(DATA_ROOT, name)
-            waiting = waiting_files(DATA_ROOT, name)
+            waiting = waiting_contents(DATA_ROOT, name)
+            reasons += lying_files(DATA_ROOT, name)
         except UserError as error:
             reasons.append(str(error))
             continue
@@ -70,13 +70,9 @@ def new_trajectories(context: dg.SensorEvaluationContext) -> dg.SensorResult | d
     return dg.SensorResult(run_requests=requests) if requests else dg.SkipReason("; ".join(reasons))
 
 
-def _ingestion(instance: dg.DagsterInstance, recipe: str, waiting: Sequence[Path]) -> dg.RunRequest | str:
-    """A run for exactly these contents, or why there is none."""
-    try:
-        contents = sorted(hashlib.sha256(path.read_bytes()).hexdigest() for path in waiting)
-    except FileNotFoundError:
-        return "its files are being moved"
-    key = hashlib.sha256("".join([recipe, *contents]).encode()).hexdigest()[:16]
+def _ingestion(instance: dg.DagsterInstance, recipe: str, waiting: str) -> dg.RunRequest | str:
+    """A run for exactly these contents (`waiting_contents`), or why there is none."""
+    key = waiting[:16]
     before = instance.get_runs(dg.RunsFilter(job_name=ingest.name, tags={INGEST_TAG: key}))
     if any(run.status in UNFINISHED for run in before):
         return "its files are being ingested"
