@@ -36,7 +36,8 @@ from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from dmr_pipeline.agent.checkpoint import drop_versions, refuse_pickles
+from dmr_pipeline.agent.checkpoint import drop_versions
+from dmr_pipeline.agent.formats import refuse_pickles
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.recipe import Rung
 

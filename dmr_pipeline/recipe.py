@@ -236,12 +236,14 @@ class Architecture(Section):
 
 
 class Pretrained(Section):
-    """An LLM that exists: a checkpoint folder, or a hub id with a pinned revision."""
+    """An LLM that exists: a checkpoint folder, that of an adapter, or a hub id with a pinned revision."""
 
     model: Text = Field(
         description="folder with config, tokenizer and safetensors weights; or a hub id such as Qwen/Qwen3-1.7B"
     )
-    revision: str | None = Field(None, description="commit hash; required for a hub id")
+    revision: str | None = Field(
+        None, description="commit hash; required for a hub id, also for one that is the base of an adapter's folder"
+    )
 
 
 class Training(Section):

@@ -3,26 +3,33 @@
 import copy
 import json
 import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
 import torch
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from dmr_pipeline.agent.logits import check_causal_lm
+from dmr_pipeline.agent.formats import (
+    refuse_architecture,
+    refuse_file,
+    refuse_low_bits,
+    refuse_pickles,
+    refuse_quantized,
+    stored_dtype,
+)
+from dmr_pipeline.agent.logits import alike, check_causal_lm, some_tokens
 from dmr_pipeline.errors import UserError
+from dmr_pipeline.pretrained import ADAPTER_CONFIG, adapter_config
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+_LONGEST_REASON = 300
+"""Characters of another library's message that are shown."""
 
 
 def resolve_device(name: Literal["auto", "cpu", "cuda"]) -> torch.device:
@@ -44,66 +51,146 @@ def float_dtype(device: torch.device) -> torch.dtype:
 
 
 def load_causal_lm(
-    source: str | Path, revision: str | None, device: torch.device
+    source: str | Path, revision: str | None, device: torch.device, *, stored_precision: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a model, in evaluation mode and in `float_dtype(device)`, and its tokenizer.
+    """Load a model in evaluation mode, and its tokenizer. An adapter is merged into its base.
 
     Args:
-        source: folder with config, tokenizer and safetensors weights; or a hub id, with its commit hash as `revision`.
+        source: folder with config, tokenizer and safetensors weights, or with a PEFT adapter; or a hub id of either.
+        revision: commit hash of a hub id; where the source is the folder of an adapter, that of its base.
+        stored_precision: keep the dtype of the files, for a copy; without it the model is in `float_dtype(device)`.
 
     Raises:
-        UserError: no such folder, weights only as a pickle, a hub id without a commit hash, unusable files, or a model that
-            cannot act (`check_causal_lm`).
+        UserError: no such folder, a hub id without a commit hash, weights that are pickled or quantized, no causal LM,
+            tokens without embeddings, unusable files, or a model that cannot act (`check_causal_lm`).
     """
-    if Path(source).is_dir():
-        refuse_pickles(Path(source))
-    elif revision is None or not _COMMIT.fullmatch(revision):
-        raise UserError(
-            f"model {str(source)!r}: no such folder; if it is a hub id, give its full commit hash as 'revision'"
-        )
-    try:
-        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
-        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-            raise UserError(f"model {str(source)!r}: type {config.model_type!r} is no causal LM; choose one that is")
+    name, folder = str(source), _local_folder(source, revision)
+    adapter = adapter_config(folder)
+    if adapter is not None:
+        pinned = revision if Path(source).is_dir() and revision is not None else adapter.revision
+        return _load_merged(name, folder, adapter.base_model_name_or_path, pinned, device, stored_precision)
+    refuse_pickles(folder)
+    refuse_low_bits(name, folder)
+    dtype = stored_dtype(folder) if stored_precision else float_dtype(device)
+    with _unusable_files(f"model {name!r}"):
+        refuse_architecture(name, AutoConfig.from_pretrained(folder, trust_remote_code=False))
         model, report = AutoModelForCausalLM.from_pretrained(
-            source,
-            revision=revision,
-            dtype=float_dtype(device),
+            folder,
+            dtype=dtype,
             use_safetensors=True,
             trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # they are named below
             output_loading_info=True,
         )
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError, SafetensorError, StrictDataclassError) as error:
-        raise UserError(f"model {str(source)!r} cannot be loaded: {' '.join(str(error).split())}") from error
     unusable = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
     if unusable:
-        raise UserError(f"model {str(source)!r}: weights missing or of a wrong shape: {', '.join(unusable[:3])}, ...")
+        raise UserError(f"model {name!r}: weights missing or of a wrong shape: {', '.join(unusable[:3])}, ...")
+    tokenizer = load_tokenizer(folder)
+    _refuse_tokens_without_embeddings(name, model, tokenizer)
     model = model.to(device).eval()
     check_causal_lm(model)
     return model, tokenizer
+
+
+def _load_merged(
+    name: str, folder: Path, base: str | None, revision: str | None, device: torch.device, stored_precision: bool
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The base with the adapter's weights added, in float32 where they were trained in fewer bits."""
+    from peft import PeftModel
+
+    if base is None:
+        raise UserError(
+            f"adapter {name!r}: {ADAPTER_CONFIG} names no base: write its folder as base_model_name_or_path"
+        )
+    if not (folder / "adapter_model.safetensors").is_file():
+        found = "a pickle (adapter_model.bin)" if (folder / "adapter_model.bin").is_file() else "missing"
+        raise UserError(f"adapter {name!r}: its weights are {found}; save them as adapter_model.safetensors")
+    if not Path(base).is_dir() and (revision is None or not _COMMIT.fullmatch(revision)):
+        raise UserError(
+            f"adapter {name!r}: its base {base!r} is no folder here; if it is a hub id, give the base's full commit hash as"
+            f" 'revision' in {folder / ADAPTER_CONFIG}, or in the recipe beside the adapter's folder"
+        )
+    if Path(base).is_dir() and adapter_config(Path(base)) is not None:
+        raise UserError(f"adapter {name!r}: its base {base} is an adapter too; merge that one first")
+    model, tokenizer = load_causal_lm(base, revision, torch.device("cpu"))
+    kept = stored_dtype(_local_folder(base, revision)) if stored_precision else float_dtype(device)
+    if any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json")):
+        tokenizer = load_tokenizer(folder)
+        _refuse_tokens_without_embeddings(name, model, tokenizer)
+    with _unusable_files(f"adapter {name!r}"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft's on tied embeddings, which the comparison below judges
+        warnings.filterwarnings("error", message="Found missing adapter keys")
+        tokens = some_tokens(model, 12)
+        adapted = PeftModel.from_pretrained(model.eval(), folder)
+        config = adapted.active_peft_config
+        if config.is_prompt_learning or config.task_type not in (None, "CAUSAL_LM"):
+            kind = f"{config.peft_type.value} for {config.task_type}"
+            raise UserError(f"adapter {name!r}: {kind} cannot be merged into a causal LM")
+        with torch.no_grad():
+            adapted_logits = adapted(input_ids=tokens, use_cache=False).logits
+            model = adapted.merge_and_unload(safe_merge=True)
+            merged_logits = model(input_ids=tokens, use_cache=False).logits
+    if not alike(merged_logits, adapted_logits, model.dtype):
+        raise UserError(
+            f"adapter {name!r}: merged into its base it computes something else, as where one of two tied embeddings is"
+            " adapted; untie them (tie_word_embeddings), merge and save it, and name that folder"
+        )
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(kept)
+    return model.to(device).eval(), tokenizer
+
+
+def _local_folder(source: str | Path, revision: str | None) -> Path:
+    """The folder of a checkpoint; of a hub id that in the hub's cache, once nothing in its configs speaks against it."""
+    name, folder = str(source), Path(source)
+    if folder.is_dir():
+        refuse_quantized(name, folder)
+        return folder
+    refuse_file(folder)
+    if revision is None or not _COMMIT.fullmatch(revision):
+        raise UserError(f"model {name!r}: no such folder; if it is a hub id, give its full commit hash as 'revision'")
+    with _unusable_files(f"model {name!r}"):
+        for wanted in (["*.json"], ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken"]):
+            # Repositories hold the same weights in other formats too, in folders or as consolidated.safetensors.
+            ignored = ["*/*", "consolidated*"]
+            folder = Path(snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=ignored))
+            refuse_quantized(name, folder)
+    return folder
+
+
+@contextmanager
+def _unusable_files(what: str) -> Iterator[None]:
+    """What transformers, peft and the hub raise of files that they cannot use, as a UserError; there is no common class."""
+    try:
+        yield
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except (
+        OSError, ValueError, ImportError, LookupError, ArithmeticError, AttributeError, TypeError, RuntimeError, UserWarning,
+        SafetensorError, StrictDataclassError,
+    ) as error:  # fmt: skip
+        reason = " ".join(str(error).split())
+        raise UserError(f"{what} cannot be loaded: {type(error).__name__}: {reason[:_LONGEST_REASON]}") from error
+
+
+def _refuse_tokens_without_embeddings(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    rows = model.get_input_embeddings().weight.shape[0]
+    token, number = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    if number >= rows:
+        raise UserError(
+            f"model {name!r}: token {token!r} has number {number}, but there are embeddings of {rows} tokens only: resize"
+            " and train them (resize_token_embeddings), or take the added tokens out of the tokenizer"
+        )
 
 
 def save_causal_lm(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: torch.dtype
 ) -> None:
     """Write config, safetensors weights cast to `dtype`, and tokenizer; equal models give equal bytes."""
-    copy.deepcopy(model).to(dtype).save_pretrained(folder)
+    saved = model if model.dtype == dtype else copy.deepcopy(model).to(dtype)
+    saved.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     drop_versions(folder)
-
-
-def refuse_pickles(folder: Path) -> None:
-    """Raise a UserError if the folder has no safetensors weights; it says so where there are pickled ones instead."""
-    if any(folder.glob("*.safetensors")):
-        return
-    pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
-    if pickles:
-        raise UserError(
-            f"model folder {folder}: {pickles[0]} is a pickle, which can run code when it is read;"
-            " convert the weights to safetensors (save_pretrained)"
-        )
-    raise UserError(f"model folder {folder}: there are no safetensors weights (*.safetensors) in it")
 
 
 def drop_versions(folder: Path) -> None:
@@ -120,8 +207,11 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     Raises:
         UserError: the folder is missing or holds no tokenizer.
     """
-    try:
+    with _unusable_files(f"tokenizer {folder}"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise UserError(f"tokenizer {folder} cannot be loaded: {' '.join(str(error).split())}") from error
+    files = set(tokenizer.vocab_files_names.values())
+    if files and not any(
+        (folder / file).is_file() for file in files
+    ):  # transformers makes an empty one of a config alone
+        raise UserError(f"tokenizer {folder} cannot be loaded: there is no {' or '.join(sorted(files))}")
     return tokenizer

@@ -40,9 +40,10 @@ def agent(context: StageContext) -> StageResult:
     torch.set_num_threads(recipe.runtime.threads)
     folder = context.output / "model"
     if section.pretrained is not None:
-        model, tokenizer = load_causal_lm(section.pretrained.model, section.pretrained.revision, device)
+        source = section.pretrained
+        model, tokenizer = load_causal_lm(source.model, source.revision, torch.device("cpu"), stored_precision=True)
         save_causal_lm(model, tokenizer, folder, model.dtype)
-        return StageResult(summary={"source": section.pretrained.model, "parameters": model.num_parameters()})
+        return StageResult(summary={"source": source.model, "parameters": model.num_parameters()})
     assert section.training is not None
     dealt = context.inputs["benchmark_tasks"]
     tasks = read_tasks(dealt, "agent_train")

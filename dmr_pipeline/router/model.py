@@ -26,7 +26,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dmr_pipeline.agent.checkpoint import load_causal_lm, load_tokenizer, refuse_pickles, save_causal_lm
+from dmr_pipeline.agent.checkpoint import load_causal_lm, load_tokenizer, save_causal_lm
+from dmr_pipeline.agent.formats import refuse_pickles
 from dmr_pipeline.agent.logits import decoder_of, logits_of
 from dmr_pipeline.agent.rollout import Trajectory
 from dmr_pipeline.agent.train import new_model

@@ -1,9 +1,12 @@
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from peft import LoraConfig, PeftConfig, PromptTuningConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -84,7 +87,7 @@ def test_damaged_checkpoints_are_refused(tmp_path: Path) -> None:
     save(tmp_path)
     weights, config = tmp_path / "model.safetensors", tmp_path / "config.json"
     weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(UserError, match="cannot be loaded"):
+    with pytest.raises(UserError, match=r"model\.safetensors cannot be loaded"):
         load_causal_lm(tmp_path, None, CPU)
     save_file({"model.norm.weight": torch.ones(32)}, weights, metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"weights missing.*model\.embed_tokens\.weight"):
@@ -112,3 +115,193 @@ def test_devices() -> None:
         assert resolve_device("auto") == CPU
         with pytest.raises(UserError, match="no GPU"):
             resolve_device("cuda")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_copy_keeps_the_dtype_of_the_files_and_its_bytes(tmp_path: Path, dtype: torch.dtype) -> None:
+    save(tmp_path / "brought", dtype)
+    config = tmp_path / "brought" / "config.json"
+    config.write_text(config.read_text().replace(str(dtype).removeprefix("torch."), "float32"))  # the files decide
+    model, tokenizer = load_causal_lm(tmp_path / "brought", None, CPU, stored_precision=True)
+    save_causal_lm(model, tokenizer, tmp_path / "copy", model.dtype)
+    brought, copied = (load_file(tmp_path / name / "model.safetensors") for name in ("brought", "copy"))
+    assert {tensor.dtype for tensor in copied.values()} == {dtype}
+    assert brought.keys() == copied.keys()
+    assert all(torch.equal(brought[name], copied[name]) for name in brought)
+    assert json.loads((tmp_path / "copy" / "config.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
+    acting, _ = load_causal_lm(tmp_path / "copy", None, CPU)
+    assert acting.dtype == torch.float32, "on a CPU it acts in float32"
+
+
+def test_tokens_without_embeddings_are_refused_by_name(tmp_path: Path) -> None:
+    tokenizer = word_tokenizer()
+    tokenizer.add_tokens([f"<new-{i}>" for i in range(17)])  # of numbers 4 to 20, and there are 20 embeddings
+    save_causal_lm(tiny_model(), tokenizer, tmp_path, torch.float32)
+    with pytest.raises(UserError, match=r"token '<new-16>' has number 20, but there are embeddings of 20 tokens only"):
+        load_causal_lm(tmp_path, None, CPU)
+
+
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    save(tmp_path)
+    for path in tmp_path.glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(UserError, match=r"tokenizer .* cannot be loaded: there is no .*tokenizer\.json"):
+        load_causal_lm(tmp_path, None, CPU)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hidden_size": -1}, {"hidden_size": "32"}, {"num_key_value_heads": 0}, {"hidden_act": "nope"}, {"dtype": "nope"},
+        {"rope_parameters": {"rope_type": "nope"}}, {"layer_types": ["nope"]}, {"model_type": None},
+    ],
+    ids=lambda change: next(iter(change)),
+)  # fmt: skip
+def test_whatever_transformers_raises_of_a_config_is_one_line(tmp_path: Path, change: dict[str, object]) -> None:
+    save(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(UserError, match="cannot be loaded") as raised:
+        load_causal_lm(tmp_path, None, CPU)
+    assert "\n" not in str(raised.value)
+    assert len(str(raised.value)) < 500
+
+
+def adapter(folder: Path, base: Path, config: PeftConfig) -> PreTrainedModel:
+    """Save a trained-looking adapter; the model with it, not merged."""
+    model, _ = load_causal_lm(base, None, CPU)
+    model.name_or_path = str(base)
+    adapted = get_peft_model(model, config)
+    torch.manual_seed(1)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.3)
+    adapted.eval().save_pretrained(folder)
+    return adapted
+
+
+def lora(**changes: object) -> LoraConfig:
+    return LoraConfig(task_type="CAUSAL_LM", r=4, **({"target_modules": ["q_proj", "down_proj"]} | changes))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("changes", [{}, {"use_dora": True}, {"modules_to_save": ["lm_head"]}], ids=str)
+def test_an_adapter_is_merged_into_its_base(tmp_path: Path, changes: dict[str, object]) -> None:
+    base, folder, copy = (tmp_path / name for name in ("base", "adapter", "copy"))
+    save(base)
+    adapted = adapter(folder, base, lora(**changes))
+    tokens = torch.arange(10)[None]
+    expected = adapted(tokens).logits
+    plain, _ = load_causal_lm(base, None, CPU)
+    assert not torch.allclose(plain(tokens).logits, expected, atol=1e-2), "an adapter that does nothing shows nothing"
+    model, tokenizer = load_causal_lm(folder, None, CPU)
+    assert type(model) is type(plain)
+    assert tokenizer.encode("go to shelf") == [1, 2, 3]
+    torch.testing.assert_close(model(tokens).logits, expected, rtol=1e-4, atol=1e-5)
+
+    model, tokenizer = load_causal_lm(folder, None, CPU, stored_precision=True)
+    assert model.dtype == torch.bfloat16, "that of the base"
+    save_causal_lm(model, tokenizer, copy, model.dtype)
+    torch.testing.assert_close(load_causal_lm(copy, None, CPU)[0](tokens).logits, expected, rtol=0.05, atol=0.05)
+
+
+def test_an_adapter_of_one_of_two_tied_embeddings_is_refused(tmp_path: Path) -> None:
+    save(tmp_path / "base")
+    adapter(tmp_path / "adapter", tmp_path / "base", lora(target_modules=["lm_head"]))
+    with pytest.raises(UserError, match=r"merged into its base it computes something else"):
+        load_causal_lm(tmp_path / "adapter", None, CPU)
+
+
+def _without_base(folder: Path) -> None:
+    shutil.rmtree(folder.parent / "base")
+
+
+def _of_a_hub_id(folder: Path) -> None:
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "some/llm"}))
+
+
+def _pickled(folder: Path) -> None:
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+
+
+def _half(folder: Path) -> None:
+    weights = load_file(folder / "adapter_model.safetensors")
+    save_file(dict(list(weights.items())[1:]), folder / "adapter_model.safetensors")
+
+
+def _quantized_base(folder: Path) -> None:
+    path = folder.parent / "base" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": {"load_in_4bit": True}}))
+
+
+def _nested(folder: Path) -> None:
+    shutil.copy(folder / "adapter_config.json", folder.parent / "base")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (
+            _without_base,
+            r"its base '.*base' is no folder here; .*full commit hash as 'revision' in .*adapter_config\.json",
+        ),
+        (_of_a_hub_id, r"its base 'some/llm' is no folder here"),
+        (_pickled, r"its weights are a pickle \(adapter_model\.bin\)"),
+        (_half, r"cannot be loaded: UserWarning: Found missing adapter keys"),
+        (_quantized_base, r"base': its weights are quantized already \(bitsandbytes"),
+        (_nested, r"its base .* is an adapter too"),
+    ],
+)
+def test_adapters_that_cannot_be_merged(tmp_path: Path, spoil: Callable[[Path], None], message: str) -> None:
+    save(tmp_path / "base")
+    adapter(tmp_path / "adapter", tmp_path / "base", lora())
+    spoil(tmp_path / "adapter")
+    with pytest.raises(UserError, match=message):
+        load_causal_lm(tmp_path / "adapter", None, CPU)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+            "PROMPT_TUNING for CAUSAL_LM cannot be merged",
+        ),
+        (LoraConfig(task_type="FEATURE_EXTRACTION", target_modules=["q_proj"]), "LORA for FEATURE_EXTRACTION cannot"),
+    ],
+)
+def test_adapters_of_other_kinds_are_refused(tmp_path: Path, config: PeftConfig, message: str) -> None:
+    save(tmp_path / "base")
+    adapter(tmp_path / "adapter", tmp_path / "base", config)
+    with pytest.raises(UserError, match=message):
+        load_causal_lm(tmp_path / "adapter", None, CPU)
+
+
+COMMIT = "0123456789abcdef" * 2 + "01234567"
+
+
+def cached_repository(cache: Path, name: str) -> Path:
+    """An empty snapshot of a hub's repository, as the hub's client keeps it."""
+    repository = cache / f"models--{name.replace('/', '--')}"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(COMMIT)
+    return repository / "snapshots" / COMMIT
+
+
+def test_a_hub_id_of_a_model_or_of_a_base_is_loaded_at_its_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    base = cached_repository(tmp_path, "some/llm")
+    save(base)
+    model, _ = load_causal_lm("some/llm", COMMIT, CPU)
+    with pytest.raises(UserError, match="model 'some/llm' cannot be loaded"):
+        load_causal_lm("some/llm", COMMIT[::-1], CPU)
+    adapted = adapter(tmp_path / "adapter", base, lora())
+    _of_a_hub_id(tmp_path / "adapter")
+    merged, _ = load_causal_lm(tmp_path / "adapter", COMMIT, CPU)
+    tokens = torch.arange(10)[None]
+    torch.testing.assert_close(merged(tokens).logits, adapted(tokens).logits, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(merged(tokens).logits, model(tokens).logits, atol=1e-2)
