@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from dmr_pipeline.agent.checkpoint import load_causal_lm, load_tokenizer, resolve_device
 from dmr_pipeline.agent.examples import Example, expert_example
-from dmr_pipeline.agent.memory import halving
+from dmr_pipeline.agent.memory import halving, in_pieces
 from dmr_pipeline.agent.prompts import Prompter
 from dmr_pipeline.agent.rollout import CAPACITY, Clock, RoutingPolicy, Run, Trajectory, play, play_alone
 from dmr_pipeline.agent.streams import Streams
@@ -158,16 +158,17 @@ def divergence_to_float(
     float_model: PreTrainedModel, model: PreTrainedModel, examples: Sequence[Example], device: torch.device
 ) -> tuple[float, float]:
     """Mean KL(float || model) of the expert's steps, in nats an action, and the share of tokens that are chosen otherwise."""
-    total, different, tokens, steps = 0.0, 0, 0, 0
-    for first in range(0, len(examples), 8):
-        piece = examples[first : first + 8]
+
+    def compare(piece: Sequence[Example]) -> list[tuple[float, int, int, int]]:
         p, wanted = trained_logits(float_model, piece, device)
         q, _ = trained_logits(model, piece, device)
         log_p, log_q = p.double().log_softmax(-1), q.double().log_softmax(-1)
-        total += float((log_p.exp() * (log_p - log_q)).sum())
-        different += int((p.argmax(-1) != q.argmax(-1)).sum())
-        tokens += len(wanted)
-        steps += sum(example.steps for example in piece)
+        total = float((log_p.exp() * (log_p - log_q)).sum())
+        different = int((p.argmax(-1) != q.argmax(-1)).sum())
+        return [(total, different, len(wanted), sum(example.steps for example in piece))]
+
+    compared = in_pieces(examples, 8, "expert episodes", compare)
+    total, different, tokens, steps = (sum(column) for column in zip(*compared, strict=True))
     return total / steps, different / tokens
 
 

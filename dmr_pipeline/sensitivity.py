@@ -10,12 +10,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 import polars as pl
 import torch
 from rich.progress import Progress
 from torch import Tensor
 
+from dmr_pipeline.agent.memory import in_pieces
 from dmr_pipeline.agent.streams import Streams
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.ladder import Ladder
@@ -44,8 +46,17 @@ STEPS = pl.Schema(
 """Divergences in nats. `entropy_low` (nats, summed) and `margin_low` (smallest gap between the two likeliest tokens'
 probabilities) are those of low precision along its own greedy action. `success` is the episode's outcome."""
 
-_Batch = tuple[list[str], list[list[list[int]]], list[list[list[int]]]]
-"""Episodes that are measured at once: their ids, and token ids of the segment and of the action of each step."""
+
+class _Transcript(NamedTuple):
+    """Token ids of the segment and of the action of each step of an episode."""
+
+    name: str
+    segments: list[list[int]]
+    actions: list[list[int]]
+
+
+_Batch = Sequence[_Transcript]
+"""Episodes that are measured at once, the longest first."""
 
 
 @dataclass(frozen=True)
@@ -103,21 +114,26 @@ def measure(
         ["turns", "episode_id"], descending=[True, False]
     )
 
+    def compare_episodes(episodes: _Batch) -> list[tuple[object, ...]]:
+        rows: list[tuple[object, ...]] = []
+        streams = ladder.streams(len(episodes))
+        for turn in range(len(episodes[0].segments)):
+            live = [i for i, episode in enumerate(episodes) if turn < len(episode.segments)]
+            new = [(episodes[i].actions[turn - 1] if turn else []) + episodes[i].segments[turn] for i in live]
+            compared = compare(streams, live, new, ladder.prompter.end_token, max_tokens)
+            rows += [(episodes[i].name, turn, *vars(found).values()) for i, found in zip(live, compared, strict=True)]
+        return rows
+
     def compare_batches(batches: Sequence[_Batch], advance: Callable[[int], None]) -> list[tuple[object, ...]]:
         rows: list[tuple[object, ...]] = []
-        for ids, segments, actions in batches:
-            streams = ladder.streams(len(ids))
-            for turn in range(len(segments[0])):
-                live = [i for i in range(len(ids)) if turn < len(segments[i])]
-                new = [(actions[i][turn - 1] if turn else []) + segments[i][turn] for i in live]
-                compared = compare(streams, live, new, ladder.prompter.end_token, max_tokens)
-                rows += [(ids[i], turn, *vars(found).values()) for i, found in zip(live, compared, strict=True)]
-            advance(len(ids))
+        for batch in batches:
+            rows += in_pieces(batch, len(batch), "episodes", compare_episodes)
+            advance(len(batch))
         return rows
 
     # Lists, since polars does not survive the fork into several processes.
     batches: list[_Batch] = [
-        (batch["episode_id"].to_list(), batch["segment"].to_list(), batch["action"].to_list())
+        [_Transcript(*columns) for columns in batch.select("episode_id", "segment", "action").iter_rows()]
         for batch in longest_first.iter_slices(slots)
     ]
     rows = list(chain(*in_processes(compare_batches, deal(batches, ladder.processes), advance)))

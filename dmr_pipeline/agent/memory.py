@@ -1,7 +1,7 @@
 """What happens where a GPU's memory does not suffice: fewer episodes at once, and where that does not help, one clear line."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -12,6 +12,7 @@ from dmr_pipeline.errors import UserError
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+Item = TypeVar("Item")
 
 
 def halving(count: int, what: str, work: Callable[[int], T]) -> T:
@@ -39,6 +40,28 @@ def halving(count: int, what: str, work: Callable[[int], T]) -> T:
         torch.cuda.empty_cache()
         log.warning("out of GPU memory with %d %s at once: going on with %d", count, what, count // 2)
         count //= 2
+
+
+def in_pieces(items: Sequence[Item], size: int, what: str, work: Callable[[Sequence[Item]], Sequence[T]]) -> list[T]:
+    """`work` on so many items at once, fewer from where the GPU's memory does not suffice; its results one after the other.
+
+    Args:
+        what: the items, as for `halving`.
+
+    Raises:
+        UserError: not even one fits.
+    """
+    results: list[T] = []
+    first = 0
+    while first < len(items):
+
+        def attempt(count: int, first: int = first) -> tuple[int, Sequence[T]]:
+            return count, work(items[first : first + count])
+
+        size, found = halving(size, what, attempt)
+        results += found
+        first += size
+    return results
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 from dmr_pipeline.agent.checkpoint import load_causal_lm, resolve_device, save_causal_lm
 from dmr_pipeline.agent.examples import IGNORED, Example, expert_example, look_example, relabelled_example
 from dmr_pipeline.agent.logits import decoder_of, logits_of
+from dmr_pipeline.agent.memory import out_of_memory_names
 from dmr_pipeline.agent.prompts import Prompter
 from dmr_pipeline.agent.rollout import CAPACITY, play_alone
 from dmr_pipeline.agent.vocabulary import exact_word_tokenizer, word_tokenizer
@@ -51,7 +52,8 @@ def agent(context: StageContext) -> StageResult:
     new_tokenizer = exact_word_tokenizer if isinstance(recipe.benchmark, WebShop) else word_tokenizer
     tokenizer = new_tokenizer(benchmark_texts(dealt, recipe.benchmark))
     prompter = Prompter.of(tokenizer, section.prompt)
-    model, log = train(tasks, prompter, section.training, recipe.benchmark, recipe.runtime, device, context.scratch)
+    with out_of_memory_names("agent.training.architecture"):
+        model, log = train(tasks, prompter, section.training, recipe.benchmark, recipe.runtime, device, context.scratch)
     save_causal_lm(model, tokenizer, folder, torch.float16)
     log.write_parquet(context.output / "training.parquet")
     validation = read_tasks(dealt, "validation")

@@ -63,7 +63,9 @@ def _verdict(error: BaseException) -> bool | None:
     if isinstance(error, OSError) and error.errno in NETWORK_ERRNOS:
         return True
     torch = sys.modules.get("torch")  # an error of torch's comes with torch loaded
-    if torch is not None and isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError):
+    if torch is not None and isinstance(error, torch.OutOfMemoryError):
+        return False  # another try has the same batches (agent/memory.py halves those that may be)
+    if torch is not None and isinstance(error, torch.AcceleratorError):
         return True
     return None
 

@@ -28,6 +28,7 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
+from dmr_pipeline.agent.memory import out_of_memory_names
 from dmr_pipeline.agent.rollout import Clock, Run, Trajectory, seeded_generator
 from dmr_pipeline.cost import episode_cost, reward
 from dmr_pipeline.environments.base import Task
@@ -92,7 +93,8 @@ def grpo_router(context: StageContext) -> StageResult:
     settings = tempered_settings(start, scorer, validation, context.scratch)
     start = replace(start, settings=settings)
     session = Session(replace(load(), settings=settings), start, scorer, games, validation)
-    train(session, section, context.scratch)
+    with out_of_memory_names("grpo_router.group_size"):
+        train(session, section, context.scratch)
     chosen = replace(load(), settings=settings)  # again, since trl leaves marks in the config
     chosen.model.load_state_dict(session.best_weights)
     log = session.log()

@@ -20,6 +20,7 @@ from scipy.special import expit
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from dmr_pipeline.agent.memory import out_of_memory_names
 from dmr_pipeline.agent.rollout import Clock, RoutingPolicy, Run, Trajectory
 from dmr_pipeline.environments.base import Task
 from dmr_pipeline.environments.tasks import read_tasks
@@ -74,7 +75,8 @@ def kl_router(context: StageContext) -> StageResult:
     if isinstance(router.model, ProbeHead):
         router.model.standardize(torch.cat([s.features for s in sequences if s.features is not None]))
     labels = labels_of_steps(steps, sensitivity)
-    router, log = train(router, sequences, labels, section, context.scratch)
+    with out_of_memory_names("kl_router.batch_episodes"):
+        router, log = train(router, sequences, labels, section, context.scratch)
     router = with_settings(router, force_search=searches.get("search_forced", False))
 
     games = read_tasks(context.inputs["benchmark_tasks"], "validation", section.validation_games)

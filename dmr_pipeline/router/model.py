@@ -29,6 +29,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dmr_pipeline.agent.checkpoint import load_causal_lm, load_tokenizer, save_causal_lm
 from dmr_pipeline.agent.formats import refuse_pickles
 from dmr_pipeline.agent.logits import decoder_of, logits_of
+from dmr_pipeline.agent.memory import in_pieces
 from dmr_pipeline.agent.rollout import Trajectory
 from dmr_pipeline.agent.train import new_model
 from dmr_pipeline.errors import UserError
@@ -228,23 +229,21 @@ def with_features(
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i].tokens))
 
     @torch.no_grad()
-    def read(indices: Sequence[int], _: object) -> list[NDArray[np.float32]]:
-        features: list[NDArray[np.float32]] = []
-        for first in range(0, len(indices), batch):
-            read_now = [sequences[i] for i in indices[first : first + batch]]
-            # The agent does not see the routing tokens: each that is left out moves what follows one place to the front.
-            routed = [{position + 1 for position in s.positions} for s in read_now]
-            tokens = [
-                [t for i, t in enumerate(s.tokens) if i not in out] for s, out in zip(read_now, routed, strict=True)
-            ]
-            positions = [[position - turn for turn, position in enumerate(s.positions)] for s in read_now]
-            output = decoder_of(agent)(
-                input_ids=_padded(tokens, agent.device), use_cache=False, output_hidden_states=True
-            )
-            for row, at in enumerate(positions):
-                states = torch.cat([output.hidden_states[layer][row, at] for layer in layers], dim=-1).float()
-                features.append(probe_features(states, torch.arange(len(at))).cpu().numpy())
+    def read_piece(indices: Sequence[int]) -> list[NDArray[np.float32]]:
+        read_now = [sequences[i] for i in indices]
+        # The agent does not see the routing tokens: each that is left out moves what follows one place to the front.
+        routed = [{position + 1 for position in s.positions} for s in read_now]
+        tokens = [[t for i, t in enumerate(s.tokens) if i not in out] for s, out in zip(read_now, routed, strict=True)]
+        positions = [[position - turn for turn, position in enumerate(s.positions)] for s in read_now]
+        output = decoder_of(agent)(input_ids=_padded(tokens, agent.device), use_cache=False, output_hidden_states=True)
+        features = []
+        for row, at in enumerate(positions):
+            states = torch.cat([output.hidden_states[layer][row, at] for layer in layers], dim=-1).float()
+            features.append(probe_features(states, torch.arange(len(at))).cpu().numpy())
         return features
+
+    def read(indices: Sequence[int], _: object) -> list[NDArray[np.float32]]:
+        return in_pieces(indices, batch, "episodes", read_piece)
 
     found = dict(zip(order, gather(in_processes(read, deal(order, processes))), strict=True))
     return [replace(s, features=torch.from_numpy(found[i])) for i, s in enumerate(sequences)]
@@ -268,15 +267,15 @@ def routing_logits(model: PreTrainedModel, sequences: Sequence[RoutingSequence],
 def routing_margins(router: Router, sequences: Sequence[RoutingSequence], batch: int) -> list[list[float]]:
     """z, the logit of `<high>` minus that of `<low>`, at every step of each sequence; `batch` sequences at a time."""
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i].tokens))
-    margins: list[list[float]] = [[] for _ in sequences]
     router.model.eval()
-    for first in range(0, len(order), batch):
-        indices = order[first : first + batch]
+
+    def read(indices: Sequence[int]) -> list[list[float]]:
         logits = routing_logits(router.model, [sequences[i] for i in indices], router.settings).double()
         steps = [len(sequences[i].high) for i in indices]
-        for i, values in zip(indices, (logits[:, 1] - logits[:, 0]).split(steps), strict=True):
-            margins[i] = values.tolist()
-    return margins
+        return [values.tolist() for values in (logits[:, 1] - logits[:, 0]).split(steps)]
+
+    found = dict(zip(order, in_pieces(order, batch, "episodes", read), strict=True))
+    return [found[i] for i in range(len(sequences))]
 
 
 def _given(needed: T | None) -> T:

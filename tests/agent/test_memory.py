@@ -1,15 +1,23 @@
 """Where a GPU's memory does not suffice: the same episodes, fewer at once."""
 
 import logging
+from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
+from polars.testing import assert_frame_equal
 
-from dmr_pipeline.agent.memory import halving, out_of_memory_names
+from dmr_pipeline.agent.memory import halving, in_pieces, out_of_memory_names
 from dmr_pipeline.agent.rollout import Trajectory, play_alone
 from dmr_pipeline.agent.streams import Streams
 from dmr_pipeline.errors import UserError
-from tests.agent.test_rollout import HIGH, PROMPTER, RUNS, STEPS, taken
+from dmr_pipeline.ladder import Ladder
+from dmr_pipeline.recipe import Recipe, load_recipe
+from dmr_pipeline.router.baselines import RandomMixing
+from dmr_pipeline.sensitivity import measure
+from dmr_pipeline.trajectories import to_frames
+from tests.agent.test_rollout import HIGH, LOW, PROMPTER, RUNS, STEPS, taken
 
 GAMES = [run.task for run in RUNS]
 
@@ -84,3 +92,35 @@ def test_nothing_else_is_tried_again() -> None:
 def test_a_training_that_does_not_fit_names_its_knob() -> None:
     with pytest.raises(UserError, match=r"kl_router\.batch_episodes"), out_of_memory_names("kl_router.batch_episodes"):
         raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
+def test_pieces_stay_as_small_as_fitted() -> None:
+    sizes: list[int] = []
+
+    def work(piece: Sequence[int]) -> list[int]:
+        sizes.append(len(piece))
+        if len(piece) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return [10 * item for item in piece]
+
+    assert in_pieces(range(14), 8, "episodes", work) == [10 * item for item in range(14)]
+    assert sizes == [8, 4, 2, 2, 2, 2, 2, 2, 2]
+    assert in_pieces([], 8, "episodes", work) == []
+
+
+def ladder() -> Ladder:
+    recipe = load_recipe("alfworld-tiny", Path(__file__).parents[2] / "recipes")
+    changes = {"benchmark": {**recipe.benchmark.model_dump(), "step_limit": STEPS}, "runtime": {"processes": 1}}
+    recipe = Recipe.model_validate(recipe.model_dump() | changes)
+    return Ladder({True: HIGH, False: LOW}, {True: 2, False: 1}, 1.0, PROMPTER, torch.device("cpu"), recipe)
+
+
+def test_routed_episodes_and_their_labels_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = RandomMixing(0.5, seed=1)
+    expected = ladder().play(RUNS, policy, seed=0)
+    frames = to_frames(expected, "mixed")
+    rows = measure(ladder(), *frames, slots=7)
+    fits(monkeypatch, rows=2)
+    assert taken(ladder().play(RUNS, policy, seed=0)) == taken(expected)
+    fewer = measure(ladder(), *frames, slots=7)
+    assert_frame_equal(fewer, rows, abs_tol=1e-5)

@@ -13,7 +13,9 @@ from dmr_pipeline.agent.train import learn, make_optimizers, new_model, schedule
 from dmr_pipeline.agent.vocabulary import word_tokenizer
 from dmr_pipeline.environments.alfworld.generator import generate_game
 from dmr_pipeline.environments.alfworld.words import alfworld_texts
-from dmr_pipeline.recipe import Architecture, GeneratedAlfWorld, Prompt, Runtime, Splits, Training
+from dmr_pipeline.errors import UserError
+from dmr_pipeline.recipe import Architecture, GeneratedAlfWorld, Prompt, Runtime, Splits, Training, load_recipe
+from dmr_pipeline.stage import StageContext
 
 PROMPTER = Prompter.of(word_tokenizer(alfworld_texts()), Prompt())
 GAMES = [generate_game(seed)[0] for seed in range(12)]
@@ -114,3 +116,14 @@ def test_the_learning_rate_warms_up_and_decays_to_nothing() -> None:
     assert factors[10:70] == [1.0] * 60
     assert factors[85] == pytest.approx(0.5)
     assert 0 < factors[99] < 0.05
+
+
+def test_a_training_that_does_not_fit_a_gpu_names_its_knob(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def out_of_memory(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    recipe = load_recipe("alfworld-tiny", Path(__file__).parents[2] / "recipes")
+    monkeypatch.setattr(module, "read_tasks", lambda folder, split: [])
+    monkeypatch.setattr(module, "train", out_of_memory)
+    with pytest.raises(UserError, match=r"make agent\.training\.architecture smaller"):
+        module.agent(StageContext(recipe, {"benchmark_tasks": tmp_path}, tmp_path, tmp_path))

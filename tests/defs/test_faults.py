@@ -27,7 +27,6 @@ TRANSIENT = [
     TimeoutError("timed out"),
     socket.gaierror(socket.EAI_AGAIN, "temporary failure in name resolution"),
     *(OSError(number, os.strerror(number)) for number in (errno.ESTALE, errno.EIO, errno.ETIMEDOUT, errno.ENETUNREACH)),
-    torch.OutOfMemoryError("CUDA out of memory"),
     torch.AcceleratorError("CUDA error: an illegal memory access was encountered"),
     BrokenProcessPool("killed"),
 ]
@@ -41,6 +40,7 @@ LASTING = [
     KeyError("x"),
     TypeError("x"),
     RuntimeError("x"),
+    torch.OutOfMemoryError("CUDA out of memory"),
     KeyboardInterrupt(),
 ]
 

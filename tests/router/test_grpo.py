@@ -192,3 +192,14 @@ def run_and_be_killed() -> None:
 
     Session.rollouts = killed  # type: ignore[method-assign]
     run_stage(Path(sys.argv[1]), Path(sys.argv[2]))
+
+
+def test_a_training_that_does_not_fit_a_gpu_names_its_knob(
+    artefacts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def out_of_memory(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(grpo, "train", out_of_memory)
+    with pytest.raises(UserError, match=r"make grpo_router\.group_size smaller"):
+        run_stage(artefacts, tmp_path)

@@ -326,3 +326,14 @@ def test_ingested_steps_are_labelled_and_learned_from(recipe: Recipe, inputs: di
         assert row["kl_high_low"] == pytest.approx(first[row["task_id"]]["kl_high_low"], rel=1e-3)
     _, summary = run_stage(recipe, done, tmp_path / "router")
     assert summary["train_steps"] == len(table)
+
+
+def test_a_training_that_does_not_fit_a_gpu_names_its_knob(
+    recipe: Recipe, inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def out_of_memory(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(kl, "train", out_of_memory)
+    with pytest.raises(UserError, match=r"make kl_router\.batch_episodes smaller"):
+        run_stage(recipe, inputs, tmp_path)
