@@ -5,7 +5,6 @@ differ (times, versions, machine) lies beside it in `<stage>.run.json`. The hash
 number names an artefact in Dagster and in DVC.
 """
 
-import errno
 import hashlib
 import importlib.metadata
 import json
@@ -25,7 +24,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from pydantic import AwareDatetime, BaseModel, ConfigDict, JsonValue, ValidationError
 
-from dmr_pipeline.errors import UserError
+from dmr_pipeline.errors import FULL, UserError, causes
 from dmr_pipeline.recipe import Recipe, Runtime
 from dmr_pipeline.stage import Stage, StageContext
 
@@ -448,13 +447,9 @@ def disk_full_is_user_error(folder: Path, data_root: Path) -> Iterator[None]:
 
 def _is_disk_full(error: BaseException, data_root: Path) -> bool:
     """Also true where a library hides the reason (torch.save does): then the disk itself is asked."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT):
+    for seen in causes(error):
+        if (isinstance(seen, OSError) and seen.errno in FULL) or "No space left on device" in str(seen):
             return True
-        if "No space left on device" in str(seen):
-            return True
-        seen = seen.__cause__ or seen.__context__
     return data_root.is_dir() and shutil.disk_usage(data_root).free < FULL_DISK_BYTES
 
 

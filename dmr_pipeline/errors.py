@@ -1,4 +1,25 @@
-"""The one error that a user can mend, and how text from outside is shown."""
+"""The one error that a user can mend, how text from outside is shown, and what of other errors is for a user to mend."""
+
+import errno
+from collections.abc import Iterator
+
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+"""A full disk, or a user's share of it."""
+
+REMEDIES = {
+    errno.EACCES: "give this user the right to read and write it",
+    errno.EPERM: "give this user the right to read and write it",
+    errno.EROFS: "make its file system writable",
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some space, or raise the quota",
+    errno.EFBIG: "raise the limit on the size of files (`ulimit -f`)",
+    errno.EMFILE: "raise the limit on open files (`ulimit -n`)",
+    errno.ENAMETOOLONG: "give it a shorter name",
+    errno.ENOTDIR: "a folder is needed where a file is: move the file away",
+    errno.EISDIR: "a file is needed where a folder is: move the folder away",
+    errno.ELOOP: "its links go round in a circle: remove them",
+}
+"""What to do about the refusals of an operating system that are a user's to mend."""
 
 
 class UserError(Exception):
@@ -13,3 +34,24 @@ def printable(text: object) -> str:
     `markup=False`, or through `rich.markup.escape`.
     """
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """The error and what it came from, as a traceback shows them, each once: an error that is raised again from its own
+    wrapper closes a circle."""
+    walked: list[BaseException] = []
+    seen: BaseException | None = error
+    while seen is not None and not any(seen is earlier for earlier in walked):
+        yield seen
+        walked.append(seen)
+        seen = seen.__cause__ or (None if seen.__suppress_context__ else seen.__context__)
+
+
+def refusal(error: BaseException) -> str | None:
+    """A line on a file that the operating system refused to read or write, and what to do; None where the error is, and came
+    from, nothing of that kind."""
+    for seen in causes(error):
+        if isinstance(seen, OSError) and seen.errno in REMEDIES and (seen.filename or seen.errno in FULL):
+            where = f"{seen.filename}: " if seen.filename else ""
+            return f"{where}{seen.strerror}: {REMEDIES[seen.errno]}, then run the same command again; nothing is lost"
+    return None

@@ -6,6 +6,9 @@ return is pickled, from process to process.
 
 import multiprocessing
 import os
+import signal
+import threading
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures.process import BrokenProcessPool
@@ -14,7 +17,10 @@ from typing import Any, TypeVar, cast
 
 import torch
 
+from dmr_pipeline.interrupts import SIGNALS
 from dmr_pipeline.recipe import Runtime
+
+WATCH_SECONDS = 0.5
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -67,7 +73,11 @@ def in_processes(
     for index, part in enumerate(parts):
         receiver, sender = context.Pipe(duplex=False)
         process = context.Process(target=_child, args=(work, part, sender, os.getpid()), daemon=True)
-        process.start()
+        earlier = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until the child ignores them
+        try:
+            process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, earlier)
         sender.close()
         running[receiver] = index, process
     results: dict[int, Result] = {}
@@ -93,15 +103,20 @@ def in_processes(
                     process.join()
     finally:
         for _, process in running.values():
-            process.kill()  # not SIGTERM: inside a run, the fork has Dagster's handler, which only takes note of it
+            process.kill()  # it ignores SIGTERM
             process.join()
     return [results[index] for index in range(len(parts))]
 
 
 def _child(work: Work[Item, Result], part: Sequence[Item], sender: Connection, parent: int) -> None:
+    # Ctrl-C reaches all processes of a terminal's group: one that died of it would look like a fault to the parent, which is
+    # to end them.
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
     def advance(number: int) -> None:
-        if os.getppid() != parent:  # it was killed: nobody waits for the result
-            os._exit(1)
         sender.send(("advance", number))
 
     try:
@@ -109,3 +124,10 @@ def _child(work: Work[Item, Result], part: Sequence[Item], sender: Connection, p
     except Exception as error:  # noqa: BLE001 - it is raised again in the parent
         error.add_note(traceback.format_exc())
         sender.send(("failed", error))
+
+
+def _end_with(parent: int) -> None:
+    """A child whose parent was killed ends too: nobody waits for its result."""
+    while os.getppid() == parent:
+        time.sleep(WATCH_SECONDS)
+    os._exit(1)

@@ -14,7 +14,7 @@ from dmr_pipeline.cli.trajectories import trajectories
 app = typer.Typer(
     help="Dynamic mixed-precision routing of LLM agents: one pipeline from games to the accuracy-cost report.",
     no_args_is_help=True,
-    pretty_exceptions_show_locals=False,
+    pretty_exceptions_enable=False,  # what is not foreseen is one line (common.py)
 )
 for command in (stages.run, stages.materialize, stages.status, stages.pull, stages.render, stages.report):
     app.command()(command)

@@ -1,19 +1,25 @@
-"""What all commands share: the console, and bad input as one clear line on stderr with exit code 2."""
+"""What all commands share: the console, and how trouble is told: one line on stderr."""
 
 import logging
+import tempfile
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import wraps
-from typing import Annotated, ParamSpec
+from functools import partial, wraps
+from pathlib import Path
+from typing import Annotated, NoReturn, ParamSpec
 
 import typer
 from rich import get_console
 from rich.console import Console
 from rich.logging import RichHandler
 
-from dmr_pipeline.errors import UserError, printable
+from dmr_pipeline import interrupts
+from dmr_pipeline.errors import UserError, printable, refusal
 
 DEFAULT_RECIPE = "alfworld-tiny"
+PACKAGE = Path(__file__).parent.parent
+SAID_CHARACTERS = 500
 P = ParamSpec("P")
 
 console = get_console()  # the one that the stages' progress bars are on: lines then appear above them
@@ -24,21 +30,53 @@ RecipeArgument = Annotated[str, typer.Argument(help="a recipe, the name of a fil
 
 
 def user_errors_exit_2(command: Callable[P, None]) -> Callable[P, None]:
+    """Each command's edge. Bad input, and files that the system refuses, exit with 2; what nobody foresaw exits with 1 and
+    leaves its traceback in a file of the system's temporary folder, which can be written where a project cannot. Ctrl-C and
+    SIGTERM exit with 130 and 143."""
+
     @wraps(command)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
         try:
-            command(*args, **kwargs)
+            interrupts.in_thread(partial(command, *args, **kwargs))
         except UserError as error:
-            errors.print(f"error: {printable(error)}", style="red", markup=False, highlight=False)
-            raise typer.Exit(2) from error
+            _fail(str(error), 2)
+        except (typer.Exit, typer.Abort, typer.BadParameter, BrokenPipeError):
+            raise  # typer ends the program
+        except Exception as error:  # noqa: BLE001 - a traceback of a hundred lines hides what happened
+            refused = refusal(error)
+            if refused is not None:
+                _fail(refused, 2)
+            _fail(_unforeseen(error), 1)
 
     return wrapped
+
+
+def _fail(line: str, code: int) -> NoReturn:
+    errors.print(f"error: {printable(line)}", style="red", markup=False, highlight=False)
+    raise typer.Exit(code)
+
+
+def _unforeseen(error: Exception) -> str:
+    """What happened, where in this package, and where the traceback is."""
+    text = "".join(traceback.format_exception(error))
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8", prefix="dmr-", suffix=".log", delete=False) as file:
+        file.write(text)
+    places = [frame for frame in traceback.extract_tb(error.__traceback__) if PACKAGE in Path(frame.filename).parents]
+    place = f" ({Path(places[-1].filename).relative_to(PACKAGE.parent)}, line {places[-1].lineno})" if places else ""
+    said = " ".join(str(error).split())[:SAID_CHARACTERS]
+    return f"{type(error).__name__}: {said}{place}: this was not foreseen, please report it with {file.name}"
+
+
+class _Printable(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(record.getMessage())
 
 
 @contextmanager
 def progress_lines() -> Iterator[None]:
     """What the package logs goes to the terminal, a line each."""
     handler = RichHandler(console=console, show_path=False, show_level=False, markup=False, log_time_format="%H:%M:%S")
+    handler.setFormatter(_Printable())
     package = logging.getLogger("dmr_pipeline")
     package.setLevel(logging.INFO)
     package.addHandler(handler)

@@ -102,6 +102,9 @@ def _materialize(
     done = materialize_stage(
         stage, recipe, force=config.force, run_id=context.run_id, expected=lost_history, accept=accept
     )
+    # A commit may have to wait for a `dvc repro` that runs this stage, which waits for the pool's slot.
+    step = context.get_step_execution_context().step.key
+    context.instance.event_log_storage.free_concurrency_slot_for_step(context.run_id, step)
     committed = dvc_stages.commit(stage, recipe.name, artifact=done.artifact, rebuilt=not done.skipped)
     metadata = {**describe(done), "committed_to_dvc": dg.MetadataValue.bool(committed)}
     if recipe.versioning.git == "commit" and committed:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import dagster as dg
 
-from dmr_pipeline.errors import UserError
+from dmr_pipeline.errors import FULL, UserError, causes
 
 log = logging.getLogger(__name__)
 
@@ -18,7 +18,6 @@ RETRIES = dg.RetryPolicy(max_retries=3, delay=30, backoff=dg.Backoff.EXPONENTIAL
 """Every asset's: tried again after 30, 90 and 210 s, resuming from its scratch. Only a policy makes Dagster try a step again
 whose worker was killed; by itself it would try programming errors and bad input again too: see `as_dagster_failures`."""
 
-DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 NETWORK_ERRNOS = frozenset(
     {
         errno.EIO,
@@ -39,15 +38,8 @@ def is_transient(error: BaseException) -> bool:
     Of an error and what it came from, the outermost that says anything decides: a `UserError` made of a lost connection is
     for the user to mend.
     """
-    walked: list[BaseException] = []
-    seen: BaseException | None = error
-    while seen is not None and seen not in walked:  # an error that is raised again from its own wrapper closes a circle
-        verdict = _verdict(seen)
-        if verdict is not None:
-            return verdict
-        walked.append(seen)
-        seen = seen.__cause__ or (None if seen.__suppress_context__ else seen.__context__)
-    return False
+    verdicts = (_verdict(seen) for seen in causes(error))
+    return next((verdict for verdict in verdicts if verdict is not None), False)
 
 
 def _verdict(error: BaseException) -> bool | None:
@@ -56,7 +48,7 @@ def _verdict(error: BaseException) -> bool | None:
         return False
     if isinstance(error, socket.gaierror):  # its errno is none of the system's
         return error.errno == socket.EAI_AGAIN
-    if isinstance(error, OSError) and error.errno in DISK_FULL:
+    if isinstance(error, OSError) and error.errno in FULL:
         return False
     if isinstance(error, ConnectionError | TimeoutError | BrokenProcessPool):
         return True

@@ -3,15 +3,18 @@
 import logging
 import os
 import platform
-import time
-from collections.abc import Sequence, Set
+from collections.abc import Sequence
 from pathlib import Path
 
 import dagster as dg
 import psutil
 from dagster._core.errors import DagsterAssetCheckFailedError  # not exported
+from dagster._core.execution.plan.instance_concurrency_context import InstanceConcurrencyContext
+from dagster._core.executor import in_process
 from dagster._core.instance.ref import InstanceRef  # the public API cannot override a part of dagster.yaml
+from filelock import FileLock
 
+from dmr_pipeline import interrupts
 from dmr_pipeline.artifacts import artifact_folder, verify
 from dmr_pipeline.defs import exchange
 from dmr_pipeline.defs.assets import build_assets
@@ -24,6 +27,7 @@ from dmr_pipeline.versioning import dvc_stages
 
 log = logging.getLogger(__name__)
 
+GOING_ON = [dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.STARTING, dg.DagsterRunStatus.NOT_STARTED]
 PROCESS_TAG = "dmr/process"
 POLL_SECONDS = 2.0
 
@@ -34,28 +38,29 @@ def materialize(stages: Sequence[Stage], recipe: str, selected: Sequence[str], *
     Raises:
         UserError: bad input, or a blocking check failed.
     """
+    failed: BaseException | None = None
     with _open_instance() as instance:
         _end_killed_runs(instance)
-        _wait_for_slots(instance, {stage.pool for stage in stages if stage.name in selected and stage.pool})
         try:
-            dg.materialize(
-                [*build_assets(stages), *build_checks([stage.name for stage in stages])],
-                instance=instance,
-                partition_key=recipe,
-                selection=dg.AssetSelection.assets(*selected),
-                # Dagster's daemon cannot start again what ran in this process.
-                tags={PROCESS_TAG: _this_process(), "dagster/max_retries": "0"},
-                run_config={
-                    "loggers": {"console": {"config": {"log_level": "CRITICAL"}}},
-                    "ops": {name: {"config": {"force": force}} for name in selected},
-                },
-            )
+            with interrupts.farewell(_end_own_runs):
+                dg.materialize(
+                    [*build_assets(stages), *build_checks([stage.name for stage in stages])],
+                    instance=instance,
+                    partition_key=recipe,
+                    selection=dg.AssetSelection.assets(*selected),
+                    # Dagster's daemon cannot start again what ran in this process.
+                    tags={PROCESS_TAG: _this_process(), "dagster/max_retries": "0"},
+                    run_config={
+                        "loggers": {"console": {"config": {"log_level": "CRITICAL"}}},
+                        "ops": {name: {"config": {"force": force}} for name in selected},
+                    },
+                )
         except DagsterAssetCheckFailedError as error:
             raise UserError(f"a blocking check failed: {' '.join(str(error).split())}") from error
         except dg.Failure as failure:
-            if failure.__cause__ is None:
-                raise
-            raise failure.__cause__ from failure
+            failed = failure.__cause__ or failure
+    if failed is not None:
+        raise failed  # outside of the handler, where its own wrapper would become its context: a circle
 
 
 def pull(stages: Sequence[Stage], recipe: Recipe) -> None:
@@ -73,21 +78,23 @@ def pull(stages: Sequence[Stage], recipe: Recipe) -> None:
         dvc_stages.commit(stage, recipe.name, artifact=artifact, rebuilt=False)
 
 
-def _wait_for_slots(instance: dg.DagsterInstance, pools: Set[str]) -> None:
-    """Return once every pool has a slot to give. Dagster's in-process executor waits for one at full CPU (it takes the
-    minimum of 0 and the time until it should ask again) and deaf to SIGTERM; here a run sleeps before it starts."""
+class _PatientClaims(InstanceConcurrencyContext):
+    """How a run waits for a slot of a pool. Dagster's own sleeps for the minimum of 0 and the time until it should ask again,
+    and so keeps a processor's core busy; and it does not notice that who holds the slot was killed."""
+
     told = False
-    while any(_is_full(instance, pool) for pool in pools):
-        if not told:
-            log.info("another run holds the pool %s, waiting for it to end", ", ".join(sorted(pools)))
-            told = True
-        time.sleep(POLL_SECONDS)
-        _end_killed_runs(instance)
+
+    def interval_to_next_pending_claim_check(self) -> float:
+        if not self.has_pending_claims():
+            return 0.0
+        if not self.told:
+            log.info("%s: another run holds its pool, waiting for it to end", ", ".join(self.pending_claim_steps()))
+            self.told = True
+        _end_killed_runs(self._instance)
+        return POLL_SECONDS
 
 
-def _is_full(instance: dg.DagsterInstance, pool: str) -> bool:
-    info = instance.event_log_storage.get_concurrency_info(pool)
-    return info.slot_count > 0 and info.active_slot_count >= info.slot_count
+in_process.InstanceConcurrencyContext = _PatientClaims  # type: ignore[attr-defined]
 
 
 def _open_instance() -> dg.DagsterInstance:
@@ -96,7 +103,8 @@ def _open_instance() -> dg.DagsterInstance:
     if not home.is_dir():
         raise UserError(f"DAGSTER_HOME is {home}, which is no folder: run dmr in the project's folder, or set it")
     silent = {"module": "dagster._core.storage.noop_compute_log_manager", "class": "NoOpComputeLogManager"}
-    return dg.DagsterInstance.from_ref(InstanceRef.from_dir(str(home), overrides={"compute_logs": silent}))
+    with FileLock(home / ".dmr.lock"):  # two processes would make the tables of a new home at the same time
+        return dg.DagsterInstance.from_ref(InstanceRef.from_dir(str(home), overrides={"compute_logs": silent}))
 
 
 def _this_process() -> str:
@@ -117,10 +125,15 @@ def _is_alive(tag: str) -> bool:
 
 def _end_killed_runs(instance: dg.DagsterInstance) -> None:
     """A killed process leaves its run 'started' and its pool slots taken, for which the next run would wait forever."""
-    started = dg.RunsFilter(
-        statuses=[dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.STARTING, dg.DagsterRunStatus.NOT_STARTED]
-    )
-    for run in instance.get_runs(started):
+    for run in instance.get_runs(dg.RunsFilter(statuses=GOING_ON)):
         if PROCESS_TAG in run.tags and not _is_alive(run.tags[PROCESS_TAG]):
             instance.report_run_failed(run, "the process that ran it was killed")
+            instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
+
+
+def _end_own_runs() -> None:
+    """This process ends: its run is no longer going on, and holds no slots."""
+    with _open_instance() as instance:
+        for run in instance.get_runs(dg.RunsFilter(statuses=GOING_ON, tags={PROCESS_TAG: _this_process()})):
+            instance.report_run_canceled(run, "interrupted on the command line")
             instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)

@@ -3,17 +3,22 @@
 All paths are relative to the project's folder, which is the working directory.
 """
 
+import logging
 import os
+import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import yaml
 from ruamel.yaml import YAML
 
+from dmr_pipeline import interrupts
 from dmr_pipeline.artifacts import Artifact, artifact_folder
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.recipe import RECIPE_FOLDER
@@ -22,8 +27,14 @@ from dmr_pipeline.stage import Stage
 if TYPE_CHECKING:
     from dvc.repo import Repo
 
+log = logging.getLogger(__name__)
+
 DVC_FILE = Path("dvc.yaml")
 LOCK_FILE = Path("dvc.lock")
+RWLOCK = Path(".dvc/tmp/rwlock")
+"""DVC refuses a command on files that are noted here, whatever its option --wait-for-lock says."""
+BUSY = ("is busy, it is being blocked by", "Unable to acquire lock")
+POLL_SECONDS = 1.0
 HEADER = "# Rendered from the table in dmr_pipeline/pipeline.py by `dmr render`: change that, not this.\n"
 
 
@@ -153,9 +164,46 @@ def commit(stage: Stage, recipe: str, *, rebuilt: bool, artifact: Artifact) -> b
         return False
     if not rebuilt and is_committed(stage, recipe, artifact):
         return False
-    command = [sys.executable, "-m", "dvc", "--wait-for-lock", "commit", "-f", stage_address(stage, recipe)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
+    address = stage_address(stage, recipe)
+    told = False
+    while True:
+        held = _held_files()
+        done = _run_dvc("commit", "-f", address)
+        if done.returncode == 0:
+            return True
         reason = " ".join((done.stderr or done.stdout).split())
-        raise UserError(f"dvc could not commit {stage_address(stage, recipe)}: {reason}")
-    return True
+        if not any(sign in reason for sign in BUSY):
+            raise UserError(f"dvc could not commit {address}: {reason}")
+        blockers = [int(pid) for pid in re.findall(r"\(PID (\d+)\)", reason)]
+        if not told:
+            by = f" (process {', '.join(map(str, blockers))})" if blockers else ""
+            log.info("%s: another DVC command%s works on the same files, waiting for it to end", address, by)
+            told = True
+        _wait_for_dvc(held, blockers)
+
+
+def _run_dvc(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Runs `dvc` to its end, out of reach of a terminal's Ctrl-C: it writes `dvc.lock` in place."""
+    with interrupts.held_back():
+        command = [sys.executable, "-m", "dvc", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=False, start_new_session=True)
+
+
+def _held_files() -> bytes:
+    """DVC's notes on which of its commands reads or writes which files."""
+    return RWLOCK.read_bytes() if RWLOCK.is_file() else b""
+
+
+def _wait_for_dvc(held: bytes, blockers: Sequence[int]) -> None:
+    """Until the commands that hold files locked end, or let go of one; a look a second, at less than a `dvc commit` costs.
+
+    Args:
+        held: the notes of before.
+        blockers: ids of processes; none where it is the whole project that was locked.
+    """
+    while True:
+        time.sleep(POLL_SECONDS)
+        with dvc_at_rest():
+            now = _held_files()
+        if now != held or not any(map(psutil.pid_exists, blockers)):
+            return
