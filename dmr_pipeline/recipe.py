@@ -59,8 +59,8 @@ GameCount = Annotated[int, Field(gt=0), at_most(10**7, "each split draws its gam
 StepLimit = Annotated[int, Field(ge=3), at_most(10_000, "no transcript has room for so many steps")]
 """No task of ALFWorld or WebShop can be done in fewer than three steps."""
 Seed = Annotated[int, Field(ge=0), at_most(2**32 - 1, "numpy takes no larger seed")]
-Rate = Annotated[float, Field(gt=0), at_most(1.0, "no optimiser here learns with larger steps")]
-Ratio = Annotated[float, Field(gt=0.0, lt=1.0)]
+Rate = Annotated[float, Field(ge=1e-9), at_most(1.0, "no optimiser here learns with larger steps")]
+Ratio = Annotated[float, Field(ge=0.001, le=0.999)]
 """Of high precision, for a router: always-high and always-low need none, and are in every report."""
 Confidence = Annotated[float, Field(ge=0.5, lt=1.0)]
 """Of an interval: at 1 it would be everything."""
@@ -274,7 +274,7 @@ class Training(Section):
     dagger_tokens: Annotated[int, Field(gt=0), at_most(10**7, "an update is held in memory")] = Field(
         description="tokens of the agent's own episodes in an update, which then has half the expert's"
     )
-    mistake_rate: Share = Field(
+    mistake_rate: Annotated[float, Field(ge=0.0), at_most(0.5, "the expert would hardly win any more")] = Field(
         description="chance that the expert's step is replaced by a random admissible one before DAgger"
     )
     seed: Seed = 0
@@ -471,7 +471,7 @@ class Sensitivity(Section):
     tau: Annotated[float, Field(gt=0), at_most(1000.0, "no step's divergence is larger")] | None = Field(
         None, description="absolute threshold in nats"
     )
-    quantile: Annotated[float, Field(gt=0.0, lt=1.0)] | None = Field(
+    quantile: Ratio | None = Field(
         None, description="threshold as a quantile of the KL over all steps; at 0 or 1 there would be a single class"
     )
     won_only: bool = Field(

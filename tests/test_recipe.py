@@ -113,7 +113,7 @@ ALFWORLD: list[tuple[str, dict[str, object], str]] = [
         )
     ),
     *(
-        (f"one-{path}", {path: 1.0}, f"{path}: Input should be less than 1")
+        (f"one-{path}", {path: 1.0}, f"{path}: Input should be less than ")
         for path in (
             "sensitivity.quantile", K + "target_ratio", G + "initial_ratio", G + "target_ratio", G + "clip",
             "evaluation.confidence_ratio", "evaluation.confidence", "release.confidence",
@@ -159,7 +159,7 @@ ALFWORLD: list[tuple[str, dict[str, object], str]] = [
     ("no-dagger", {T + "dagger_every": 600, T + "dagger_from": 601},
      f"{T}dagger_every: 600 has no multiple from dagger_from on"),
     ("weight-decay", {T + "weight_decay": 2}, f"{T}weight_decay: Input should be less than or equal to 1"),
-    ("mistakes", {T + "mistake_rate": 1.5}, f"{T}mistake_rate: Input should be less than or equal to 1"),
+    ("mistakes", {T + "mistake_rate": 1.5}, f"{T}mistake_rate: Input should be at most 0.5: the expert"),
     # The agent.
     ("two-sources", {"agent.pretrained": {"model": "x"}}, "agent: give exactly one of 'pretrained' and 'training'"),
     ("no-source", {"agent.training": LEFT_OUT}, "agent: give exactly one of 'pretrained' and 'training'"),
