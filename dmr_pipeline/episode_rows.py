@@ -66,15 +66,25 @@ def parquet_rows(content: bytes, limit: int | None) -> list[dict[str, Any]]:
     import pyarrow
     import pyarrow.parquet
 
+    rows: list[dict[str, Any]] = []
     try:
-        file = pyarrow.parquet.ParquetFile(io.BytesIO(content))
+        metadata = pyarrow.parquet.read_metadata(io.BytesIO(content))
+        if limit is not None:
+            _check_declared(metadata, limit)
+        # A text may lie in the file once and be used a million times: so it is read, and only then counted and copied.
+        columns = [metadata.schema.column(n) for n in range(metadata.num_columns)]
+        texts = [column.path for column in columns if column.physical_type == "BYTE_ARRAY"]
+        file = pyarrow.parquet.ParquetFile(io.BytesIO(content), read_dictionary=texts)
+        _check_names(file.schema_arrow.names, "it")
         for field in file.schema_arrow:
             _check_type(field.type, field.name)
-        _check_names(file.schema_arrow.names, "it")
-        if limit is not None:
-            _check_declared(file.metadata, limit)
-            _check_unpacked(_compact(content, file), limit)
-        rows = file.read(use_threads=False).to_pylist()
+        size = 0
+        for group in range(metadata.num_row_groups):  # one at a time: nested columns of this kind cannot be joined
+            table = file.read_row_group(group, use_threads=False)
+            size += sum(part for column in table.columns for chunk in column.chunks for part in _text_sizes(chunk))
+            if limit is not None and size > limit:
+                raise UserError(f"unpacked its texts have {size:,} bytes, more than a file may ({limit:,}): split it")
+            rows += table.to_pylist()
     except (pyarrow.ArrowException, OSError, ValueError, TypeError, LookupError, ArithmeticError, MemoryError) as error:
         raise UserError(f"not a Parquet file, or a damaged one: {printable(error)}") from error
     return [_without_nulls(row) for row in rows]
@@ -130,22 +140,6 @@ def _check_declared(metadata: Any, limit: int) -> None:  # noqa: ANN401 - pyarro
         raise UserError(
             f"unpacked it has {size:,} bytes and {values:,} values, more than a file may ({limit:,} bytes): split it"
         )
-
-
-def _compact(content: bytes, file: Any) -> Any:  # noqa: ANN401 - a ParquetFile, and a Table
-    """The table with each text once and by its number where it is used, as it may lie in the file."""
-    import pyarrow.parquet
-
-    columns = [file.metadata.schema.column(n) for n in range(file.metadata.num_columns)]
-    texts = [column.path for column in columns if column.physical_type == "BYTE_ARRAY"]
-    return pyarrow.parquet.ParquetFile(io.BytesIO(content), read_dictionary=texts).read(use_threads=False)
-
-
-def _check_unpacked(table: Any, limit: int) -> None:  # noqa: ANN401 - a pyarrow.Table
-    """Raises: UserError: its texts, each as often as it is used, are too large."""
-    size = sum(part for column in table.columns for chunk in column.chunks for part in _text_sizes(chunk))
-    if size > limit:
-        raise UserError(f"unpacked its texts have {size:,} bytes, more than a file may ({limit:,}): split it")
 
 
 def _text_sizes(array: Any) -> Iterator[int]:  # noqa: ANN401 - a pyarrow.Array

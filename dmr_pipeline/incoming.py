@@ -137,7 +137,11 @@ def quarantine(file: Dropped, problems: Sequence[str]) -> Path:
     part = reason.with_name(f".{reason.name}.part")
     part.write_text("".join(f"{printable(problem)}\n" for problem in problems), encoding="utf-8")
     part.replace(reason)
-    move(file, folder)
+    try:
+        move(file, folder)
+    except OSError:
+        reason.unlink()
+        raise
     return reason
 
 
@@ -150,13 +154,16 @@ def move(file: Dropped, folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     target = folder / _filed_name(file)
     try:
-        file.path.rename(target)
+        try:
+            file.path.rename(target)
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+            _copy_over(file.path, target)
     except FileNotFoundError:
-        return  # another process has moved it meanwhile
-    except OSError as error:
-        if error.errno != errno.EXDEV:
+        if os.path.lexists(file.path):
             raise
-        _copy_over(file.path, target)
+        # Another process has moved it meanwhile.
 
 
 def _copy_over(path: Path, target: Path) -> None:
@@ -169,8 +176,6 @@ def _copy_over(path: Path, target: Path) -> None:
                 os.fsync(copied.fileno())
         part.replace(target)
         path.unlink()
-    except FileNotFoundError:
-        return  # another process has moved it meanwhile
     finally:
         part.unlink(missing_ok=True)
 

@@ -1,4 +1,5 @@
 import json
+import os
 import re
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from typer.testing import CliRunner, Result
 
 from dmr_pipeline import pipeline
 from dmr_pipeline.artifacts import materialize_stage
+from dmr_pipeline.cli import app
 from dmr_pipeline.cli.trajectories import trajectories
 from dmr_pipeline.ingestion import EXAMPLE
 from dmr_pipeline.recipe import Recipe
@@ -103,3 +105,40 @@ def test_trouble_is_one_line(project: Recipe, arguments: tuple[str, ...], said: 
 def test_nothing_heavy_is_imported(module: str) -> None:
     code = f"import sys, {module}; print(sorted({{'torch', 'transformers', 'polars', 'pyarrow'}} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout.strip() == b"[]"
+
+
+def test_what_comes_from_outside_is_shown_as_it_is(project: Recipe) -> None:
+    """No markup of a file's name is followed, and no control character reaches the terminal."""
+    held = EXAMPLE | {"\x1b[31m[/]": 1}
+    bad = dmr("validate", write(held, name="[red]\x1b[2J[.jsonl"), "--recipe", RECIPE)
+    assert bad.exit_code == 2
+    assert r"error: [red]\x1b[2J[.jsonl: line 1: " in bad.stderr
+    assert r"\x1b[31m[/]: Extra inputs are not permitted" in bad.stderr
+    good = dmr("validate", write(EXAMPLE, name="[bold]\x1b[2J[.jsonl"), "--recipe", RECIPE)
+    assert good.exit_code == 0
+    assert r"[bold]\x1b[2J[.jsonl for fake" in good.stdout
+
+    incoming = Path("data/incoming/fake")
+    (incoming / "[red]\x1b[2J").mkdir(parents=True)
+    write(EXAMPLE, name=str(incoming / "[link=x]\n.jsonl"))
+    write(EXAMPLE, name="data/incoming/[/].jsonl".replace("/]", "]"))
+    materialize_stage(BENCHMARK, project)
+    for _ in range(2):
+        shown = CliRunner().invoke(app, ["status", RECIPE])
+        assert shown.exit_code == 0, shown.output
+        assert shown.output.replace("\n", "").isprintable()
+        assert r"[red]\x1b[2J: it is a folder, no file" in shown.output
+        assert "data/incoming/[].jsonl is in no recipe's folder" in shown.output
+        materialize_stage(REAL, project)
+        (incoming / "[link=x]\n.jsonl").write_bytes(b"x")
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "large"])
+def test_what_is_no_file_is_not_read(project: Recipe, kind: str) -> None:
+    path = Path("new.jsonl")
+    {"pipe": os.mkfifo, "folder": Path.mkdir, "large": Path.touch}[kind](path)
+    if kind == "large":
+        os.truncate(path, 8 << 30)
+    done = dmr("validate", str(path), "--recipe", RECIPE)
+    assert done.exit_code == 2
+    assert ("split it" if kind == "large" else "new.jsonl is no file") in done.stderr

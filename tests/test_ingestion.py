@@ -1,5 +1,6 @@
 """New trajectories: refused with a reason or taken in exactly once, whenever the process is killed."""
 
+import errno
 import hashlib
 import json
 import os
@@ -22,7 +23,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dmr_pipeline import artifacts, pipeline
+from dmr_pipeline import artifacts, ingestion, pipeline
 from dmr_pipeline.agent.examples import expert_example
 from dmr_pipeline.agent.prompts import Prompter
 from dmr_pipeline.agent.rollout import CAPACITY, Trajectory, play
@@ -40,6 +41,7 @@ from dmr_pipeline.ingestion import (
     Rules,
     file_away,
     ingested_trajectories,
+    lying_files,
     misplaced_files,
     read_episodes,
     read_ingested,
@@ -380,6 +382,147 @@ def test_a_file_that_another_process_moves_meanwhile_is_no_trouble(
     monkeypatch.setattr(Path, "read_bytes", moved)
     file_away(DATA, "fake")
     assert not (DATA / "incoming/fake/b.jsonl").exists()
+
+
+def test_all_that_is_wrong_with_an_episode_is_named() -> None:
+    broken = logged("bad", success="no", reward=2, colour="red", steps=[{"command": 1}])
+    forbidden = logged("held", task_id="TEST-GAME/", task_type="juggle", steps=EXAMPLE["steps"][:1] * 51)
+    forbidden["steps"] = [*forbidden["steps"], {**EXAMPLE["steps"][0], "precision": "int8"}]
+    _, problems = read_episodes(Path("x.jsonl"), jsonl(broken, forbidden), RULES, {"held"})
+    found = [problem.split("': ", 1)[1] for problem in problems]
+    fields = ["steps.0.command", "steps.0.observation", "steps.0.precision", "success", "reward", "colour"]
+    assert [text.partition(":")[0] for text in found[:6]] == fields
+    assert [
+        text for text in found if "held out" in text or "juggle" in text or "52 steps" in text or "int8" in text
+    ] == found[6:10]
+    assert "an earlier file has brought" in found[10]
+    assert len(found) == 11
+
+
+def test_reasons_are_written_in_full_and_logged_in_short(prepared: Recipe, caplog: pytest.LogCaptureFixture) -> None:
+    drop(DATA, "a.jsonl", jsonl(*(logged(f"{n}", colour="red", success=None) for n in range(50))))
+    ingest(prepared)
+    (reason,) = (DATA / "incoming/fake/quarantine").glob("*.reason.txt")
+    assert len(reason.read_text().splitlines()) == 100
+    (line,) = [record.getMessage() for record in caplog.records if "quarantined" in record.getMessage()]
+    assert line.endswith(f"(and 99 more, see {reason})")
+    assert len(line) < 400
+
+
+def test_a_thought_that_is_null_is_one_left_out() -> None:
+    step = {"command": "look", "thought": None, "observation": "", "precision": "int2"}
+    (episode,), problems = read_episodes(
+        Path("x.jsonl"), b"\xef\xbb\xbf" + jsonl(logged("a", steps=[step])), RULES, set()
+    )
+    assert problems == []
+    assert episode.steps[0].thought == ""
+
+
+def test_a_game_that_no_split_holds_is_a_warning(prepared: Recipe, caplog: pytest.LogCaptureFixture) -> None:
+    episodes = [
+        logged(name, task_id=game) for name, game in (("a", "mars/1"), ("b", "Router_Train-Game/".replace("_T", "_t")))
+    ]
+    drop(DATA, "a.jsonl", jsonl(*episodes))
+    ingest(prepared)
+    assert ids(DATA) == ["a", "b"]
+    assert "1 of 2 episodes are of games that the recipe's splits do not hold (mars/1)" in caplog.text
+
+
+# What lies there and is no sound file
+
+
+def test_nothing_that_is_dropped_stops_the_ingestion(prepared: Recipe) -> None:
+    """Each ends quarantined, or named; the sound file beside them is taken in, and then nothing is waited for."""
+    incoming = DATA / "incoming" / "fake"
+    drop(DATA, "zz.jsonl", jsonl(logged("a")))
+    os.mkfifo(incoming / "pipe.jsonl")
+    os.mkfifo(incoming / "ingested")
+    (incoming / "link.jsonl").symlink_to("/proc/self/environ")
+    (incoming / "nowhere.parquet").symlink_to("nowhere")
+    (incoming / "large.jsonl").touch()
+    os.truncate(incoming / "large.jsonl", 8 << 30)
+    (incoming / os.fsdecode(b"caf\xe9.jsonl")).write_bytes(b"{}")
+    (incoming / ("n" * 249 + ".jsonl")).write_bytes(b"[")
+    (incoming / "quarantine").write_bytes(b"x")
+    (incoming / "folder").mkdir()
+    assert len(waiting_files(DATA, "fake")) == 9
+    made = ingest(prepared)
+    assert ids(DATA) == ["a"]
+    assert waiting_files(DATA, "fake") == []
+    assert [path.name for path in (incoming / "ingested").iterdir()] == [filed("", "zz.jsonl", jsonl(logged("a")))[1:]]
+    assert len(list((incoming / "quarantine").glob("*.reason.txt"))) == 8
+    assert lying_files(DATA, "fake") == [
+        f"{incoming}/folder: it is a folder, no file: drop the files in it, and move it away"
+    ]
+    assert {path.name for path in incoming.iterdir()} == {"ingested", "quarantine", "folder"}
+    assert ingest(prepared).skipped
+    assert ingest(prepared, force=True).artifact.hash == made.artifact.hash
+
+
+def test_a_refused_file_that_cannot_be_moved_is_named_with_what_to_do(prepared: Recipe) -> None:
+    incoming = DATA / "incoming" / "fake"
+    drop(DATA, "a.jsonl", b"x")
+    drop(DATA, "b.jsonl", jsonl(logged("b")))
+    (incoming / "quarantine").symlink_to("/proc/self")
+    made = ingest(prepared)
+    assert ids(DATA) == ["b"]
+    assert waiting_files(DATA, "fake") == []
+    assert ingest(prepared).skipped
+    (line,) = lying_files(DATA, "fake")
+    assert line.startswith(f"{incoming}/a.jsonl: it cannot be moved into quarantine/ (")
+    assert "it was refused: a.jsonl: line 1: not JSON" in line
+    assert "run `dmr materialize ingested_trajectories --recipe fake --force`" in line
+    (incoming / "quarantine").unlink()
+    assert ingest(prepared, force=True).artifact.hash == made.artifact.hash
+    assert lying_files(DATA, "fake") == []
+    assert filed("quarantine", "a.jsonl", b"x") in tree(DATA)
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"{"])
+def test_a_damaged_record_of_the_run_is_as_good_as_none(prepared: Recipe, content: bytes) -> None:
+    drop(DATA, "b.jsonl", jsonl(logged("b")))
+    ingest(prepared)
+    (DATA / "fake" / "ingested_trajectories.run.json").write_bytes(content)
+    drop(DATA, "a.jsonl", jsonl(logged("a")))
+    assert [path.name for path in waiting_files(DATA, "fake")] == ["a.jsonl"]
+    assert lying_files(DATA, "fake") == []
+
+
+def test_what_is_ingested_and_cannot_be_moved_is_named(prepared: Recipe, caplog: pytest.LogCaptureFixture) -> None:
+    drop(DATA, "a.jsonl", jsonl(logged("a")))
+    (DATA / "incoming/fake/ingested").symlink_to("/proc/self")
+    ingest(prepared)
+    assert ids(DATA) == ["a"]
+    assert waiting_files(DATA, "fake") == []
+    assert "a.jsonl: it is ingested, but cannot be moved away" in caplog.text
+    assert [
+        "a.jsonl: it is ingested; `dmr run fake` moves it into ingested/" in line for line in lying_files(DATA, "fake")
+    ] == [True]
+
+
+def test_a_file_that_is_being_written_is_left_for_the_next_time(
+    prepared: Recipe, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    drop(DATA, "a.jsonl", jsonl(logged("a")))
+    with monkeypatch.context() as patch:
+        patch.setattr(ingestion, "read", lambda path: path.read_bytes() + b"more")
+        ingest(prepared)
+    assert ids(DATA) == []
+    assert [path.name for path in waiting_files(DATA, "fake")] == ["a.jsonl"]
+    assert "a.jsonl is being written: left for the next time" in caplog.text
+    ingest(prepared)
+    assert ids(DATA) == ["a"]
+
+
+def test_a_disk_that_is_full_is_said(prepared: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    drop(DATA, "a.jsonl", b"x")
+    monkeypatch.setattr(ingestion, "quarantine", full)
+    with pytest.raises(UserError, match="no space left"):
+        ingest(prepared)
+    assert (DATA / "incoming/fake/a.jsonl").read_bytes() == b"x"
 
 
 def test_misplaced_files(tmp_path: Path) -> None:
