@@ -241,8 +241,9 @@ class Pretrained(Section):
     model: Text = Field(
         description="folder with config, tokenizer and safetensors weights; or a hub id such as Qwen/Qwen3-1.7B"
     )
-    revision: str | None = Field(
-        None, description="commit hash; required for a hub id, also for one that is the base of an adapter's folder"
+    revision: Annotated[str, Field(pattern="^[0-9a-f]{40}$")] | None = Field(
+        None,
+        description="full commit hash; required for a hub id, also for one that is the base of an adapter's folder",
     )
 
 

@@ -165,6 +165,8 @@ ALFWORLD: list[tuple[str, dict[str, object], str]] = [
     ("no-source", {"agent.training": LEFT_OUT}, "agent: give exactly one of 'pretrained' and 'training'"),
     ("empty-source", {"agent.training": LEFT_OUT, "agent.pretrained": {"model": ""}},
      "agent.pretrained.model: String should have at least 1 character"),
+    ("revision", {"agent.training": LEFT_OUT, "agent.pretrained": {"model": "x", "revision": "main"}},
+     "agent.pretrained.revision: String should match pattern"),
     ("scored-thoughts", {"agent.action": "score"},
      "agent.action: an agent that thinks first must generate its actions"),
     ("thoughtless-looks", {"agent.prompt.thought_end": LEFT_OUT}, "agent: ALFWorld's looks teach thoughts"),

@@ -7,6 +7,7 @@ own episodes with the expert's actions as targets. Loss on action tokens only. I
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 import polars as pl
@@ -24,6 +25,7 @@ from dmr_pipeline.agent.rollout import CAPACITY, play_alone
 from dmr_pipeline.agent.vocabulary import exact_word_tokenizer, word_tokenizer
 from dmr_pipeline.environments.base import Task
 from dmr_pipeline.environments.tasks import benchmark_texts, read_tasks
+from dmr_pipeline.errors import UserError
 from dmr_pipeline.recipe import Architecture, Games, Runtime, Training, WebShop
 from dmr_pipeline.stage import StageContext, StageResult
 
@@ -31,6 +33,8 @@ _PIECE = {"cpu": 2500, "cuda": 12_000}
 """Tokens in one forward and backward pass, padding included, by type of device: small ones suit a CPU's caches, a GPU is kept
 busy by few large ones."""
 _EMBEDDING_STD = 0.5
+_TRIES = 200
+"""Expert episodes that are played for one that is short, at most; with none among them there would be no end."""
 _KEPT_EPISODES = 4000
 """The agent's own episodes that are kept for training; older ones, of a worse agent, are dropped."""
 
@@ -273,7 +277,13 @@ def _batch(
         tokens += len(examples[-1].tokens)
     wanted = len(examples) + training.episodes_per_update // (2 if state.own else 1)
     longest = training.short_steps if state.update < training.short_until else benchmark.step_limit
+    tries = count(1)
     while len(examples) < wanted:
+        if next(tries) > _TRIES * wanted:
+            raise UserError(
+                f"agent.training.short_steps: next to none of {_TRIES * wanted:,} expert episodes took {longest} steps or"
+                " fewer; give more steps, or set short_until to 0"
+            )
         example = expert_example(rng.choice(tasks), prompter, benchmark.step_limit, training.mistake_rate, rng)
         if example.steps <= longest:
             examples.append(example)

@@ -127,3 +127,9 @@ def test_a_training_that_does_not_fit_a_gpu_names_its_knob(tmp_path: Path, monke
     monkeypatch.setattr(module, "train", out_of_memory)
     with pytest.raises(UserError, match=r"make agent\.training\.architecture smaller"):
         module.agent(StageContext(recipe, {"benchmark_tasks": tmp_path}, tmp_path, tmp_path))
+
+
+def test_games_that_are_never_short_end_the_training_in_one_line(tmp_path: Path) -> None:
+    """Every expert episode is too long, so a batch of short ones would be looked for for ever."""
+    with pytest.raises(UserError, match=r"short_steps: next to none of 400 expert episodes took 2 steps or fewer"):
+        run(tmp_path, TRAINING.model_copy(update={"short_steps": 2}))
