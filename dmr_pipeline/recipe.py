@@ -16,92 +16,41 @@ from functools import cache
 from inspect import signature
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Discriminator,
-    Field,
-    Tag,
-    TypeAdapter,
-    ValidationError,
-    model_validator,
-)
-from pydantic_core import ErrorDetails, PydanticCustomError
+from pydantic import Discriminator, Field, Tag, TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
 
 from dmr_pipeline.errors import UserError, printable
+from dmr_pipeline.recipe_fields import (
+    Batch,
+    Bootstrap,
+    Confidence,
+    Count,
+    GameCount,
+    Name,
+    Rate,
+    Ratio,
+    Section,
+    Seed,
+    Share,
+    Size,
+    StepLimit,
+    Text,
+    Update,
+    Workers,
+    at_most,
+)
 from dmr_pipeline.recipe_text import read_mapping, short
 
 log = logging.getLogger(__name__)
 
 RECIPE_FOLDER = Path("recipes")
 
-Number = TypeVar("Number", int, float)
-
-
-def at_most(limit: float, reason: str) -> AfterValidator:
-    """An upper bound that says why it is there."""
-
-    def check(value: Number) -> Number:
-        if value > limit:
-            raise PydanticCustomError("at_most", f"Input should be at most {limit:,}: {reason}")
-        return value
-
-    return AfterValidator(check)
-
-
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
-Count = Annotated[int, Field(gt=0), at_most(10**9, "more would take years")]
-Update = Annotated[int, Field(ge=0), at_most(10**9, "more would take years")]
-GameCount = Annotated[int, Field(gt=0), at_most(10**7, "each split draws its games from a range of so many seeds")]
-StepLimit = Annotated[int, Field(ge=3), at_most(10_000, "no transcript has room for so many steps")]
-"""No task of ALFWorld or WebShop can be done in fewer than three steps."""
-Seed = Annotated[int, Field(ge=0), at_most(2**32 - 1, "numpy takes no larger seed")]
-Rate = Annotated[float, Field(ge=1e-9), at_most(1.0, "no optimiser here learns with larger steps")]
-Ratio = Annotated[float, Field(ge=0.001, le=0.999)]
-"""Of high precision, for a router: always-high and always-low need none, and are in every report."""
-Confidence = Annotated[float, Field(ge=0.5, lt=1.0)]
-"""Of an interval: at 1 it would be everything."""
-Bootstrap = Annotated[int, Field(gt=0), at_most(1_000_000, "resamples times games are held in memory")]
-Batch = Annotated[int, Field(gt=0), at_most(100_000, "they are held in memory at once")]
-Size = Annotated[int, Field(gt=0), at_most(1_000_000, "no LLM has so many")]
-Text = Annotated[str, Field(min_length=1, max_length=10_000)]
-Workers = Annotated[int, Field(gt=0), at_most(1024, "no machine has more cores")]
-Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=100)]
-"""Names become parts of file names and of the report's policies."""
-
 
 def _unset(value: object) -> bool:
     """Of a field that came after artefacts had been published: where it is not used it stays out of their provenance."""
     return not value
-
-
-class Section(BaseModel):
-    """A part of a recipe: immutable, and strict about its keys and types."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _lists_are_tuples(cls, content: Any) -> Any:  # noqa: ANN401 - what a recipe file holds
-        """YAML knows lists, sections hold tuples."""
-        if not isinstance(content, dict):
-            return content
-        return {key: tuple(value) if isinstance(value, list) else value for key, value in content.items()}
-
-    @model_validator(mode="after")
-    def _without_problems(self) -> Self:
-        problems = list(self.problems())
-        if problems:
-            text = "; ".join(f"{field}: {problem}" if field else problem for field, problem in problems)
-            raise PydanticCustomError("problems", "{text}", {"text": text, "problems": problems})
-        return self
-
-    def problems(self) -> Iterator[tuple[str, str]]:
-        """What is wrong although each field by itself is right: field ('' for the whole section), and what to do."""
-        yield from ()
 
 
 class Splits(Section):

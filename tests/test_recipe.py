@@ -20,12 +20,12 @@ from dmr_pipeline.errors import UserError
 from dmr_pipeline.recipe import (
     RECIPE_FOLDER,
     Architecture,
-    Section,
     check_recipe,
     is_recipe_name,
     load_recipe,
     recipe_names,
 )
+from dmr_pipeline.recipe_fields import Section
 from dmr_pipeline.versioning import dvc_stages
 from tests.fake_project import RECIPE_YAML, REPOSITORY
 
