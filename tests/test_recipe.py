@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
@@ -420,6 +420,7 @@ def test_a_recipe_is_read_as_dvc_reads_it(tmp_path: Path) -> None:
     assert recipe.grpo_router.group_size == seen["grpo_router"]["group_size"] == 10
 
 
+@settings(deadline=None, max_examples=50)
 @given(st.binary(max_size=300) | st.text(max_size=300).map(lambda text: text.encode("utf-8", "surrogatepass")))
 def test_whatever_the_file_holds_it_is_a_user_error(tmp_path_factory: pytest.TempPathFactory, text: bytes) -> None:
     folder = tmp_path_factory.getbasetemp()
@@ -470,6 +471,7 @@ def test_names_are_checked_before_any_path_is_made_of_them(
     assert len(str(caught.value)) < 300
 
 
+@settings(deadline=None, max_examples=50)
 @given(st.from_regex(r"[a-z0-9][a-z0-9._-]{0,12}", fullmatch=True).filter(is_recipe_name))
 def test_a_name_is_the_same_in_dvc_yaml(name: str) -> None:
     rendered = YAML(typ="safe").load(dvc_stages.render(pipeline.STAGES, [name]))
