@@ -141,8 +141,7 @@ def same_actions(agent: TinyAgent, part: Part) -> None:
     part.units = {"steps": "steps", "equal_actions": "share", "seconds": "s"}
     cpu = torch.device("cpu")
     reference = agent.model(cpu)
-    limit = agent.recipe.benchmark.step_limit if agent.sizes.games > 8 else agent.sizes.step_limit
-    games = agent.games[:24]
+    limit, games = agent.sizes.compared_steps, agent.games[:24]
     played = {
         device.type: play_alone(agent.model(cpu).to(device), games, agent.prompter, limit, len(games))
         for device in dict.fromkeys((cpu, agent.device))
@@ -201,7 +200,7 @@ def speed(agent: TinyAgent, part: Part) -> None:
     for name, (high, low) in acting.items():
         timed(high, low, 1, 1)  # loads the kernels
         for batch in agent.sizes.batches:
-            clock = timed(high, low, batch, agent.sizes.step_limit)
+            clock = timed(high, low, batch, agent.sizes.timed_steps)
             seconds = clock.router + clock.agent + clock.environment
             part.row(
                 acting=name,
@@ -220,7 +219,7 @@ def two_grpo_updates(agent: TinyAgent, part: Part) -> None:
     changes = {
         "benchmark": {
             "splits": {"agent_train": 1, "router_train": 2 * number, "validation": number, "test": 1},
-            "step_limit": 4 * agent.sizes.step_limit,
+            "step_limit": agent.sizes.compared_steps,
         },
         "precisions": agent.recipe.precisions.model_dump()
         | {
@@ -269,7 +268,7 @@ def halved_batches(agent: TinyAgent, part: Part) -> None:
     """Where not all episodes fit at once, the batch is halved, and the episodes stay the same."""
     if agent.device.type != "cuda":
         raise Skipped("there is no GPU whose memory could run out")
-    part.units = {"episodes": "at once", "peak": "B"}
+    part.units = {"episodes": "at once", "peak": "B", "equal": "episodes"}
     model = agent.model(torch.device("cpu")).to(agent.device)  # float32: what a batch rounds changes no action
     games, limit = agent.games, 4
 
@@ -279,19 +278,25 @@ def halved_batches(agent: TinyAgent, part: Part) -> None:
         played = play_alone(model, games, agent.prompter, limit, slots)
         return [_taken(trajectory) for trajectory in played], torch.cuda.max_memory_reserved()
 
+    def equal(taken: list[list[list[int]]]) -> int:
+        return sum(one == other for one, other in zip(taken, wanted, strict=True))
+
     few = max(1, len(games) // 8)
     wanted, most = peak(len(games))
-    _, least = peak(few)
-    part.row(episodes=len(games), peak=most)
-    part.row(episodes=few, peak=least)
+    fewer, least = peak(few)
+    part.row(episodes=len(games), peak=most, equal=len(games))
+    part.row(episodes=few, peak=least, equal=equal(fewer))
     torch.cuda.empty_cache()
-    total = torch.cuda.get_device_properties(agent.device).total_memory
-    torch.cuda.set_per_process_memory_fraction((most + least) / 2 / total)
+    limit_bytes = (most + least) // 2
+    if not torch.cuda.memory_reserved() < least < limit_bytes < most:
+        raise Skipped(f"{len(games)} episodes take {most:,} bytes and {few} take {least:,}: no limit lies between them")
+    torch.cuda.set_per_process_memory_fraction(
+        limit_bytes / torch.cuda.get_device_properties(agent.device).total_memory
+    )
     try:
         taken, used = peak(len(games))
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-    part.row(episodes=len(games), peak=used)
-    part.check("it would not have fitted", used <= (most + least) / 2 < most, f"{used} of {most} bytes")
-    equal = sum(one == other for one, other in zip(taken, wanted, strict=True))
-    part.check("the episodes are the same", equal == len(games), f"{equal} of {len(games)} equal")
+    part.row(episodes=len(games), peak=used, equal=equal(taken))
+    part.check("fewer at once fitted", used < most, f"{used:,} bytes, where all at once took {most:,}")
+    part.check("the episodes are the same", equal(taken) == len(games), f"{equal(taken)} of {len(games)} equal")

@@ -26,7 +26,7 @@ RUNGS = (
     Rung(name="int4", weights="int4"),
     Rung(name="int2", weights="int2"),
 )
-_SECONDS_A_RUNG = 35.0
+_SECONDS_A_RUNG = 20.0
 """Left, for another rung to be measured."""
 
 

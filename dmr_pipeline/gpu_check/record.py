@@ -81,6 +81,8 @@ class Record(BaseModel):
     """Small shapes: whether everything runs. Its figures say nothing of the hardware."""
     hardware: dict[str, Value]
     versions: dict[str, str]
+    note: str = ""
+    """What a reader must know of how it was run."""
     seconds: float = 0.0
     parts: list[Part] = []
 

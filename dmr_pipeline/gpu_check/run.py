@@ -10,6 +10,7 @@ from dmr_pipeline.errors import UserError
 from dmr_pipeline.gpu_check import agents
 from dmr_pipeline.gpu_check.decoding import decoding
 from dmr_pipeline.gpu_check.kernels import low_bit_kernels
+from dmr_pipeline.gpu_check.page import tables
 from dmr_pipeline.gpu_check.record import Record, new_record, run_part
 from dmr_pipeline.gpu_check.sizes import FULL, TINY
 
@@ -19,7 +20,7 @@ def check_gpu(tiny: bool, output: Path, data: Path) -> Record:
 
     Args:
         tiny: small shapes, on the GPU where there is one and on the CPU otherwise.
-        output: JSON.
+        output: JSON; its tables go beside it, as Markdown.
         data: the project's data folder, with the committed agent.
 
     Raises:
@@ -29,6 +30,7 @@ def check_gpu(tiny: bool, output: Path, data: Path) -> Record:
     if device.type != "cuda" and not tiny:
         raise UserError("torch sees no GPU here; `dmr bench gpu --tiny` tries on the CPU whether every part runs")
     torch.set_num_threads(1)
+    torch.set_float32_matmul_precision("highest")  # some images of NVIDIA's let float32 be multiplied as TF32
     started = time.perf_counter()
     agent = agents.TinyAgent(device, sizes, data)
 
@@ -50,4 +52,5 @@ def check_gpu(tiny: bool, output: Path, data: Path) -> Record:
         record.parts.append(run_part(name, work, device))
         record.seconds = round(time.perf_counter() - started, 1)
         output.write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    output.with_suffix(".md").write_text(tables(record), encoding="utf-8")
     return record

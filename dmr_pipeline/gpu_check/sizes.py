@@ -40,8 +40,10 @@ class Sizes:
     """That the whole check may take; what would take longer is left out, with that reason."""
     games: int
     """That the tiny agent plays on both devices, and at most at once in a batch."""
-    step_limit: int
-    """Steps of an episode where speed is measured."""
+    compared_steps: int
+    """Steps of an episode at most, where devices are compared and the router is trained."""
+    timed_steps: int
+    """Steps of an episode at most, where speed is measured."""
     batches: tuple[int, ...]
     """Episodes at once, where speed is measured."""
     copied_bytes: int
@@ -58,7 +60,8 @@ class Sizes:
 FULL = Sizes(
     seconds=340.0,
     games=64,
-    step_limit=12,
+    compared_steps=15,
+    timed_steps=5,
     batches=(1, 8, 64),
     copied_bytes=4 * 2**30,
     rotated_bytes=192 * 2**20,
@@ -67,14 +70,15 @@ FULL = Sizes(
         Shape("Qwen3-4B", 36, 2560, 32, 8, 128, 9728, 151_936),
     ),
     prompt_tokens=512,
-    new_tokens=48,
-    grpo_games=4,
+    new_tokens=24,
+    grpo_games=2,
 )
 
 TINY = Sizes(
     seconds=600.0,
     games=3,
-    step_limit=2,
+    compared_steps=6,
+    timed_steps=2,
     batches=(1, 2),
     copied_bytes=2**20,
     rotated_bytes=2**17,

@@ -54,6 +54,23 @@ def test_the_batch_is_halved_until_it_fits_and_the_episodes_are_the_same(
     ]
 
 
+def test_what_breaks_off_inside_a_forward_pass_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cache of the first layer is then written, that of the second is not."""
+    expected = play_alone(HIGH, GAMES, PROMPTER, STEPS, 7)
+    layer = HIGH.base_model.layers[1].self_attn
+    forward, broken = layer.forward, list[int]()
+
+    def bounded(hidden_states, *args, **kwargs):
+        if len(hidden_states) > 1 and kwargs["past_key_values"].read > 60:
+            broken.append(len(hidden_states))
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return forward(hidden_states, *args, **kwargs)
+
+    monkeypatch.setattr(layer, "forward", bounded)
+    assert taken(play_alone(HIGH, GAMES, PROMPTER, STEPS, 7)) == taken(expected)
+    assert len(broken) == 2
+
+
 def test_episodes_that_have_ended_are_not_played_again(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = play_alone(HIGH, GAMES, PROMPTER, STEPS, 2)
     begun: list[str] = []
