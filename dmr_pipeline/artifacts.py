@@ -26,7 +26,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, JsonValue, Validation
 
 from dmr_pipeline.errors import FULL, UserError, causes
 from dmr_pipeline.recipe import Recipe, Runtime
-from dmr_pipeline.stage import Stage, StageContext
+from dmr_pipeline.stage import DeclaredSections, Stage, StageContext
 
 log = logging.getLogger(__name__)
 
@@ -278,7 +278,7 @@ def materialize_stage(
             else:
                 scratch = _scratch_folder(data_root, wanted)
                 context = StageContext(
-                    recipe,
+                    DeclaredSections.of(recipe, stage.sections),
                     {name: artifact.path for name, artifact in inputs.items()},
                     new_folder(folder),
                     scratch,

@@ -8,11 +8,31 @@ from typing import Any
 from dmr_pipeline.recipe import Recipe
 
 
+class DeclaredSections(Recipe):
+    """A recipe's name, its way of running, and those sections alone that a stage declares, which are those in its
+    provenance: what it reads of another one would make an artefact that counts as current after a change there."""
+
+    @classmethod
+    def of(cls, recipe: Recipe, sections: Sequence[str]) -> "DeclaredSections":
+        seen = cls.model_construct(**dict(recipe))
+        for name in Recipe.model_fields.keys() - {"name", "runtime", *sections}:
+            del seen.__dict__[name]
+        return seen
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - pydantic's own
+        if name in Recipe.model_fields:
+            raise AttributeError(
+                f"the stage reads the recipe's section {name!r}, which it does not declare in pipeline.py"
+            )
+        return super().__getattr__(name)  # type: ignore[misc] # hidden from type checkers by pydantic
+
+
 @dataclass(frozen=True)
 class StageContext:
     """Where a stage reads and writes."""
 
     recipe: Recipe
+    """With the sections that the stage declares; reading another one raises AttributeError."""
     inputs: Mapping[str, Path]
     """Upstream asset name -> its folder, verified."""
     output: Path

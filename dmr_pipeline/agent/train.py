@@ -27,6 +27,7 @@ from dmr_pipeline.environments.base import Task
 from dmr_pipeline.environments.tasks import benchmark_texts, read_tasks
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.recipe import Architecture, Games, Runtime, Training, WebShop
+from dmr_pipeline.resume import load_state, save_state
 from dmr_pipeline.stage import StageContext, StageResult
 
 _PIECE = {"cpu": 2500, "cuda": 12_000}
@@ -135,12 +136,12 @@ def train(
     optimizers = make_optimizers(model, training)
     state = _State(0, [], [])
     saved = scratch / "training.pt"
-    if saved.exists():
-        content = torch.load(saved, map_location=device, weights_only=False)
+    content = load_state(saved, device)
+    if content is not None:
         model.load_state_dict(content["model"])
         for optimizer, saved_state in zip(optimizers, content["optimizers"], strict=True):
             optimizer.load_state_dict(saved_state)
-        state = content["state"]
+        state = _State(content["update"], [Example(**example) for example in content["own"]], content["log"])
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -291,10 +292,14 @@ def _batch(
 
 
 def _save(path: Path, model: PreTrainedModel, optimizers: Sequence[torch.optim.Optimizer], state: _State) -> None:
-    part = path.with_suffix(".part")
-    states = [optimizer.state_dict() for optimizer in optimizers]
-    torch.save({"model": model.state_dict(), "optimizers": states, "state": state}, part)
-    part.replace(path)
+    content = {
+        "model": model.state_dict(),
+        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+        "update": state.update,
+        "own": [vars(example) for example in state.own],
+        "log": state.log,
+    }
+    save_state(path, content)
 
 
 def _note(log: Sequence[dict[str, float]]) -> str:

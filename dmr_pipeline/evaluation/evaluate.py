@@ -254,7 +254,7 @@ def seconds_per_step(policy: RoutingPolicy, ladder: Ladder, games: Sequence[Task
 
 
 def report_context(context: StageContext, on_validation: dict[str, dict[str, float]]) -> dict[str, JsonValue]:
-    """What the report shows beside the metrics."""
+    """What the report shows beside the metrics; of the recipe, the sections that the stage declares."""
     recipe = context.recipe
     facts = read_ladder(context.inputs["quantized_checkpoints"])
     table = read_sensitivity(context.inputs["sensitivity_dataset"])

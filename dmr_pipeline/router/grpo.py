@@ -30,12 +30,14 @@ from transformers.utils import logging as transformers_logging
 
 from dmr_pipeline.agent.memory import out_of_memory_names
 from dmr_pipeline.agent.rollout import Clock, Run, Trajectory, seeded_generator
+from dmr_pipeline.artifacts import hash_files
 from dmr_pipeline.cost import episode_cost, reward
 from dmr_pipeline.environments.base import Task
 from dmr_pipeline.environments.tasks import read_tasks
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.ladder import Ladder
 from dmr_pipeline.recipe import GrpoRouter
+from dmr_pipeline.resume import discard, load_state, save_state
 from dmr_pipeline.router.baselines import RandomMixing
 from dmr_pipeline.router.grpo_trainer import Rollout, RoutingTrainer
 from dmr_pipeline.router.kl import ROUTER_FOLDER, calibrate_threshold, play_games
@@ -71,6 +73,9 @@ LOG = pl.Schema(
 """One row an update, from 0. The first columns are of the episodes that the update learned from (null at update 0):
 means, the share of groups whose rewards tie, and KL(router || its start) in nats a decision. The validation columns are
 of the router after the update, acting at its threshold (null between validations). Ratios are shares of all steps."""
+
+SESSION = "session.pt"
+"""In a checkpoint's folder: what the trainer does not keep, and the hashes of what it does."""
 
 _BATCH = 16
 """Episodes in one forward pass of the router at its start."""
@@ -145,9 +150,10 @@ class Scorer:
 def tempered_settings(router: Router, scorer: Scorer, games: Sequence[Task], scratch: Path) -> RouterSettings:
     """Stage 1's settings with the offset at which P(high) is `initial_ratio` in the mean, over the steps of one episode
     of each game that mixes the precisions at that ratio, forced steps aside. A resumed run reads what it found before."""
-    section, saved = scorer.ladder.recipe.grpo_router, scratch / "start.json"
-    if saved.exists():
-        return RouterSettings.model_validate_json(saved.read_text(encoding="utf-8"))
+    section, saved = scorer.ladder.recipe.grpo_router, scratch / "start.pt"
+    found = load_state(saved)
+    if found is not None:
+        return RouterSettings.model_validate(found)
     policy = RandomMixing(section.initial_ratio, section.seed, router.settings.force_search)
     with Progress(TextColumn("{task.description}"), TimeElapsedColumn()) as progress:
         progress.add_task(f"episodes to start from a ratio of {section.initial_ratio:.2f}", total=None)
@@ -158,9 +164,7 @@ def tempered_settings(router: Router, scorer: Scorer, games: Sequence[Task], scr
     margins = np.concatenate(routing_margins(router, sequences, _BATCH))[asked]
     offset = offset_for(router.settings.scale * margins, section.initial_ratio)
     settings = router.settings.model_copy(update={"offset": offset, "threshold": 0.5, "target_ratio": None})
-    part = saved.with_suffix(".part")
-    part.write_text(settings.model_dump_json(), encoding="utf-8")
-    part.replace(saved)
+    save_state(saved, settings.model_dump(mode="json"))
     return settings
 
 
@@ -270,14 +274,11 @@ class Session(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         """After the trainer has saved its own state: the checkpoint is complete once `session.pt` is there."""
-        path = Path(args.output_dir) / f"checkpoint-{state.global_step}" / "session.pt"
-        part = path.with_suffix(".part")
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         best = {"update": self.best_update, "reward": self.best_reward, "weights": self.best_weights}
-        torch.save({"rows": self.rows, "best": best}, part)
-        part.replace(path)
+        save_state(folder / SESSION, {"rows": self.rows, "best": best, "files": _trainers_files(folder)})
 
-    def resume(self, checkpoint: Path) -> None:
-        saved = torch.load(checkpoint / "session.pt")
+    def resume(self, saved: Mapping[str, Any]) -> None:
         self.rows, best = saved["rows"], saved["best"]
         self.best_update, self.best_reward, self.best_weights = best["update"], best["reward"], best["weights"]
 
@@ -289,13 +290,33 @@ def train(session: Session, section: GrpoRouter, scratch: Path) -> None:
         trainer = RoutingTrainer(session.router, order, session.rollouts, section, scratch, [session])
         checkpoint = last_checkpoint(scratch)
         if checkpoint is not None:
-            session.resume(checkpoint)
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            session.resume(checkpoint.session)
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.folder))
 
 
-def last_checkpoint(folder: Path) -> Path | None:
-    complete = [path.parent for path in folder.glob("checkpoint-*/session.pt")]
-    return max(complete, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a killed run left: the trainer's own files, and the session's state."""
+
+    folder: Path
+    session: Mapping[str, Any]
+
+
+def last_checkpoint(folder: Path) -> Checkpoint | None:
+    """The last one that is complete and undamaged; a damaged one is dropped."""
+    complete = [path.parent for path in folder.glob(f"checkpoint-*/{SESSION}")]
+    for checkpoint in sorted(complete, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True):
+        session = load_state(checkpoint / SESSION)
+        if session is None:
+            continue
+        if session["files"] == _trainers_files(checkpoint):
+            return Checkpoint(checkpoint, session)
+        discard(checkpoint / SESSION)
+    return None
+
+
+def _trainers_files(checkpoint: Path) -> dict[str, str]:
+    return {relpath: md5 for relpath, md5 in hash_files(checkpoint).items() if Path(relpath).stem != Path(SESSION).stem}
 
 
 def summarize(log: pl.DataFrame, chosen_update: int, settings: RouterSettings) -> dict[str, Any]:

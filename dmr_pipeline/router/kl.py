@@ -27,6 +27,7 @@ from dmr_pipeline.environments.tasks import read_tasks
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.ladder import Ladder
 from dmr_pipeline.recipe import KlRouter, Lora, Recipe
+from dmr_pipeline.resume import load_state, save_state
 from dmr_pipeline.router.baselines import RandomMixing
 from dmr_pipeline.router.calibration import (
     Floats,
@@ -255,8 +256,8 @@ def train(
     optimizer = torch.optim.AdamW(trained.values(), lr=section.learning_rate)
     epoch, losses = 0, list[float]()
     saved = scratch / "training.pt"
-    if saved.exists():
-        state = torch.load(saved, map_location=device)
+    state = load_state(saved, device)
+    if state is not None:
         epoch, losses = state["epoch"], state["losses"]
         optimizer.load_state_dict(state["optimizer"])
         with torch.no_grad():
@@ -282,10 +283,9 @@ def train(
                 losses.append(loss.item())
                 progress.update(bar, completed=len(losses), loss=float(np.mean(losses[-20:])))
             epoch += 1
-            part = saved.with_suffix(".part")
             values = {name: parameter.detach() for name, parameter in trained.items()}
-            torch.save({"epoch": epoch, "losses": losses, "optimizer": optimizer.state_dict(), "weights": values}, part)
-            part.replace(saved)
+            state = {"epoch": epoch, "losses": losses, "optimizer": optimizer.state_dict(), "weights": values}
+            save_state(saved, state)
     if adapters is not None:
         model = adapters.merge_and_unload()
     log = pl.DataFrame({"update": range(1, total + 1), "loss": losses}, schema={"update": pl.Int64, "loss": pl.Float64})

@@ -45,10 +45,12 @@ def run(scratch: Path, training: Training = TRAINING) -> tuple[PreTrainedModel, 
     return model, log["loss"].drop_nulls().to_list()
 
 
+@pytest.mark.parametrize("state", ["whole", "empty", "cut"])
 @pytest.mark.parametrize("killed_before", [3, 5])
 def test_a_killed_training_ends_as_an_unbroken_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_before: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_before: int, state: str
 ) -> None:
+    """Where its resume state is damaged too, it starts anew."""
     (tmp_path / "whole").mkdir()
     (tmp_path / "broken").mkdir()
     whole, losses = run(tmp_path / "whole")
@@ -62,6 +64,9 @@ def test_a_killed_training_ends_as_an_unbroken_one(
         patch.setattr(module, "schedule", killed)
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path / "broken")
+    saved = tmp_path / "broken" / "training.pt"
+    if state != "whole":
+        saved.write_bytes(saved.read_bytes()[: 0 if state == "empty" else 1000])
     resumed, resumed_losses = run(tmp_path / "broken")
     assert resumed_losses == losses
     for name, weight in whole.state_dict().items():

@@ -15,11 +15,13 @@ from scipy.special import expit
 
 from dmr_pipeline.agent.checkpoint import save_causal_lm
 from dmr_pipeline.agent.rollout import Run, Trajectory
+from dmr_pipeline.artifacts import hash_files
 from dmr_pipeline.cost import episode_cost
 from dmr_pipeline.environments.tasks import benchmark_tasks, read_tasks
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.ladder import Ladder, quantized_checkpoints
 from dmr_pipeline.recipe import Recipe, load_recipe
+from dmr_pipeline.resume import save_state
 from dmr_pipeline.router import grpo
 from dmr_pipeline.router.grpo import LOG, Scorer, Session, divergence, game_order, grpo_router, offset_for
 from dmr_pipeline.router.grpo_trainer import Rollout
@@ -180,6 +182,24 @@ def test_a_killed_training_resumes_with_the_bytes_of_an_unbroken_one(
     assert run_stage(artefacts, tmp_path).summary == summary
     assert updates == [3, 4]
     assert contents(tmp_path / "output") == expected
+
+
+def test_a_damaged_checkpoint_is_not_resumed_from(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for step in (2, 4):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "model.safetensors").write_text(f"weights after {step}")
+        save_state(folder / grpo.SESSION, {"rows": [], "best": {}, "files": hash_files(folder)})
+    last = grpo.last_checkpoint(tmp_path)
+    assert last is not None
+    assert last.folder.name == "checkpoint-4"
+    (tmp_path / "checkpoint-4" / "model.safetensors").write_text("weights after 5")
+    before = grpo.last_checkpoint(tmp_path)
+    assert before is not None
+    assert before.folder.name == "checkpoint-2"
+    assert "checkpoint-4/session.pt: this resume state is damaged" in caplog.text
+    (tmp_path / "checkpoint-2" / grpo.SESSION).write_bytes(b"")
+    assert grpo.last_checkpoint(tmp_path) is None
 
 
 def run_and_be_killed() -> None:

@@ -1,0 +1,42 @@
+"""Resume state in a stage's scratch folder: written whole, checked when it is read, and dropped where it is damaged, so that
+the stage starts anew rather than from other numbers."""
+
+import logging
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+
+log = logging.getLogger(__name__)
+
+
+def save_state(path: Path, state: Mapping[str, Any]) -> None:
+    """Args: state: tensors, numbers, strings, and lists, tuples and dictionaries of them."""
+    part = path.with_suffix(".part")
+    torch.save(dict(state), part)
+    part.replace(path)
+
+
+def load_state(path: Path, device: torch.device | str = "cpu") -> dict[str, Any] | None:
+    """What `save_state` wrote; None where there is nothing, or nothing that can be used. Executes nothing of the file."""
+    if not path.exists():
+        return None
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch writes checksums, and does not read them
+            damaged = archive.testzip()
+        if damaged is None:
+            state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
+            return state
+    except (zipfile.BadZipFile, UnpicklingError, RuntimeError, ValueError, EOFError):
+        pass
+    discard(path)
+    return None
+
+
+def discard(path: Path) -> None:
+    """Put resume state aside that cannot be used."""
+    log.warning("%s: this resume state is damaged, or of another version: it is dropped and its work done again", path)
+    path.unlink()
