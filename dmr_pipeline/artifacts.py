@@ -22,9 +22,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from filelock import FileLock, Timeout
-from pydantic import AwareDatetime, BaseModel, ConfigDict, JsonValue, ValidationError
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from dmr_pipeline.errors import FULL, UserError, causes
+from dmr_pipeline.pretrained import content_hash, pretrained_folders
 from dmr_pipeline.recipe import Recipe, Runtime
 from dmr_pipeline.stage import DeclaredSections, Stage, StageContext
 
@@ -62,6 +63,8 @@ class Manifest(BaseModel):
     files: dict[str, str]
     """Path in the folder (posix) -> md5 of the file; the manifest itself is left out."""
     summary: dict[str, JsonValue]
+    pretrained: dict[str, str] = Field({}, exclude_if=lambda folders: not folders)
+    """Folder outside of the pipeline that a model was read from -> hash of its files."""
 
     def to_json(self) -> str:
         return json.dumps(self.model_dump(mode="json"), indent=2, sort_keys=True, allow_nan=False) + "\n"
@@ -142,6 +145,8 @@ class Provenance:
     code_version: str
     sections: dict[str, JsonValue]
     inputs: dict[str, str]
+    pretrained: dict[str, str]
+    """Of the folders that are there: where one is not, a model that was read from it is taken to be the same."""
 
     def fingerprint(self) -> str:
         return hashlib.sha256(json.dumps(vars(self), sort_keys=True).encode()).hexdigest()[:16]
@@ -156,6 +161,9 @@ class Provenance:
         inputs = [name for name in self.inputs if manifest.inputs.get(name) != self.inputs[name]]
         if inputs or manifest.inputs.keys() != self.inputs.keys():
             return f"input changed: {', '.join(inputs) or 'inputs'}"
+        folders = [name for name in self.pretrained if manifest.pretrained.get(name) != self.pretrained[name]]
+        if folders:
+            return f"pretrained model changed: {', '.join(folders)}"
         return None
 
 
@@ -176,20 +184,30 @@ def sidecar_path(folder: Path) -> Path:
 def read_run_record(artifact: Artifact) -> RunRecord | None:
     """The run that made the artefact; None where it was made elsewhere, so that no record of it, or one of another
     artefact, lies beside it."""
-    sidecar = sidecar_path(artifact.path)
+    record = run_record_beside(artifact.path)
+    return record if record is not None and record.hash == artifact.hash else None
+
+
+def run_record_beside(folder: Path) -> RunRecord | None:
+    """The record beside an artefact's folder, which may be of an artefact that was there before; None where there is none,
+    or a damaged one. Nothing depends on it."""
+    sidecar = sidecar_path(folder)
     if not sidecar.is_file():
         return None
     try:
-        record = RunRecord.model_validate_json(sidecar.read_bytes())
+        return RunRecord.model_validate_json(sidecar.read_bytes())
     except ValidationError:
+        log.warning("%s: the run record is damaged, what it told of the run is lost", sidecar)
         return None
-    return record if record.hash == artifact.hash else None
 
 
 def provenance(stage: Stage, recipe: Recipe, inputs: Mapping[str, str]) -> Provenance:
     """Args: inputs: input stage -> hash of its folder."""
     sections = {name: getattr(recipe, name).model_dump(mode="json") for name in stage.sections}
-    return Provenance(stage.name, recipe.name, stage.code_version, sections, dict(inputs))
+    model = stage.pretrained(recipe) if stage.pretrained is not None else None
+    folders = pretrained_folders(model.model) if model is not None else []
+    pretrained = {folder.as_posix(): content_hash(folder) for folder in folders}
+    return Provenance(stage.name, recipe.name, stage.code_version, sections, dict(inputs), pretrained)
 
 
 def file_md5(path: Path) -> str:
@@ -214,16 +232,15 @@ def verify(folder: Path) -> Artifact:
     Raises:
         UserError: the artefact is missing, or a file of it is missing, changed or one too many.
     """
-    remedy = f"`dmr materialize {folder.name} --recipe {folder.parent.name}"
+    command = f"dmr materialize {folder.name} --recipe {folder.parent.name}"
+    remedy = remedies(folder)
     recover(folder)
     if not folder.is_dir():
-        raise UserError(f"{folder} is missing: make it with {remedy}`")
+        raise UserError(f"{folder} is missing: make it with `{command}`")
     try:
         manifest = Manifest.model_validate_json((folder / MANIFEST).read_bytes())
     except (FileNotFoundError, ValidationError) as error:
-        raise UserError(
-            f"{folder / MANIFEST} is missing or malformed: make the artefact again with {remedy} --force`"
-        ) from error
+        raise UserError(f"{folder / MANIFEST} is missing or malformed: {remedy}") from error
     files = hash_files(folder)
     found = {relpath: md5 for relpath, md5 in files.items() if relpath != MANIFEST}
     for relpath in sorted(found.keys() | manifest.files.keys()):
@@ -235,8 +252,14 @@ def verify(folder: Path) -> Artifact:
                 if relpath in manifest.files
                 else "does not belong there"
             )
-            raise UserError(f"{folder / relpath} {problem}: make the artefact again with {remedy} --force`")
+            raise UserError(f"{folder / relpath} {problem}: {remedy}")
     return Artifact(folder, folder_hash(files), sum((folder / relpath).stat().st_size for relpath in files), manifest)
+
+
+def remedies(folder: Path) -> str:
+    """What to do where the artefact of `data/<recipe>/<stage>` is damaged."""
+    address = f"{folder.name} --recipe {folder.parent.name}"
+    return f"get it back with `dmr restore {address}`, or make it again with `dmr materialize {address} --force`"
 
 
 def materialize_stage(
@@ -258,7 +281,8 @@ def materialize_stage(
     Args:
         run_id: the orchestrator's name of this run, for the record beside the artefact.
         expected: the only hash that the artefact may have, for a history that is recorded but lost.
-        accept: called with each verified input before the stage runs; raises where it must not be used.
+        accept: called with each verified input before the stage runs, and with the artefact that is there already; raises
+            where it must not be used.
 
     Raises:
         UserError: an input is missing or damaged, the disk is full, the committed artefact is damaged, the artefact is not
@@ -272,7 +296,9 @@ def materialize_stage(
             for artifact in inputs.values():
                 accept(artifact)
             wanted = provenance(stage, recipe, {name: artifact.hash for name, artifact in inputs.items()})
-            current = None if force or _waiting(stage, recipe, data_root) else _current(folder, wanted, stage)
+            current = None if force else _current(folder, wanted, stage, accept)
+            if _waiting(stage, recipe, data_root):
+                current = None
             if current is not None:
                 log.info("%s: up to date", stage.name)
             else:
@@ -282,7 +308,7 @@ def materialize_stage(
                     {name: artifact.path for name, artifact in inputs.items()},
                     new_folder(folder),
                     scratch,
-                    verify(folder).path if stage.keeps_history and folder.is_dir() else None,
+                    _history(folder, accept) if stage.keeps_history else None,
                     incoming_folder(recipe.name, data_root),
                 )
                 built = _build(stage, context, wanted, folder, run_id, expected)
@@ -314,24 +340,33 @@ def _waiting(stage: Stage, recipe: Recipe, data_root: Path) -> bool:
     return stage.waiting is not None and bool(stage.waiting(data_root, recipe.name))
 
 
-def _current(folder: Path, wanted: Provenance, stage: Stage) -> Artifact | None:
+def _current(folder: Path, wanted: Provenance, stage: Stage, accept: Callable[[Artifact], None]) -> Artifact | None:
     """The artefact, where it is valid and of the wanted provenance."""
     if not folder.is_dir():
         return None
     try:
         artifact = verify(folder)
     except UserError as error:
-        if stage.committed:  # hours of training must not start because a file in Git was touched
-            raise UserError(f"{error}, or restore it with `git checkout -- {folder}`") from error
-        if stage.keeps_history:  # what it holds is nowhere else
-            raise UserError(f"{error}, or restore it with `dvc checkout {folder}`") from error
+        # Hours of training must not start because a file in Git was touched, and what a history holds is nowhere else.
+        if stage.committed or stage.keeps_history:
+            raise
         log.warning("%s; it is made again", error)
         return None
+    accept(artifact)  # before it is compared: what a damaged manifest says of its provenance is worth nothing
     difference = wanted.difference(artifact.manifest)
     if difference is not None:
         log.info("%s: stale (%s)", folder.name, difference)
         return None
     return artifact
+
+
+def _history(folder: Path, accept: Callable[[Artifact], None]) -> Path | None:
+    """The artefact that the new one grows out of."""
+    if not folder.is_dir():
+        return None
+    artifact = verify(folder)
+    accept(artifact)
+    return artifact.path
 
 
 def _build(
@@ -357,8 +392,8 @@ def _build(
         made = folder_hash({**files, MANIFEST: file_md5(output / MANIFEST)})
         if expected not in (None, made):
             raise UserError(
-                f"{folder} is missing, and its history, recorded as {expected}, must not start anew: get it with `dvc pull"
-                f" {stage.name}@{context.recipe.name}`, or give it up by removing that entry of dvc.lock"
+                f"{folder} is missing, and its history, recorded as {expected}, must not start anew: `dmr restore {stage.name}"
+                f" --recipe {context.recipe.name}` says what it lacks; or give it up by removing that entry of dvc.lock"
             )
         record = RunRecord(
             hash=made,

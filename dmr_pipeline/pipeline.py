@@ -122,6 +122,7 @@ STAGES: tuple[Stage, ...] = (
         committed=True,
         pool="gpu",
         resources=ONE_GPU,
+        pretrained=lambda recipe: recipe.agent.pretrained,
     ),
     Stage(
         name="quantized_checkpoints",
@@ -209,6 +210,7 @@ STAGES: tuple[Stage, ...] = (
         ),
         pool="gpu",
         resources=ONE_GPU,
+        pretrained=lambda recipe: recipe.kl_router.model.pretrained,
     ),
     Stage(
         name="grpo_router",

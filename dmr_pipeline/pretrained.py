@@ -1,12 +1,17 @@
 """What an LLM that is brought along is read from: known without loading it, so that provenance can hash it."""
 
+import hashlib
+import json
 from pathlib import Path
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from dmr_pipeline.errors import UserError
 
 ADAPTER_CONFIG = "adapter_config.json"
+MEMORY = Path("data/scratch/.pretrained.json")
+"""File -> its size, time of change and hash, as `content_hash` last found them."""
+_MEMORY = TypeAdapter(dict[str, tuple[int, int, str]])
 
 
 class AdapterConfig(BaseModel):
@@ -47,3 +52,33 @@ def adapter_config(folder: Path) -> AdapterConfig | None:
         return AdapterConfig.model_validate_json(path.read_bytes())
     except ValidationError as error:
         raise UserError(f"{path}: not the config of an adapter: {error.errors()[0]['msg']}") from error
+
+
+def content_hash(folder: Path) -> str:
+    """Of the names and contents of all files in the folder that are not hidden. A file of the same size and time of change as
+    before is not read again: gigabytes are hashed once."""
+    try:
+        known = _MEMORY.validate_json(MEMORY.read_bytes())
+    except (FileNotFoundError, ValidationError):
+        known = {}
+    found: dict[str, tuple[int, int, str]] = {}
+    content: dict[str, str] = {}
+    for path in sorted(folder.rglob("*")):
+        relpath = path.relative_to(folder)
+        if any(part.startswith(".") for part in relpath.parts) or not path.is_file():
+            continue
+        stat, name = path.stat(), str(path.resolve())
+        state, before = (stat.st_size, stat.st_mtime_ns), known.get(name)
+        found[name] = before if before and before[:2] == state else (*state, _file_hash(path))
+        content[relpath.as_posix()] = found[name][2]
+    if not found.items() <= known.items():
+        MEMORY.parent.mkdir(parents=True, exist_ok=True)
+        part = MEMORY.with_suffix(".part")
+        part.write_text(json.dumps({**known, **found}), encoding="utf-8")
+        part.replace(MEMORY)
+    return hashlib.md5(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _file_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "md5").hexdigest()

@@ -6,8 +6,10 @@ from pathlib import Path
 
 from pydantic import JsonValue
 
-from dmr_pipeline.artifacts import MANIFEST, Artifact, RunRecord, read_run_record, verify
+from dmr_pipeline.artifacts import MANIFEST, Artifact, RunRecord, artifact_folder, read_run_record, verify
 from dmr_pipeline.errors import UserError
+from dmr_pipeline.pipeline import STAGES
+from dmr_pipeline.versioning import dvc_objects
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ def trace(path: Path) -> Chain:
     Raises:
         UserError: the path is missing or belongs to no artefact, or the artefact is damaged.
     """
-    first = verify(_artifact_around(path))
+    first = _verified(_artifact_around(path))
     origins: dict[str, Origin] = {}
     problems: dict[str, str] = {}
 
@@ -56,7 +58,7 @@ def trace(path: Path) -> Chain:
             if name in origins or name in problems:
                 continue
             try:
-                found = verify(artifact.path.with_name(name))
+                found = _verified(artifact.path.with_name(name))
             except UserError as error:
                 problems[name] = str(error)
             else:
@@ -64,6 +66,15 @@ def trace(path: Path) -> Chain:
 
     follow(first)
     return Chain(first.path.name, origins, problems)
+
+
+def _verified(folder: Path) -> Artifact:
+    """Raises: UserError: it is damaged."""
+    artifact = verify(folder)
+    stage = next((stage for stage in STAGES if stage.name == folder.name), None)
+    if stage is not None and folder == artifact_folder(stage.name, folder.parent.name).resolve():
+        dvc_objects.check(stage, folder.parent.name, artifact)
+    return artifact
 
 
 def common_libraries(chain: Chain) -> dict[str, str]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dmr_pipeline.recipe import Recipe
+from dmr_pipeline.recipe import Pretrained, Recipe
 
 
 class DeclaredSections(Recipe):
@@ -90,6 +90,8 @@ class Stage:
     resources: Resources = Resources()
     keeps_history: bool = False
     """Its artefact grows out of the one before, so that one is never thrown away: a damaged one stops the stage."""
+    pretrained: Callable[[Recipe], Pretrained | None] | None = None
+    """The model that people brought and that it reads: new files in the same folder make it stale."""
     waiting: Callable[[Path, str], Sequence[Path]] | None = None
     """(data root, recipe) -> files that it has yet to take in; any make it stale."""
     after: Callable[[Path, str], None] | None = None

@@ -130,7 +130,9 @@ def test_damage_is_found_on_reading(project: Recipe, harm: Callable[[Path], obje
     one, two = stage(write("x")), stage(write("y"), "two", ("one",))
     folder = materialize_stage(one, project).artifact.path
     harm(folder)
-    with pytest.raises(UserError, match=rf"{named} {problem}: .* `dmr materialize one --recipe fake --force`"):
+    with pytest.raises(
+        UserError, match=rf"{named} {problem}: .*`dmr restore one .* `dmr materialize one --recipe fake --force`"
+    ):
         materialize_stage(two, project)
     assert not materialize_stage(one, project).skipped  # its own maker mends it
     assert materialize_stage(two, project).artifact.manifest.inputs["one"] == verify(folder).hash
@@ -145,7 +147,7 @@ def test_damaged_committed_artefact_is_not_silently_made_again(project: Recipe):
     one = stage(write("x"), committed=True)
     folder = materialize_stage(one, project).artifact.path
     (folder / "folder/text").write_text("z")
-    with pytest.raises(UserError, match="git checkout"):
+    with pytest.raises(UserError, match="get it back with `dmr restore one --recipe fake`"):
         materialize_stage(one, project)
     assert not materialize_stage(one, project, force=True).skipped
 

@@ -16,7 +16,15 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,  # what is not foreseen is one line (common.py)
 )
-for command in (stages.run, stages.materialize, stages.status, stages.pull, stages.render, stages.report):
+for command in (
+    stages.run,
+    stages.materialize,
+    stages.restore,
+    stages.status,
+    stages.pull,
+    stages.render,
+    stages.report,
+):
     app.command()(command)
 app.command()(provenance)
 app.command()(doctor)

@@ -3,7 +3,6 @@
 import json
 import os
 from collections.abc import Iterator
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,7 +12,15 @@ from rich.markup import escape
 from rich.table import Table
 
 from dmr_pipeline import pipeline
-from dmr_pipeline.artifacts import DATA_ROOT, Artifact, artifact_folder, provenance, sidecar_path, verify
+from dmr_pipeline.artifacts import (
+    DATA_ROOT,
+    Artifact,
+    artifact_folder,
+    provenance,
+    run_record_beside,
+    sidecar_path,
+    verify,
+)
 from dmr_pipeline.cli.common import (
     DEFAULT_RECIPE,
     RecipeArgument,
@@ -25,7 +32,7 @@ from dmr_pipeline.cli.common import (
 )
 from dmr_pipeline.errors import UserError, printable
 from dmr_pipeline.recipe import Recipe, load_recipe, recipe_names
-from dmr_pipeline.versioning import dvc_stages
+from dmr_pipeline.versioning import dvc_objects, dvc_stages, lock_file
 
 if TYPE_CHECKING:
     from dmr_pipeline.evaluation.metrics import Metrics
@@ -36,6 +43,7 @@ def run(recipe: RecipeArgument) -> None:
     """Materialise every stage of a recipe that is not up to date, and show the result."""
     loaded = load_recipe(recipe)
     dvc_stages.check_rendered(pipeline.STAGES, recipe_names())
+    _tell_lost_entries(recipe)
     if _all_done(loaded):
         from dmr_pipeline.ingestion import file_away
 
@@ -64,6 +72,17 @@ def materialize(
 
 
 @user_errors_exit_2
+def restore(
+    stage: Annotated[str, typer.Argument(help="a stage of the pipeline")],
+    recipe: RecipeOption = DEFAULT_RECIPE,
+) -> None:
+    """Get a damaged or lost artefact back as dvc.lock records it, from DVC's cache or remote; a committed agent from Git."""
+    found = pipeline.find_stage(stage, pipeline.STAGES)
+    dvc_objects.restore_recorded(found, recipe, load_recipe(recipe).versioning.remote)
+    console.print(f"{artifact_folder(stage, recipe)} is {verify(artifact_folder(stage, recipe)).hash}.", soft_wrap=True)
+
+
+@user_errors_exit_2
 def status(recipe: RecipeArgument = DEFAULT_RECIPE) -> None:
     """Show which stages of a recipe are present, stale or missing."""
     table = Table(title=recipe, box=box.SIMPLE)
@@ -78,6 +97,7 @@ def status(recipe: RecipeArgument = DEFAULT_RECIPE) -> None:
         table.add_row(name, *described, f"[{colour}]{state}[/]" + (f": {escape(printable(why))}" if why else ""))
     console.print(table)
     _name_what_lies(recipe)
+    _tell_lost_entries(recipe)
 
 
 @user_errors_exit_2
@@ -122,6 +142,24 @@ def report(
         _show_report(recipe)
 
 
+def _tell_lost_entries(recipe: str) -> None:
+    """Of stages whose artefacts are there: they count, and are recorded again, as they are found."""
+    lost = lock_file.lost_entries(lock_file.read_entries())
+    names = [
+        stage.name
+        for stage in pipeline.STAGES
+        if dvc_stages.stage_address(stage, recipe) in lost and artifact_folder(stage.name, recipe).is_dir()
+    ]
+    if names:
+        errors.print(
+            f"{lock_file.LOCK_FILE} has lost its entries of {', '.join(names)}, whose artefacts are there: `dmr run {recipe}`"
+            f" records them as they are, `cp {lock_file.COPY} {lock_file.LOCK_FILE}` brings all lost entries back",
+            style="yellow",
+            markup=False,
+            highlight=False,
+        )
+
+
 def _materialize(recipe: str, stages: list[str], *, force: bool = False) -> None:
     os.environ.setdefault("TQDM_DELAY", "1")  # bars of less than a second, as when a tiny model is loaded, are noise
     from dmr_pipeline.defs import runs  # Dagster takes a second to import
@@ -133,12 +171,17 @@ def _materialize(recipe: str, stages: list[str], *, force: bool = False) -> None
 def stage_states(recipe: Recipe) -> Iterator[tuple[str, str, str, Artifact | None]]:
     """Each stage's name, state, reason in a few words, and artefact where there is a valid one."""
     present: dict[str, str] = {}
+    entries = lock_file.read_entries()
     for stage in pipeline.STAGES:
         folder = artifact_folder(stage.name, recipe.name)
         try:
             artifact = verify(folder)
         except UserError as error:
             yield stage.name, "damaged" if folder.exists() else "missing", str(error) if folder.exists() else "", None
+            continue
+        problem = dvc_objects.damage(stage, recipe.name, artifact, entries)
+        if problem is not None:
+            yield stage.name, "damaged", problem, None
             continue
         waiting = [name for name in stage.inputs if name not in present]
         wanted = provenance(stage, recipe, {name: present.get(name, "") for name in stage.inputs})
@@ -171,11 +214,11 @@ def _all_done(recipe: Recipe) -> bool:
 
 
 def _when(artifact: Artifact) -> str:
-    sidecar = sidecar_path(artifact.path)
-    if not sidecar.is_file():
+    """By the run record beside it."""
+    if not sidecar_path(artifact.path).is_file():
         return "elsewhere"
-    finished = datetime.fromisoformat(json.loads(sidecar.read_text(encoding="utf-8"))["finished"])
-    return f"{finished.astimezone():%Y-%m-%d %H:%M}"
+    record = run_record_beside(artifact.path)
+    return "run record is damaged" if record is None else f"{record.finished.astimezone():%Y-%m-%d %H:%M}"
 
 
 def _render_report(recipe: str) -> tuple["Metrics", Path]:
@@ -183,9 +226,10 @@ def _render_report(recipe: str) -> tuple["Metrics", Path]:
     from dmr_pipeline.evaluation.metrics import read_metrics
     from dmr_pipeline.evaluation.report import render_beside
 
-    folder = verify(artifact_folder("evaluation_report", recipe)).path
-    html = render_beside(folder)
-    return read_metrics(folder), html.resolve()
+    artifact = verify(artifact_folder("evaluation_report", recipe))
+    dvc_objects.check(pipeline.find_stage("evaluation_report", pipeline.STAGES), recipe, artifact)
+    html = render_beside(artifact.path)
+    return read_metrics(artifact.path), html.resolve()
 
 
 def _show_report(recipe: str) -> None:

@@ -89,22 +89,17 @@ def _materialize(
     config: Materialization,
 ) -> dg.MaterializeResult:
     def accept(artifact: Artifact) -> None:
-        # What came from another machine was asked for by its hash, and this checkout's dvc.lock may be older.
-        if recipe.versioning.remote is None:
-            dvc_objects.check_recorded(find_stage(artifact.manifest.stage, stages), recipe.name, artifact)
+        dvc_objects.check(find_stage(artifact.path.name, stages), recipe.name, artifact)
 
     lost_history = None
     if recipe.versioning.remote is None:
-        lost_history = dvc_objects.ensure_history(stage, recipe.name)
+        lost_history = dvc_objects.ensure_history(stage, recipe.name, force=config.force)
     else:
         needed = [find_stage(name, stages) for name in stage.inputs] + ([stage] if stage.keeps_history else [])
         exchange.pull(context.instance, needed, recipe)
     done = materialize_stage(
         stage, recipe, force=config.force, run_id=context.run_id, expected=lost_history, accept=accept
     )
-    # A commit may have to wait for a `dvc repro` that runs this stage, which waits for the pool's slot.
-    step = context.get_step_execution_context().step.key
-    context.instance.event_log_storage.free_concurrency_slot_for_step(context.run_id, step)
     committed = dvc_stages.commit(stage, recipe.name, artifact=done.artifact, rebuilt=not done.skipped)
     metadata = {**describe(done), "committed_to_dvc": dg.MetadataValue.bool(committed)}
     if recipe.versioning.git == "commit" and committed:

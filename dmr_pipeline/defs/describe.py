@@ -2,7 +2,6 @@
 
 import base64
 import io
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -10,7 +9,7 @@ from typing import Any, TypeGuard
 import dagster as dg
 from pydantic import JsonValue
 
-from dmr_pipeline.artifacts import Materialized, sidecar_path
+from dmr_pipeline.artifacts import Artifact, Materialized, read_run_record
 
 MAIN_TABLES = ("steps.parquet", "episodes.parquet", "training.parquet")
 """The table that stands for an artefact in the catalogue: the first of these that it has."""
@@ -38,7 +37,7 @@ def describe(done: Materialized) -> dict[str, dg.MetadataValue]:
         metadata["report"] = dg.MetadataValue.path(report)
     for picture in sorted(artifact.path.rglob("*.png")):
         metadata[f"picture/{picture.stem}"] = _picture(picture)
-    return metadata | _run(sidecar_path(artifact.path))
+    return metadata | _run(artifact)
 
 
 def typed(value: JsonValue) -> dg.MetadataValue:
@@ -107,10 +106,10 @@ def _tables(folder: Path) -> dict[str, dg.MetadataValue]:
     return metadata
 
 
-def _run(sidecar: Path) -> dict[str, dg.MetadataValue]:
+def _run(artifact: Artifact) -> dict[str, dg.MetadataValue]:
     """The run that made the artefact; a committed artefact of a fresh clone has none on this machine."""
-    if not sidecar.is_file():
+    record = read_run_record(artifact)
+    if record is None:
         return {}
-    record: Mapping[str, JsonValue] = json.loads(sidecar.read_text(encoding="utf-8"))
-    shown = {key: record[key] for key in ("started", "finished", "seconds", "git", "measured")}
+    shown = record.model_dump(mode="json", include={"started", "finished", "seconds", "git", "measured"})
     return {f"run/{key}": typed(value) for key, value in shown.items() if value not in (None, {})}

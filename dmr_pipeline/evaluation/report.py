@@ -10,7 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from rich import box
 from rich.table import Table
 
-from dmr_pipeline.artifacts import sidecar_path
+from dmr_pipeline.artifacts import run_record_beside, sidecar_path
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.evaluation.metrics import Interval, Metrics, PairedComparison, PolicyMetrics
 
@@ -141,8 +141,8 @@ def console_table(metrics: Metrics) -> Table:
 def render_beside(folder: Path) -> Path:
     """The HTML report of `data/<recipe>/evaluation_report`, in the folder above: it shows measured times, so it is no part of
     the artefact."""
-    sidecar, html = sidecar_path(folder), folder.with_name("report.html")
-    render_html(folder, sidecar if sidecar.is_file() else None, html)
+    html = folder.with_name("report.html")
+    render_html(folder, sidecar_path(folder) if run_record_beside(folder) is not None else None, html)
     return html
 
 

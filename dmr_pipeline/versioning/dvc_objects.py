@@ -6,16 +6,20 @@ where objects are touched.
 
 import logging
 import shutil
+import subprocess
+import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dmr_pipeline import artifacts
-from dmr_pipeline.artifacts import DATA_ROOT, Artifact, artifact_folder, file_md5, hash_files
+from dmr_pipeline.artifacts import DATA_ROOT, Artifact, artifact_folder, hash_files
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.stage import Stage
-from dmr_pipeline.versioning import dvc_stages
+from dmr_pipeline.versioning import dvc_stages, lock_file
+from dmr_pipeline.versioning.dvc_project import in_git, repository
+from dmr_pipeline.versioning.lock_file import Entries
 
 if TYPE_CHECKING:
     from dvc.repo import Repo
@@ -43,7 +47,7 @@ def restore(folder_hash: str, target: Path, remote: str | None = None) -> None:
         with artifacts.locked(target):
             if target.is_dir() and artifacts.folder_hash(hash_files(target)) == folder_hash:
                 return
-            with dvc_stages.repository() as repo:
+            with repository() as repo:
                 _checkout(repo, _load(repo, folder_hash, remote), target)
     log.info("%s: restored %s", target, folder_hash)
 
@@ -63,7 +67,7 @@ def push(folder_hash: str, remote: str | None = None) -> int:
     Raises:
         UserError: there is no such remote, it cannot be written, or the cache lacks an object.
     """
-    with dvc_stages.repository() as repo:
+    with repository() as repo:
         store = repo.cloud.get_remote_odb(remote, "push")
         tree = _load(repo, folder_hash, remote)
         return _send(repo.cache.local, store, _files(tree)) + _send(repo.cache.local, store, [folder_hash])
@@ -75,62 +79,153 @@ def recorded_hash(stage: Stage, recipe: str) -> str | None:
     return None if entry is None else _output_hash(entry, stage, recipe)
 
 
-def check_recorded(stage: Stage, recipe: str, artifact: Artifact) -> None:
-    """Is a stage's artefact the one that `dvc.lock` records of the same command, inputs and parameters?
+def restore_recorded(stage: Stage, recipe: str, remote: str | None = None) -> None:
+    """Make a stage's artefact the one that `dvc.lock` records, or Git's where it is one that Git carries.
 
-    A manifest describes all other files but not itself, so this is what guards it. Meant for the inputs of a stage before
-    it runs. Not for an artefact that was restored by a hash from elsewhere: that hash vouches for it, and the `dvc.lock` of
-    this clone may be older.
+    Args:
+        remote: name of a DVC remote; the default one where it is None.
 
     Raises:
-        UserError: it is another one: some file of it was changed, or came damaged out of the cache. A damaged object is
-            removed from the cache, since DVC would use it again.
+        UserError: there is no such artefact, or it cannot be had; the message says what can be done instead.
     """
-    entry = dvc_stages.lock_entry(stage, recipe)
-    recorded = None if entry is None else _output_hash(entry, stage, recipe)
-    if entry is None or recorded is None or recorded == artifact.hash:
-        return
-    if not dvc_stages.has_provenance(entry, stage, recipe, artifact.manifest.inputs):
-        return
+    folder = artifact_folder(stage.name, recipe)
     if stage.committed:
-        recorded_one = f"`git checkout -- {artifact.path}`"
-    else:
-        # `dvc checkout` alone believes its notes on the files, which say that they are the recorded ones.
-        recorded_one = f"`rm -r {artifact.path}` and `dvc pull {dvc_stages.stage_address(stage, recipe)}`"
-        with dvc_stages.repository() as repo:
-            _drop_damaged(repo.cache.local, [recorded])
-            if repo.cache.local.exists(recorded):
-                _drop_damaged(repo.cache.local, _files(_tree(repo.cache.local, recorded)))
-    raise UserError(
-        f"{artifact.path} is {artifact.hash}, but {dvc_stages.LOCK_FILE} records {recorded} of the same inputs: a file of it,"
-        f" perhaps its manifest, was changed, or came damaged out of DVC's cache: get the recorded one with {recorded_one},"
-        f" or make it again with `dmr materialize {stage.name} --recipe {recipe} --force`"
+        _restore_from_git(folder)
+        return
+    anew = f"make it with `dmr materialize {stage.name} --recipe {recipe} --force`"
+    recorded = recorded_hash(stage, recipe)
+    if stage.keeps_history:
+        anew = (
+            f"to give its history up, `rm -r {folder}`"
+            + (", remove that entry of dvc.lock" if recorded else "")
+            + (f" and `dmr materialize {stage.name} --recipe {recipe}`")
+        )
+    if recorded is None:
+        raise UserError(f"{lock_file.LOCK_FILE} records no {stage.name} of {recipe}: {anew}")
+    try:
+        restore(recorded, folder, remote)
+    except UserError as error:
+        raise UserError(f"{error}; or {anew}") from error
+
+
+def check(stage: Stage, recipe: str, artifact: Artifact) -> None:
+    """Raises: UserError: the artefact is damaged (see `damage`)."""
+    problem = damage(stage, recipe, artifact, lock_file.read_entries())
+    if problem is not None:
+        raise UserError(problem)
+
+
+def damage(stage: Stage, recipe: str, artifact: Artifact, entries: Entries) -> str | None:
+    """Why a verified artefact is not one that was ever made, and what to do; None where all is well.
+
+    A manifest describes all other files but not itself, so this is what guards it. An artefact is known by its hash: from
+    `dvc.lock`, from the record of the run beside it, from DVC's cache, or as the one that Git has. It need not be that of
+    `dvc.lock`: it may have been built a moment ago, or another commit is checked out.
+    """
+    entry = entries.get(dvc_stages.stage_address(stage, recipe))
+    recorded = None if entry is None else _output_hash(entry, stage, recipe)
+    run = artifacts.run_record_beside(artifact.path)
+    built = None if run is None else run.hash
+    if artifact.hash in (recorded, built) or (recorded is None and built is None):
+        return None
+    if stage.committed and _is_gits(artifact.path):
+        return None
+    with repository() as repo:
+        if repo.cache.local.exists(artifact.hash):
+            return None
+    expected = f"{lock_file.LOCK_FILE} records {recorded}" if recorded else f"its run record says {built}"
+    return (
+        f"{artifact.path} is {artifact.hash}, but {expected}: a file of it, perhaps its manifest, was changed, or came damaged"
+        f" out of DVC's cache: {artifacts.remedies(artifact.path)}"
     )
 
 
-def ensure_history(stage: Stage, recipe: str, data_root: Path = DATA_ROOT, remote: str | None = None) -> str | None:
+def ensure_history(
+    stage: Stage, recipe: str, data_root: Path = DATA_ROOT, remote: str | None = None, *, force: bool = False
+) -> str | None:
     """Restore the artefact of a stage that keeps its history where `dvc.lock` records one and its folder is missing, so that
-    a clone never starts an empty history.
+    a clone never starts an empty history; also where it is damaged, if it is to be made again all the same. An entry that
+    `dvc.lock` has lost counts.
 
     Returns:
         The recorded hash where it cannot be restored: the artefact may be made anew only if it comes out the same, as that of
         a history of one entry does.
+
+    Raises:
+        UserError: a damaged artefact cannot be restored.
     """
+    if not stage.keeps_history:
+        return None
     folder = artifact_folder(stage.name, recipe, data_root)
     artifacts.recover(folder)
-    recorded = recorded_hash(stage, recipe)
-    if not stage.keeps_history or recorded is None or folder.is_dir():
+    entries = lock_file.read_entries()
+    address = dvc_stages.stage_address(stage, recipe)
+    lost = address not in entries
+    entry = (lock_file.lost_entries(entries) if lost else entries).get(address)
+    recorded = None if entry is None else _output_hash(entry, stage, recipe)
+    if recorded is None:
+        return None
+    if folder.is_dir():
+        if force and _is_damaged(stage, recipe, folder, entries):
+            restore(recorded, folder, remote)
         return None
     try:
         restore(recorded, folder, remote)
     except UserError as error:
         log.warning("%s is missing and cannot be restored: %s", folder, error)
-        return recorded
+        return None if lost else recorded
     return None
+
+
+def _is_damaged(stage: Stage, recipe: str, folder: Path, entries: Entries) -> bool:
+    try:
+        return damage(stage, recipe, artifacts.verify(folder), entries) is not None
+    except UserError:
+        return True
 
 
 def _output_hash(entry: Mapping[str, Any], stage: Stage, recipe: str) -> str | None:
     return dvc_stages.recorded_outputs(entry).get(artifact_folder(stage.name, recipe).as_posix())
+
+
+def _is_gits(folder: Path) -> bool:
+    """Is it, file by file, what Git's index has? Compared by content: Git itself trusts the files' times."""
+    listed = _git("ls-files", "--stage", "-z", "--", str(folder))
+    staged = {}
+    for line in filter(None, listed.split("\0")):
+        described, _, path = line.partition("\t")
+        staged[path] = described.split()[1]
+    paths = sorted(str(path) for path in folder.rglob("*") if path.is_file())
+    if not staged or sorted(staged) != paths:
+        return False
+    return _git("hash-object", "--", *paths).split() == [staged[path] for path in paths]
+
+
+def _restore_from_git(folder: Path) -> None:
+    """The folder appears whole, in place of the one that was there, or not at all."""
+    names = _git("ls-files", "-z", "--", str(folder))
+    if not names:
+        anew = f"`dmr materialize {folder.name} --recipe {folder.parent.name} --force`"
+        raise UserError(f"Git has no {folder}: make it with {anew}")
+    with artifacts.disk_full_is_user_error(folder, folder.parent):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with artifacts.locked(folder), tempfile.TemporaryDirectory(dir=folder.parent, prefix=".restored-") as scratch:
+            prefix = f"{Path(scratch).resolve()}/"
+            _git("checkout-index", "-z", "--stdin", f"--prefix={prefix}", stdin=names)
+            artifacts.publish(Path(scratch, _git("rev-parse", "--show-prefix").strip(), folder), folder)
+
+
+def _git(*arguments: str, stdin: str | None = None) -> str:
+    """What Git prints; nothing where this is no checkout. Raises: UserError: it refuses."""
+    if not in_git():
+        return ""
+    try:
+        done = subprocess.run(["git", *arguments], input=stdin, capture_output=True, text=True, check=False)
+    except FileNotFoundError as error:
+        raise UserError("git is not installed, and has the artefact") from error
+    if done.returncode != 0:
+        raise UserError(f"git {arguments[0]}: {' '.join(done.stderr.split())}")
+    return done.stdout
 
 
 def _load(repo: "Repo", folder_hash: str, remote: str | None) -> "Tree":
@@ -144,7 +239,7 @@ def _load(repo: "Repo", folder_hash: str, remote: str | None) -> "Tree":
 def _fetch(repo: "Repo", oids: Collection[str], remote: str | None) -> None:
     """Fetch from the remote what the cache lacks."""
     cache = repo.cache.local
-    damaged = _drop_damaged(cache, oids)
+    damaged = dvc_stages.drop_damaged(cache, oids)
     missing = {oid for oid in oids if not cache.exists(oid)}
     name = remote or repo.config["core"].get("remote")
     if missing and name:
@@ -152,7 +247,7 @@ def _fetch(repo: "Repo", oids: Collection[str], remote: str | None) -> None:
         with _remote_errors(store):
             found = store.oids_exist(missing)
             _copy(store, cache, found)
-        for oid in _drop_damaged(cache, found):
+        for oid in dvc_stages.drop_damaged(cache, found):
             raise UserError(
                 f"{store.fs.unstrip_protocol(store.oid_to_path(oid))} in the DVC remote {name!r} is damaged, its content is"
                 " not what its name says: remove it, and push it again from a clone that has it"
@@ -163,7 +258,7 @@ def _fetch(repo: "Repo", oids: Collection[str], remote: str | None) -> None:
         cached = "was damaged in DVC's cache and is removed from it" if oid in damaged else "is not in DVC's cache"
         raise UserError(
             f"DVC's object {oid} {cached}, and {f'the remote {name!r} lacks it' if name else 'there is no remote'}: push it"
-            " from a clone that has it, or make the artefact again; one that lies in Git is in no cache, `git checkout` has it"
+            " from a clone that has it"
         )
 
 
@@ -187,17 +282,6 @@ def _remote_errors(store: "HashFileDB") -> Iterator[None]:
         raise  # worth another try, and no user's to mend
     except OSError as error:
         raise UserError(f"the DVC remote at {store.fs.unstrip_protocol(store.path)} failed: {error}") from error
-
-
-def _drop_damaged(cache: "HashFileDB", oids: Collection[str]) -> list[str]:
-    """Remove the objects whose content is not what their name says, since DVC itself looks only at their file mode."""
-    damaged = [
-        oid for oid in oids if cache.exists(oid) and file_md5(Path(cache.oid_to_path(oid))) != oid.removesuffix(".dir")
-    ]
-    for oid in damaged:
-        log.warning("DVC's object %s is damaged and is removed", cache.oid_to_path(oid))
-        cache.delete(oid)
-    return damaged
 
 
 def _tree(cache: "HashFileDB", folder_hash: str) -> "Tree":

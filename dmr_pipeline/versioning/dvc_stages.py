@@ -5,36 +5,29 @@ All paths are relative to the project's folder, which is the working directory.
 
 import logging
 import os
-import re
-import subprocess
-import sys
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import psutil
 import yaml
 from ruamel.yaml import YAML
 
 from dmr_pipeline import interrupts
-from dmr_pipeline.artifacts import Artifact, artifact_folder
+from dmr_pipeline.artifacts import Artifact, artifact_folder, file_md5, hash_files
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.recipe import RECIPE_FOLDER
 from dmr_pipeline.stage import Stage
+from dmr_pipeline.versioning import lock_file
+from dmr_pipeline.versioning.dvc_project import dvc_at_rest
+from dmr_pipeline.versioning.lock_file import LOCK_FILE as LOCK_FILE
 
 if TYPE_CHECKING:
-    from dvc.repo import Repo
+    from dvc_data.hashfile.db import HashFileDB
 
 log = logging.getLogger(__name__)
 
 DVC_FILE = Path("dvc.yaml")
-LOCK_FILE = Path("dvc.lock")
-RWLOCK = Path(".dvc/tmp/rwlock")
-"""DVC refuses a command on files that are noted here, whatever its option --wait-for-lock says."""
-BUSY = ("is busy, it is being blocked by", "Unable to acquire lock")
-POLL_SECONDS = 1.0
 HEADER = "# Rendered from the table in dmr_pipeline/pipeline.py by `dmr render`: change that, not this.\n"
 
 
@@ -49,7 +42,16 @@ def stage_command(stage: Stage, recipe: str) -> str:
 
 
 def render(stages: Sequence[Stage], recipes: Sequence[str]) -> str:
-    """Content of `dvc.yaml`: one matrix stage over all recipes for each row of the table."""
+    """Content of `dvc.yaml`: one matrix stage over all recipes for each row of the table.
+
+    Raises:
+        UserError: a recipe's name is more than a word to a shell, which runs the commands in the file.
+    """
+    for recipe in recipes:
+        if shlex.quote(recipe) != recipe:
+            raise UserError(
+                f"{RECIPE_FOLDER}/{recipe}.yaml: its name would reach a shell through {DVC_FILE}: rename it"
+            )
     rendered = {stage.name: _render_stage(stage, recipes) for stage in stages}
     return HEADER + yaml.safe_dump({"stages": rendered}, sort_keys=False, width=1000)
 
@@ -82,42 +84,13 @@ def check_rendered(stages: Sequence[Stage], recipes: Sequence[str], file: Path =
         raise UserError(f"{file} is not what the pipeline table and {RECIPE_FOLDER}/ say: run `dmr render`")
 
 
-@contextmanager
-def repository() -> Iterator["Repo"]:
-    """The DVC project around the working directory. What DVC refuses meanwhile is a UserError."""
-    from dvc.exceptions import DvcException
-    from dvc.repo import Repo
-
-    try:
-        with Repo() as repo:
-            yield repo
-    except DvcException as error:
-        raise UserError(f"DVC: {' '.join(str(error).split())}") from error
-
-
-@contextmanager
-def dvc_at_rest() -> Iterator[None]:
-    """Holds DVC's own lock, and waits for it: DVC writes `dvc.lock` in place, so whoever reads it meanwhile sees a part.
+def lock_entry(stage: Stage, recipe: str) -> Mapping[str, Any] | None:
+    """What `dvc.lock` records of a stage; None where it has no entry.
 
     Raises:
-        UserError: the working directory is in no DVC project.
+        UserError: `dvc.lock` is unreadable; the message has the command that mends it.
     """
-    from dvc.lock import make_lock
-
-    with repository() as repo:
-        hardlinks = repo.config["core"].get("hardlink_lock", False)
-        with make_lock(repo.lock.lockfile, tmp_dir=repo.tmp_dir, hardlink_lock=hardlinks, wait=True):
-            yield
-
-
-def lock_entry(stage: Stage, recipe: str) -> Mapping[str, Any] | None:
-    """What `dvc.lock` records of a stage; None where it has no entry."""
-    if not LOCK_FILE.is_file():
-        return None
-    with dvc_at_rest():
-        lock = LOCK_FILE.read_text(encoding="utf-8")
-    entry: Mapping[str, Any] | None = (_yaml().load(lock) or {}).get("stages", {}).get(stage_address(stage, recipe))
-    return entry
+    return lock_file.read_entries().get(stage_address(stage, recipe))
 
 
 def recorded_outputs(entry: Mapping[str, Any]) -> dict[str, str | None]:
@@ -153,57 +126,44 @@ def _yaml() -> YAML:
 
 
 def commit(stage: Stage, recipe: str, *, rebuilt: bool, artifact: Artifact) -> bool:
-    """Record a materialised artefact in DVC; True where there was something to record.
+    """Record a materialised artefact in DVC; True where there was something to record. As `dvc commit`, but a kill at any
+    moment leaves the old `dvc.lock` or the new one, and an object of the cache that is damaged is replaced.
 
     Inside `dvc repro` nothing is to be done: DVC records the stage itself when its command ends.
 
     Raises:
-        UserError: DVC refuses; its reason is in the message.
+        UserError: DVC refuses; its reason is in the message. Or the artefact was changed meanwhile.
     """
     if "DVC_STAGE" in os.environ:
         return False
     if not rebuilt and is_committed(stage, recipe, artifact):
         return False
+    from dvc.exceptions import DvcException
+
     address = stage_address(stage, recipe)
-    told = False
-    while True:
-        held = _held_files()
-        done = _run_dvc("commit", "-f", address)
-        if done.returncode == 0:
-            return True
-        reason = " ".join((done.stderr or done.stdout).split())
-        if not any(sign in reason for sign in BUSY):
-            raise UserError(f"dvc could not commit {address}: {reason}")
-        blockers = [int(pid) for pid in re.findall(r"\(PID (\d+)\)", reason)]
-        if not told:
-            by = f" (process {', '.join(map(str, blockers))})" if blockers else ""
-            log.info("%s: another DVC command%s works on the same files, waiting for it to end", address, by)
-            told = True
-        _wait_for_dvc(held, blockers)
+    with dvc_at_rest() as repo:
+        lock_file.check_and_copy()
+        try:
+            row = repo.stage.load_one(name=address)
+            row.save()
+            if [out.hash_info.value for out in row.outs] != [artifact.hash]:
+                raise UserError(f"{artifact.path} was changed while it was recorded: run again")
+            drop_damaged(repo.cache.local, [artifact.hash, *hash_files(artifact.path).values()])
+            for out in row.outs:
+                out.commit(relink=False)  # what is published is not written again
+        except DvcException as error:
+            raise UserError(f"dvc could not commit {address}: {' '.join(str(error).split())}") from error
+        with interrupts.held_back():  # short, and a commit that is done need not be done again
+            lock_file.record(row)
+    return True
 
 
-def _run_dvc(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Runs `dvc` to its end, out of reach of a terminal's Ctrl-C: it writes `dvc.lock` in place."""
-    with interrupts.held_back():
-        command = [sys.executable, "-m", "dvc", *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=False, start_new_session=True)
-
-
-def _held_files() -> bytes:
-    """DVC's notes on which of its commands reads or writes which files."""
-    return RWLOCK.read_bytes() if RWLOCK.is_file() else b""
-
-
-def _wait_for_dvc(held: bytes, blockers: Sequence[int]) -> None:
-    """Until the commands that hold files locked end, or let go of one; a look a second, at less than a `dvc commit` costs.
-
-    Args:
-        held: the notes of before.
-        blockers: ids of processes; none where it is the whole project that was locked.
-    """
-    while True:
-        time.sleep(POLL_SECONDS)
-        with dvc_at_rest():
-            now = _held_files()
-        if now != held or not any(map(psutil.pid_exists, blockers)):
-            return
+def drop_damaged(cache: "HashFileDB", oids: Iterable[str]) -> list[str]:
+    """Remove the objects whose content is not what their name says, since DVC itself looks only at their file mode."""
+    damaged = [
+        oid for oid in oids if cache.exists(oid) and file_md5(Path(cache.oid_to_path(oid))) != oid.removesuffix(".dir")
+    ]
+    for oid in damaged:
+        log.warning("DVC's object %s is damaged and is removed", cache.oid_to_path(oid))
+        cache.delete(oid)
+    return damaged

@@ -15,7 +15,8 @@ from pathlib import Path
 from ruamel.yaml import YAML
 
 from dmr_pipeline.errors import UserError
-from dmr_pipeline.versioning.dvc_stages import LOCK_FILE, dvc_at_rest
+from dmr_pipeline.versioning.dvc_project import dvc_at_rest
+from dmr_pipeline.versioning.lock_file import LOCK_FILE
 
 ATTEMPTS = 20
 IDENTITY = ("dmr-pipeline", "dmr-pipeline@localhost")

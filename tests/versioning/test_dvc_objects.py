@@ -1,8 +1,8 @@
 import hashlib
+import json
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -184,14 +184,6 @@ def test_missing_object_unknown_remote_and_no_project_are_user_errors(
         dvc_objects.restore(wanted, Path("target"))
 
 
-def test_artefact_in_git_is_in_no_cache_and_the_error_says_so(finished_project: Recipe):
-    agent = artifact_folder("agent", RECIPE)
-    wanted = verify(agent).hash
-    shutil.rmtree(agent)
-    with pytest.raises(UserError, match="lies in Git is in no cache"):
-        dvc_objects.restore(wanted, agent)
-
-
 def test_unwritable_remote_is_a_user_error(finished_project: Recipe, tmp_path: Path):
     (tmp_path / "file").write_text("no folder")
     dvc("remote", "add", "blocked", str(tmp_path / "file"))
@@ -221,40 +213,99 @@ def test_recorded_hash_is_that_of_dvc_lock(finished_project: Recipe):
     assert dvc_objects.recorded_hash(pipeline.STAGES[0], RECIPE) is None
 
 
-def test_inputs_that_dvc_lock_records_pass(finished_project: Recipe):
+def test_artefacts_that_dvc_lock_records_pass(finished_project: Recipe):
     for stage in pipeline.STAGES:
-        dvc_objects.check_recorded(stage, RECIPE, verify(artifact_folder(stage.name, RECIPE)))
+        dvc_objects.check(stage, RECIPE, verify(artifact_folder(stage.name, RECIPE)))
 
 
-def change_manifest(folder: Path) -> Artifact:
-    """The one file that no manifest guards."""
+def change_manifest(folder: Path, key: str = "summary") -> Artifact:
+    """The one file that no manifest guards: what it says under `key`."""
     manifest = folder / MANIFEST
-    manifest.write_text(manifest.read_text().replace('"inputs": ', '"inputs":  '))
+    content = json.loads(manifest.read_text())
+    content[key] = {**content[key], "changed": "5"} if isinstance(content[key], dict) else "99"
+    if key == "files":
+        content["files"] = {name: md5 for name, md5 in content["files"].items() if name != "changed"}
+        manifest.write_text(json.dumps(content))
+    else:
+        manifest.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
     return verify(folder)
 
 
-@pytest.mark.parametrize(("name", "remedy"), [("benchmark_tasks", "dvc pull"), ("agent", "git checkout")])
-def test_input_with_a_changed_manifest_is_refused(finished_project: Recipe, name: str, remedy: str):
-    changed = change_manifest(artifact_folder(name, RECIPE))
-    with pytest.raises(UserError, match=f"{changed.hash}, but dvc.lock records .*{remedy}.*--force") as raised:
-        dvc_objects.check_recorded(stage_called(name), RECIPE, changed)
+@pytest.mark.parametrize("name", ["benchmark_tasks", "agent", "ingested_trajectories", "evaluation_report"])
+@pytest.mark.parametrize("key", ["summary", "sections", "inputs", "code_version", "stage", "recipe", "files"])
+def test_changed_manifest_is_damage_whatever_it_then_says(finished_project: Recipe, name: str, key: str):
+    changed = change_manifest(artifact_folder(name, RECIPE), key)
+    with pytest.raises(UserError, match=f"{changed.hash}, but dvc.lock records .*dmr restore {name} ") as raised:
+        dvc_objects.check(stage_called(name), RECIPE, changed)
     assert "\n" not in str(raised.value)
 
 
-def test_input_of_another_provenance_is_not_the_concern_of_dvc_lock(finished_project: Recipe):
-    stage = stage_called("benchmark_tasks")
+def test_changed_manifest_without_an_entry_is_found_by_the_run_record(finished_project: Recipe):
     changed = change_manifest(TASKS)
-    dvc_objects.check_recorded(replace(stage, code_version="new"), RECIPE, changed)
-    recipe = Path("recipes", f"{RECIPE}.yaml")
-    recipe.write_text(recipe.read_text().replace("test: 1", "test: 2"))
-    dvc_objects.check_recorded(stage, RECIPE, changed)
+    Path("dvc.lock").unlink()
+    with pytest.raises(UserError, match=f"{changed.hash}, but its run record says"):
+        dvc_objects.check(stage_called("benchmark_tasks"), RECIPE, changed)
+
+
+def test_artefact_that_was_built_and_not_yet_committed_is_no_damage(finished_project: Recipe):
+    """As after a kill between the two: `dvc.lock` has the one before."""
+    stage = stage_called("benchmark_tasks")
+    recipe = finished_project.model_copy(
+        update={"benchmark": finished_project.benchmark.model_copy(update={"seed": 1})}
+    )
+    built = materialize_stage(stage, recipe).artifact
+    assert dvc_objects.recorded_hash(stage, RECIPE) != built.hash
+    dvc_objects.check(stage, RECIPE, built)
+
+
+def test_artefact_of_another_commit_is_no_damage(finished_project: Recipe):
+    """`dvc.lock` and the run record are of the newer one; what is there came out of the cache."""
+    stage, old = stage_called("benchmark_tasks"), verify(TASKS).hash
+    recipe = finished_project.model_copy(
+        update={"benchmark": finished_project.benchmark.model_copy(update={"seed": 1})}
+    )
+    new = materialize_stage(stage, recipe).artifact
+    dvc_stages.commit(stage, RECIPE, artifact=new, rebuilt=True)
+    record = sidecar_path(TASKS).read_text()
+    dvc_objects.restore(old, TASKS)
+    sidecar_path(TASKS).write_text(record)
+    assert dvc_objects.recorded_hash(stage, RECIPE) == new.hash
+    dvc_objects.check(stage, RECIPE, verify(TASKS))
+
+
+def test_committed_artefact_that_git_has_is_no_damage(finished_project: Recipe):
+    stage, folder = stage_called("agent"), artifact_folder("agent", RECIPE)
+    changed = change_manifest(folder)
+    subprocess.run(["git", "add", "--force", str(folder)], check=True)
+    dvc_objects.check(stage, RECIPE, changed)
+    (folder / "stray").write_text("x")
+    with pytest.raises(UserError, match="dmr restore agent"):
+        dvc_objects.check(stage, RECIPE, changed)
+
+
+def test_restore_gets_a_committed_artefact_from_git(finished_project: Recipe):
+    stage, folder = stage_called("agent"), artifact_folder("agent", RECIPE)
+    before = content(folder)
+    with pytest.raises(UserError, match=r"Git has no data/fake/agent: make it with `dmr materialize agent .* --force`"):
+        dvc_objects.restore_recorded(stage, RECIPE)
+    subprocess.run(["git", "add", "--force", str(folder)], check=True)
+    change_manifest(folder)
+    (folder / "stray").write_text("x")
+    (folder / "content.json").unlink()
+    dvc_objects.restore_recorded(stage, RECIPE)
+    assert content(folder) == before
+    assert not leftovers(folder.parent)
+    shutil.rmtree(folder)
+    dvc_objects.restore_recorded(stage, RECIPE)
+    assert content(folder) == before
 
 
 def test_manifest_that_came_damaged_out_of_the_cache_is_refused_and_the_remedy_helps(
     finished_project: Recipe, store: Path
 ):
     stage, wanted = stage_called("benchmark_tasks"), verify(TASKS).hash
-    dvc_objects.push(wanted, "store")
+    dvc("remote", "default", "store")
+    dvc_objects.push(wanted)
     cached = object_in(CACHE, hash_files(TASKS)[MANIFEST])
     text = cached.read_text()
     cached.chmod(0o644)
@@ -263,13 +314,10 @@ def test_manifest_that_came_damaged_out_of_the_cache_is_refused_and_the_remedy_h
     shutil.rmtree(TASKS)
     dvc("checkout", str(TASKS))
     with pytest.raises(UserError, match="came damaged out of DVC's cache"):
-        dvc_objects.check_recorded(stage, RECIPE, verify(TASKS))
-    assert not cached.exists()
-
-    shutil.rmtree(TASKS)
-    dvc("pull", "-r", "store", dvc_stages.stage_address(stage, RECIPE))
+        dvc_objects.check(stage, RECIPE, verify(TASKS))
+    dvc_objects.restore_recorded(stage, RECIPE)
     assert verify(TASKS).hash == wanted
-    dvc_objects.check_recorded(stage, RECIPE, verify(TASKS))
+    assert cached.read_text() == text
 
 
 def test_history_comes_back_on_a_clone(finished_project: Recipe, store: Path):
@@ -292,7 +340,7 @@ def test_lost_history_is_made_anew_only_if_it_comes_out_the_same(finished_projec
     shutil.rmtree(folder)
     assert materialize_stage(stage, finished_project, expected=wanted).artifact.hash == wanted
     shutil.rmtree(folder)
-    with pytest.raises(UserError, match=f"must not start anew: get it with `dvc pull {stage.name}@{RECIPE}`"):
+    with pytest.raises(UserError, match=f"must not start anew: `dmr restore {stage.name} --recipe {RECIPE}`"):
         materialize_stage(stage, finished_project, expected="0" * 32 + ".dir")
     assert not folder.exists()
 

@@ -1,0 +1,138 @@
+"""`dvc.lock`: written whole or not at all, read with care, and a copy of it kept.
+
+DVC itself writes it in place, so that a kill of `dvc repro` or `dvc commit` may leave a part of it, which may even be valid
+YAML. The copy tells what it had.
+"""
+
+import os
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from dmr_pipeline.errors import UserError
+from dmr_pipeline.versioning.dvc_project import dvc_at_rest
+
+if TYPE_CHECKING:
+    from dvc.stage import PipelineStage
+
+LOCK_FILE = Path("dvc.lock")
+COPY = Path(".dvc/tmp/dvc.lock.copy")
+
+Entries = Mapping[str, Mapping[str, Any]]
+"""Address of a stage -> what was recorded of it."""
+
+
+def read_entries() -> Entries:
+    """What `dvc.lock` records; nothing where there is none.
+
+    Raises:
+        UserError: it is unreadable; the message has the command that mends it.
+    """
+    if not LOCK_FILE.is_file():
+        return {}
+    with dvc_at_rest():
+        return check_and_copy()
+
+
+def check_and_copy() -> Entries:
+    """As `read_entries`, for who holds DVC's lock. A copy is kept, unless the file lacks entries that the last copy has and
+    is not what Git has: then those may have been lost."""
+    if not LOCK_FILE.is_file():
+        return {}
+    content = LOCK_FILE.read_bytes()
+    try:
+        entries = parse(content)
+    except ValueError as error:
+        raise UserError(f"{LOCK_FILE} {error}: mend it with {_remedy()}, then run again") from error
+    is_new = not COPY.is_file() or content != COPY.read_bytes()
+    if is_new and not lost_entries(entries):
+        _replace(COPY, content)
+    return entries
+
+
+def lost_entries(entries: Entries) -> Entries:
+    """What the last good `dvc.lock` of this clone had and this one lacks, unless Git has it just so."""
+    copied = _copied()
+    lost = {address: copied[address] for address in copied.keys() - entries.keys()}
+    return {} if not lost or _git_has_it_so() else lost
+
+
+def parse(content: bytes) -> Entries:
+    """Raises: ValueError: why it is no `dvc.lock`, in a few words that follow its name."""
+    from dvc.schema import COMPILED_LOCKFILE_SCHEMA
+    from voluptuous import Invalid
+
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError("is damaged, no text") from error
+    if not text.strip():
+        raise ValueError("is empty, as a DVC that is killed leaves it")
+    if any(line.startswith(("<<<<<<<", ">>>>>>>")) for line in text.splitlines()):
+        raise ValueError("holds Git's conflict markers")
+    try:
+        loaded = YAML(typ="safe").load(text)
+        COMPILED_LOCKFILE_SCHEMA(loaded)
+    except (YAMLError, ValueError, RecursionError) as error:
+        raise ValueError("is not valid YAML, cut or changed") from error
+    except Invalid as error:
+        raise ValueError(f"is not as DVC writes it ({error})") from error
+    entries: Entries = loaded.get("stages") or {}
+    return entries
+
+
+def record(stage: "PipelineStage") -> None:
+    """Put the saved stage's entry into the file. For who holds DVC's lock."""
+    from dvc.stage.serialize import to_lockfile
+    from dvc.utils.serialize import dumps_yaml, parse_yaml_for_update
+
+    text = LOCK_FILE.read_text(encoding="utf-8") if LOCK_FILE.is_file() else ""
+    data = parse_yaml_for_update(text, LOCK_FILE) or {"schema": "2.0"}
+    data.setdefault("stages", {}).update(to_lockfile(stage))
+    _replace(LOCK_FILE, dumps_yaml(data).encode())
+    check_and_copy()
+
+
+def _copied() -> Entries:
+    try:
+        return parse(COPY.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return {}
+
+
+def _remedy() -> str:
+    """What is recorded after that is what the artefacts on the disk are, so that none of these loses work."""
+    if _copied():
+        return f"`cp {COPY} {LOCK_FILE}`"
+    if _in_head():
+        return f"`git checkout HEAD -- {LOCK_FILE}`"
+    return f"`rm {LOCK_FILE}`"
+
+
+def _git_has_it_so() -> bool:
+    return _in_head() and _run("diff", "--quiet", "HEAD", "--", str(LOCK_FILE))
+
+
+def _in_head() -> bool:
+    return _run("cat-file", "-e", f"HEAD:./{LOCK_FILE}")
+
+
+def _run(*git: str) -> bool:
+    """Does Git say yes?"""
+    try:
+        return subprocess.run(["git", *git], capture_output=True, check=False).returncode == 0
+    except FileNotFoundError:
+        return False
+
+
+def _replace(path: Path, content: bytes) -> None:
+    part = path.with_name(f"{path.name}.part")
+    with part.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
