@@ -12,7 +12,7 @@ from typer.testing import CliRunner, Result
 
 from dmr_pipeline import pipeline
 from dmr_pipeline.artifacts import materialize_stage
-from dmr_pipeline.cli import app
+from dmr_pipeline.cli import app, stages
 from dmr_pipeline.cli.trajectories import trajectories
 from dmr_pipeline.ingestion import EXAMPLE
 from dmr_pipeline.recipe import Recipe
@@ -142,3 +142,22 @@ def test_what_is_no_file_is_not_read(project: Recipe, kind: str) -> None:
     done = dmr("validate", str(path), "--recipe", RECIPE)
     assert done.exit_code == 2
     assert ("split it" if kind == "large" else "new.jsonl is no file") in done.stderr
+
+
+def test_a_run_with_nothing_to_do_files_away_what_was_dropped_again(
+    project: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    materialize_stage(BENCHMARK, project)
+    incoming = Path("data/incoming/fake")
+    incoming.mkdir(parents=True)
+    write(EXAMPLE, name=str(incoming / "a.jsonl"))
+    materialize_stage(REAL, project)
+    write(EXAMPLE, name=str(incoming / "again.jsonl"))
+    shown = CliRunner().invoke(app, ["status", RECIPE])
+    assert "again.jsonl: it is ingested; `dmr run fake` moves it into ingested/" in shown.output
+    monkeypatch.setattr(stages, "_all_done", lambda _: True)
+    monkeypatch.setattr(stages, "_show_report", lambda _: None)
+    done = CliRunner().invoke(app, ["run", RECIPE])
+    assert done.exit_code == 0, done.output
+    assert sorted(path.name[13:] for path in (incoming / "ingested").iterdir()) == ["a.jsonl", "again.jsonl"]
+    assert "again.jsonl" not in CliRunner().invoke(app, ["status", RECIPE]).output
