@@ -1,9 +1,11 @@
 """Stage `quantized_checkpoints`: the precision ladder of one float checkpoint, measured; and loading it for acting."""
 
 import json
+import logging
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -11,20 +13,24 @@ from pydantic import BaseModel, ConfigDict
 from rich.progress import Progress
 from transformers import PreTrainedModel
 
+from dmr_pipeline.agent.caching import rows_that_fit, token_streams, transcript_capacity
 from dmr_pipeline.agent.checkpoint import load_causal_lm, load_tokenizer, resolve_device
 from dmr_pipeline.agent.examples import Example, expert_example
 from dmr_pipeline.agent.memory import halving, in_pieces
 from dmr_pipeline.agent.prompts import Prompter
-from dmr_pipeline.agent.rollout import CAPACITY, Clock, RoutingPolicy, Run, Trajectory, play, play_alone
-from dmr_pipeline.agent.streams import Streams
+from dmr_pipeline.agent.rollout import Clock, RoutingPolicy, Run, Trajectory, play, play_alone, warn_of_outgrown
+from dmr_pipeline.agent.streams import TokenStreams
 from dmr_pipeline.agent.train import trained_logits
 from dmr_pipeline.cost import episode_cost
 from dmr_pipeline.environments.base import Task
 from dmr_pipeline.environments.tasks import read_tasks
+from dmr_pipeline.errors import UserError
 from dmr_pipeline.parallel import deal, gather, in_processes, processes_on
 from dmr_pipeline.quantization import dequantized, load_rung, quantize_rung, rung_size, save_rung
 from dmr_pipeline.recipe import Precisions, Recipe
 from dmr_pipeline.stage import StageContext, StageResult
+
+log = logging.getLogger(__name__)
 
 LADDER_FILE = "ladder.json"
 
@@ -78,7 +84,8 @@ def quantized_checkpoints(context: StageContext) -> StageResult:
     tokenizer.save_pretrained(context.output / "tokenizer")
     prompter = Prompter.of(tokenizer, recipe.agent.prompt)
     games = read_tasks(context.inputs["benchmark_tasks"], "validation")
-    examples = expert_steps(games[: recipe.precisions.kl_episodes], prompter, recipe.benchmark.step_limit)
+    capacity = transcript_capacity(float_model.config, recipe.agent.max_transcript_tokens)
+    examples = expert_steps(games[: recipe.precisions.kl_episodes], prompter, recipe.benchmark.step_limit, capacity)
 
     def calibrate(model: PreTrainedModel) -> None:
         trained_logits(model, examples, device)
@@ -124,6 +131,9 @@ def _play_validation(
     advance: Callable[[int], None],
 ) -> list[Trajectory]:
     """One episode of each game by one rung."""
+    capacity = transcript_capacity(model.config, recipe.agent.max_transcript_tokens)
+    processes = processes_on(device, recipe.runtime)
+    rows = rows_that_fit([model], capacity, recipe.runtime.batch_episodes, processes)
 
     def play_part(part: Sequence[Task], advance: Callable[[int], None]) -> list[Trajectory]:
         return play_alone(
@@ -131,18 +141,37 @@ def _play_validation(
             part,
             prompter,
             recipe.benchmark.step_limit,
-            recipe.runtime.batch_episodes,
+            rows,
             recipe.agent.action,
             recipe.agent.temperature,
-            advance=advance,
+            capacity,
+            advance,
         )
 
-    return gather(in_processes(play_part, deal(games, processes_on(device, recipe.runtime)), advance))
+    played = gather(in_processes(play_part, deal(games, processes), advance))
+    warn_of_outgrown(played, capacity)
+    return played
 
 
-def expert_steps(games: Sequence[Task], prompter: Prompter, step_limit: int) -> list[Example]:
-    """The expert's flawless episodes, its actions as targets."""
-    return [expert_example(game, prompter, step_limit, mistake_rate=0.0, rng=random.Random(0)) for game in games]
+def expert_steps(games: Sequence[Task], prompter: Prompter, step_limit: int, capacity: int) -> list[Example]:
+    """The expert's flawless episodes, its actions as targets; those of more tokens than the capacity are left out.
+
+    Raises:
+        UserError: none is left.
+    """
+    whole = [expert_example(game, prompter, step_limit, mistake_rate=0.0, rng=random.Random(0)) for game in games]
+    fitting = [example for example in whole if len(example.tokens) <= capacity]
+    if not fitting:
+        shortest = min(len(example.tokens) for example in whole)
+        raise UserError(
+            f"none of the expert's {len(whole)} episodes fits into a transcript of {capacity} tokens (the shortest has"
+            f" {shortest}): set agent.max_transcript_tokens higher, or choose a model with more positions"
+        )
+    if len(fitting) < len(whole):
+        log.warning(
+            "%d of the expert's episodes are left out: longer than %d tokens", len(whole) - len(fitting), capacity
+        )
+    return fitting
 
 
 @torch.no_grad()
@@ -233,9 +262,20 @@ class Ladder:
         """Processes in which episodes are played at once."""
         return processes_on(self.device, self.recipe.runtime)
 
+    @property
+    def capacity(self) -> int:
+        """Tokens that a transcript may have."""
+        return transcript_capacity(self.models[True].config, self.recipe.agent.max_transcript_tokens)
+
+    @cached_property
+    def rows(self) -> int:
+        """Episodes that a process may act on at once: as the recipe says, or as many as there is memory for."""
+        models = list({id(model): model for model in self.models.values()}.values())
+        return rows_that_fit(models, self.capacity, self.recipe.runtime.batch_episodes, self.processes)
+
     def slots(self, runs: int) -> int:
         """Episodes that are acted on at once in one process, of so many."""
-        return min(self.recipe.runtime.batch_episodes, runs)
+        return min(self.rows, runs)
 
     def play(
         self,
@@ -252,6 +292,8 @@ class Ladder:
             seed: of the actions.
             clock: gets the seconds of all processes.
         """
+
+        rows = self.rows  # the same in all processes
 
         def play_part(part: Sequence[Run], advance: Callable[[int], None]) -> tuple[list[Trajectory], Clock]:
             spent, done = Clock(), dict[int, Trajectory]()
@@ -271,17 +313,19 @@ class Ladder:
                     done,
                 )
 
-            return halving(self.slots(len(part)), "episodes", attempt), spent
+            return halving(min(rows, len(part)), "episodes", attempt), spent
 
         parts = in_processes(play_part, deal(runs, self.processes), advance)
         for _, spent in parts:
             if clock is not None:
                 clock.add(spent)
-        return gather([played for played, _ in parts])
+        played = gather([played for played, _ in parts])
+        warn_of_outgrown(played, self.capacity)
+        return played
 
-    def streams(self, slots: int) -> dict[bool, Streams]:
+    def streams(self, slots: int) -> dict[bool, TokenStreams]:
         """Fresh token streams of both precisions."""
-        return {high: Streams(model, slots, CAPACITY) for high, model in self.models.items()}
+        return {high: token_streams(model, slots, self.capacity) for high, model in self.models.items()}
 
 
 def _load_acting(folder: Path, device: torch.device) -> tuple[PreTrainedModel, int]:

@@ -298,6 +298,12 @@ class Agent(Section):
     temperature: Annotated[float, Field(ge=0.0), at_most(100.0, "it would draw at random")] = Field(
         0.0, description="acting temperature; 0 is greedy"
     )
+    max_transcript_tokens: Count | None = Field(
+        None,
+        exclude_if=_unset,
+        description="tokens that a transcript may have; an episode that outgrows it is lost. By default what the model has"
+        " positions for, up to 16,384 (4,096 for an agent that is trained here). Memory is taken as it is used",
+    )
 
     def problems(self) -> Iterator[tuple[str, str]]:
         if self.action == "score" and self.prompt.thought_end is not None:

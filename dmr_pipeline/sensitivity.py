@@ -18,7 +18,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from dmr_pipeline.agent.memory import in_pieces
-from dmr_pipeline.agent.streams import Streams
+from dmr_pipeline.agent.streams import TokenStreams
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.ladder import Ladder
 from dmr_pipeline.parallel import deal, in_processes
@@ -75,11 +75,10 @@ def sensitivity_dataset(context: StageContext) -> StageResult:
     recipe = context.recipe
     torch.set_num_threads(recipe.runtime.threads)
     ladder = Ladder.load(context.inputs["quantized_checkpoints"], recipe)
-    given = read_all_trajectories(context.inputs, ladder.prompter, recipe.precisions.high)
-    slots = recipe.runtime.batch_episodes
+    given = read_all_trajectories(context.inputs, ladder.prompter, recipe.precisions.high, ladder.capacity)
     with Progress() as progress:
         bar = progress.add_task("divergence of the precisions", total=len(given.episodes))
-        rows = measure(ladder, given.episodes, given.steps, slots, lambda n: progress.advance(bar, n))
+        rows = measure(ladder, given.episodes, given.steps, ladder.rows, lambda n: progress.advance(bar, n))
     tau = threshold(rows, recipe.sensitivity)
     table = label(rows, recipe.sensitivity, tau)
     table.write_parquet(context.output / "steps.parquet")
@@ -147,7 +146,11 @@ def measure(
 
 
 def compare(
-    streams: dict[bool, Streams], slots: Sequence[int], chunks: Sequence[list[int]], end_token: int, max_tokens: int
+    streams: dict[bool, TokenStreams],
+    slots: Sequence[int],
+    chunks: Sequence[list[int]],
+    end_token: int,
+    max_tokens: int,
 ) -> list[Divergence]:
     """Append the chunks to both precisions' streams, and compare what they would do next; the streams end there."""
     first = {high: streams[high].extend(slots, chunks) for high in (True, False)}
@@ -230,7 +233,7 @@ def _share(table: pl.DataFrame) -> float | None:
 
 
 def _greedy(
-    streams: Streams, slots: Sequence[int], logits: Tensor, end_token: int, max_tokens: int
+    streams: TokenStreams, slots: Sequence[int], logits: Tensor, end_token: int, max_tokens: int
 ) -> tuple[list[list[int]], list[Tensor]]:
     """Greedy actions from where the streams stand, and the logits that each of their tokens was chosen from."""
     actions: list[list[int]] = [[] for _ in slots]
@@ -248,7 +251,7 @@ def _greedy(
 
 
 def _forced(
-    streams: Streams, slots: Sequence[int], first: Tensor, actions: Sequence[list[int]], lengths: Sequence[int]
+    streams: TokenStreams, slots: Sequence[int], first: Tensor, actions: Sequence[list[int]], lengths: Sequence[int]
 ) -> list[Tensor]:
     """Logits for every token of the given actions; the streams are cut back to `lengths`."""
     logits = [first[i : i + 1] for i in range(len(slots))]

@@ -14,7 +14,7 @@ import torch
 from rich.progress import Progress
 
 from dmr_pipeline.agent.prompts import Prompter
-from dmr_pipeline.agent.rollout import CAPACITY, Clock, RoutingPolicy, Run, SinglePrecision, Trajectory
+from dmr_pipeline.agent.rollout import Clock, RoutingPolicy, Run, SinglePrecision, Trajectory
 from dmr_pipeline.environments.tasks import read_tasks
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.ingestion import LoggedEpisode, read_ingested
@@ -88,6 +88,8 @@ def trajectories(context: StageContext) -> StageResult:
                 "steps": sum(len(t.steps) for t in played),
                 "success": round(sum(t.success for t in played) / len(played), 4),
             }
+            if outgrown := sum(t.outgrown for t in played):
+                summary[behaviour.name]["outgrown"] = outgrown
     episodes, steps = (pl.concat(parts) for parts in zip(*frames, strict=True))
     episodes.write_parquet(context.output / "episodes.parquet")
     steps.write_parquet(context.output / "steps.parquet")
@@ -145,18 +147,19 @@ def read_trajectories(folder: Path) -> tuple[pl.DataFrame, pl.DataFrame]:
     return tables[0], tables[1]
 
 
-def read_all_trajectories(inputs: Mapping[str, Path], prompter: Prompter, high: str) -> AllTrajectories:
+def read_all_trajectories(inputs: Mapping[str, Path], prompter: Prompter, high: str, capacity: int) -> AllTrajectories:
     """The union of the inputs `trajectories` and `ingested_trajectories`, both checked again on reading.
 
     Args:
         high: the high rung's name.
+        capacity: tokens that a transcript may have.
 
     Raises:
         UserError: one of the artefacts is not what it should be.
     """
     episodes, steps = read_trajectories(inputs["trajectories"])
     logged = read_ingested(inputs["ingested_trajectories"])
-    more_episodes, more_steps = ingested_tables(logged, prompter, high)
+    more_episodes, more_steps = ingested_tables(logged, prompter, high, capacity)
     return AllTrajectories(
         pl.concat([episodes, more_episodes], rechunk=True),
         pl.concat([steps, more_steps], rechunk=True),
@@ -165,7 +168,7 @@ def read_all_trajectories(inputs: Mapping[str, Path], prompter: Prompter, high: 
 
 
 def ingested_tables(
-    logged: Sequence[LoggedEpisode], prompter: Prompter, high: str
+    logged: Sequence[LoggedEpisode], prompter: Prompter, high: str, capacity: int
 ) -> tuple[pl.DataFrame, pl.DataFrame]:
     """Logged episodes as tables of the schemas above, tokenized as if the agent had played them.
 
@@ -176,7 +179,7 @@ def ingested_tables(
     episodes, steps, too_long = [], [], 0
     for episode in logged:
         segments, actions = _tokens(episode, prompter)
-        if sum(map(len, segments + actions)) + prompter.prompt.max_action_tokens > CAPACITY:
+        if sum(map(len, segments + actions)) + prompter.prompt.max_action_tokens > capacity:
             too_long += 1
             continue
         episode_id = f"{INGESTED}/{episode.episode_id}"
@@ -210,7 +213,7 @@ def ingested_tables(
             for turn, (step, *tokens) in enumerate(zip(episode.steps, segments, actions, strict=True))
         ]
     if too_long:
-        log.warning("%d ingested episodes are left out: too long for the agent's %d tokens", too_long, CAPACITY)
+        log.warning("%d ingested episodes are left out: too long for the agent's %d tokens", too_long, capacity)
     return pl.DataFrame(episodes, schema=EPISODES, orient="row"), pl.DataFrame(steps, schema=STEPS, orient="row")
 
 

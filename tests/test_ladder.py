@@ -35,7 +35,7 @@ def test_the_gate_asks_for_a_strong_high_and_a_useful_low(high: float, low: floa
 
 @torch.no_grad()
 def test_divergence_is_the_mean_over_steps_of_plain_forward_passes() -> None:
-    examples = expert_steps([run.task for run in RUNS[:3]], PROMPTER, 50)
+    examples = expert_steps([run.task for run in RUNS[:3]], PROMPTER, 50, 4096)
     total, different, tokens = 0.0, 0, 0
     for example in examples:
         at = [i for i, target in enumerate(example.targets) if target != IGNORED]
@@ -52,7 +52,7 @@ def test_divergence_is_the_mean_over_steps_of_plain_forward_passes() -> None:
 
 @torch.no_grad()
 def test_a_changed_weight_makes_other_logits() -> None:
-    examples = expert_steps([RUNS[0].task], PROMPTER, 50)
+    examples = expert_steps([RUNS[0].task], PROMPTER, 50, 4096)
     changed = copy.deepcopy(HIGH)
     assert same_logits(HIGH, changed, examples, torch.device("cpu"))
     weight = changed.get_output_embeddings().weight

@@ -1,10 +1,14 @@
 """Episodes: a router picks the precision before each step, the agent at that precision acts.
 
-Many episodes run at once. Each precision keeps its own exact KV cache (`Streams`) and catches up, when its turn comes, on the
+Many episodes run at once. Each precision keeps its own exact cache (`TokenStreams`) and catches up, when its turn comes, on the
 tokens it has not seen; a finished episode's slot goes to the next task.
+
+An episode whose transcript has no room left for another step ends there and counts as lost, whatever its last reward was.
+That is ours; an agent that is cut off in the middle has not done its task.
 """
 
 import hashlib
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,14 +20,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from dmr_pipeline.agent.caching import token_streams, transcript_capacity
 from dmr_pipeline.agent.memory import halving
 from dmr_pipeline.agent.prompts import Prompter
-from dmr_pipeline.agent.streams import Streams
+from dmr_pipeline.agent.streams import TokenStreams
 from dmr_pipeline.environments.base import Episode, Task
 from dmr_pipeline.environments.tasks import begin_episode
+from dmr_pipeline.errors import UserError
 
-CAPACITY = 4096
-"""Tokens that a transcript may have."""
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -145,6 +150,8 @@ class Trajectory:
     steps: list[Step] = field(default_factory=list)
     reward: float = 0.0
     """Of the last step, in [0, 1]: what the benchmark calls the episode's score."""
+    outgrown: bool = False
+    """Ended, as lost, since its next step would not have fitted into the agents' streams."""
 
     @property
     def success(self) -> bool:
@@ -187,7 +194,7 @@ class _Slot:
 
 def play(
     runs: Sequence[Run],
-    agents: Mapping[bool, Streams],
+    agents: Mapping[bool, TokenStreams],
     prompter: Prompter,
     policy: RoutingPolicy,
     step_limit: int,
@@ -198,7 +205,8 @@ def play(
     advance: Callable[[int], None] = lambda _: None,
     done: dict[int, Trajectory] | None = None,
 ) -> list[Trajectory]:
-    """Play all runs; results are in the order of `runs` and do not depend on how many slots there are (but for rounding).
+    """Play all runs, each until it ends, has taken `step_limit` steps or has no room for another; results are in the order of
+    `runs` and do not depend on how many slots there are (but for rounding).
 
     Args:
         agents: precision is high -> its token streams; both may be the same object where one precision acts alone.
@@ -238,21 +246,39 @@ def play_alone(
     slots: int,
     action: Literal["generate", "score"] = "generate",
     temperature: float = 0.0,
+    max_tokens: int | None = None,
     advance: Callable[[int], None] = lambda _: None,
 ) -> list[Trajectory]:
     """One episode of each task, in which one model acts at every step; arguments as in `play`.
 
     Args:
         slots: episodes at once; halved where a GPU's memory does not suffice.
+        max_tokens: that a transcript may have; by default what `transcript_capacity` says.
+
+    Raises:
+        UserError: the model has positions for fewer tokens, or a first step does not fit.
     """
+    capacity = transcript_capacity(model.config, max_tokens)
     runs, done = [Run(task) for task in tasks], dict[int, Trajectory]()
 
     def attempt(slots: int) -> list[Trajectory]:
-        streams = Streams(model, slots, CAPACITY)
+        streams = token_streams(model, slots, capacity)
         agents, policy = {False: streams, True: streams}, SinglePrecision(high=True)
         return play(runs, agents, prompter, policy, step_limit, action, temperature, advance=advance, done=done)
 
     return halving(min(slots, len(tasks)), "episodes", attempt)
+
+
+def warn_of_outgrown(played: Sequence[Trajectory], capacity: int) -> None:
+    """Log how many episodes were cut off, if any."""
+    outgrown = sum(trajectory.outgrown for trajectory in played)
+    if outgrown:
+        log.warning(
+            "%d of %d episodes outgrew the %d tokens of a transcript (agent.max_transcript_tokens) and count as lost",
+            outgrown,
+            len(played),
+            capacity,
+        )
 
 
 class _Batch:
@@ -260,7 +286,7 @@ class _Batch:
 
     def __init__(
         self,
-        agents: Mapping[bool, Streams],
+        agents: Mapping[bool, TokenStreams],
         prompter: Prompter,
         policy: RoutingPolicy,
         action: Literal["generate", "score"],
@@ -269,7 +295,9 @@ class _Batch:
         clock: Clock,
     ) -> None:
         self.agents, self.prompter, self.policy = agents, prompter, policy
-        self.act = self._generate if action == "generate" else self._score
+        self.capacity = min(streams.capacity for streams in agents.values())
+        self.scores = action == "score"
+        self.act = self._score if self.scores else self._generate
         """act(high, slots): the action of one precision for each slot."""
         self.temperature, self.seed, self.clock = temperature, seed, clock
         self.slots: dict[int, _Slot] = {}
@@ -282,9 +310,23 @@ class _Batch:
         self.slots[slot] = _Slot(
             run, episode, Trajectory(run, opening), self.prompter.opening(opening, run.task.instruction)
         )
+        needed = self._needed(self.slots[slot])
+        if needed > self.capacity:
+            raise UserError(
+                f"task {run.task.task_id}: its first step needs {needed} tokens, a transcript may have {self.capacity}: set"
+                " agent.max_transcript_tokens higher, or show less of a page (agent.prompt.page)"
+            )
         for streams in self.agents.values():
             streams.reset([slot])
         self.policy.begin(slot, run)
+
+    def _needed(self, state: _Slot) -> int:
+        """Tokens of the transcript once the next step has been taken, at most."""
+        longest = self.prompter.prompt.max_action_tokens
+        if self.scores:
+            commands = state.episode.admissible_commands()
+            longest = max(longest, *(len(self.prompter.action(command)) for command in commands))
+        return len(state.transcript) + len(state.segment) + longest
 
     def step(self, step_limit: int) -> list[int]:
         """One step of every running episode; returns the slots whose episode has ended."""
@@ -332,8 +374,11 @@ class _Batch:
             if over or len(state.trajectory.steps) >= step_limit:
                 state.trajectory.reward = reward
                 ended.append(slot)
-            else:
-                state.segment = self.prompter.turn(observation, state.run.task.instruction)
+                continue
+            state.segment = self.prompter.turn(observation, state.run.task.instruction)
+            if self._needed(state) > self.capacity:
+                state.trajectory.outgrown = True
+                ended.append(slot)
         self.clock.router += decided - started
         self.clock.agent += acted - decided
         self.clock.environment += time.perf_counter() - acted
@@ -418,15 +463,13 @@ class _Batch:
         """A token for each (slot, index in the action)."""
         if self.temperature == 0:
             return list(logits.argmax(-1).tolist())
-        tokens = []
-        for row, (slot, index) in zip(
-            (logits / self.temperature).softmax(-1).double().cpu().numpy(), positions, strict=True
-        ):
-            state = self.slots[slot]
-            key = (self.seed, state.run.task.task_id, state.run.member, len(state.trajectory.steps), index)
-            draw = seeded_generator(*key).random() * row.sum()
-            tokens.append(int(min(np.searchsorted(np.cumsum(row), draw), len(row) - 1)))
-        return tokens
+        draws = [seeded_generator(*self._key(slot), index).random() for slot, index in positions]
+        return drawn(logits / self.temperature, draws)
+
+    def _key(self, slot: int) -> tuple[object, ...]:
+        """What a draw for the slot's present step is seeded by, beside its index in the action."""
+        state = self.slots[slot]
+        return self.seed, state.run.task.task_id, state.run.member, len(state.trajectory.steps)
 
 
 class _BatchPeek:
@@ -446,6 +489,15 @@ class _BatchPeek:
 
     def admissible_commands(self) -> list[Sequence[str]]:
         return [self._batch.slots[slot].episode.admissible_commands() for slot in self._slots]
+
+
+def drawn(logits: Tensor, draws: Sequence[float]) -> list[int]:
+    """For each row of logits [n, choices] the choice that its draw, uniform in [0, 1), falls on: the first whose cumulative
+    probability (float64) is above it."""
+    cumulative = logits.softmax(-1).double().cumsum(-1)
+    levels = torch.tensor(draws, dtype=torch.double, device=logits.device)[:, None] * cumulative[:, -1:]
+    choices = torch.searchsorted(cumulative, levels, right=True).squeeze(-1)
+    return list(choices.clamp(max=logits.shape[-1] - 1).tolist())
 
 
 def _leads(logits: Tensor) -> list[float]:

@@ -8,12 +8,13 @@ rounding, those of a plain forward pass over the whole sequence.
 import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
 from unittest.mock import patch
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from dmr_pipeline.agent.logits import decoder_of, logits_of
 from dmr_pipeline.errors import UserError
@@ -22,6 +23,32 @@ _SMALLEST_STORAGE = 256
 """Token positions that the cache starts with; doubled whenever they do not suffice."""
 _PADDING_WORTH_A_PASS = 256
 """Padded tokens that cost about as much as another forward pass."""
+
+
+class TokenStreams(Protocol):
+    """A batch of token sequences that only grow at their ends (or are cut there)."""
+
+    capacity: int
+    """Tokens that one sequence may have."""
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens in each slot."""
+        ...
+
+    def reset(self, slots: Sequence[int]) -> None: ...
+
+    def truncate(self, slot: int, length: int) -> None: ...
+
+    def copy(self, source: int, targets: Sequence[int]) -> None: ...
+
+    def extend(self, slots: Sequence[int], chunks: Sequence[Sequence[int]]) -> Tensor: ...
+
+    def extend_all(self, slots: Sequence[int], chunks: Sequence[Sequence[int]]) -> list[Tensor]: ...
+
+    def read(
+        self, slots: Sequence[int], chunks: Sequence[Sequence[int]], layers: Sequence[int]
+    ) -> tuple[Tensor, Tensor]: ...
 
 
 class _RowCache(Cache):
@@ -80,20 +107,23 @@ class Streams:
     them (as in generation), move next to nothing.
 
     Args:
-        model: any causal LM with full attention in every layer, float or quantized. It is put into evaluation mode.
+        model: a causal LM whose layers attend to all tokens or to a sliding window of them, float or quantized. It is put
+            into evaluation mode.
         slots: number of sequences.
         capacity: tokens that one sequence may have; memory is taken as the longest sequence needs it.
 
     Raises:
-        UserError: the model has sliding-window or recurrent layers.
+        UserError: the model has layers of another kind.
     """
 
     def __init__(self, model: PreTrainedModel, slots: int, capacity: int) -> None:
-        if any(type(layer) is not DynamicLayer for layer in DynamicCache(config=model.config).layers):
+        windows = attention_windows(model.config)
+        if windows is None:
             raise UserError(
-                f"model type {model.config.model_type!r}: not every layer has full attention, which exact caching of"
-                " ragged rows needs; choose a model without sliding-window or recurrent layers"
+                f"model type {model.config.model_type!r}: some layers attend neither to all tokens nor to a sliding window,"
+                " which caching of ragged rows needs"
             )
+        self._windows = windows
         self.model = model.eval()
         self.capacity = capacity
         self.lengths = [0] * slots
@@ -153,21 +183,13 @@ class Streams:
             float32 logits [len(slots), vocabulary] and states [len(slots), len(layers) * hidden size], layer by layer.
         """
         last = torch.stack([hidden[-1] for hidden in self._hidden(slots, chunks, layers)])
-        width = self.model.config.hidden_size
-        return logits_of(self.model, last[:, :width]), last[:, width:].float()
+        return logits_of(self.model, last[:, : self._width]), last[:, self._width :].float()
 
     def _hidden(
         self, slots: Sequence[int], chunks: Sequence[Sequence[int]], layers: Sequence[int] = ()
     ) -> list[Tensor]:
         """Append the chunks; last hidden states [len(chunk), width] of each, beside them the outputs of these layers."""
-        longest = max(self.lengths[slot] + len(chunk) for slot, chunk in zip(slots, chunks, strict=True))
-        if longest > self.capacity:
-            raise UserError(
-                f"a token sequence would grow to {longest} tokens, but its stream holds {self.capacity}:"
-                " raise the streams' capacity, or shorten the episodes (benchmark.step_limit in the recipe)"
-            )
-        if len(set(slots)) < len(slots) or not all(chunks):
-            raise ValueError("slots must be distinct and chunks not empty")
+        refuse_bad_calls(self.lengths, self.capacity, slots, chunks)
         cut = _first_pass([len(chunk) for chunk in chunks])
         hidden = self._forward(slots, [chunk[:cut] for chunk in chunks], layers)
         rest = [index for index, chunk in enumerate(chunks) if len(chunk) > cut]
@@ -199,20 +221,32 @@ class Streams:
         cache.read = max(self.lengths[slot] for slot in slots)
         cache.reserve(cache.read)
         cache.write = (rows, indices, positions[rows, indices])
-        # Additive, in the model's dtype: a boolean mask would be converted again in every layer on a CPU.
-        mask = torch.zeros(len(slots), 1, width, cache.read, dtype=self.model.dtype, device=device)
-        mask.masked_fill_(torch.arange(cache.read, device=device) > positions[:, None, :, None], float("-inf"))
+        masks = {kind: self._mask(positions, window) for kind, window in self._windows.items()}
         with _shared_heads() if device.type == "cpu" and width > 1 else nullcontext():
             output = decoder_of(self.model)(
                 input_ids=tokens,
-                attention_mask=mask,
+                attention_mask=masks if len(masks) > 1 else next(iter(masks.values())),
                 position_ids=positions,
                 past_key_values=cache,
                 use_cache=True,
                 output_hidden_states=bool(layers),
             )
+        self._width = output.last_hidden_state.shape[-1]  # not always the layers' (OPT projects)
         hidden = torch.cat([output.last_hidden_state, *(output.hidden_states[layer] for layer in layers)], dim=-1)
         return [hidden[self._row_of[slot], : len(chunk)] for slot, chunk in zip(slots, chunks, strict=True)]
+
+    def _mask(self, positions: Tensor, window: int | None) -> Tensor:
+        """[rows, 1, tokens, keys], -inf where the token at one of these positions [rows, tokens] does not see a key.
+
+        Additive, in the model's dtype: a boolean mask would be converted again in every layer on a CPU.
+        """
+        keys = torch.arange(self._cache.read, device=positions.device)
+        # Padding may lie further on; it sees what the last token can see, so that no row is without any key.
+        last = positions[:, None, :, None].clamp(max=self._cache.read - 1)
+        unseen = keys > last if window is None else (keys > last) | (keys <= last - window)
+        return torch.zeros(unseen.shape, dtype=self.model.dtype, device=positions.device).masked_fill_(
+            unseen, float("-inf")
+        )
 
     def _bring_to_front(self, slots: Sequence[int]) -> None:
         """Swap rows until those of `slots` are the first ones."""
@@ -227,6 +261,45 @@ class Streams:
         moved = [self._slot_at[row] for row in first]
         for slot, row in zip(moved, second, strict=True):
             self._row_of[slot], self._slot_at[row] = row, slot
+
+
+def attention_windows(config: PreTrainedConfig) -> dict[str, int | None] | None:
+    """For each kind of layer (`full_attention`, `sliding_attention`) the tokens that a token sees, itself among them, or None
+    for all before it; None for the whole where a layer is of another kind."""
+    decoder = config.get_text_config(decoder=True)
+    layers = DynamicCache(config=decoder).layers
+    kinds = decoder.layer_types if getattr(decoder, "layer_types", None) else [None] * len(layers)
+    windows: dict[str, int | None] = {}
+    for kind, layer in zip(kinds, layers, strict=True):
+        if type(layer) is DynamicLayer and kind in (None, "full_attention"):
+            windows["full_attention"] = None
+        elif (
+            type(layer) is DynamicSlidingWindowLayer
+            and kind in (None, "sliding_attention")
+            and layer.sliding_window == getattr(decoder, "sliding_window", None)
+        ):
+            windows["sliding_attention"] = layer.sliding_window
+        else:
+            return None
+    return windows
+
+
+def refuse_bad_calls(
+    lengths: Sequence[int], capacity: int, slots: Sequence[int], chunks: Sequence[Sequence[int]]
+) -> None:
+    """
+    Raises:
+        UserError: a sequence would outgrow the capacity.
+        ValueError: a slot is named twice, or a chunk is empty.
+    """
+    longest = max(lengths[slot] + len(chunk) for slot, chunk in zip(slots, chunks, strict=True))
+    if longest > capacity:
+        raise UserError(
+            f"a token sequence would grow to {longest} tokens, but its stream holds {capacity}: set"
+            " agent.max_transcript_tokens in the recipe higher, or shorten the episodes (benchmark.step_limit)"
+        )
+    if len(set(slots)) < len(slots) or not all(chunks):
+        raise ValueError("slots must be distinct and chunks not empty")
 
 
 def _first_pass(lengths: list[int]) -> int:

@@ -16,12 +16,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
+from dmr_pipeline.agent.caching import transcript_capacity, way_of
 from dmr_pipeline.agent.checkpoint import load_causal_lm, resolve_device, save_causal_lm
 from dmr_pipeline.agent.examples import IGNORED, Example, expert_example, look_example, relabelled_example
 from dmr_pipeline.agent.logits import decoder_of, logits_of
 from dmr_pipeline.agent.memory import out_of_memory_names
 from dmr_pipeline.agent.prompts import Prompter
-from dmr_pipeline.agent.rollout import CAPACITY, play_alone
+from dmr_pipeline.agent.rollout import play_alone
 from dmr_pipeline.agent.vocabulary import exact_word_tokenizer, word_tokenizer
 from dmr_pipeline.environments.base import Task
 from dmr_pipeline.environments.tasks import benchmark_texts, read_tasks
@@ -36,6 +37,8 @@ busy by few large ones."""
 _EMBEDDING_STD = 0.5
 _TRIES = 200
 """Expert episodes that are played for one that is short, at most; with none among them there would be no end."""
+_POSITIONS = 4096
+"""Tokens that a transcript may have, where the recipe does not say it."""
 _KEPT_EPISODES = 4000
 """The agent's own episodes that are kept for training; older ones, of a worse agent, are dropped."""
 
@@ -48,6 +51,8 @@ def agent(context: StageContext) -> StageResult:
     if section.pretrained is not None:
         source = section.pretrained
         model, tokenizer = load_causal_lm(source.model, source.revision, torch.device("cpu"), stored_precision=True)
+        way_of(model)
+        transcript_capacity(model.config, section.max_transcript_tokens)
         save_causal_lm(model, tokenizer, folder, model.dtype)
         return StageResult(summary={"source": source.model, "parameters": model.num_parameters()})
     assert section.training is not None
@@ -58,7 +63,16 @@ def agent(context: StageContext) -> StageResult:
     tokenizer = new_tokenizer(benchmark_texts(dealt, recipe.benchmark))
     prompter = Prompter.of(tokenizer, section.prompt)
     with out_of_memory_names("agent.training.architecture"):
-        model, log = train(tasks, prompter, section.training, recipe.benchmark, recipe.runtime, device, context.scratch)
+        model, log = train(
+            tasks,
+            prompter,
+            section.training,
+            recipe.benchmark,
+            recipe.runtime,
+            device,
+            context.scratch,
+            section.max_transcript_tokens,
+        )
     save_causal_lm(model, tokenizer, folder, torch.float16)
     log.write_parquet(context.output / "training.parquet")
     validation = read_tasks(dealt, "validation")
@@ -75,8 +89,8 @@ def agent(context: StageContext) -> StageResult:
     )
 
 
-def new_model(architecture: Architecture, vocabulary: int, seed: int) -> Qwen3ForCausalLM:
-    """A Qwen3-architecture causal LM with random weights.
+def new_model(architecture: Architecture, vocabulary: int, seed: int, positions: int | None = None) -> Qwen3ForCausalLM:
+    """A Qwen3-architecture causal LM with random weights, and positions for so many tokens (by default 4,096).
 
     Embeddings are wide and not tied to the head: with narrow ones (0.02), which Adam soon drags into one common direction,
     the words of a small vocabulary become too alike for attention to find one again.
@@ -91,7 +105,7 @@ def new_model(architecture: Architecture, vocabulary: int, seed: int) -> Qwen3Fo
             num_key_value_heads=architecture.key_value_heads,
             head_dim=architecture.head_width,
             intermediate_size=architecture.feed_forward,
-            max_position_embeddings=CAPACITY,
+            max_position_embeddings=positions or _POSITIONS,
             rope_parameters={"rope_type": "default", "rope_theta": 1e6},
             tie_word_embeddings=False,
             bos_token_id=None,
@@ -127,12 +141,13 @@ def train(
     runtime: Runtime,
     device: torch.device,
     scratch: Path,
+    positions: int | None = None,
 ) -> tuple[PreTrainedModel, pl.DataFrame]:
-    """Train from nothing, or from where a killed run stopped.
+    """Train a `new_model` with these positions from nothing, or from where a killed run stopped.
 
     Every update draws from a generator seeded by (seed, update), so that a resumed run repeats an unbroken one.
     """
-    model = new_model(training.architecture, len(prompter.tokenizer), training.seed).to(device)
+    model = new_model(training.architecture, len(prompter.tokenizer), training.seed, positions).to(device)
     optimizers = make_optimizers(model, training)
     state = _State(0, [], [])
     saved = scratch / "training.pt"

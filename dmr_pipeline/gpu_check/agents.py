@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
 
 from dmr_pipeline.agent.checkpoint import float_dtype, load_causal_lm
 from dmr_pipeline.agent.prompts import Prompter
-from dmr_pipeline.agent.rollout import CAPACITY, Clock, Run, SinglePrecision, Trajectory, play, play_alone
+from dmr_pipeline.agent.rollout import Clock, Run, SinglePrecision, Trajectory, play, play_alone
 from dmr_pipeline.agent.streams import Streams
 from dmr_pipeline.environments.alfworld.engine import AlfWorldEpisode
 from dmr_pipeline.environments.alfworld.game import Game
@@ -40,6 +40,8 @@ RUNGS = (
     Rung(name="int2-mse", weights="int2", ranges="mse"),
 )
 MIXED_RATIO = 0.35
+_CAPACITY = 4096
+"""Tokens that the committed agent has positions for."""
 KERNEL_TOLERANCE = 0.02
 """‖logits - those of the dequantized weights‖ / ‖those‖ that bfloat16 may cause, through all layers."""
 
@@ -176,7 +178,7 @@ def _agreement(
 ) -> tuple[float, int, float]:
     """Share of steps of the first model's episodes at which the second would act the same; the steps; seconds."""
     started = time.perf_counter()
-    streams = {True: Streams(one, len(games), CAPACITY), False: Streams(other, len(games), CAPACITY)}
+    streams = {True: Streams(one, len(games), _CAPACITY), False: Streams(other, len(games), _CAPACITY)}
     played = play([Run(game) for game in games], streams, agent.prompter, Disagreement(), limit)
     steps = [step for trajectory in played for step in trajectory.steps]
     return 1 - sum(step.high for step in steps) / len(steps), len(steps), time.perf_counter() - started
@@ -190,7 +192,7 @@ def speed(agent: TinyAgent, part: Part) -> None:
 
     def timed(high: PreTrainedModel, low: PreTrainedModel, batch: int, limit: int) -> Clock:
         runs, clock = [Run(game) for game in agent.games[:batch]], Clock()
-        streams = {True: Streams(high, batch, CAPACITY), False: Streams(low, batch, CAPACITY)}
+        streams = {True: Streams(high, batch, _CAPACITY), False: Streams(low, batch, _CAPACITY)}
         policy = SinglePrecision(high=True) if high is low else RandomMixing(MIXED_RATIO, seed=0)
         play(runs, streams, agent.prompter, policy, limit, clock=clock)
         return clock

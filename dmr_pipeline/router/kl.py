@@ -66,11 +66,18 @@ def kl_router(context: StageContext) -> StageResult:
     recipe, section = context.recipe, context.recipe.kl_router
     torch.set_num_threads(recipe.runtime.threads)
     ladder = Ladder.load(context.inputs["quantized_checkpoints"], recipe)
-    steps = read_all_trajectories(context.inputs, ladder.prompter, recipe.precisions.high).steps
+    steps = read_all_trajectories(context.inputs, ladder.prompter, recipe.precisions.high, ladder.capacity).steps
     sensitivity = read_sensitivity(context.inputs["sensitivity_dataset"])
     tau = threshold(sensitivity, recipe.sensitivity)
     searches = search_summary(steps, sensitivity, recipe, tau)
-    router = new_router(section.model, ladder.prompter.tokenizer, section.seed, ladder.device, ladder.models[False])
+    router = new_router(
+        section.model,
+        ladder.prompter.tokenizer,
+        section.seed,
+        ladder.device,
+        ladder.models[False],
+        ladder.capacity + recipe.benchmark.step_limit,
+    )
     sequences = sequences_of_steps(steps, router.settings)
     sequences = with_features(router, sequences, section.batch_episodes, ladder.processes)
     if isinstance(router.model, ProbeHead):
@@ -337,7 +344,7 @@ def validate(router: Router, games: Sequence[Task], ladder: Ladder, recipe: Reci
     episodes, steps = to_frames(played, "validation")
     with Progress() as progress:
         bar = progress.add_task("their labels", total=len(episodes))
-        rows = measure(ladder, episodes, steps, recipe.runtime.batch_episodes, lambda n: progress.advance(bar, n))
+        rows = measure(ladder, episodes, steps, ladder.rows, lambda n: progress.advance(bar, n))
     batch = recipe.kl_router.batch_episodes
     sequences = with_features(router, sequences_of_steps(steps, router.settings), batch, ladder.processes)
     margins = routing_margins(router, sequences, batch)

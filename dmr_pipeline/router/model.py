@@ -26,6 +26,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from dmr_pipeline.agent.caching import positions_of
 from dmr_pipeline.agent.checkpoint import load_causal_lm, load_tokenizer, save_causal_lm
 from dmr_pipeline.agent.formats import refuse_pickles
 from dmr_pipeline.agent.logits import decoder_of, logits_of
@@ -98,6 +99,7 @@ def new_router(
     seed: int,
     device: torch.device,
     agent: PreTrainedModel | None = None,
+    positions: int | None = None,
 ) -> Router:
     """A router that has not been trained yet, of random weights or from a pretrained LLM.
 
@@ -105,16 +107,18 @@ def new_router(
 
     Args:
         agent: at low precision, for a probe.
+        positions: tokens that an LM's sequences may have: those of a transcript and one a step.
 
     Raises:
-        UserError: the pretrained LLM cannot be loaded, or does not share the agent's vocabulary; or a probe's layer is none.
+        UserError: the pretrained LLM cannot be loaded, has fewer positions, or does not share the agent's vocabulary; or a
+            probe's layer is none.
     """
     if section.probe is not None:
         tokenizer = _with_routing_tokens(agent_tokenizer)
         model: PreTrainedModel = new_probe(section.probe, _given(agent), seed)
     elif section.architecture is not None:
         tokenizer = _with_routing_tokens(agent_tokenizer)
-        model = new_model(section.architecture, len(tokenizer), seed)
+        model = new_model(section.architecture, len(tokenizer), seed, positions)
     else:
         assert section.pretrained is not None
         source = section.pretrained
@@ -123,6 +127,13 @@ def new_router(
             raise UserError(
                 f"kl_router.model.pretrained: {source.model!r} and the agent have different vocabularies, but the"
                 " router reads the agent's tokens; choose a smaller model of the same family"
+            )
+        most = positions_of(model.config)
+        if positions is not None and most is not None and most < positions:
+            raise UserError(
+                f"kl_router.model.pretrained: {source.model!r} has positions for {most} tokens that a cache can hold, but the"
+                f" transcripts with a routing token a step may have {positions}: choose a router with more, or set"
+                f" agent.max_transcript_tokens lower by {positions - most}"
             )
         tokenizer = _with_routing_tokens(tokenizer)
         if len(tokenizer) > model.get_input_embeddings().num_embeddings:

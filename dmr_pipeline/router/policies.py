@@ -6,14 +6,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dmr_pipeline.agent.rollout import CAPACITY, Decision, Peek, RoutingPolicy, Run, seeded_generator
-from dmr_pipeline.agent.streams import Streams
+from dmr_pipeline.agent.caching import DEFAULT_TRANSCRIPT_TOKENS, positions_of, token_streams
+from dmr_pipeline.agent.rollout import Decision, Peek, RoutingPolicy, Run, seeded_generator
 from dmr_pipeline.router.model import Router
 from dmr_pipeline.router.probe import probe_features
 from dmr_pipeline.router.search_steps import at_search_bar
 
-ROUTER_CAPACITY = CAPACITY + CAPACITY // 2
-"""Tokens that an LM router's sequence may have: one more a step than the transcript's, and a step has at least two."""
+_UNLIMITED = 2 * DEFAULT_TRANSCRIPT_TOKENS
+"""Tokens that the sequence of an LM router without positions may have."""
 
 
 def routing_policy(router: Router, slots: int, sample: bool = False, seed: int = 0) -> RoutingPolicy:
@@ -67,7 +67,7 @@ class LmRouter:
 
     def __init__(self, router: Router, slots: int, sample: bool = False, seed: int = 0) -> None:
         self.router, self._chooser = router, _Chooser(router, sample, seed)
-        self._streams = Streams(router.model, slots, ROUTER_CAPACITY)
+        self._streams = token_streams(router.model, slots, positions_of(router.model.config) or _UNLIMITED)
         self._pending: dict[int, list[int]] = {}
         """Tokens that the stream of a slot has not read: since its last decision."""
 

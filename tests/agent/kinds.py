@@ -58,6 +58,7 @@ _LINEAR = {
     "linear_value_head_dim": 8,
     "layer_types": ["linear_attention", "linear_attention", "linear_attention", "full_attention"],
 }
+_ONE_FULL = {"layer_types": ["sliding_attention", "sliding_attention", "sliding_attention", "full_attention"]}
 _EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
 
 KINDS: dict[str, Callable[[], PreTrainedConfig]] = {
@@ -77,10 +78,18 @@ KINDS: dict[str, Callable[[], PreTrainedConfig]] = {
     "phi3": lambda: Phi3Config(**_SHAPE, sliding_window=WINDOW, pad_token_id=0),
     "gemma2": lambda: Gemma2Config(**_SHAPE, sliding_window=WINDOW, query_pre_attn_scalar=16),
     "gemma3": lambda: Gemma3TextConfig(
-        **_SHAPE, sliding_window=WINDOW, query_pre_attn_scalar=16, final_logit_softcapping=5.0
+        **_SHAPE,
+        **_ONE_FULL,
+        sliding_window=WINDOW,
+        query_pre_attn_scalar=16,
+        final_logit_softcapping=5.0,
     ),
     "gemma4": lambda: Gemma4TextConfig(
-        **_SHAPE, sliding_window=WINDOW, vocab_size_per_layer_input=VOCABULARY, hidden_size_per_layer_input=8
+        **_SHAPE,
+        **_ONE_FULL,
+        sliding_window=WINDOW,
+        vocab_size_per_layer_input=VOCABULARY,
+        hidden_size_per_layer_input=8,
     ),
     "olmo3": lambda: Olmo3Config(**_SHAPE, sliding_window=WINDOW),
     "cohere2": lambda: Cohere2Config(**_SHAPE, sliding_window=WINDOW),

@@ -2,11 +2,24 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dmr_pipeline.agent.prompts import Prompter
-from dmr_pipeline.agent.rollout import Decision, Peek, Run, SinglePrecision, Trajectory, play
+from dmr_pipeline.agent.rollout import (
+    Decision,
+    Peek,
+    Run,
+    SinglePrecision,
+    Trajectory,
+    drawn,
+    play,
+    play_alone,
+    warn_of_outgrown,
+)
 from dmr_pipeline.agent.streams import Streams
 from dmr_pipeline.agent.train import new_model
 from dmr_pipeline.agent.vocabulary import word_tokenizer
@@ -14,6 +27,7 @@ from dmr_pipeline.cost import episode_cost
 from dmr_pipeline.environments.alfworld.generator import generate_game
 from dmr_pipeline.environments.alfworld.words import alfworld_texts
 from dmr_pipeline.environments.tasks import begin_episode
+from dmr_pipeline.errors import UserError
 from dmr_pipeline.recipe import Architecture, Prompt
 from dmr_pipeline.router.baselines import Confidence, Disagreement, RandomMixing
 
@@ -106,6 +120,33 @@ def test_drawn_actions_depend_on_the_seed_alone() -> None:
     assert first != taken(roll(policy, temperature=1.0, seed=6))
 
 
+def test_draws_follow_the_distribution() -> None:
+    logits = torch.tensor([[-torch.inf, 1.0, -2.0, 0.5, -torch.inf], [3.0, -torch.inf, 0.0, 0.0, 7.0]])
+    grid = 10_000
+    draws = [
+        (i + 0.5) / grid for i in range(grid)
+    ]  # equal parts of [0, 1): frequencies are probabilities but for 1 / grid
+    for row in logits:
+        found = torch.bincount(torch.tensor(drawn(row.expand(grid, -1), draws)), minlength=5) / grid
+        torch.testing.assert_close(found, torch.distributions.Categorical(logits=row).probs, atol=1.5 / grid, rtol=0)
+    assert drawn(logits, [0.0, 0.0]) == [1, 0]  # never what has no probability
+    assert drawn(logits, [1 - 2**-53, 1 - 2**-53]) == [3, 4]
+
+
+@given(st.integers(0, 1000))
+@settings(max_examples=30, deadline=None)
+def test_rows_are_drawn_each_by_its_own_draw(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    logits = torch.from_numpy(rng.normal(0, 3, (4, 50)).astype(np.float32))
+    draws = rng.random(4).tolist()
+    probabilities = logits.softmax(-1).double().numpy()
+    by_hand = [
+        next(i for i, level in enumerate(np.cumsum(row)) if level > draw * row.sum())
+        for row, draw in zip(probabilities, draws, strict=True)
+    ]
+    assert drawn(logits, draws) == by_hand
+
+
 @torch.no_grad()
 def test_scoring_takes_the_likeliest_admissible_command() -> None:
     for trajectory in roll(SinglePrecision(high=True), action="score"):
@@ -119,6 +160,58 @@ def test_scoring_takes_the_likeliest_admissible_command() -> None:
                 scores[command] = sum(float(logits[len(prefix) - 1 + i, token]) for i, token in enumerate(action))
             assert step.command == max(scores, key=scores.__getitem__)
             episode.step(step.command)
+
+
+def outgrowing(capacity: int, action="generate") -> list[Trajectory]:
+    streams = Streams(HIGH, 3, capacity)
+    return play(RUNS, {True: streams, False: streams}, PROMPTER, SinglePrecision(high=True), STEPS, action=action)
+
+
+def tokens_of(trajectory: Trajectory, turns: int) -> int:
+    return sum(len(step.segment) + len(step.action) for step in trajectory.steps[:turns])
+
+
+@pytest.mark.parametrize("action", ["generate", "score"])
+def test_an_episode_that_outgrows_its_transcript_ends_as_lost(action: str, caplog: pytest.LogCaptureFixture) -> None:
+    whole = roll(SinglePrecision(high=True), action=action)
+    capacity = max(len(trajectory.steps[0].segment) for trajectory in whole) + 60
+    cut = outgrowing(capacity, action)
+    assert {trajectory.outgrown for trajectory in cut} >= {True}
+    for short, long in zip(cut, whole, strict=True):
+        turns = len(short.steps)
+        assert [step.action for step in short.steps] == [step.action for step in long.steps[:turns]]
+        assert 0 < tokens_of(short, turns) <= capacity
+        if short.outgrown:
+            assert not short.success
+            assert short.reward == 0.0
+            room = PROMPTER.prompt.max_action_tokens if action == "generate" else 2  # the shortest command and its end
+            assert tokens_of(short, turns) + len(long.steps[turns].segment) + room > capacity - 20
+        else:
+            assert turns == len(long.steps)
+    warn_of_outgrown(cut, capacity)
+    outgrown = sum(trajectory.outgrown for trajectory in cut)
+    assert f"{outgrown} of 7 episodes outgrew the {capacity} tokens of a transcript" in caplog.text
+    caplog.clear()
+    warn_of_outgrown(whole, 2048)
+    assert not caplog.messages
+
+
+def test_the_last_step_that_fits_is_taken() -> None:
+    whole = roll(SinglePrecision(high=True))[:1]
+    needed = tokens_of(whole[0], 2) + len(whole[0].steps[2].segment) + PROMPTER.prompt.max_action_tokens
+    for capacity, steps in ((needed, 3), (needed - 1, 2)):
+        streams = Streams(HIGH, 1, capacity)
+        agents = {True: streams, False: streams}
+        assert len(play(RUNS[:1], agents, PROMPTER, SinglePrecision(high=True), 3)[0].steps) == steps
+
+
+def test_a_first_step_that_does_not_fit_is_refused() -> None:
+    with pytest.raises(
+        UserError, match=r"^task .*: its first step needs \d+ tokens, a transcript may have 20: set agent.max_tr"
+    ):
+        outgrowing(20)
+    with pytest.raises(UserError, match=r"a transcript may have 30"):
+        play_alone(HIGH, [RUNS[0].task], PROMPTER, STEPS, 1, max_tokens=30)
 
 
 def test_the_policy_hears_of_every_segment_and_action() -> None:

@@ -6,7 +6,6 @@ from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
-    MistralConfig,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen3Config,
@@ -14,6 +13,7 @@ from transformers import (
 
 from dmr_pipeline.agent.streams import Streams
 from dmr_pipeline.errors import UserError
+from tests.agent.kinds import model_of
 
 VOCABULARY = 50
 SHAPE = {
@@ -126,7 +126,7 @@ def test_grows_up_to_its_capacity_and_refuses_more_without_a_change() -> None:
     for start in range(0, 600, 200):
         logits = streams.extend([1], [text[start : start + 200]])
     assert_close(logits[0], uncached(MODELS[0], text[:600])[-1])
-    with pytest.raises(UserError, match=r"602 tokens.*holds 601.*capacity"):
+    with pytest.raises(UserError, match=r"602 tokens.*holds 601.*max_transcript_tokens"):
         streams.extend([0, 1], [[1], [1, 2]])
     assert streams.lengths == [0, 600]
     assert_close(streams.extend([1], [text[600:]])[0], uncached(MODELS[0], text)[-1])
@@ -148,5 +148,7 @@ def test_bad_calls_are_refused() -> None:
         streams.extend([0, 0], [[1], [1]])
     with pytest.raises(ValueError, match="cannot be cut"):
         streams.truncate(0, 1)
-    with pytest.raises(UserError, match="sliding-window"):
-        Streams(causal_lm(MistralConfig(**SHAPE, sliding_window=8)), slots=1, capacity=8)
+    with pytest.raises(
+        UserError, match=r"'qwen3_5_text': some layers attend neither to all tokens nor to a sliding window"
+    ):
+        Streams(model_of("qwen3.5"), slots=1, capacity=8)
