@@ -768,15 +768,25 @@ def check_recipe(name: str, folder: Path = RECIPE_FOLDER) -> tuple[Recipe | None
         recipe = Recipe.model_validate(content)
         sections: dict[str, Section] = dict(recipe)
     except ValidationError as error:
-        errors = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")  # a typo makes others of its kind
-        bad = {e["loc"][0] for e in errors if e["loc"]}
-        sections = {
-            key: adapter.validate_python(content[key])
-            for key, adapter in _section_readers().items()
-            if key in content and key not in bad
-        }
+        sections, errors = _read_sections(content, error)
     problems = [line for e in errors for line in _lines(e)] + list(problems_across(sections))
     return (None if problems else recipe), [f"{path}: {problem}" for problem in problems]
+
+
+def _read_sections(content: Mapping[str, Any], error: ValidationError) -> tuple[dict[str, Section], list[ErrorDetails]]:
+    """The sections that are right, each by itself, and everything that is wrong with the others and with the whole."""
+    readers = _section_readers()
+    sections: dict[str, Section] = {}
+    # Of the whole: sections that are missing, keys that are none. What is misspelt explains what is missing: it comes first.
+    errors = [e for e in error.errors() if not e["loc"] or e["loc"][0] not in readers.keys() & content.keys()]
+    for name in readers.keys() & content.keys():
+        try:
+            sections[name] = readers[name].validate_python(content[name])
+        except ValidationError as found:
+            errors += [{**e, "loc": (name, *e["loc"])} for e in found.errors()]
+    rank = {name: place for place, name in enumerate(Recipe.model_fields)}
+    errors.sort(key=lambda e: (e["type"] != "extra_forbidden", rank.get(str(e["loc"][0]) if e["loc"] else "", -1)))
+    return sections, errors
 
 
 @cache

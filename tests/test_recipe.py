@@ -524,3 +524,12 @@ def test_every_section_is_strict() -> None:
         assert section.model_config["allow_inf_nan"] is False
         sections += section.__subclasses__()
     assert json.loads(load_recipe("alfworld-tiny", REPOSITORY / RECIPE_FOLDER).model_dump_json())
+
+
+def test_a_problem_of_the_whole_hides_none_of_its_sections(tmp_path: Path) -> None:
+    """Of a lone surrogate pydantic says nothing else."""
+    text = (REPOSITORY / RECIPE_FOLDER / "alfworld-tiny.yaml").read_text().replace("group_size: 8", "group_size: 1")
+    (tmp_path / "x.yaml").write_text(text.replace("step_limit: 50", r'"\ud800": 50') + r'"\ud800": 1' + "\n")
+    _, found = check_recipe("x", tmp_path)
+    assert any("grpo_router.group_size: Input should be greater than or equal to 2 (it is 1)" in line for line in found)
+    assert all(line.isprintable() for line in found)
