@@ -4,12 +4,12 @@ import json
 import logging
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 from rich.progress import Progress
 from transformers import PreTrainedModel
 
@@ -26,8 +26,8 @@ from dmr_pipeline.environments.base import Task
 from dmr_pipeline.environments.tasks import read_tasks
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.parallel import deal, gather, in_processes, processes_on
-from dmr_pipeline.quantization import dequantized, load_rung, quantize_rung, rung_size, save_rung
-from dmr_pipeline.recipe import Precisions, Recipe
+from dmr_pipeline.quantization import RungSize, dequantize, load_rung, quantize_rung, rung_size, save_rung
+from dmr_pipeline.recipe import Precisions, Recipe, Rung
 from dmr_pipeline.stage import StageContext, StageResult
 
 log = logging.getLogger(__name__)
@@ -45,6 +45,8 @@ class RungFacts(BaseModel):
     """Of all weights, as stored."""
     bits_per_weight: float
     """Over all weights, the float ones among them."""
+    quantized_share: float
+    """Weights that are quantized, of all weights."""
     kl_to_float: float
     """KL(float || rung) over a whole action, teacher-forced on the expert's, mean over steps; nats."""
     greedy_disagreement: float
@@ -86,32 +88,26 @@ def quantized_checkpoints(context: StageContext) -> StageResult:
     games = read_tasks(context.inputs["benchmark_tasks"], "validation")
     capacity = transcript_capacity(float_model.config, recipe.agent.max_transcript_tokens)
     examples = expert_steps(games[: recipe.precisions.kl_episodes], prompter, recipe.benchmark.step_limit, capacity)
-
-    def calibrate(model: PreTrainedModel) -> None:
-        trained_logits(model, examples, device)
-
     facts, cost = [], 0.0
     with Progress() as progress:
         bar = progress.add_task("precision ladder", total=len(recipe.precisions.ladder) * len(games))
         for rung in recipe.precisions.ladder:
             progress.update(bar, description=f"{rung.name} plays validation games")
-            quantized = quantize_rung(float_model, rung, calibrate)
-            save_rung(quantized, context.output / rung.name)
-            model = load_rung(context.output / rung.name, device)
-            size = rung_size(model)
-            acting = acting_model(model, device)
+            acting, size, equal = _make_rung(float_model, rung, context.output / rung.name, examples, device)
             divergence, disagreement = divergence_to_float(float_model, acting, examples, device)
             played = _play_validation(acting, games, prompter, recipe, device, lambda n: progress.advance(bar, n))
+            del acting  # before the next one is made
             facts.append(
                 RungFacts(
                     name=rung.name,
                     bytes=size.bytes,
                     bits_per_weight=round(size.bits_per_weight, 4),
+                    quantized_share=round(size.quantized_share, 4),
                     kl_to_float=round(divergence, 6),
                     greedy_disagreement=round(disagreement, 6),
                     validation_success=_mean([t.success for t in played]),
                     validation_steps=_mean([len(t.steps) for t in played]),
-                    reloads_equal=same_logits(quantized, model, examples[:1], device),
+                    reloads_equal=equal,
                 )
             )
             if rung.name == recipe.precisions.high:
@@ -120,6 +116,25 @@ def quantized_checkpoints(context: StageContext) -> StageResult:
     text = json.dumps(ladder.model_dump(), indent=2) + "\n"
     (context.output / LADDER_FILE).write_text(text, encoding="utf-8")
     return StageResult(summary=ladder.model_dump())
+
+
+@torch.no_grad()
+def _make_rung(
+    float_model: PreTrainedModel, rung: Rung, folder: Path, examples: Sequence[Example], device: torch.device
+) -> tuple[PreTrainedModel, RungSize, bool]:
+    """Save a rung and load it again. Beside the float model there is never more than one other as large.
+
+    Returns:
+        What acts, the size of the weights, and whether the loaded ones give the saved ones' logits, bit by bit.
+    """
+    quantized = quantize_rung(float_model, rung, lambda model: trained_logits(model, examples, device))
+    save_rung(quantized, folder)
+    saved_logits, _ = trained_logits(quantized, examples[:1], device)
+    del quantized
+    model = load_rung(folder, device)
+    equal = torch.equal(saved_logits, trained_logits(model, examples[:1], device)[0])
+    size = rung_size(model)
+    return float_model if rung.weights == "float" else acting_model(model, device), size, equal
 
 
 def _play_validation(
@@ -175,14 +190,6 @@ def expert_steps(games: Sequence[Task], prompter: Prompter, step_limit: int, cap
 
 
 @torch.no_grad()
-def same_logits(
-    first: PreTrainedModel, second: PreTrainedModel, examples: Sequence[Example], device: torch.device
-) -> bool:
-    """Bit by bit, where the examples train."""
-    return torch.equal(*(trained_logits(model, examples, device)[0] for model in (first, second)))
-
-
-@torch.no_grad()
 def divergence_to_float(
     float_model: PreTrainedModel, model: PreTrainedModel, examples: Sequence[Example], device: torch.device
 ) -> tuple[float, float]:
@@ -220,12 +227,17 @@ def mean_cost(played: Sequence[Trajectory], weight_bytes: int) -> float:
 
 
 def acting_model(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
-    """What computes when a rung acts: on a CPU its exact float copy, since there are no low-bit kernels."""
-    return dequantized(model) if device.type == "cpu" else model
+    """What computes when a rung acts: on a CPU the model with plain float layers, made in place: no low-bit kernels there."""
+    return dequantize(model) if device.type == "cpu" else model
 
 
 def read_ladder(checkpoints: Path) -> LadderFacts:
-    return LadderFacts.model_validate_json((checkpoints / LADDER_FILE).read_text(encoding="utf-8"))
+    """Raises: UserError: another version of the stage has written it."""
+    path = checkpoints / LADDER_FILE
+    try:
+        return LadderFacts.model_validate_json(path.read_text(encoding="utf-8"))
+    except ValidationError as error:
+        raise UserError(f"{path} is of another version of this stage: make quantized_checkpoints again") from error
 
 
 @dataclass(frozen=True)
@@ -252,10 +264,14 @@ class Ladder:
         prompter = Prompter.of(load_tokenizer(checkpoints / "tokenizer"), recipe.agent.prompt)
         return cls(models, sizes, read_ladder(checkpoints).always_high_cost, prompter, device, recipe)
 
-    def of_rung(self, checkpoints: Path, rung: str) -> "Ladder":
-        """The same with one rung in the place of both, so that it acts whatever a policy says."""
-        model, size = _load_acting(checkpoints / rung, self.device)
-        return replace(self, models={True: model, False: model}, weight_bytes={True: size, False: size})
+    @classmethod
+    def of_rung(cls, checkpoints: Path, recipe: Recipe, rung: str) -> "Ladder":
+        """As `load`, with one rung in the place of both, so that it acts whatever a policy says."""
+        device = resolve_device(recipe.runtime.device)
+        model, size = _load_acting(checkpoints / rung, device)
+        prompter = Prompter.of(load_tokenizer(checkpoints / "tokenizer"), recipe.agent.prompt)
+        cost = read_ladder(checkpoints).always_high_cost
+        return cls({True: model, False: model}, {True: size, False: size}, cost, prompter, device, recipe)
 
     @property
     def processes(self) -> int:
@@ -331,7 +347,8 @@ class Ladder:
 def _load_acting(folder: Path, device: torch.device) -> tuple[PreTrainedModel, int]:
     """What computes when a rung acts, and the bytes of weights that it stands for."""
     model = load_rung(folder, device)
-    return acting_model(model, device), rung_size(model).bytes
+    size = rung_size(model).bytes
+    return acting_model(model, device), size
 
 
 def _mean(values: Sequence[float]) -> float:

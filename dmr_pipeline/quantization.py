@@ -35,6 +35,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from dmr_pipeline.agent.checkpoint import drop_versions
 from dmr_pipeline.agent.formats import refuse_pickles
@@ -82,46 +83,103 @@ class MseRanges(AffineOptimizer):
         return scale.to(base.dtype), shift.to(base.dtype)
 
 
+LEAST_SHARE = 0.9
+"""Of the weights that a rung is to quantize, the share that must be quantized; less is not the precision that its name says."""
+
+
 class RungSize(NamedTuple):
     bytes: int
     """All stored weights: packed integers, scales and shifts, and what is left in float; tied weights count once."""
     bits_per_weight: float
     """Of all weights, the float ones among them."""
+    quantized_share: float
+    """Weights that are quantized, of all weights."""
 
 
 def quantize_rung(
     model: PreTrainedModel, rung: Rung, calibration: Callable[[PreTrainedModel], object] | None = None
 ) -> PreTrainedModel:
-    """A copy of the float model at the rung's precision, frozen and in evaluation mode.
+    """A copy of the float model at the rung's precision, frozen and in evaluation mode; a float rung is the model itself.
 
     With `activations: int8`, the inputs of the quantized layers are rounded to int8 too, with one scale a layer.
     quanto's default would round outputs as well, unless calibration finds that nobody uses them as integers, which it
     then does not save; ours rounds inputs only.
 
     Args:
-        model: float model; stays as it is.
-        rung: what to quantize. `keep_float` are glob patterns of module names.
+        model: float model; its weights stay as they are.
+        rung: what to quantize. `keep_float` are glob patterns of module names; `lm_head` is the model's output embeddings,
+            whatever it calls them.
         calibration: runs the model it is given on typical text; needed for quantized activations.
 
     Raises:
-        UserError: a `keep_float` pattern fits no module, or activations are to be quantized without calibration or in a
-            float rung.
+        UserError: a `keep_float` pattern fits no module, activations are to be quantized without calibration or in a float
+            rung, or too many weights are in layers that cannot be quantized.
     """
-    model = copy.deepcopy(model).eval()
     if rung.activations != "none" and (rung.weights == "float" or calibration is None):
         raise UserError(f"rung {rung.name!r}: quantized activations need quantized weights and a calibration")
     if rung.weights == "float":
-        return model
-    for pattern in rung.keep_float:
-        if not any(fnmatch(name, pattern) for name, _ in model.named_modules()):
-            raise UserError(f"rung {rung.name!r}: keep_float pattern {pattern!r} fits no module of the model")
+        return model.eval()
+    kept = _kept_patterns(model, rung)
+    model = copy.deepcopy(model).eval()
+    _conv1d_to_linear(model)
     activations = None if rung.activations == "none" else f"q{rung.activations}"
     optimizer = MseRanges() if rung.ranges == "mse" else None
-    _quantize(model, f"q{rung.weights}", activations, optimizer, exclude=list(rung.keep_float))
+    _quantize(model, f"q{rung.weights}", activations, optimizer, exclude=kept)
+    _refuse_float_layers(model, rung, kept)
     if activations is not None and calibration is not None:
         with torch.no_grad(), Calibration(streamline=False):
             calibration(model)
     return model
+
+
+def _kept_patterns(model: PreTrainedModel, rung: Rung) -> list[str]:
+    """The rung's patterns of module names, with the model's own name of its head."""
+    modules = dict(model.named_modules())
+    kept = list(rung.keep_float)
+    if "lm_head" in kept and "lm_head" not in modules:
+        head = model.get_output_embeddings()
+        kept += [name for name, module in modules.items() if head is not None and module is head]
+        kept.remove("lm_head")
+    for pattern in kept:
+        if not any(fnmatch(name, pattern) for name in modules):
+            linear = {
+                name.rpartition(".")[2] for name, module in modules.items() if isinstance(module, nn.Linear | Conv1D)
+            }
+            raise UserError(
+                f"rung {rung.name!r}: keep_float pattern {pattern!r} fits no module of the model, whose linear layers are"
+                f" called {', '.join(sorted(linear))}"
+            )
+    return kept
+
+
+def _conv1d_to_linear(model: PreTrainedModel) -> None:
+    """Make GPT-2's layers linear ones, in place: quanto knows only these, and with the weight transposed they do the same."""
+    for name in [name for name, module in model.named_modules() if isinstance(module, Conv1D)]:
+        old = model.get_submodule(name)
+        inputs, outputs = old.weight.shape
+        linear = nn.Linear(inputs, outputs, device="meta")
+        linear.weight = nn.Parameter(old.weight.detach().T.contiguous(), requires_grad=old.weight.requires_grad)
+        linear.bias = old.bias
+        model.set_submodule(name, linear)
+
+
+def _refuse_float_layers(model: PreTrainedModel, rung: Rung, kept: list[str]) -> None:
+    """Raise a UserError if of all matrices, embeddings and `kept` modules aside, too many weights are still float."""
+    sizes, kinds = {True: 0, False: 0}, set()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) or any(fnmatch(name, pattern) for pattern in kept):
+            continue
+        quantized = isinstance(module, QModuleMixin) and module.weight_qtype is not None
+        matrices = sum(p.numel() for p in module.parameters(recurse=False) if p.ndim > 1)
+        sizes[quantized] += matrices
+        if matrices and not quantized:
+            kinds.add(f"{type(module).__name__} ({name})")
+    share = sizes[True] / max(1, sum(sizes.values()))
+    if share < LEAST_SHARE:
+        raise UserError(
+            f"rung {rung.name!r} would leave {1 - share:.0%} of the weights in float that it is to quantize: {min(kinds)} and"
+            " the like are no linear layers; choose another model, or keep them in float by name (keep_float)"
+        )
 
 
 def save_rung(model: PreTrainedModel, folder: Path) -> None:
@@ -152,6 +210,8 @@ def load_rung(folder: Path, device: torch.device) -> PreTrainedModel:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         with torch.random.fork_rng(), device:  # the initial weights are drawn, then overwritten
             model = AutoModelForCausalLM.from_config(config, dtype=config.dtype, trust_remote_code=False)
+        if modules:
+            _conv1d_to_linear(model)
         for name, types in modules.items():
             activations = None if types["activations"] == "none" else types["activations"]
             _quantize(model, types["weights"], activations, include=[name])
@@ -170,27 +230,28 @@ def rung_size(model: PreTrainedModel) -> RungSize:
         for scale in ("input_scale", "output_scale")
     }
     stored = {tensor.data_ptr(): tensor.nbytes for name, tensor in model.state_dict().items() if name not in unused}
-    total = sum(stored.values())
-    return RungSize(total, 8 * total / sum(parameter.numel() for parameter in model.parameters()))
+    total, weights = sum(stored.values()), sum(parameter.numel() for parameter in model.parameters())
+    quantized = sum(module.weight.numel() for module in model.modules() if isinstance(module, QLinear))
+    return RungSize(total, 8 * total / weights, quantized / weights)
 
 
-def dequantized(model: PreTrainedModel) -> PreTrainedModel:
-    """A plain float copy that computes the same, in float32 bit for bit, for acting where there are no low-bit kernels.
+def dequantize(model: PreTrainedModel) -> PreTrainedModel:
+    """Make the quantized layers plain float ones that compute the same, in float32 bit for bit, for acting where there are
+    no low-bit kernels. In place, layer by layer, so that the model is never there twice.
 
     On a CPU quanto dequantizes every weight in every forward pass, which takes most of a tiny model's time. Here it is
     done once. Sizes and costs are those of the quantized model. A model with quantized activations has no plain float
-    equal: it is returned as it is.
+    equal: it stays as it is.
     """
     if any(isinstance(module, QModuleMixin) and module.activation_qtype is not None for module in model.modules()):
         return model
-    plain: dict[int, nn.Module] = {}  # what deepcopy takes for a copy of each quantized layer; those cannot be copied
-    for module in model.modules():
-        if isinstance(module, QLinear):
-            linear = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
-            linear.weight = nn.Parameter(module.weight.dequantize(), requires_grad=False)
-            linear.bias = module.bias
-            plain[id(module)] = linear
-    return copy.deepcopy(model, plain).eval()
+    for name in [name for name, module in model.named_modules() if isinstance(module, QLinear)]:
+        module = model.get_submodule(name)
+        linear = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
+        linear.weight = nn.Parameter(module.weight.dequantize(), requires_grad=False)
+        linear.bias = module.bias
+        model.set_submodule(name, linear)
+    return model.eval()
 
 
 def _quantize(

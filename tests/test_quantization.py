@@ -13,10 +13,21 @@ from optimum.quanto.library.extensions import extension
 from pydantic import ValidationError
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    BioGptConfig,
+    GPT2Config,
+    GptOssConfig,
+    MixtralConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 from dmr_pipeline.errors import UserError
-from dmr_pipeline.quantization import MseRanges, dequantized, load_rung, quantize_rung, rung_size, save_rung
+from dmr_pipeline.quantization import MseRanges, dequantize, load_rung, quantize_rung, rung_size, save_rung
 from dmr_pipeline.recipe import Rung
 
 CPU = torch.device("cpu")
@@ -95,13 +106,14 @@ def test_a_reloaded_rung_is_bit_identical(tmp_path: Path, weights: Weights, tied
 
 @pytest.mark.parametrize("weights", ["int8", "int4", "int2"])
 @pytest.mark.parametrize("config_class", [Qwen3Config, Qwen2Config], ids=["qwen3", "qwen2-with-biases"])
-def test_the_dequantized_copy_computes_the_same(weights: Weights, config_class: type) -> None:
-    quantized = quantize_rung(causal_lm(config_class=config_class), rung(weights))
-    plain = dequantized(quantized)
+def test_dequantized_it_computes_the_same(weights: Weights, config_class: type) -> None:
+    model = quantize_rung(causal_lm(config_class=config_class), rung(weights))
+    assert any(isinstance(module, QLinear) for module in model.modules())
+    expected = [logits(model, tokens) for tokens in (TOKENS, TOKENS[:1, :1])]
+    plain = dequantize(model)
     assert not any(isinstance(module, QLinear) for module in plain.modules())
-    assert any(isinstance(module, QLinear) for module in quantized.modules())
-    for tokens in (TOKENS, TOKENS[:1, :1]):
-        assert_same(logits(plain, tokens), logits(quantized, tokens))
+    for tokens, before in zip((TOKENS, TOKENS[:1, :1]), expected, strict=True):
+        assert_same(logits(plain, tokens), before)
 
 
 def test_divergence_from_float_grows_as_bits_fall() -> None:
@@ -128,7 +140,7 @@ def test_int2_weights_are_the_nearest_of_four_levels_of_each_group() -> None:
     low, high = np.minimum(groups.min(1, keepdims=True), 0), np.maximum(groups.max(1, keepdims=True), 0)
     step = (high - low) / 3
     expected = (np.clip(np.round((groups - low) / step), 0, 3) * step + low).reshape(weight.shape)
-    plain = dequantized(quantize_rung(model, rung("int2")))
+    plain = dequantize(quantize_rung(model, rung("int2")))
     np.testing.assert_allclose(plain.model.layers[0].mlp.down_proj.weight.numpy(), expected, rtol=0, atol=1e-6)
 
 
@@ -163,7 +175,7 @@ def test_a_rung_with_mse_ranges_is_nearer_to_float_and_as_small(tmp_path: Path) 
     assert rung_size(shrunk_one) == rung_size(plain)
     weights = model.model.layers[0].mlp.down_proj.weight
     distances = [
-        torch.dist(dequantized(quantized).model.layers[0].mlp.down_proj.weight, weights)
+        torch.dist(dequantize(quantized).model.layers[0].mlp.down_proj.weight, weights)
         for quantized in (plain, shrunk_one)
     ]
     assert distances[1] < 0.9 * distances[0]
@@ -215,7 +227,7 @@ def test_the_head_stays_float_by_default_and_patterns_must_fit() -> None:
     model = quantize_rung(causal_lm(), rung("int4", keep_float=["*.down_proj"]))
     assert isinstance(model.lm_head, QLinear)
     assert not isinstance(model.model.layers[1].mlp.down_proj, QLinear)
-    with pytest.raises(UserError, match=r"'lm_haed' fits no module"):
+    with pytest.raises(UserError, match=r"'lm_haed' fits no module .* called .*down_proj, .*up_proj"):
         quantize_rung(causal_lm(), rung("int4", keep_float=["lm_haed"]))
 
 
@@ -242,7 +254,7 @@ def test_quantized_activations(tmp_path: Path) -> None:
     save_rung(quantized, tmp_path)
     loaded = load_rung(tmp_path, CPU)
     assert_same(logits(loaded), logits(quantized))
-    assert dequantized(loaded) is loaded
+    assert dequantize(loaded) is loaded
     layers = json.loads((tmp_path / "quantization_map.json").read_text())
     assert len(layers) == 7 * LAYERS
     assert rung_size(loaded).bytes == rung_size(quantize_rung(model, rung("int2"))).bytes + 2 * 4 * len(layers)
@@ -269,3 +281,68 @@ def test_unusable_folders_are_refused(tmp_path: Path) -> None:
     torch.save(causal_lm().state_dict(), tmp_path / "pytorch_model.bin")
     with pytest.raises(UserError, match="is a pickle"):
         load_rung(tmp_path, CPU)
+
+
+GPT2 = GPT2Config(vocab_size=VOCABULARY, n_embd=64, n_layer=2, n_head=4, n_positions=64, initializer_range=0.2)
+SMALL = {
+    "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16,
+}  # fmt: skip
+MIXTURES: list[PretrainedConfig] = [
+    Qwen3MoeConfig(**SMALL, moe_intermediate_size=32, num_experts=4, num_experts_per_tok=2),
+    MixtralConfig(**SMALL, num_local_experts=4),
+    GptOssConfig(**SMALL, num_local_experts=4),
+]
+
+
+def of(config: PretrainedConfig) -> PreTrainedModel:
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4", "int2"])
+def test_gpt2s_layers_are_quantized_as_linear_ones(tmp_path: Path, weights: Weights) -> None:
+    model = of(GPT2)
+    before = logits(model)
+    quantized = quantize_rung(model, rung(weights))
+    assert_same(logits(model), before)
+    assert rung_size(quantized).quantized_share > 0.9
+    layer = quantized.transformer.h[0].mlp.c_fc
+    assert isinstance(layer, QLinear)
+    original = model.transformer.h[0].mlp.c_fc.weight.detach().T  # Conv1D has it the other way round
+    step = 2 * float(original.abs().max()) / (2 ** int(weights[3:]) - 1)
+    assert float((layer.weight.dequantize().detach() - original).abs().max()) <= step
+    save_rung(quantized, tmp_path)
+    assert_same(logits(load_rung(tmp_path, CPU)), logits(quantized))
+    expected = logits(quantized)
+    assert_same(logits(dequantize(quantized)), expected)
+
+
+@pytest.mark.parametrize("config", MIXTURES, ids=lambda config: config.model_type)
+def test_a_rung_that_would_leave_experts_in_float_is_refused(config: PretrainedConfig) -> None:
+    with pytest.raises(
+        UserError, match=r"'rung' would leave \d\d% of the weights in float .*: \w+Experts \(model\.layers"
+    ):
+        quantize_rung(of(config), rung("int2"))
+    knowingly = quantize_rung(of(config), rung("int2", keep_float=["lm_head", "*.experts"]))
+    assert 0 < rung_size(knowingly).quantized_share < 0.6
+
+
+def test_lm_head_is_the_head_whatever_the_model_calls_it(tmp_path: Path) -> None:
+    config = BioGptConfig(
+        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    quantized = quantize_rung(of(config), rung("int4"))
+    assert not isinstance(quantized.output_projection, QLinear)
+    assert isinstance(quantized.biogpt.layers[0].fc1, QLinear)
+    assert isinstance(quantize_rung(of(config), rung("int4", keep_float=[])).output_projection, QLinear)
+    save_rung(quantized, tmp_path)
+    assert_same(logits(load_rung(tmp_path, CPU)), logits(quantized))
+
+
+def test_the_share_is_that_of_all_weights() -> None:
+    model = causal_lm()
+    assert rung_size(quantize_rung(model, rung("float"))).quantized_share == 0
+    linear = sum(p.numel() for name, p in model.named_parameters() if name.endswith("_proj.weight"))
+    assert rung_size(quantize_rung(model, rung("int8"))).quantized_share == linear / model.num_parameters()

@@ -27,7 +27,7 @@ from dmr_pipeline.evaluation.plots import (
 )
 from dmr_pipeline.evaluation.report import headline, markdown_table
 from dmr_pipeline.ladder import Ladder, read_ladder
-from dmr_pipeline.recipe import GrpoRouter
+from dmr_pipeline.recipe import GrpoRouter, Recipe
 from dmr_pipeline.router.baselines import Confidence, Disagreement, RandomMixing
 from dmr_pipeline.router.calibration import OperatingPoint, find_threshold
 from dmr_pipeline.router.kl import ROUTER_FOLDER
@@ -57,25 +57,25 @@ class Entry:
 def evaluation_report(context: StageContext) -> StageResult:
     recipe = context.recipe
     torch.set_num_threads(recipe.runtime.threads)
+    test = read_tasks(context.inputs["benchmark_tasks"], "test")
+    # The other rungs first, one after another: as long as they act, high and low are not in memory.
+    frames = [
+        rung_alone(context.inputs["quantized_checkpoints"], recipe, rung.name, test)
+        for rung in recipe.precisions.ladder
+        if rung.name not in (recipe.precisions.high, recipe.precisions.low)
+    ]
     ladder = Ladder.load(context.inputs["quantized_checkpoints"], recipe)
     routers = {
         name: load_router(context.inputs[name] / ROUTER_FOLDER, ladder.device, ladder.models[False]) for name in ROUTERS
     }
     validation = read_tasks(context.inputs["benchmark_tasks"], "validation")
-    test = read_tasks(context.inputs["benchmark_tasks"], "test")
     chosen, on_validation = choose_headline(play_validation(ladder, routers, validation), recipe.grpo_router)
 
-    frames: list[pl.DataFrame] = []
     with Progress() as progress:
         cascade = confidence_cascade(ladder, validation[: recipe.evaluation.confidence_games], progress)
         compared = entries(routers, cascade, ladder.slots(len(test)))
         if opens_at_search_bar(test[0]):
             compared += search_entries(routers, ladder.slots(len(test)))
-        for rung in recipe.precisions.ladder:
-            if rung.name not in (recipe.precisions.high, recipe.precisions.low):
-                alone = ladder.of_rung(context.inputs["quantized_checkpoints"], rung.name)
-                entry = Entry(f"always_{rung.name}", "rung", SinglePrecision(high=False))
-                frames.append(evaluate(entry, alone, test, progress))
         for entry in compared:
             frames.append(evaluate(entry, ladder, test, progress))
             if entry.kind == "router":  # random mixing follows once the router's ratio is known
@@ -216,6 +216,13 @@ def evaluate(entry: Entry, ladder: Ladder, games: Sequence[Task], progress: Prog
     seed = ladder.recipe.evaluation.seed
     played = ladder.play(runs, entry.policy, seed, advance=lambda n: progress.advance(bar, n))
     return pl.DataFrame([_row(entry, trajectory, ladder) for trajectory in played], schema=EPISODES, orient="row")
+
+
+def rung_alone(checkpoints: Path, recipe: Recipe, rung: str, games: Sequence[Task]) -> pl.DataFrame:
+    """Rows of `metrics.EPISODES` for one rung that always acts; it is in memory meanwhile, and not after."""
+    ladder = Ladder.of_rung(checkpoints, recipe, rung)
+    with Progress() as progress:
+        return evaluate(Entry(f"always_{rung}", "rung", SinglePrecision(high=False)), ladder, games, progress)
 
 
 def _row(entry: Entry, trajectory: Trajectory, ladder: Ladder) -> tuple[object, ...]:

@@ -23,7 +23,7 @@ from dmr_pipeline.environments.tasks import benchmark_tasks, split_seeds
 from dmr_pipeline.gpu_check.record import Part, Skipped
 from dmr_pipeline.gpu_check.sizes import Sizes
 from dmr_pipeline.ladder import Ladder, acting_model, quantized_checkpoints
-from dmr_pipeline.quantization import dequantized, load_rung, quantize_rung, rung_size, save_rung
+from dmr_pipeline.quantization import dequantize, load_rung, quantize_rung, rung_size, save_rung
 from dmr_pipeline.recipe import Recipe, Rung, load_recipe
 from dmr_pipeline.router.baselines import Disagreement, RandomMixing
 from dmr_pipeline.router.kl import ROUTER_FOLDER
@@ -92,7 +92,7 @@ def rungs_reload(agent: TinyAgent, part: Part) -> None:
                 save_rung(quantized, Path(folder) / rung.name)
                 reloaded = load_rung(Path(folder) / rung.name, agent.device)
                 before, after = (m(tokens).logits.float() for m in (quantized, reloaded))
-                exact = dequantized(reloaded)(tokens).logits.float()
+                exact = dequantize(load_rung(Path(folder) / rung.name, agent.device))(tokens).logits.float()
             size, error = rung_size(reloaded), float((after - exact).norm() / exact.norm())
             kernels = sorted({type(module.weight.data).__name__ for module in _linear_layers(reloaded)})
             part.row(
