@@ -82,9 +82,8 @@ def test_each_remedy_that_is_printed_mends(
     before, folder = lock_of_all(), artifact_folder(name, RECIPE)
     subprocess.run(["git", "add", "--force", "data/fake/agent"], check=True)
     harm(folder)
-    reader = next(stage.name for stage in pipeline.STAGES if name in (stage.name, *stage.inputs) and stage.name != name)
-    command = ("materialize", name if reader == "benchmark_tasks" or name == "released_router" else reader)
-    line = one_line(dmr(*command, "--recipe", RECIPE))
+    reader = next((stage.name for stage in pipeline.STAGES if name in stage.inputs), name)
+    line = one_line(dmr("materialize", reader, "--recipe", RECIPE))
     run_remedy(remedies(line)[number])
     assert "nothing to do" in dmr("run", RECIPE).output
     assert lock_of_all() == before
