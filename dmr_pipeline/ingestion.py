@@ -435,17 +435,16 @@ def _store(episodes: Sequence[LoggedEpisode], path: Path) -> None:
 
 def _read_stored(artefact: Path) -> list[LoggedEpisode]:
     """Raises: UserError: an episode does not follow the schema, or its id is there twice."""
+    remedy = f"get it back with `dmr restore {STAGE} --recipe {artefact.parent.name}`"
     episodes: dict[str, LoggedEpisode] = {}
     for path in _stored_files(artefact):
         for row in parquet_rows(path.read_bytes(), limit=None):
             try:
                 episode = _parse(row)
             except _NoEpisode as error:
-                raise UserError(f"{path}: {error}; restore it with `dvc checkout {artefact}`") from error
+                raise UserError(f"{path}: {error}; {remedy}") from error
             if episode.episode_id in episodes:
-                raise UserError(
-                    f"{path}: episode {episode.episode_id!r} is in another file too; restore it with `dvc checkout {artefact}`"
-                )
+                raise UserError(f"{path}: episode {episode.episode_id!r} is in another file too; {remedy}")
             episodes[episode.episode_id] = episode
     return list(episodes.values())
 

@@ -573,9 +573,11 @@ def test_the_artefact_is_checked_again_on_reading(prepared: Recipe, harm: str) -
     else:
         pl.read_parquet(file).with_columns(task_id=pl.lit("")).write_parquet(file)
     said = {"twice": "'a' is in another file too", "schema": "'a': task_id: String should have"}[harm]
-    with pytest.raises(UserError, match=rf"{said}.*; restore it with `dvc checkout data/fake/ingested_trajectories`"):
+    with pytest.raises(
+        UserError, match=rf"{said}.*; get it back with `dmr restore ingested_trajectories --recipe fake`"
+    ):
         read_ingested(folder)
-    with pytest.raises(UserError, match="restore it with `dvc checkout"):
+    with pytest.raises(UserError, match="get it back with `dmr restore ingested_trajectories --recipe fake`"):
         ingest(prepared)
 
 
