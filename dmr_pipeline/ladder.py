@@ -84,7 +84,7 @@ def quantized_checkpoints(context: StageContext) -> StageResult:
     torch.set_num_threads(recipe.runtime.threads)
     float_model, tokenizer = load_causal_lm(context.inputs["agent"] / "model", None, device)
     tokenizer.save_pretrained(context.output / "tokenizer")
-    prompter = Prompter.of(tokenizer, recipe.agent.prompt)
+    prompter = Prompter.of(tokenizer, recipe.agent.prompt, float_model.generation_config)
     games = read_tasks(context.inputs["benchmark_tasks"], "validation")
     capacity = transcript_capacity(float_model.config, recipe.agent.max_transcript_tokens)
     examples = expert_steps(games[: recipe.precisions.kl_episodes], prompter, recipe.benchmark.step_limit, capacity)
@@ -261,7 +261,8 @@ class Ladder:
         models, sizes = {}, {}
         for high, rung in ((True, recipe.precisions.high), (False, recipe.precisions.low)):
             models[high], sizes[high] = _load_acting(checkpoints / rung, device)
-        prompter = Prompter.of(load_tokenizer(checkpoints / "tokenizer"), recipe.agent.prompt)
+        tokenizer = load_tokenizer(checkpoints / "tokenizer")
+        prompter = Prompter.of(tokenizer, recipe.agent.prompt, models[True].generation_config)
         return cls(models, sizes, read_ladder(checkpoints).always_high_cost, prompter, device, recipe)
 
     @classmethod

@@ -187,6 +187,8 @@ def save_rung(model: PreTrainedModel, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     config = copy.deepcopy(model.config)
     config.dtype = model.dtype
+    # A rung has no generation config of its own, which knows all tokens that end the model's texts.
+    config.eos_token_id = model.generation_config.eos_token_id if model.generation_config else config.eos_token_id
     config.save_pretrained(folder)
     drop_versions(folder)
     save_model(model, str(folder / WEIGHTS_FILE))

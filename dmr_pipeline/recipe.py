@@ -16,6 +16,7 @@ from functools import cache
 from inspect import signature
 from itertools import pairwise
 from pathlib import Path
+from string import Formatter
 from typing import Annotated, Any, Literal, get_type_hints
 
 from pydantic import Discriminator, Field, Tag, TypeAdapter, ValidationError
@@ -27,6 +28,7 @@ from dmr_pipeline.recipe_fields import (
     Bootstrap,
     Confidence,
     Count,
+    EndText,
     GameCount,
     Name,
     Rate,
@@ -267,15 +269,61 @@ class PageView(Section):
     )
 
 
-class Prompt(Section):
-    """The append-only transcript. Every segment is tokenized by itself, so that nothing before it ever changes."""
+PLACEHOLDERS = ("task", "observation", "step", "steps_left", "admissible_commands")
+"""What templates may name, in braces: the task sentence, what the last command showed, the number of the step that comes next
+(from 1), the steps that are left (this one included), and the commands that do something there, a line each."""
 
-    opening: str = Field("<task> {task} <obs> {observation} <act>", description="first segment")
-    turn: str = Field("<task> {task} <obs> {observation} <act>", description="segment after each action")
-    thought_end: str | None = Field(
-        None, description="a single token; what an action holds before it is thought, not command"
+
+def placeholders(template: str) -> set[str]:
+    """Names in braces.
+
+    Raises:
+        ValueError: a brace without its partner.
+    """
+    return {name for _, name, _, _ in Formatter().parse(template) if name is not None}
+
+
+def _problem_of(template: str) -> str | None:
+    try:
+        parts = list(Formatter().parse(template))
+    except ValueError as error:
+        return f"{error}; write a brace that is meant as such twice, '{{{{' or '}}}}'"
+    for _, name, form, conversion in parts:
+        if name is not None and (name not in PLACEHOLDERS or form or conversion):
+            written = f"{name}{'!' if conversion else ''}{conversion or ''}{':' if form else ''}{form}"
+            there = ", ".join(f"{{{known}}}" for known in PLACEHOLDERS)
+            return (
+                f"{_shown('{' + written + '}')} is no placeholder: there are {there}; write a brace that is meant as such twice,"
+                f" {_shown('{{' + written + '}}')}"
+            )
+    return None
+
+
+class Prompt(Section):
+    """The append-only transcript. Every segment is tokenized by itself, so that nothing before it ever changes; templates that
+    make the tokens differ from those of the whole text are refused once there is a tokenizer. Braces that are meant as such
+    are written twice. The transcript is the history: nothing of it is offered again."""
+
+    opening: str = Field(
+        "<task> {task} <obs> {observation} <act>",
+        description="first segment; may name {task}, {observation}, {step}, {steps_left} and {admissible_commands}."
+        " It begins with the tokenizer's bos token where the tokenizer adds one by default",
     )
-    action_end: str = Field("<end>", description="a single token that ends the action")
+    turn: str = Field(
+        "<task> {task} <obs> {observation} <act>",
+        description="segment after each action, with the same placeholders. Logged episodes do not tell {steps_left} and"
+        " {admissible_commands}, and are left out where one of them is named",
+    )
+    thought_end: EndText | None = Field(
+        None,
+        description="what an action holds before it is thought, not command: a token such as </think>, or a text such as"
+        " 'Action:'; thoughts of an LLM need a larger max_action_tokens",
+    )
+    action_end: EndText = Field(
+        "<end>",
+        description="a token or a text that ends the action; so do the model's own eos tokens. What the model writes after it, or"
+        " after a line break, is no part of the command",
+    )
     max_action_tokens: Annotated[int, Field(gt=0), at_most(10**6, "no transcript has room for more")] = Field(
         12, description="tokens generated for one action at most, its thought included"
     )
@@ -284,6 +332,11 @@ class Prompt(Section):
         exclude_if=_unset,
         description="how pages are shown; without it, observations are shown as they are",
     )
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        for field in ("opening", "turn"):
+            if problem := _problem_of(getattr(self, field)):
+                yield field, problem
 
 
 class Agent(Section):
@@ -308,6 +361,12 @@ class Agent(Section):
     def problems(self) -> Iterator[tuple[str, str]]:
         if self.action == "score" and self.prompt.thought_end is not None:
             yield "action", "an agent that thinks first must generate its actions"
+        unknown = {"steps_left", "admissible_commands"} & placeholders(self.prompt.opening)
+        if self.training is not None and self.training.looks_per_update and unknown:
+            yield (
+                "training.looks_per_update",
+                f"looks know no {{{min(unknown)}}}, which prompt.opening names: set it to 0",
+            )
         if (self.pretrained is None) == (self.training is None):
             yield "", "give exactly one of 'pretrained' and 'training'"
         if 0 < self.temperature < 1e-3:

@@ -36,6 +36,8 @@ Bootstrap = Annotated[int, Field(gt=0), at_most(1_000_000, "resamples times game
 Batch = Annotated[int, Field(gt=0), at_most(100_000, "they are held in memory at once")]
 Size = Annotated[int, Field(gt=0), at_most(1_000_000, "no LLM has so many")]
 Text = Annotated[str, Field(min_length=1, max_length=10_000)]
+EndText = Annotated[str, Field(min_length=1, max_length=200)]
+"""Of an action or a thought."""
 Workers = Annotated[int, Field(gt=0), at_most(1024, "no machine has more cores")]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=100)]
 """Names become parts of file names and of the report's policies."""

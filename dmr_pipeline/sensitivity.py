@@ -18,6 +18,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from dmr_pipeline.agent.memory import in_pieces
+from dmr_pipeline.agent.prompts import Prompter
 from dmr_pipeline.agent.streams import TokenStreams
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.ladder import Ladder
@@ -106,7 +107,6 @@ def measure(
     advance: Callable[[int], None] = lambda _: None,
 ) -> pl.DataFrame:
     """Divergences of every step of these trajectories: the columns of STEPS but `sensitive`, in the steps' order."""
-    max_tokens = ladder.prompter.prompt.max_action_tokens
     transcripts = steps.group_by("episode_id", maintain_order=True).agg("segment", "action")
     context = episodes.select("episode_id", "task_id", "task_type", "policy", "success")
     longest_first = transcripts.with_columns(turns=pl.col("segment").list.len()).sort(
@@ -119,7 +119,7 @@ def measure(
         for turn in range(len(episodes[0].segments)):
             live = [i for i, episode in enumerate(episodes) if turn < len(episode.segments)]
             new = [(episodes[i].actions[turn - 1] if turn else []) + episodes[i].segments[turn] for i in live]
-            compared = compare(streams, live, new, ladder.prompter.end_token, max_tokens)
+            compared = compare(streams, live, new, ladder.prompter)
             rows += [(episodes[i].name, turn, *vars(found).values()) for i, found in zip(live, compared, strict=True)]
         return rows
 
@@ -149,14 +149,13 @@ def compare(
     streams: dict[bool, TokenStreams],
     slots: Sequence[int],
     chunks: Sequence[list[int]],
-    end_token: int,
-    max_tokens: int,
+    prompter: Prompter,
 ) -> list[Divergence]:
     """Append the chunks to both precisions' streams, and compare what they would do next; the streams end there."""
     first = {high: streams[high].extend(slots, chunks) for high in (True, False)}
     lengths = [streams[True].lengths[slot] for slot in slots]
-    high_actions, high_logits = _greedy(streams[True], slots, first[True], end_token, max_tokens)
-    low_actions, low_own = _greedy(streams[False], slots, first[False], end_token, max_tokens)
+    high_actions, high_logits = _greedy(streams[True], slots, first[True], prompter)
+    low_actions, low_own = _greedy(streams[False], slots, first[False], prompter)
     for high in (True, False):
         for slot, length in zip(slots, lengths, strict=True):
             streams[high].truncate(slot, length)
@@ -233,7 +232,7 @@ def _share(table: pl.DataFrame) -> float | None:
 
 
 def _greedy(
-    streams: TokenStreams, slots: Sequence[int], logits: Tensor, end_token: int, max_tokens: int
+    streams: TokenStreams, slots: Sequence[int], logits: Tensor, prompter: Prompter
 ) -> tuple[list[list[int]], list[Tensor]]:
     """Greedy actions from where the streams stand, and the logits that each of their tokens was chosen from."""
     actions: list[list[int]] = [[] for _ in slots]
@@ -244,7 +243,7 @@ def _greedy(
             seen[i].append(logits[row])
         for i, token in zip(waiting, logits.argmax(-1).tolist(), strict=True):
             actions[i].append(token)
-        waiting = [i for i in waiting if actions[i][-1] != end_token and len(actions[i]) < max_tokens]
+        waiting = [i for i in waiting if not prompter.is_complete(actions[i])]
         if waiting:
             logits = streams.extend([slots[i] for i in waiting], [[actions[i][-1]] for i in waiting])
     return actions, [torch.stack(rows) for rows in seen]

@@ -13,7 +13,7 @@ import polars as pl
 import torch
 from rich.progress import Progress
 
-from dmr_pipeline.agent.prompts import Prompter
+from dmr_pipeline.agent.prompts import Moment, Prompter
 from dmr_pipeline.agent.rollout import Clock, RoutingPolicy, Run, SinglePrecision, Trajectory
 from dmr_pipeline.environments.tasks import read_tasks
 from dmr_pipeline.errors import UserError
@@ -173,10 +173,17 @@ def ingested_tables(
     """Logged episodes as tables of the schemas above, tokenized as if the agent had played them.
 
     A step counts as high where the rung `high` acted. Episodes whose transcript leaves the agent no room are left out, with a
-    warning. `probability` is what was logged, else 1 or 0 by what acted; what forward passes read is not logged, so `processed`
-    is 0.
+    warning, and all of them where templates name what logs do not tell. `probability` is what was logged, else 1 or 0 by what
+    acted; what forward passes read is not logged, so `processed` is 0.
     """
     episodes, steps, too_long = [], [], 0
+    if logged and (untold := prompter.named & {"steps_left", "admissible_commands"}):
+        log.warning(
+            "%d ingested episodes are left out: logs do not tell {%s}, which agent.prompt names",
+            len(logged),
+            min(untold),
+        )
+        logged = []
     for episode in logged:
         segments, actions = _tokens(episode, prompter)
         if sum(map(len, segments + actions)) + prompter.prompt.max_action_tokens > capacity:
@@ -221,5 +228,6 @@ def _tokens(episode: LoggedEpisode, prompter: Prompter) -> tuple[list[list[int]]
     """Segment and action of each step."""
     shown = [step.observation for step in episode.steps[:-1]]
     opening = prompter.opening(episode.observation, episode.task)
-    segments = [opening, *(prompter.turn(observation, episode.task) for observation in shown)]
+    turns = (prompter.turn(seen, episode.task, Moment(step)) for step, seen in enumerate(shown, start=2))
+    segments = [opening, *turns]
     return segments, [prompter.action(step.command, step.thought) for step in episode.steps]

@@ -47,7 +47,7 @@ def test_comparison_on_a_prefix_equals_plain_forward_passes() -> None:
     prefixes = [[2, 40, 41, 42, 4], [3, 50, 4], [2, 60, 61, 62, 63, 64, 65, 4]]
     streams = {True: Streams(HIGH, 3, 64), False: Streams(LOW, 3, 64)}
     for half in (slice(0, 2), slice(2, None)):  # in two calls: the second continues the caches
-        found = compare(streams, [0, 1, 2], [prefix[half] for prefix in prefixes], PROMPTER.end_token, 6)
+        found = compare(streams, [0, 1, 2], [prefix[half] for prefix in prefixes], PROMPTER)
     for one, prefix in zip(found, prefixes, strict=True):
         action = greedy_uncached(HIGH, prefix)
         both = [

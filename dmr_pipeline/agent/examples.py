@@ -3,7 +3,7 @@
 import random
 from dataclasses import dataclass
 
-from dmr_pipeline.agent.prompts import Prompter
+from dmr_pipeline.agent.prompts import Moment, Prompter
 from dmr_pipeline.agent.rollout import Trajectory
 from dmr_pipeline.environments.base import Task
 from dmr_pipeline.environments.tasks import begin_episode, make_expert, take_look
@@ -55,8 +55,8 @@ def expert_example(task: Task, prompter: Prompter, step_limit: int, mistake_rate
     episode, expert, builder = begin_episode(task), make_expert(task), ExampleBuilder()
     observation = episode.reset()
     expert.observe(None, observation)
-    segment = prompter.opening(observation, task.instruction)
-    for _ in range(step_limit):
+    segment = prompter.opening(observation, task.instruction, Moment(1, step_limit, episode.admissible_commands))
+    for done in range(1, step_limit + 1):
         wanted, thought = expert.act(), expert.think()
         command = rng.choice(episode.admissible_commands()) if rng.random() < mistake_rate else wanted
         builder.step(segment, prompter.action(command, thought), prompter.action(wanted, thought))
@@ -64,7 +64,8 @@ def expert_example(task: Task, prompter: Prompter, step_limit: int, mistake_rate
         if over:
             break
         expert.observe(command, observation)
-        segment = prompter.turn(observation, task.instruction)
+        moment = Moment(done + 1, step_limit - done, episode.admissible_commands)
+        segment = prompter.turn(observation, task.instruction, moment)
     return builder.build()
 
 

@@ -1,16 +1,61 @@
 """The append-only transcript: what the agent has read and done, as token ids.
 
 Every segment is tokenized by itself and appended, so that nothing before it ever changes and caches stay valid. (The sliding
-window of verl-agent's prompt would defeat them.)
+window of verl-agent's prompt would defeat them.) The transcript is also all the history that an agent has, so templates offer
+no other. Whether the tokens of appended segments are those of the whole text is tried once, when a `Prompter` is made.
+
+An action ends with `action_end`, with a token that ends the model's texts (eos), or after `max_action_tokens`; what was
+generated stays in the transcript as it is.
 """
 
-from dataclasses import dataclass
+import logging
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import dropwhile, pairwise, takewhile
 
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from dmr_pipeline.environments.base import SEPARATOR
 from dmr_pipeline.errors import UserError
-from dmr_pipeline.recipe import PageView, Prompt
+from dmr_pipeline.recipe import PageView, Prompt, placeholders
+
+log = logging.getLogger(__name__)
+
+_SAMPLES = (
+    ("You arrive at desk 1. On the desk 1, you see a mug 2.", "put a clean mug in cabinet.", "go to desk 1", "mug 2"),
+    (f"Back to Search{SEPARATOR}< Prev{SEPARATOR}$7.99", "find me a red mug", "search[red mug]", "I look for a mug."),
+    ("2 mugs (blue) are here!", "7 mugs: find them", "look", "None"),
+)
+"""Observation, task, command and thought: what segments are tried on."""
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What templates may name besides observation and task; None where it is not known."""
+
+    step: int = 1
+    """Number of the step that comes next, from 1."""
+    steps_left: int | None = None
+    """That the episode may still take, the next one included."""
+    admissible_commands: Callable[[], Sequence[str]] | None = None
+
+
+@dataclass(frozen=True)
+class End:
+    """What ends an action or a thought: a token, or a text that the model writes as it likes."""
+
+    text: str
+    token: int | None
+    """Where the text is a special token; None where it has to be looked for in the decoded text."""
+
+    def closes(self, tokens: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> bool:
+        """Whether it has just been written; to be asked after each token."""
+        if self.token is not None:
+            return tokens[-1] == self.token
+        # A token stands for a byte at least, but for a few that are read as nothing.
+        return self.text in _decoded(tokenizer, tokens[-len(self.text.encode()) - 8 :])
 
 
 @dataclass(frozen=True)
@@ -19,54 +64,183 @@ class Prompter:
 
     tokenizer: PreTrainedTokenizerBase
     prompt: Prompt
-    end_token: int
-    """Ends an action."""
-    thought_token: int | None = None
-    """Ends the thought before a command, for agents that think."""
+    action_end: End
+    thought_end: End | None
+    """Of the thought before a command, for agents that think."""
+    eos: frozenset[int]
+    """Tokens that end the model's texts."""
+    bos: tuple[int, ...]
+    """What the tokenizer begins texts with, and so the opening."""
+    anchor: str = ""
+    """A special token that segments are tokenized behind, where the tokenizer treats the beginning of a text in its own way."""
 
     @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> "Prompter":
+    def of(
+        cls, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, generation: GenerationConfig | None = None
+    ) -> "Prompter":
         """
+        Args:
+            generation: the model's, which says what ends its texts.
+
         Raises:
-            UserError: the end of an action or of a thought is not a single token of this tokenizer.
+            UserError: the tokenizer does not know what ends an action or a thought, or the tokens of appended segments are not
+                those of the whole text.
         """
+        own = generation.eos_token_id if generation is not None else None
+        eos = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
+        prompter = cls(
+            tokenizer,
+            prompt,
+            _end(tokenizer, "action_end", prompt.action_end),
+            None if prompt.thought_end is None else _end(tokenizer, "thought_end", prompt.thought_end),
+            frozenset(eos),
+            _bos(tokenizer),
+        )
+        if prompter.bos:
+            begins = tokenizer.decode(list(prompter.bos))
+            log.info("transcripts begin with %r, which this tokenizer begins texts with", begins)
+        anchors = [token for token in (tokenizer.eos_token, tokenizer.bos_token) if token is not None]
+        tried = [prompter, *(replace(prompter, anchor=anchor) for anchor in anchors)]
+        broken = [next(candidate._broken_joints(), None) for candidate in tried]
+        if None not in broken:
+            raise UserError(f"agent.prompt: {broken[-1]}")
+        return tried[broken.index(None)]
 
-        def single(field: str, text: str) -> int:
-            tokens = tokenizer.encode(text, add_special_tokens=False)
-            if len(tokens) != 1 or tokens[0] == tokenizer.unk_token_id:
-                raise UserError(f"agent.prompt.{field}: {text!r} is not a single token of this tokenizer ({tokens})")
-            return int(tokens[0])
+    @cached_property
+    def named(self) -> set[str]:
+        """Placeholders that the templates name."""
+        return placeholders(self.prompt.opening) | placeholders(self.prompt.turn)
 
-        thought = None if prompt.thought_end is None else single("thought_end", prompt.thought_end)
-        return cls(tokenizer, prompt, single("action_end", prompt.action_end), thought)
+    def opening(self, observation: str, task: str, moment: Moment = Moment()) -> list[int]:
+        text = self._filled(self.prompt.opening, observation, task, moment)
+        tokens = self._encode_first(text)
+        return tokens if tuple(tokens[: len(self.bos)]) == self.bos else [*self.bos, *tokens]
 
-    def opening(self, observation: str, task: str) -> list[int]:
-        return self._encode(self.prompt.opening.format(observation=self._shown(observation, task), task=task))
-
-    def turn(self, observation: str, task: str) -> list[int]:
-        return self._encode(self.prompt.turn.format(observation=self._shown(observation, task), task=task))
+    def turn(self, observation: str, task: str, moment: Moment = Moment()) -> list[int]:
+        return self._encode(self._filled(self.prompt.turn, observation, task, moment))
 
     def action(self, command: str, thought: str = "") -> list[int]:
         """Tokens of a command, the end included; after a thought, for agents that think."""
-        return [*self.thought(thought), *self._encode(command), self.end_token]
+        if self.thought_end is not None and self.thought_end.token is None:
+            # As one text: what ends the thought may share a token with the command.
+            return self._ended(thought + self.thought_end.text + command, self.action_end)
+        return [*self.thought(thought), *self._ended(command, self.action_end)]
 
     def thought(self, text: str) -> list[int]:
         """Tokens of a thought, its end included; none for agents that do not think."""
-        return [] if self.thought_token is None else [*self._encode(text), self.thought_token]
+        return [] if self.thought_end is None else self._ended(text, self.thought_end)
+
+    def is_complete(self, action: list[int]) -> bool:
+        """Whether generated tokens end here; to be asked after each one."""
+        if len(action) >= self.prompt.max_action_tokens or action[-1] in self.eos:
+            return True
+        if not self.action_end.closes(action, self.tokenizer):
+            return False
+        # A thought may hold a text that would end a command, such as a line break.
+        return self.action_end.token is not None or self.action_end.text in self._after_thought(action)
+
+    def thought_length(self, action: list[int]) -> int:
+        """Tokens of an action up to the end of its thought, which is included; 0 where there is none."""
+        end = self.thought_end
+        if end is None:
+            return 0
+        return next((n for n in range(1, len(action) + 1) if end.closes(action[:n], self.tokenizer)), 0)
 
     def command(self, action: list[int]) -> str:
-        """The command in generated tokens: after the thought, up to the first end."""
-        if self.end_token in action:
-            action = action[: action.index(self.end_token)]
-        if self.thought_token is not None and self.thought_token in action:
-            action = action[action.index(self.thought_token) + 1 :]
-        return str(self.tokenizer.decode(action, skip_special_tokens=True)).strip()
+        """The command in generated tokens: what follows the thought, up to the first end of an action, special token (there a
+        model that goes on begins another turn) or line break."""
+        if self.action_end.token in action:
+            action = action[: action.index(self.action_end.token)]
+        if self.action_end.token is not None and (self.thought_end is None or self.thought_end.token is not None):
+            if self.thought_end is not None and self.thought_end.token in action:
+                action = action[action.index(self.thought_end.token) + 1 :]
+            begun = dropwhile(self._marks.__contains__, action)
+            command = list(takewhile(lambda token: token not in self._marks, begun))
+            text = str(self.tokenizer.decode(command, skip_special_tokens=True))
+        else:
+            text = self._after_thought(action) or _decoded(self.tokenizer, action)
+            if self.action_end.token is None:
+                text = text.partition(self.action_end.text)[0]
+            marks = map(re.escape, self.tokenizer.convert_ids_to_tokens(sorted(self._marks)))
+            text = next(filter(str.strip, re.split("|".join(marks), text)), "")
+        return re.split(r"[\r\n]", text.strip(), maxsplit=1)[0].strip()
 
-    def _shown(self, observation: str, task: str) -> str:
-        return observation if self.prompt.page is None else shown(observation, task, self.prompt.page)
+    def _after_thought(self, action: list[int]) -> str:
+        """What has been written since the thought ended; nothing where it has not."""
+        if self.thought_end is None:
+            return _decoded(self.tokenizer, action)
+        if self.thought_end.token is None:
+            return _decoded(self.tokenizer, action).partition(self.thought_end.text)[2]
+        ended = self.thought_end.token in action
+        return _decoded(self.tokenizer, action[action.index(self.thought_end.token) + 1 :]) if ended else ""
+
+    @cached_property
+    def _marks(self) -> frozenset[int]:
+        """Special tokens, without the one that stands for unknown words."""
+        return (frozenset(self.tokenizer.all_special_ids) - {self.tokenizer.unk_token_id}) | self.eos
+
+    def _ended(self, text: str, end: End) -> list[int]:
+        return self._encode(text + end.text) if end.token is None else [*self._encode(text), end.token]
+
+    def _filled(self, template: str, observation: str, task: str, moment: Moment) -> str:
+        named = placeholders(template)
+        values: dict[str, object] = {"task": task, "step": moment.step}
+        values["observation"] = observation if self.prompt.page is None else shown(observation, task, self.prompt.page)
+        if "steps_left" in named and moment.steps_left is not None:
+            values["steps_left"] = moment.steps_left
+        if "admissible_commands" in named and moment.admissible_commands is not None:
+            values["admissible_commands"] = "\n".join(moment.admissible_commands())
+        return template.format_map(values)
 
     def _encode(self, text: str) -> list[int]:
+        if not self.anchor:
+            return self._encode_first(text)
+        return self._encode_first(self.anchor + text)[1:]
+
+    def _encode_first(self, text: str) -> list[int]:
         return list(self.tokenizer.encode(text, add_special_tokens=False))
+
+    def _broken_joints(self) -> Iterator[str]:
+        """Where the tokens of two segments are not those of the two as one text, and what to do."""
+        for observation, task, command, thought in _SAMPLES:
+            moment = Moment(2, 9, lambda: ("go to desk 1", "search[red mug]"))
+            opening, turn = (
+                self._filled(t, observation, task, moment) for t in (self.prompt.opening, self.prompt.turn)
+            )
+            begun = "" if self.thought_end is None else thought + self.thought_end.text
+            action = ("the action", begun + command + self.action_end.text)
+            for (left, first), (right, second) in pairwise([("opening", opening), action, ("turn", turn), action]):
+                encode = self._encode_first if left == "opening" else self._encode
+                if encode(first + second) == [*encode(first), *self._encode(second)]:
+                    continue
+                if first[-1:] in (" ", "\t"):
+                    remedy = f"let {left} end without the blank"
+                elif second[:1].isspace():
+                    remedy = f"let {right} begin without blanks, or move them to the end of {left}"
+                else:
+                    remedy = "put a special token of the tokenizer or a line break between them"
+                yield (
+                    f"{left} ends in {first[-12:]!r} and {right} begins with {second[:12]!r}, which this tokenizer joins, so that"
+                    f" the tokens of appended segments are not those of the text: {remedy}"
+                )
+
+
+def _end(tokenizer: PreTrainedTokenizerBase, field: str, text: str) -> End:
+    tokens = list(tokenizer.encode(text, add_special_tokens=False))
+    if len(tokens) == 1 and tokenizer.get_added_vocab().get(text) == tokens[0]:
+        return End(text, tokens[0])
+    if text not in (written := _decoded(tokenizer, tokens)):
+        raise UserError(f"agent.prompt.{field}: this tokenizer cannot write {text!r}: it becomes {written!r}")
+    return End(text, None)
+
+
+def _bos(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    bos = tokenizer.bos_token_id
+    return (bos,) if bos is not None and tokenizer.encode("x")[:1] == [bos] else ()
+
+
+def _decoded(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
+    return str(tokenizer.decode(list(tokens), skip_special_tokens=False))
 
 
 def shown(observation: str, task: str, page: PageView) -> str:

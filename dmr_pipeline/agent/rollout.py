@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from dmr_pipeline.agent.caching import token_streams, transcript_capacity
 from dmr_pipeline.agent.memory import halving
-from dmr_pipeline.agent.prompts import Prompter
+from dmr_pipeline.agent.prompts import Moment, Prompter
 from dmr_pipeline.agent.streams import TokenStreams
 from dmr_pipeline.environments.base import Episode, Task
 from dmr_pipeline.environments.tasks import begin_episode
@@ -228,7 +228,7 @@ def play(
             index, run = queue.pop()
             slot = free.pop()
             order[slot] = index
-            batch.start(slot, run)
+            batch.start(slot, run, step_limit)
         ended = batch.step(step_limit)
         for slot in ended:
             done[order.pop(slot)] = batch.slots.pop(slot).trajectory
@@ -304,12 +304,12 @@ class _Batch:
         self._read: dict[int, tuple[Tensor, int]] = {}
         """Where low precision has read the transcript in this step: logits after it, and how many tokens were new."""
 
-    def start(self, slot: int, run: Run) -> None:
+    def start(self, slot: int, run: Run, step_limit: int) -> None:
         episode = begin_episode(run.task)
         opening = episode.reset()
-        self.slots[slot] = _Slot(
-            run, episode, Trajectory(run, opening), self.prompter.opening(opening, run.task.instruction)
-        )
+        moment = Moment(1, step_limit, episode.admissible_commands)
+        segment = self.prompter.opening(opening, run.task.instruction, moment)
+        self.slots[slot] = _Slot(run, episode, Trajectory(run, opening), segment)
         needed = self._needed(self.slots[slot])
         if needed > self.capacity:
             raise UserError(
@@ -371,11 +371,13 @@ class _Batch:
             )
             state.transcript += taken.action
             self.policy.acted(slot, taken.action)
-            if over or len(state.trajectory.steps) >= step_limit:
+            done = len(state.trajectory.steps)
+            if over or done >= step_limit:
                 state.trajectory.reward = reward
                 ended.append(slot)
                 continue
-            state.segment = self.prompter.turn(observation, state.run.task.instruction)
+            moment = Moment(done + 1, step_limit - done, state.episode.admissible_commands)
+            state.segment = self.prompter.turn(observation, state.run.task.instruction, moment)
             if self._needed(state) > self.capacity:
                 state.trajectory.outgrown = True
                 ended.append(slot)
@@ -419,11 +421,7 @@ class _Batch:
             for i, token, lead in zip(waiting, tokens, _leads(logits), strict=True):
                 actions[i].append(token)
                 margins[i] = min(margins[i], lead)
-            waiting = [
-                i
-                for i in waiting
-                if actions[i][-1] != prompter.end_token and len(actions[i]) < prompter.prompt.max_action_tokens
-            ]
+            waiting = [i for i in waiting if not prompter.is_complete(actions[i])]
             if not waiting:
                 return [Draft(*parts) for parts in zip(actions, processed, margins, strict=True)]
             for i in waiting:

@@ -53,6 +53,7 @@ def agent(context: StageContext) -> StageResult:
         model, tokenizer = load_causal_lm(source.model, source.revision, torch.device("cpu"), stored_precision=True)
         way_of(model)
         transcript_capacity(model.config, section.max_transcript_tokens)
+        Prompter.of(tokenizer, section.prompt, model.generation_config)
         save_causal_lm(model, tokenizer, folder, model.dtype)
         return StageResult(summary={"source": source.model, "parameters": model.num_parameters()})
     assert section.training is not None

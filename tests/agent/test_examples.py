@@ -46,7 +46,7 @@ def test_a_flawless_episode_teaches_exactly_the_experts_actions() -> None:
     example = expert_example(game, p, 50, mistake_rate=0.0, rng=random.Random(0))
     actions = taught(example)
     assert len(actions) == example.steps
-    assert all(action[-1] == p.end_token for action in actions)
+    assert all(action[-1] == p.action_end.token for action in actions)
     assert p.command(actions[0]).startswith("go to ")
     for i, target in enumerate(example.targets):
         if target != IGNORED:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import GenerationConfig
 
 from dmr_pipeline.agent.prompts import Prompter
 from dmr_pipeline.agent.rollout import (
@@ -61,7 +62,7 @@ def transcript(trajectory: Trajectory, turn: int) -> list[int]:
 @torch.no_grad()
 def greedy_uncached(model, prefix: list[int]) -> list[int]:
     action: list[int] = []
-    while len(action) < 6 and (not action or action[-1] != PROMPTER.end_token):
+    while len(action) < 6 and (not action or action[-1] != PROMPTER.action_end.token):
         logits = model(torch.tensor([prefix + action])).logits[0, -1]
         action.append(int(logits.argmax()))
     return action
@@ -74,6 +75,17 @@ def test_every_action_is_the_acting_precisions_own_without_any_cache() -> None:
         for turn, step in enumerate(trajectory.steps):
             model = HIGH if step.high else LOW
             assert step.action == greedy_uncached(model, transcript(trajectory, turn))
+
+
+def test_an_action_ends_with_the_models_own_eos() -> None:
+    whole = next(
+        a for episode in taken(roll(SinglePrecision(high=True))) for a in episode if len(a) > 2 and a[1] != a[0]
+    )
+    stopping = Prompter.of(PROMPTER.tokenizer, PROMPTER.prompt, GenerationConfig(eos_token_id=whole[1]))
+    agents = {high: Streams(HIGH, 7, 2048) for high in (True, False)}
+    actions = [a for episode in taken(play(RUNS, agents, stopping, SinglePrecision(high=True), STEPS)) for a in episode]
+    assert whole[:2] in actions
+    assert all(whole[1] not in action[:-1] for action in actions)
 
 
 def test_the_disagreement_oracle_repeats_always_high() -> None:
