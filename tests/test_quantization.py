@@ -346,3 +346,11 @@ def test_the_share_is_that_of_all_weights() -> None:
     assert rung_size(quantize_rung(model, rung("float"))).quantized_share == 0
     linear = sum(p.numel() for name, p in model.named_parameters() if name.endswith("_proj.weight"))
     assert rung_size(quantize_rung(model, rung("int8"))).quantized_share == linear / model.num_parameters()
+
+
+def test_a_rung_knows_all_tokens_that_end_the_models_texts(tmp_path: Path) -> None:
+    model = causal_lm()
+    model.config.eos_token_id = 3
+    model.generation_config.eos_token_id = [3, 7]
+    save_rung(quantize_rung(model, rung("float")), tmp_path / "rung")
+    assert load_rung(tmp_path / "rung", CPU).generation_config.eos_token_id == [3, 7]

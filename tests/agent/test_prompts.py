@@ -16,7 +16,9 @@ from dmr_pipeline.environments.alfworld.expert import ExploringExpert
 from dmr_pipeline.environments.alfworld.generator import generate_game
 from dmr_pipeline.environments.alfworld.words import alfworld_texts
 from dmr_pipeline.errors import UserError
-from dmr_pipeline.recipe import PageView, Prompt
+from dmr_pipeline.ingestion import LoggedEpisode
+from dmr_pipeline.recipe import Agent, PageView, Prompt, load_recipe
+from dmr_pipeline.trajectories import ingested_tables
 from tests.agent.tokenizers import Kind, chat_tokenizer
 
 TOKENIZER = word_tokenizer(alfworld_texts())
@@ -386,3 +388,37 @@ def test_a_template_that_is_accepted_can_be_filled(template: str) -> None:
     except ValidationError:
         return
     assert prompt.turn.format() == template.replace("{{", "{").replace("}}", "}")
+
+
+NAMES_COMMANDS = "<task> {task} <obs> {observation} {admissible_commands} <act>"
+
+
+def test_looks_do_not_know_what_an_episode_knows() -> None:
+    training = load_recipe("alfworld-tiny").agent.training
+    assert training is not None
+    prompt = Prompt(opening=NAMES_COMMANDS, thought_end="<do>")
+    problem = "training.looks_per_update: looks know no {admissible_commands}, which prompt.opening names: set it to 0"
+    with pytest.raises(ValidationError, match=re.escape(problem)):
+        Agent(training=training, prompt=prompt)
+    without = training.model_copy(update={"looks_per_update": 0, "looks_alone_until": 0})
+    Agent(training=without, prompt=prompt)
+
+
+def test_logs_that_do_not_tell_what_a_template_names_are_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    step = {"command": "look", "observation": "You see a mug.", "precision": "float"}
+    logged = LoggedEpisode.model_validate(
+        {
+            "episode_id": "one",
+            "task_id": "unknown-game",
+            "task_type": "look",
+            "task": "find a mug",
+            "observation": "You are in a room.",
+            "steps": [step],
+            "success": False,
+        }
+    )
+    episodes, steps = ingested_tables([logged], Prompter.of(TOKENIZER, Prompt(turn="{step} <act>")), "float", 2048)
+    assert (len(episodes), len(steps), caplog.text) == (1, 1, "")
+    episodes, steps = ingested_tables([logged], Prompter.of(TOKENIZER, Prompt(turn=NAMES_COMMANDS)), "float", 2048)
+    assert (len(episodes), len(steps)) == (0, 0)
+    assert "1 ingested episodes are left out: logs do not tell {admissible_commands}" in caplog.text
