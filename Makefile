@@ -45,8 +45,10 @@ lint: setup
 gpu-check: setup
 	$(BIN)/dmr bench gpu $(FLAGS)
 
+# Dagster's daemon, and its web server for this machine alone; Ctrl-C ends both.
 ui: setup
-	$(BIN)/dagster dev -w workspace.yaml -h 127.0.0.1
+	@$(BIN)/dagster-daemon run -w workspace.yaml & trap "kill $$!" EXIT; \
+	$(BIN)/python -m dmr_pipeline.webserver -w workspace.yaml -h 127.0.0.1 -p 3000
 
 render: setup
 	$(BIN)/dmr render

@@ -97,7 +97,7 @@ def check_references(pod: Resource, resources: dict[tuple[str, str], Resource]) 
     for volume in volumes.values():
         if "configMap" in volume:
             assert ("ConfigMap", volume["configMap"]["name"]) in resources
-        else:
+        elif "emptyDir" not in volume:
             assert (
                 "PersistentVolumeClaim",
                 volume["persistentVolumeClaim"]["claimName"],
@@ -236,3 +236,93 @@ def test_dagster_may_do_what_it_does(
     rules = resources["Role", "dagster"]["rules"]
     allowed = {(verb, name) for rule in rules for verb in rule["verbs"] for name in rule["resources"]}
     assert needed - {("delete", "pods")} <= allowed
+
+
+def pods(resources: dict[tuple[str, str], Resource], launcher: K8sRunLauncher) -> dict[str, Resource]:
+    """Every kind of pod that there is, with its labels: templates of what is rendered, a run and the steps."""
+    rendered = {
+        name: found["spec"]["template"]
+        for (kind, name), found in resources.items()
+        if kind in ("Deployment", "StatefulSet")
+    }
+    jobs = {"run": job_of(launcher, {})} | {stage.name: step_job(launcher, stage) for stage in pipeline.STAGES}
+    return rendered | {name: job["spec"]["template"] for name, job in jobs.items()}
+
+
+def test_no_pod_has_more_rights_than_it_needs(
+    resources: dict[tuple[str, str], Resource], launcher: K8sRunLauncher
+) -> None:
+    found = pods(resources, launcher)
+    assert {"postgres", "webserver", "run", "agent"} <= found.keys()
+    jobs = {"run", *(stage.name for stage in pipeline.STAGES)}
+    for name, template in found.items():
+        pod = template["spec"]
+        context = pod["securityContext"]
+        assert context["runAsNonRoot"] is True, name
+        assert context["runAsUser"] == context["fsGroup"] > 0, name
+        assert context["seccompProfile"] == {"type": "RuntimeDefault"}, name
+        for container in pod["containers"]:
+            own = container["securityContext"]
+            assert own["allowPrivilegeEscalation"] is False, name
+            assert own["capabilities"] == {"drop": ["ALL"]}, name
+            assert own.get("readOnlyRootFilesystem", False) is (name not in jobs), name
+
+
+def test_what_has_a_read_only_root_can_write_where_it_must(resources: dict[tuple[str, str], Resource]) -> None:
+    writable = {"postgres": {"/tmp", "/var/run/postgresql", "/var/lib/postgresql/data"}}
+    dagster = {"/tmp", "/home/dmr", "/opt/dmr/dagster_home", "/opt/dmr/data"}
+    for (kind, name), found in resources.items():
+        if kind in ("Deployment", "StatefulSet"):
+            pod = found["spec"]["template"]["spec"]
+            [container] = pod["containers"]
+            volumes = {volume["name"] for volume in pod["volumes"] if "configMap" not in volume}
+            volumes |= {claim["metadata"]["name"] for claim in found["spec"].get("volumeClaimTemplates", [])}
+            mounted = {mount["mountPath"] for mount in container["volumeMounts"] if mount["name"] in volumes}
+            assert writable.get(name, dagster) <= mounted, name
+
+
+def matches(selector: Resource, labels: dict[str, str]) -> bool:
+    """A pod selector, of the two forms that are used here."""
+    assert selector.keys() <= {"matchLabels", "matchExpressions"}
+    expressions = selector.get("matchExpressions", [])
+    assert all(expression["operator"] == "In" for expression in expressions)
+    return selector.get("matchLabels", {}).items() <= labels.items() and all(
+        labels.get(expression["key"]) in expression["values"] for expression in expressions
+    )
+
+
+def test_only_what_needs_a_server_reaches_it(
+    resources: dict[tuple[str, str], Resource], launcher: K8sRunLauncher
+) -> None:
+    policies = [found["spec"] for (kind, _), found in resources.items() if kind == "NetworkPolicy"]
+    labels = {name: template["metadata"]["labels"] for name, template in pods(resources, launcher).items()}
+    steps = {"run", *(stage.name for stage in pipeline.STAGES)}
+
+    def reaching(name: str) -> set[tuple[str, int]]:
+        """(pod, port): the union of all policies that select the pod, as Kubernetes takes them; else anybody."""
+        chosen = [policy for policy in policies if matches(policy["podSelector"], labels[name])]
+        assert all("Ingress" in policy["policyTypes"] for policy in chosen)
+        assert chosen, f"{name} takes connections from anywhere"
+        return {
+            (other, port["port"])
+            for policy in chosen
+            for rule in policy.get("ingress", [])
+            for source in rule["from"]
+            for other in labels
+            if source.keys() == {"podSelector"} and matches(source["podSelector"], labels[other])
+            for port in rule["ports"]
+        }
+
+    assert reaching("postgres") == {(name, 5432) for name in {"code-server", "webserver", "daemon"} | steps}
+    assert reaching("code-server") == {(name, 4000) for name in {"webserver", "daemon"} | steps}
+    for name in {"webserver", "daemon"} | steps:
+        assert reaching(name) == set()
+    ports = {name: found["spec"]["ports"][0]["port"] for (kind, name), found in resources.items() if kind == "Service"}
+    assert ports == {"postgres": 5432, "code-server": 4000, "webserver": 3000}
+
+
+def test_the_web_server_is_the_guarded_one_and_its_probe_gets_in(resources: dict[tuple[str, str], Resource]) -> None:
+    [container] = resources["Deployment", "webserver"]["spec"]["template"]["spec"]["containers"]
+    assert container["command"][:3] == ["python", "-m", "dmr_pipeline.webserver"]
+    headers = container["readinessProbe"]["httpGet"]["httpHeaders"]
+    assert {"name": "Host", "value": "localhost"} in headers
