@@ -483,6 +483,12 @@ class Sensitivity(Section):
     direction: Literal["high_low", "low_high", "js"] = Field(
         "high_low", description="KL(high||low), KL(low||high), or Jensen-Shannon"
     )
+    tokens: Literal["action", "command"] = Field(
+        "action",
+        exclude_if=lambda tokens: tokens == "action",
+        description="ours: what a divergence is summed over, all of the action or only what follows its thought. A long"
+        " thought's sum measures its length more than the step's risk: command is for LLMs that think at length",
+    )
     tau: Annotated[float, Field(gt=0), at_most(1000.0, "no step's divergence is larger")] | None = Field(
         None, description="absolute threshold in nats"
     )

@@ -1,16 +1,18 @@
 """Stage `sensitivity_dataset`: one row a step, with what both precisions would have done on the same prefix.
 
 Choices that the paper leaves open, and ours: the action distributions are compared along the high-precision greedy action
-(teacher forcing both precisions on its tokens), over every token of it up to and including its end; a divergence of a step is
-the sum of the tokens' divergences over the full vocabulary. By the chain rule that is the part of the divergence between the
-two distributions over whole actions that lies on the path high precision takes.
+(teacher forcing both precisions on its tokens), over every token of it up to and including its end, or (`sensitivity.tokens:
+command`) over those after its thought; a divergence of a step is the sum of the tokens' divergences over the full vocabulary.
+By the chain rule that is the part of the divergence between the two distributions over whole actions that lies on the path high
+precision takes.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import polars as pl
 import torch
@@ -107,6 +109,7 @@ def measure(
     advance: Callable[[int], None] = lambda _: None,
 ) -> pl.DataFrame:
     """Divergences of every step of these trajectories: the columns of STEPS but `sensitive`, in the steps' order."""
+    counted = ladder.recipe.sensitivity.tokens
     transcripts = steps.group_by("episode_id", maintain_order=True).agg("segment", "action")
     context = episodes.select("episode_id", "task_id", "task_type", "policy", "success")
     longest_first = transcripts.with_columns(turns=pl.col("segment").list.len()).sort(
@@ -119,7 +122,7 @@ def measure(
         for turn in range(len(episodes[0].segments)):
             live = [i for i, episode in enumerate(episodes) if turn < len(episode.segments)]
             new = [(episodes[i].actions[turn - 1] if turn else []) + episodes[i].segments[turn] for i in live]
-            compared = compare(streams, live, new, ladder.prompter)
+            compared = compare(streams, live, new, ladder.prompter, counted)
             rows += [(episodes[i].name, turn, *vars(found).values()) for i, found in zip(live, compared, strict=True)]
         return rows
 
@@ -145,40 +148,96 @@ def measure(
     )
 
 
+@dataclass
+class _Acting:
+    """What one step has come to: a few numbers a token, since logits of a real vocabulary are too large to keep."""
+
+    start: int
+    """Tokens of the transcript."""
+    high: list[int] = field(default_factory=list)
+    """High precision's greedy action, as far as it is known."""
+    low: list[int] = field(default_factory=list)
+    """Low precision's own."""
+    between: list[tuple[float, float, float]] = field(default_factory=list)
+    """KL(high||low), KL(low||high) and Jensen-Shannon of each token of the high-precision action; nats."""
+    own: list[tuple[float, float]] = field(default_factory=list)
+    """Entropy (nats) and margin of low precision at each token of its own action."""
+
+    def divergence(self, high_from: int, low_from: int) -> Divergence:
+        """Over the tokens of both actions from these on; of no tokens, sums are 0 and the margin is 1."""
+        high_low, low_high, js = (max(0.0, math.fsum(column)) for column in _columns(self.between[high_from:], 3))
+        entropies, margins = _columns(self.own[low_from:], 2)
+        agree = self.high[high_from:] == self.low[low_from:]
+        return Divergence(high_low, low_high, js, agree, math.fsum(entropies), min(margins, default=1.0))
+
+
 def compare(
-    streams: dict[bool, TokenStreams],
+    streams: Mapping[bool, TokenStreams],
     slots: Sequence[int],
     chunks: Sequence[list[int]],
     prompter: Prompter,
+    tokens: Literal["action", "command"] = "action",
 ) -> list[Divergence]:
-    """Append the chunks to both precisions' streams, and compare what they would do next; the streams end there."""
-    first = {high: streams[high].extend(slots, chunks) for high in (True, False)}
-    lengths = [streams[True].lengths[slot] for slot in slots]
-    high_actions, high_logits = _greedy(streams[True], slots, first[True], prompter)
-    low_actions, low_own = _greedy(streams[False], slots, first[False], prompter)
+    """Append the chunks to both precisions' streams, and compare what they would do next; the streams end there.
+
+    Both precisions go along the high-precision greedy action, token by token. Where low precision would write another token,
+    it is then taken back to that place and goes on alone, for its entropy and its margin.
+
+    Args:
+        tokens: of the actions, what is counted: all, or those after the thought. An action whose thought does not end has none.
+    """
+    logits = {high: streams[high].extend(slots, chunks) for high in (True, False)}
+    acting = [_Acting(streams[True].lengths[slot]) for slot in slots]
+    waiting, apart = list(range(len(slots))), dict[int, int]()
+    while waiting:
+        between, own = token_divergences(logits[True], logits[False]), own_numbers(logits[False])
+        choices = [logits[high].argmax(-1).tolist() for high in (True, False)]
+        for i, numbers, low_numbers, high_token, low_token in zip(waiting, between, own, *choices, strict=True):
+            acting[i].between.append(numbers)
+            if i not in apart:
+                acting[i].own.append(low_numbers)
+                acting[i].low.append(low_token)
+                if low_token != high_token:
+                    apart[i] = low_token
+            acting[i].high.append(high_token)
+        waiting = [i for i in waiting if not prompter.is_complete(acting[i].high)]
+        if waiting:
+            new = [[acting[i].high[-1]] for i in waiting]
+            logits = {high: streams[high].extend([slots[i] for i in waiting], new) for high in (True, False)}
+    waiting = [i for i in apart if not prompter.is_complete(acting[i].low)]
+    for i in waiting:
+        streams[False].truncate(slots[i], acting[i].start + len(acting[i].low) - 1)
+    while waiting:
+        low = streams[False].extend([slots[i] for i in waiting], [[acting[i].low[-1]] for i in waiting])
+        for i, numbers, token in zip(waiting, own_numbers(low), low.argmax(-1).tolist(), strict=True):
+            acting[i].own.append(numbers)
+            acting[i].low.append(token)
+        waiting = [i for i in waiting if not prompter.is_complete(acting[i].low)]
     for high in (True, False):
-        for slot, length in zip(slots, lengths, strict=True):
-            streams[high].truncate(slot, length)
-    forced = _forced(streams[False], slots, first[False], high_actions, lengths)
-    return [
-        divergence(high_logits[i], forced[i], low_own[i], high_actions[i] == low_actions[i]) for i in range(len(slots))
-    ]
+        for slot, one in zip(slots, acting, strict=True):
+            streams[high].truncate(slot, one.start)
+
+    def counted_from(action: list[int]) -> int:
+        if tokens == "action" or prompter.prompt.thought_end is None:
+            return 0
+        return prompter.thought_length(action) or len(action)
+
+    return [one.divergence(counted_from(one.high), counted_from(one.low)) for one in acting]
 
 
-def divergence(high: Tensor, low: Tensor, low_own: Tensor, agree: bool) -> Divergence:
-    """From logits [tokens of the high-precision action, vocabulary] of both, and low precision's along its own action."""
-    p, q = high.double().log_softmax(-1), low.double().log_softmax(-1)
-    own = low_own.double().log_softmax(-1)
-    mixture = torch.logaddexp(p, q) - torch.log(torch.tensor(2.0, dtype=torch.double))
-    best = own.exp().topk(2, dim=-1).values
-    return Divergence(
-        kl_high_low=_kl(p, q),
-        kl_low_high=_kl(q, p),
-        js=(_kl(p, mixture) + _kl(q, mixture)) / 2,
-        greedy_agree=agree,
-        entropy_low=-float((own.exp() * own).sum()),
-        margin_low=float((best[:, 0] - best[:, 1]).min()),
-    )
+def token_divergences(high: Tensor, low: Tensor) -> list[tuple[float, float, float]]:
+    """KL(high||low), KL(low||high) and Jensen-Shannon divergence in nats of each row of logits [n, vocabulary]."""
+    p, q = high.double().log_softmax(-1), low.to(high.device).double().log_softmax(-1)
+    mixture = torch.logaddexp(p, q) - math.log(2)
+    js = (_kl(p, mixture) + _kl(q, mixture)) / 2
+    return list(zip(_kl(p, q).tolist(), _kl(q, p).tolist(), js.tolist(), strict=True))
+
+
+def own_numbers(logits: Tensor) -> list[tuple[float, float]]:
+    """Entropy in nats of each row of logits [n, vocabulary], and how far its likeliest token leads the next in probability."""
+    p = logits.double().log_softmax(-1)
+    best = p.exp().topk(2, dim=-1).values
+    return list(zip((-(p.exp() * p).sum(-1)).tolist(), (best[:, 0] - best[:, 1]).tolist(), strict=True))
 
 
 def threshold(rows: pl.DataFrame, section: Sensitivity) -> float:
@@ -222,42 +281,14 @@ def divergence_column(section: Sensitivity) -> str:
     return "js" if section.direction == "js" else f"kl_{section.direction}"
 
 
-def _kl(p: Tensor, q: Tensor) -> float:
-    """KL divergence of log-probabilities [tokens, vocabulary], summed over tokens; rounding below 0 is cut off."""
-    return max(0.0, float((p.exp() * (p - q)).sum()))
+def _kl(p: Tensor, q: Tensor) -> Tensor:
+    """KL divergence [n] of log-probabilities [n, vocabulary]."""
+    return (p.exp() * (p - q)).sum(-1)
+
+
+def _columns(rows: Sequence[tuple[float, ...]], count: int) -> list[list[float]]:
+    return [[row[column] for row in rows] for column in range(count)]
 
 
 def _share(table: pl.DataFrame) -> float | None:
     return round(float(table["sensitive"].mean()), 5) if len(table) else None  # type: ignore[arg-type]
-
-
-def _greedy(
-    streams: TokenStreams, slots: Sequence[int], logits: Tensor, prompter: Prompter
-) -> tuple[list[list[int]], list[Tensor]]:
-    """Greedy actions from where the streams stand, and the logits that each of their tokens was chosen from."""
-    actions: list[list[int]] = [[] for _ in slots]
-    seen: list[list[Tensor]] = [[] for _ in slots]
-    waiting = list(range(len(slots)))
-    while waiting:
-        for row, i in enumerate(waiting):
-            seen[i].append(logits[row])
-        for i, token in zip(waiting, logits.argmax(-1).tolist(), strict=True):
-            actions[i].append(token)
-        waiting = [i for i in waiting if not prompter.is_complete(actions[i])]
-        if waiting:
-            logits = streams.extend([slots[i] for i in waiting], [[actions[i][-1]] for i in waiting])
-    return actions, [torch.stack(rows) for rows in seen]
-
-
-def _forced(
-    streams: TokenStreams, slots: Sequence[int], first: Tensor, actions: Sequence[list[int]], lengths: Sequence[int]
-) -> list[Tensor]:
-    """Logits for every token of the given actions; the streams are cut back to `lengths`."""
-    logits = [first[i : i + 1] for i in range(len(slots))]
-    longer = [i for i, action in enumerate(actions) if len(action) > 1]
-    if longer:
-        rest = streams.extend_all([slots[i] for i in longer], [actions[i][:-1] for i in longer])
-        for i, rows in zip(longer, rest, strict=True):
-            logits[i] = torch.cat([logits[i], rows])
-            streams.truncate(slots[i], lengths[i])
-    return logits
