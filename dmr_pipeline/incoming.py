@@ -18,9 +18,9 @@ from dmr_pipeline.errors import UserError, printable
 
 INGESTED_FOLDER = "ingested"
 QUARANTINE_FOLDER = "quarantine"
-FILE_LIMIT = 128 << 20
-"""Bytes that a file may have, and what it holds once it is unpacked: it is read whole, and as episodes it takes about eight times
-as much memory, half of what the stage asks its machine for."""
+FILE_LIMIT = 64 << 20
+"""Bytes that a file may have, and what it holds once it is unpacked. It is read whole, and episodes of many short steps take 15
+times as much memory: half of the 2 GB that the stage asks its machine for."""
 _NAME_BYTES = 200
 """File systems allow 255; the rest is for what is put before and behind a name."""
 _KINDS = {

@@ -106,7 +106,7 @@ class LoggedStep(BaseModel):
 
 class LoggedEpisode(BaseModel):
     """One logged episode: a line of NAME.jsonl (UTF-8; no key twice in an object), or a row of NAME.parquet, whose `steps` are a
-    list of structs. A null in Parquet is a field that was left out. A file holds at most 128 MiB, also once it is unpacked."""
+    list of structs. A null in Parquet is a field that was left out. A file holds at most 64 MiB, also once it is unpacked."""
 
     model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra={"examples": [EXAMPLE]})
 

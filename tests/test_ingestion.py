@@ -23,7 +23,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dmr_pipeline import artifacts, ingestion, pipeline
+from dmr_pipeline import artifacts, incoming, ingestion, pipeline
 from dmr_pipeline.agent.examples import expert_example
 from dmr_pipeline.agent.prompts import Prompter
 from dmr_pipeline.agent.rollout import Trajectory, play
@@ -371,18 +371,21 @@ def test_a_file_that_another_process_moves_meanwhile_is_no_trouble(
     drop(DATA, "a.jsonl", content)
     ingest(prepared)
     drop(DATA, "b.jsonl", content)
-    read = Path.read_bytes
+    read, seen = incoming.read, []
 
     def moved(path: Path) -> bytes:
+        seen.append(path.name)
         if moment == "before reading":
             path.unlink()
         found = read(path)
         path.unlink()
         return found
 
-    monkeypatch.setattr(Path, "read_bytes", moved)
+    monkeypatch.setattr(incoming, "read", moved)
     file_away(DATA, "fake")
+    assert seen == ["b.jsonl"]
     assert not (DATA / "incoming/fake/b.jsonl").exists()
+    assert len(list((DATA / "incoming/fake/ingested").iterdir())) == 1
 
 
 def test_all_that_is_wrong_with_an_episode_is_named() -> None:

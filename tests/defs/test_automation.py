@@ -1,4 +1,5 @@
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -159,6 +160,17 @@ def test_misplaced_files_and_bad_recipes_are_named_and_stop_nothing(instance: dg
     assert "broken.yaml" in reason
     drop("a.jsonl", "two")
     assert [request.partition_key for request in tick(instance)] == [RECIPE]
+
+
+def test_what_is_no_file_is_named_or_asked_for_but_never_opened(instance: dg.DagsterInstance):
+    (INCOMING / "[folder]\x1b").mkdir(parents=True)
+    assert rf"{INCOMING}/[folder]\x1b: it is a folder, no file" in tick(instance)
+    os.mkfifo(INCOMING / "pipe.jsonl")
+    (INCOMING / "link.jsonl").symlink_to("nowhere")
+    (request,) = tick(instance)
+    assert tick(instance)[0].run_key == request.run_key
+    (INCOMING / "link.jsonl").unlink()
+    assert tick(instance)[0].run_key != request.run_key
 
 
 def test_ingestion_runs_where_the_files_are(finished_project: Recipe):
