@@ -134,6 +134,22 @@ def flipped(content: bytes, seed: int) -> bytes:
     return bytes(changed)
 
 
+def lied_about(content: bytes) -> bytes:
+    """The file with its columns' sizes, unpacked, given as 0 in its footer."""
+    for column in range(7):
+        size = pq.read_metadata(io.BytesIO(content)).row_group(0).column(column).total_uncompressed_size * 2  # zigzag
+        number = bytearray()
+        while size > 127:
+            number.append(size & 127 | 128)
+            size >>= 7
+        number.append(size)
+        start = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
+        nothing = b"\x80" * (len(number) - 1) + b"\0"
+        if len(number) > 3:  # short ones are found elsewhere too
+            content = content[:start] + content[start:].replace(bytes(number), nothing)
+    return content
+
+
 def zipped(content: bytes) -> bytes:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
@@ -433,6 +449,15 @@ def kinds() -> dict[str, tuple[str, Build]]:
             lambda folder: parquet(table(task=["x" * (FILE_LIMIT + 1)]), compression="zstd", use_dictionary=False)(
                 folder
             ),
+        ),
+        "Parquet: zeros, packed and lied about": (
+            "more than a file may",
+            lambda folder: file(
+                lied_about(
+                    parquet_bytes(table(task=["x" * (FILE_LIMIT + 1)]), compression="zstd", use_dictionary=False)
+                ),
+                "hostile.parquet",
+            )(folder),
         ),
         "Parquet: zeros, packed by gzip": (
             "more than a file may",
