@@ -44,8 +44,20 @@ def alfworld(
     from dmr_pipeline.environments.alfworld import official
 
     if source is None:
-        archive = official.download_games(url or official.ARCHIVE_URL, sha256=sha256)
+        address = url or official.ARCHIVE_URL
+        wanted = sha256 or official.known_checksum(address)
+        if wanted is not None:
+            console.print(f"the archive must have sha256 {wanted}; --sha256 takes another", soft_wrap=True)
+        archive = official.download_games(address, sha256=wanted)
         console.print(f"archive: sha256 {archive.sha256}", soft_wrap=True)
+        if wanted is None:
+            console.print(
+                "Its checksum is not known to this project, so that nothing but the connection vouches for it. The pack"
+                " remembers it: this machine refuses another archive from this address. To pin it elsewhere too, give"
+                f" --sha256 {archive.sha256}",
+                style="yellow",
+                soft_wrap=True,
+            )
         packed = official.pack(official.DOWNLOAD_FOLDER, archive=archive)
         shutil.rmtree(official.DOWNLOAD_FOLDER)
     elif url or sha256:

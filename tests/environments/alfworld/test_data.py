@@ -205,6 +205,39 @@ def test_a_download_gives_the_same_files_as_a_folder(games: Path, site: tuple[st
     assert not official.DOWNLOAD_FOLDER.exists()
 
 
+def test_an_unknown_checksum_is_said_and_from_then_on_known(games: Path, site: tuple[str, Path]):
+    url, archive = f"{site[0]}/games.zip", site[1] / "games.zip"
+    zip_games(games, archive)
+    sha256 = hashlib.sha256(archive.read_bytes()).hexdigest()
+    first = dmr("data", "alfworld", "--url", url)
+    assert first.exit_code == 0, first.output
+    assert "not known to this project" in first.output
+    assert f"--sha256 {sha256}" in first.output
+    again = dmr("data", "alfworld", "--url", url)
+    assert again.exit_code == 0, again.output
+    assert "not known to this project" not in again.output
+    assert f"must have sha256 {sha256}" in again.output
+
+    add_game(games, "train", f"{TASK}/trial_4")
+    archive.unlink()
+    zip_games(games, archive)
+    other = hashlib.sha256(archive.read_bytes()).hexdigest()
+    packed = contents(PACK_FOLDER)
+    refused = dmr("data", "alfworld", "--url", url)
+    assert refused.exit_code == 2
+    assert f"its sha256 is {other}, it should be {sha256}" in refused.output
+    assert contents(PACK_FOLDER) == packed
+    assert dmr("data", "alfworld", "--url", url, "--sha256", other).exit_code == 0
+    assert official.known_checksum(url) == other
+
+
+def test_a_checksum_that_the_project_knows_holds_for_its_own_address(monkeypatch: pytest.MonkeyPatch):
+    assert official.known_checksum(official.ARCHIVE_URL) is official.ARCHIVE_SHA256
+    monkeypatch.setattr(official, "ARCHIVE_SHA256", "ab" * 32)
+    assert official.known_checksum(official.ARCHIVE_URL) == "ab" * 32
+    assert official.known_checksum("http://127.0.0.1/games.zip") is None
+
+
 def test_nothing_of_another_download_is_packed(games: Path, site: tuple[str, Path], tmp_path: Path):
     for name in ("a", "b"):
         zip_games(games, site[1] / f"{name}.zip")
