@@ -677,7 +677,9 @@ class Runtime(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: Workers = Field(1, description="torch threads a process")
     processes: Workers = Field(2, description="processes that play episodes at once on a CPU; one on a GPU")
-    batch_episodes: Batch = Field(64, description="episodes acted on at once in a process")
+    batch_episodes: Batch = Field(
+        64, description="episodes acted on at once in a process; fewer where a GPU runs out of memory"
+    )
 
     def problems(self) -> Iterator[tuple[str, str]]:
         if self.threads > 1 and self.processes > 1:
