@@ -130,6 +130,8 @@ def make_project(folder: Path, stages: tuple[Stage, ...]) -> Recipe:
         (folder / file).parent.mkdir(exist_ok=True)
         shutil.copy(REPOSITORY / file, folder / file)
     (folder / ".dvc" / ".gitignore").write_text("/tmp\n/cache\n")
+    with (folder / "data" / ".gitignore").open("a") as ignored:
+        ignored.write(f"!/{RECIPE}/agent/\n")  # as of a recipe whose agent the project commits
     subprocess.run(["git", "init", "-q", str(folder)], check=True)
     (folder / "dvc.yaml").write_text(dvc_stages.render(stages, [RECIPE]))
     return load_recipe(RECIPE, folder / "recipes")
