@@ -80,5 +80,5 @@ def test_an_encoder_decoder_is_refused_on_loading(tmp_path) -> None:
     T5ForConditionalGeneration(
         T5Config(vocab_size=VOCABULARY, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
     ).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=r"type 't5' is no causal LM"):
+    with pytest.raises(UserError, match=r"is no causal LM with a head"):
         load_causal_lm(tmp_path, None, CPU)

@@ -193,6 +193,18 @@ def test_routing_tokens_are_added_to_a_pretrained_llm(tmp_path: Path, rows: int 
     assert routing_logits(routers[0].model, [sequence], routers[0].settings).shape == (1, 2)
 
 
+def test_a_router_with_too_few_positions_is_refused(tmp_path: Path) -> None:
+    llm = make_llm(tmp_path, ["take", "go", "apple"])  # has 2,048
+    assert new_router(pretrained(llm), llm.tokenizer, 0, CPU, None, 2048).settings.kind == "lm"
+    with pytest.raises(UserError, match=r"positions for 2048 tokens.*may have 2100.*max_transcript_tokens lower by 52"):
+        new_router(pretrained(llm), llm.tokenizer, 0, CPU, None, 2100)
+
+
+def test_a_new_routers_positions_are_those_of_its_transcripts() -> None:
+    router = new_router(RouterModel(architecture=ARCHITECTURE), TOKENIZER, 0, CPU, None, 5000)
+    assert router.model.config.max_position_embeddings == 5000
+
+
 def test_another_vocabulary_is_refused(tmp_path: Path) -> None:
     llm = make_llm(tmp_path / "router", ["take", "go", "apple"])
     agent = make_llm(tmp_path / "agent", ["go", "take", "apple"])
