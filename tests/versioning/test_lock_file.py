@@ -1,3 +1,4 @@
+import json
 import os
 import shutil
 import signal
@@ -204,3 +205,14 @@ def test_an_empty_rwlock_stops_no_commit(project: Recipe):
     Path(".dvc/tmp/rwlock").write_text("")
     committed(project, "agent")
     assert len(lock_file.read_entries()) == 2
+
+
+def test_a_commit_beside_a_dvc_repro_of_the_same_stage(project: Recipe):
+    """Such a `repro` notes the stage's files in the rwlock while its command runs, which may itself wait for this process."""
+    holder = {"pid": os.getpid(), "cmd": "dvc repro"}
+    Path(".dvc/tmp").mkdir(exist_ok=True)
+    notes = {"write": {str(Path("data", RECIPE, "benchmark_tasks").resolve()): holder}, "read": {}}
+    Path(".dvc/tmp/rwlock").write_text(json.dumps(notes))
+    committed(project, "benchmark_tasks")
+    assert dvc_stages.is_committed(TASKS, RECIPE, verify(artifact_folder(TASKS.name, RECIPE)))
+    assert json.loads(Path(".dvc/tmp/rwlock").read_text()) == notes
