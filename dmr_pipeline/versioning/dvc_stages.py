@@ -75,7 +75,7 @@ def _render_stage(stage: Stage, recipes: Sequence[str]) -> dict[str, Any]:
 
 def is_rendered(stages: Sequence[Stage], recipes: Sequence[str], file: Path = DVC_FILE) -> bool:
     """Does the file say what the table says?"""
-    return file.is_file() and file.read_text(encoding="utf-8") == render(stages, recipes)
+    return file.is_file() and file.read_bytes() == render(stages, recipes).encode()
 
 
 def check_rendered(stages: Sequence[Stage], recipes: Sequence[str], file: Path = DVC_FILE) -> None:

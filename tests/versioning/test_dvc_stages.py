@@ -23,6 +23,12 @@ def test_committed_dvc_yaml_is_what_the_table_renders():
     assert dvc_stages.is_rendered(pipeline.STAGES, recipes, REPOSITORY / "dvc.yaml"), "run `dmr render`"
 
 
+def test_a_dvc_yaml_that_is_no_text_is_not_what_the_table_renders(project: Recipe):
+    dvc_stages.DVC_FILE.write_bytes(b"\xff\x00\xfe")
+    with pytest.raises(UserError, match="run `dmr render`"):
+        dvc_stages.check_rendered(pipeline.STAGES, [RECIPE])
+
+
 def test_dvc_reads_the_tables_edges(project: Recipe):
     stages = {stage.addressing: stage for stage in Repo().index.stages}
     assert set(stages) == {f"{name}@{RECIPE}" for name in TABLE}
