@@ -3,7 +3,9 @@
 import logging
 import os
 import platform
-from collections.abc import Sequence
+import sqlite3
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import dagster as dg
@@ -20,7 +22,7 @@ from dmr_pipeline.defs import exchange
 from dmr_pipeline.defs.assets import build_assets
 from dmr_pipeline.defs.checks import build_checks
 from dmr_pipeline.defs.versions import recorded_version
-from dmr_pipeline.errors import UserError
+from dmr_pipeline.errors import UserError, causes
 from dmr_pipeline.recipe import Recipe
 from dmr_pipeline.stage import Stage
 from dmr_pipeline.versioning import dvc_stages
@@ -97,14 +99,30 @@ class _PatientClaims(InstanceConcurrencyContext):
 in_process.InstanceConcurrencyContext = _PatientClaims  # type: ignore[attr-defined]
 
 
-def _open_instance() -> dg.DagsterInstance:
-    """`DAGSTER_HOME`'s instance, but without capturing what steps print: that would swallow their progress bars."""
+@contextmanager
+def _open_instance() -> Iterator[dg.DagsterInstance]:
+    """`DAGSTER_HOME`'s instance, but without capturing what steps print: that would swallow their progress bars.
+
+    Raises:
+        UserError: there is no such folder, or its database cannot be written meanwhile.
+    """
     home = Path(os.environ.setdefault("DAGSTER_HOME", str(Path("dagster_home").resolve())))
     if not home.is_dir():
         raise UserError(f"DAGSTER_HOME is {home}, which is no folder: run dmr in the project's folder, or set it")
     silent = {"module": "dagster._core.storage.noop_compute_log_manager", "class": "NoOpComputeLogManager"}
-    with FileLock(home / ".dmr.lock"):  # two processes would make the tables of a new home at the same time
-        return dg.DagsterInstance.from_ref(InstanceRef.from_dir(str(home), overrides={"compute_logs": silent}))
+    try:
+        with FileLock(home / ".dmr.lock"):  # two processes would make the tables of a new home at the same time
+            instance = dg.DagsterInstance.from_ref(InstanceRef.from_dir(str(home), overrides={"compute_logs": silent}))
+        with instance:
+            yield instance
+    except Exception as error:
+        reasons = [str(seen) for seen in causes(error) if isinstance(seen, sqlite3.OperationalError)]
+        if not reasons or isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"Dagster's database in {home}: {reasons[0]}: see that its disk has space and that this user may write there, then"
+            " run the same command again; nothing is lost"
+        ) from error
 
 
 def _this_process() -> str:
