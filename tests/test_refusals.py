@@ -48,7 +48,7 @@ PLACES = {
     f"data/{RECIPE}/benchmark_tasks": 0o000,
     "dagster_home": 0o000,
     "dagster_home/history": 0o000,
-    "dvc.lock": 0o400,
+    "dvc.lock": 0o000,
     "dvc.yaml": 0o000,
     ".dvc": 0o000,
     ".dvc/cache": 0o000,
