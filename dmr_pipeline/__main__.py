@@ -7,7 +7,10 @@ def main() -> None:
     interrupts.end_at_once()  # the imports take a while
     from dmr_pipeline.cli import app
 
-    app()
+    try:
+        app()
+    finally:
+        interrupts.ignore()
 
 
 if __name__ == "__main__":

@@ -105,6 +105,12 @@ def end_at_once() -> None:
             signal.signal(number, end)
 
 
+def ignore() -> None:
+    """The work is over and its exit code stands: an interpreter that winds up would die of a signal without a word."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 @contextmanager
 def _handlers(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
     before = {number: signal.getsignal(number) for number in SIGNALS}

@@ -215,6 +215,18 @@ os.kill(os.getpid(), signal.SIGINT)
     assert (done.returncode, done.stderr) == (130, interrupts.LINE)
 
 
+def test_a_signal_after_the_work_changes_nothing():
+    code = """
+import atexit, os, signal, sys
+from dmr_pipeline.__main__ import main
+atexit.register(lambda: os.kill(os.getpid(), signal.SIGTERM))
+sys.argv = ["dmr", "--help"]
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 RAISES = """
 def run(context):
     raise RuntimeError("a [bold]bug\\x1b[31m in\\na stage")
