@@ -32,7 +32,7 @@ RecipeArgument = Annotated[str, typer.Argument(help="a recipe, the name of a fil
 def user_errors_exit_2(command: Callable[P, None]) -> Callable[P, None]:
     """Each command's edge. Bad input, and files that the system refuses, exit with 2; what nobody foresaw exits with 1 and
     leaves its traceback in a file of the system's temporary folder, which can be written where a project cannot. Ctrl-C and
-    SIGTERM exit with 130 and 143."""
+    SIGTERM exit with 130 and 143. No command calls another one: an edge is the process's."""
 
     @wraps(command)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:

@@ -85,6 +85,10 @@ def restore(
 @user_errors_exit_2
 def status(recipe: RecipeArgument = DEFAULT_RECIPE) -> None:
     """Show which stages of a recipe are present, stale or missing."""
+    _show_status(recipe)
+
+
+def _show_status(recipe: str) -> None:
     table = Table(title=recipe, box=box.SIMPLE)
     for column in ("stage", "hash", "size", "made"):
         table.add_column(column, no_wrap=True, justify="right" if column == "size" else "left")
@@ -110,7 +114,7 @@ def pull(recipe: RecipeArgument) -> None:
 
     with progress_lines():
         runs.pull(pipeline.STAGES, loaded)
-    status(recipe)
+    _show_status(recipe)
 
 
 @user_errors_exit_2
