@@ -41,6 +41,8 @@ ROUTERS = ("kl_router", "grpo_router")
 HEADLINE_RATIO = 0.40
 """High-precision ratio on validation that the headline router should stay under: the larger of the paper's budgets K."""
 _TIMED_GAMES = 10
+_PLAYED = pl.Schema({**EPISODES, "outgrown": pl.Boolean()})
+"""As `metrics.EPISODES`; `outgrown`: there was no room for another step in the transcript, so the episode ended as lost."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ def evaluation_report(context: StageContext) -> StageResult:
     )
     episodes.write_parquet(context.output / "episodes.parquet")
     _write_json(context.output / "metrics.json", metrics)
-    _write_json(context.output / "context.json", report_context(context, on_validation))
+    _write_json(context.output / "context.json", report_context(context, on_validation, outgrown_notes(episodes)))
     (context.output / "table.md").write_text(markdown_table(metrics) + "\n", encoding="utf-8")
 
     plots = context.output / "plots"
@@ -215,7 +217,7 @@ def evaluate(entry: Entry, ladder: Ladder, games: Sequence[Task], progress: Prog
     bar = progress.add_task(entry.name + note, total=len(runs))
     seed = ladder.recipe.evaluation.seed
     played = ladder.play(runs, entry.policy, seed, advance=lambda n: progress.advance(bar, n))
-    return pl.DataFrame([_row(entry, trajectory, ladder) for trajectory in played], schema=EPISODES, orient="row")
+    return pl.DataFrame([_row(entry, trajectory, ladder) for trajectory in played], schema=_PLAYED, orient="row")
 
 
 def rung_alone(checkpoints: Path, recipe: Recipe, rung: str, games: Sequence[Task]) -> pl.DataFrame:
@@ -241,6 +243,7 @@ def _row(entry: Entry, trajectory: Trajectory, ladder: Ladder) -> tuple[object, 
         sum(step.processed + 1 for step in steps if step.high),
         sum(before.high != after.high for before, after in pairwise(steps)),
         episode_cost(trajectory, ladder.weight_bytes, entry.router_bytes) / ladder.always_high_cost,
+        trajectory.outgrown,
     )
 
 
@@ -260,7 +263,9 @@ def seconds_per_step(policy: RoutingPolicy, ladder: Ladder, games: Sequence[Task
     }
 
 
-def report_context(context: StageContext, on_validation: dict[str, dict[str, float]]) -> dict[str, JsonValue]:
+def report_context(
+    context: StageContext, on_validation: dict[str, dict[str, float]], more_notes: Sequence[str]
+) -> dict[str, JsonValue]:
     """What the report shows beside the metrics; of the recipe, the sections that the stage declares."""
     recipe = context.recipe
     facts = read_ladder(context.inputs["quantized_checkpoints"])
@@ -301,8 +306,18 @@ def report_context(context: StageContext, on_validation: dict[str, dict[str, flo
             "The paper's numbers come from other agents, games and precisions; nothing here is a reproduction of them.",
             f"What the agent reads: {truncation_policy(recipe.agent.prompt.page)}.",
             *benchmark_notes(context.inputs["benchmark_tasks"]),
+            *more_notes,
         ],
     }
+
+
+def outgrown_notes(episodes: pl.DataFrame) -> list[str]:
+    """Who lost episodes for want of room in the transcript; nothing where nobody did."""
+    lost = episodes.filter("outgrown").group_by("policy", maintain_order=True).len()
+    if lost.is_empty():
+        return []
+    counts = ", ".join(f"{policy} {count}" for policy, count in lost.iter_rows())
+    return [f"Episodes that outgrew the transcript (agent.max_transcript_tokens) and count as lost: {counts}."]
 
 
 def benchmark_notes(benchmark_tasks: Path) -> list[str]:

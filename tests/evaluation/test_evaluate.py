@@ -3,7 +3,7 @@ from pathlib import Path
 
 import polars as pl
 
-from dmr_pipeline.evaluation.evaluate import benchmark_notes, choose_headline
+from dmr_pipeline.evaluation.evaluate import benchmark_notes, choose_headline, outgrown_notes
 from dmr_pipeline.recipe import load_recipe
 
 
@@ -36,3 +36,11 @@ def test_the_headline_router_is_the_one_of_the_higher_reward_within_the_budget()
     over_budget = validation_frame(99, 0.5, 5)
     assert choose_headline({"cheap": cheap, "over budget": over_budget}, section)[0] == "cheap"
     assert choose_headline({"over budget": over_budget}, section)[0] == "over budget"
+
+
+def test_episodes_that_outgrew_their_transcript_are_told_by_policy() -> None:
+    policies = ["always_low"] * 3 + ["kl_router"] * 2 + ["always_high"]
+    outgrown = [True, False, True, False, True, False]
+    (note,) = outgrown_notes(pl.DataFrame({"policy": policies, "outgrown": outgrown}))
+    assert note.endswith("count as lost: always_low 2, kl_router 1.")
+    assert outgrown_notes(pl.DataFrame({"policy": policies, "outgrown": [False] * 6})) == []
