@@ -1,4 +1,5 @@
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -6,6 +7,11 @@ import pytest
 from dmr_pipeline import pipeline
 from dmr_pipeline.recipe import Recipe, load_recipe
 from tests.fake_project import RECIPE, enter_project, fake_stages, make_project
+
+# Tests that run in the background, as under nohup, were started to ignore SIGINT; Dagster then makes SIGTERM ignored too, in
+# this process and in all that it starts, and those that should end by it never do.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
