@@ -18,7 +18,7 @@ from dmr_pipeline.cli.router import router
 from dmr_pipeline.defs import runs
 from dmr_pipeline.release import CANDIDATE, RELEASED, Candidate, read_releases, released_router
 from dmr_pipeline.stage import StageContext, StageResult
-from dmr_pipeline.versioning import dvc_stages
+from dmr_pipeline.versioning import dvc_stages, lock_file
 from tests.conftest import enter_project
 from tests.evaluation.conftest import make_episodes
 from tests.fake_project import RECIPE, dvc, fake_run
@@ -60,7 +60,8 @@ def trained_template(finished_template: Path, tmp_path_factory: pytest.TempPathF
     with pytest.MonkeyPatch.context() as monkeypatch:
         enter(folder, monkeypatch)
         shutil.rmtree(RELEASED_ROUTER)
-        Path("dvc.lock").unlink()  # it records a history
+        for recorded in (dvc_stages.LOCK_FILE, lock_file.COPY):  # a history
+            recorded.unlink()
         runs.materialize(pipeline.STAGES, RECIPE, ["grpo_router", "released_router"], force=True)
         recipe = Path("recipes/fake.yaml")
         recipe.write_text(recipe.read_text().replace("grpo_router:\n", "grpo_router:\n  seed: 1\n"))
