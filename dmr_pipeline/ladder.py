@@ -270,7 +270,8 @@ class Ladder:
         """As `load`, with one rung in the place of both, so that it acts whatever a policy says."""
         device = resolve_device(recipe.runtime.device)
         model, size = _load_acting(checkpoints / rung, device)
-        prompter = Prompter.of(load_tokenizer(checkpoints / "tokenizer"), recipe.agent.prompt)
+        tokenizer = load_tokenizer(checkpoints / "tokenizer")
+        prompter = Prompter.of(tokenizer, recipe.agent.prompt, model.generation_config)
         cost = read_ladder(checkpoints).always_high_cost
         return cls({True: model, False: model}, {True: size, False: size}, cost, prompter, device, recipe)
 

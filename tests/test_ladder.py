@@ -16,7 +16,15 @@ from dmr_pipeline.agent.examples import IGNORED
 from dmr_pipeline.agent.train import new_model
 from dmr_pipeline.environments.alfworld.store import write_games
 from dmr_pipeline.errors import UserError
-from dmr_pipeline.ladder import RungFacts, divergence_to_float, expert_steps, gate, quantized_checkpoints, read_ladder
+from dmr_pipeline.ladder import (
+    Ladder,
+    RungFacts,
+    divergence_to_float,
+    expert_steps,
+    gate,
+    quantized_checkpoints,
+    read_ladder,
+)
 from dmr_pipeline.recipe import Architecture, Precisions, Recipe, Rung, load_recipe
 from dmr_pipeline.stage import StageContext
 from tests.agent.test_rollout import HIGH, LOW, PROMPTER, RUNS
@@ -167,3 +175,16 @@ def test_a_ladder_of_another_version_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "ladder.json").write_text('{"rungs": []}')
     with pytest.raises(UserError, match=r"ladder\.json is of another version"):
         read_ladder(tmp_path)
+
+
+def test_every_rung_acts_until_one_of_the_models_own_eos_tokens(context: StageContext) -> None:
+    """Also one that is in the report alone: with other ends its texts would be others."""
+    folder = context.inputs["agent"] / "model"
+    model, tokenizer = load_causal_lm(folder, None, torch.device("cpu"))
+    model.generation_config.eos_token_id = [3, 7]
+    save_causal_lm(model, tokenizer, folder, torch.float16)
+    quantized_checkpoints(context)
+    ladders = [Ladder.load(context.output, context.recipe), Ladder.of_rung(context.output, context.recipe, "int8")]
+    for loaded in ladders:
+        assert {3, 7} <= loaded.prompter.eos
+    assert ladders[0].prompter.eos == ladders[1].prompter.eos
