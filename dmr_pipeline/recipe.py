@@ -339,6 +339,12 @@ class Prompt(Section):
                 yield field, problem
 
 
+DEFAULT_TRANSCRIPT_TOKENS = 16_384
+"""Tokens that a transcript may have where neither the recipe nor the model sets a limit."""
+TRAINED_TRANSCRIPT_TOKENS = 4096
+"""Those of an agent that is trained here, where the recipe does not say it."""
+
+
 class Agent(Section):
     """The float LLM: trained here from nothing (`training`) or brought along (`pretrained`)."""
 
@@ -366,6 +372,14 @@ class Agent(Section):
             yield (
                 "training.looks_per_update",
                 f"looks know no {{{min(unknown)}}}, which prompt.opening names: set it to 0",
+            )
+        default = DEFAULT_TRANSCRIPT_TOKENS if self.training is None else TRAINED_TRANSCRIPT_TOKENS
+        room = self.max_transcript_tokens or default
+        if self.prompt.max_action_tokens >= room:
+            yield (
+                "prompt.max_action_tokens",
+                f"{self.prompt.max_action_tokens:,}, but a transcript may have {room:,} tokens: set it lower, or"
+                " agent.max_transcript_tokens higher",
             )
         if (self.pretrained is None) == (self.training is None):
             yield "", "give exactly one of 'pretrained' and 'training'"
@@ -623,7 +637,7 @@ def _resamples(confidence: float, bootstrap: int) -> Iterator[tuple[str, str]]:
     if bootstrap < needed:
         yield (
             "bootstrap",
-            f"{bootstrap} resamples, but an interval of {confidence:.4g} has one beyond its ends from {needed} on",
+            f"{bootstrap} resamples, but an interval of {confidence} has one beyond its ends from {needed} on",
         )
 
 
@@ -868,6 +882,10 @@ def _lines(error: ErrorDetails) -> Iterator[str]:
     if error["type"] == "problems":
         for field, text in error["ctx"]["problems"]:
             yield f"{'.'.join([*map(_key, loc), *([field] if field else [])])}: {short(text)}"
+        return
+    if error["type"] == "union_tag_invalid":  # pydantic's own message names a function of ours
+        said = error["ctx"]
+        yield f"benchmark.environment: Input should be one of {said['expected_tags']} (it is {_shown(said['tag'])})"
         return
     given = "" if error["type"] in ("missing", "extra_forbidden") else f" (it is {_shown(error['input'])})"
     yield f"{'.'.join(map(_key, loc)) or 'recipe'}: {short(error['msg'])}{given}"

@@ -54,7 +54,7 @@ def read_mapping(path: Path) -> dict[Any, Any]:
         where = "" if mark is None else f"line {mark.line + 1}, column {mark.column + 1}: "
         raise UserError(f"{path}: not valid YAML: {where}{short(error.problem or error)}") from error
     except (YAMLError, ValueError) as error:  # ValueError: a date that no calendar has
-        raise UserError(f"{path}: not valid YAML: {short(error)}") from error
+        raise UserError(f"{path}: not valid YAML: {short(' '.join(str(error).split()))}") from error
     if not isinstance(found, dict):
         raise UserError(f"{path}: a recipe is a mapping of sections, this is {type(found).__name__}")
     return found

@@ -17,11 +17,10 @@ from dmr_pipeline.agent.logits import MODEL_ERRORS, alike, decoder_of, some_toke
 from dmr_pipeline.agent.plain_streams import PlainStreams
 from dmr_pipeline.agent.streams import Streams, TokenStreams, attention_windows
 from dmr_pipeline.errors import UserError
+from dmr_pipeline.recipe import DEFAULT_TRANSCRIPT_TOKENS
 
 log = logging.getLogger(__name__)
 
-DEFAULT_TRANSCRIPT_TOKENS = 16_384
-"""Tokens that a transcript may have where neither the recipe nor the model sets a limit."""
 _SHARE_OF_MEMORY = 0.8
 """Of the free memory, what caches may take; the rest is for what a forward pass needs besides."""
 

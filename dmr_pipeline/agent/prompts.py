@@ -96,6 +96,13 @@ class Prompter:
             frozenset(eos),
             _bos(tokenizer),
         )
+        if prompter.thought_end is not None and prompter.thought_end.token in {*eos, prompter.action_end.token} - {
+            None
+        }:
+            raise UserError(
+                f"agent.prompt.thought_end: {prompt.thought_end!r} ends the whole action too, so that no command would follow:"
+                " choose another end of the thought"
+            )
         if prompter.bos:
             begins = tokenizer.decode(list(prompter.bos))
             log.info("transcripts begin with %r, which this tokenizer begins texts with", begins)

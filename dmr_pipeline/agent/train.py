@@ -27,7 +27,7 @@ from dmr_pipeline.agent.vocabulary import exact_word_tokenizer, word_tokenizer
 from dmr_pipeline.environments.base import Task
 from dmr_pipeline.environments.tasks import benchmark_texts, read_tasks
 from dmr_pipeline.errors import UserError
-from dmr_pipeline.recipe import Architecture, Games, Runtime, Training, WebShop
+from dmr_pipeline.recipe import TRAINED_TRANSCRIPT_TOKENS, Architecture, Games, Runtime, Training, WebShop
 from dmr_pipeline.resume import load_state, save_state
 from dmr_pipeline.stage import StageContext, StageResult
 
@@ -37,8 +37,6 @@ busy by few large ones."""
 _EMBEDDING_STD = 0.5
 _TRIES = 200
 """Expert episodes that are played for one that is short, at most; with none among them there would be no end."""
-_POSITIONS = 4096
-"""Tokens that a transcript may have, where the recipe does not say it."""
 _KEPT_EPISODES = 4000
 """The agent's own episodes that are kept for training; older ones, of a worse agent, are dropped."""
 
@@ -106,7 +104,7 @@ def new_model(architecture: Architecture, vocabulary: int, seed: int, positions:
             num_key_value_heads=architecture.key_value_heads,
             head_dim=architecture.head_width,
             intermediate_size=architecture.feed_forward,
-            max_position_embeddings=positions or _POSITIONS,
+            max_position_embeddings=positions or TRAINED_TRANSCRIPT_TOKENS,
             rope_parameters={"rope_type": "default", "rope_theta": 1e6},
             tie_word_embeddings=False,
             bos_token_id=None,

@@ -12,6 +12,7 @@ from dmr_pipeline.agent.caching import positions_of, rows_that_fit, token_stream
 from dmr_pipeline.agent.plain_streams import PlainStreams
 from dmr_pipeline.agent.streams import Streams
 from dmr_pipeline.errors import UserError
+from dmr_pipeline.recipe import DEFAULT_TRANSCRIPT_TOKENS
 from tests.agent.kinds import KINDS, POSITIONS, VOCABULARY, WINDOW, model_of
 
 SLOTS = 3
@@ -161,9 +162,9 @@ def test_positions_and_capacity() -> None:
     factors = {"short_factor": [1.0] * 64, "long_factor": [2.0] * 64, "original_max_position_embeddings": 4096}
     long = {"rope_type": "longrope", "rope_theta": 1e4, **factors}
     assert positions_of(Qwen3Config(max_position_embeddings=131_072, head_dim=128, rope_parameters=long)) == 4096
-    assert transcript_capacity(MistralConfig(), None) == caching.DEFAULT_TRANSCRIPT_TOKENS
+    assert transcript_capacity(MistralConfig(), None) == DEFAULT_TRANSCRIPT_TOKENS
     assert transcript_capacity(KINDS["gpt2"](), None) == POSITIONS
-    assert transcript_capacity(KINDS["bloom"](), None) == caching.DEFAULT_TRANSCRIPT_TOKENS
+    assert transcript_capacity(KINDS["bloom"](), None) == DEFAULT_TRANSCRIPT_TOKENS
     assert transcript_capacity(MistralConfig(), 100_000) == 100_000
     with pytest.raises(UserError, match=r"97 are asked for: set agent.max_transcript_tokens to 96 or less"):
         transcript_capacity(KINDS["gpt2"](), 97)

@@ -46,6 +46,13 @@ def test_an_end_that_the_tokenizer_cannot_write_is_refused(prompt: Prompt) -> No
         Prompter.of(TOKENIZER, prompt)
 
 
+@pytest.mark.parametrize(("prompt", "eos"), [(Prompt(thought_end="<end>"), None), (Prompt(thought_end="<do>"), "<do>")])
+def test_an_end_of_the_thought_that_ends_the_whole_action_is_refused(prompt: Prompt, eos: str | None) -> None:
+    generation = GenerationConfig(eos_token_id=TOKENIZER.convert_tokens_to_ids(eos) if eos else None)
+    with pytest.raises(UserError, match=r"agent\.prompt\.thought_end: '<(end|do)>' ends the whole action too"):
+        Prompter.of(TOKENIZER, prompt, generation)
+
+
 def test_the_experts_thought_names_what_its_command_is_about() -> None:
     for seed in range(40):
         game, _ = generate_game(seed)
