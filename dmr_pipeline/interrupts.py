@@ -106,7 +106,7 @@ def end_at_once() -> None:
 
 
 def ignore() -> None:
-    """The work is over and its exit code stands: an interpreter that winds up would die of a signal without a word."""
+    """Where an exit code stands: an interpreter that winds up would die of a signal without a word."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
@@ -125,6 +125,7 @@ def _handlers(handler: Callable[[int, FrameType | None], None]) -> Iterator[None
 
 
 def _end(number: int) -> NoReturn:
+    ignore()  # a second signal would come in here again, and wait for itself
     with _at_work:
         logging.disable()  # what fails because its processes are killed is no news
         threading.excepthook = lambda _: None

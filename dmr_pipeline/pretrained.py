@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
@@ -73,7 +74,7 @@ def content_hash(folder: Path) -> str:
         content[relpath.as_posix()] = found[name][2]
     if not found.items() <= known.items():
         MEMORY.parent.mkdir(parents=True, exist_ok=True)
-        part = MEMORY.with_suffix(".part")
+        part = MEMORY.with_suffix(f".{os.getpid()}.part")  # others may be hashing too
         part.write_text(json.dumps({**known, **found}), encoding="utf-8")
         part.replace(MEMORY)
     return hashlib.md5(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -215,6 +215,18 @@ os.kill(os.getpid(), signal.SIGINT)
     assert (done.returncode, done.stderr) == (130, interrupts.LINE)
 
 
+def test_a_second_interrupt_does_not_wait_for_the_first():
+    code = """
+import os, signal
+from dmr_pipeline import interrupts
+interrupts.end_at_once()
+with interrupts.farewell(lambda: os.kill(os.getpid(), signal.SIGTERM)):
+    os.kill(os.getpid(), signal.SIGINT)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (130, interrupts.LINE)
+
+
 def test_a_signal_after_the_work_changes_nothing():
     code = """
 import atexit, os, signal, sys

@@ -87,6 +87,26 @@ def test_a_file_is_hashed_again_only_where_its_size_or_time_changed(project: Rec
     assert content_hash(folder) == first
 
 
+def test_two_processes_that_hash_at_the_same_time_do_not_meet(project: Recipe, monkeypatch) -> None:
+    for name in ("mine", "theirs"):
+        Path(name).mkdir()
+        Path(name, "weights").write_text(name)
+    replace, others = Path.replace, list[int]()
+
+    def late_replace(self: Path, target: Path) -> Path:
+        if not others:
+            others.append(os.fork())
+            if others[0] == 0:
+                os._exit(0 if content_hash(Path("theirs")) else 1)
+            assert os.waitpid(others[0], 0)[1] == 0
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", late_replace)
+    content_hash(Path("mine"))
+    assert len(others) == 1
+    assert not list(pretrained.MEMORY.parent.glob("*.part"))
+
+
 def content_of(weights: str) -> str:
     md5 = hashlib.md5(weights.encode()).hexdigest()
     return hashlib.md5(json.dumps({"model.safetensors": md5}).encode()).hexdigest()
