@@ -98,26 +98,26 @@ def recorded_outputs(entry: Mapping[str, Any]) -> dict[str, str | None]:
     return {out["path"]: out.get("md5") for out in entry.get("outs", [])}
 
 
-def has_provenance(entry: Mapping[str, Any], stage: Stage, recipe: str, inputs: Mapping[str, str]) -> bool:
-    """Is the entry in `dvc.lock` one of this command, these inputs (stage -> hash) and the recipe as it is now?"""
+def is_committed(stage: Stage, recipe: str, artifact: Artifact) -> bool:
+    """Does `dvc.lock` record this artefact, made by this command from these inputs and parameters, as DVC would write it?"""
+    return lock_entry(stage, recipe) == _expected_entry(stage, recipe, artifact)
+
+
+def _expected_entry(stage: Stage, recipe: str, artifact: Artifact) -> dict[str, Any]:
     recipe_file = RECIPE_FOLDER / f"{recipe}.yaml"
     content = _yaml().load(recipe_file)
-    return bool(
-        entry.get("cmd") == stage_command(stage, recipe)
-        and {dep["path"]: dep.get("md5") for dep in entry.get("deps", [])}
-        == {artifact_folder(name, recipe).as_posix(): md5 for name, md5 in inputs.items()}
-        and entry.get("params", {}).get(recipe_file.as_posix()) == {name: content.get(name) for name in stage.sections}
-    )
+    inputs = sorted((artifact_folder(name, recipe), md5) for name, md5 in artifact.manifest.inputs.items())
+    return {
+        "cmd": stage_command(stage, recipe),
+        **({"deps": [_expected_item(folder, md5) for folder, md5 in inputs]} if inputs else {}),
+        "params": {recipe_file.as_posix(): {name: content.get(name) for name in stage.sections}},
+        "outs": [_expected_item(artifact.path, artifact.hash)],
+    }
 
 
-def is_committed(stage: Stage, recipe: str, artifact: Artifact) -> bool:
-    """Does `dvc.lock` record this artefact, made by this command from these inputs and parameters?"""
-    entry = lock_entry(stage, recipe)
-    return (
-        entry is not None
-        and recorded_outputs(entry) == {artifact.path.as_posix(): artifact.hash}
-        and has_provenance(entry, stage, recipe, artifact.manifest.inputs)
-    )
+def _expected_item(folder: Path, md5: str) -> dict[str, str | int]:
+    sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
+    return {"path": folder.as_posix(), "hash": "md5", "md5": md5, "size": sum(sizes), "nfiles": len(sizes)}
 
 
 def _yaml() -> YAML:

@@ -4,6 +4,7 @@ DVC itself writes it in place, so that a kill of `dvc repro` or `dvc commit` may
 YAML. The copy tells what it had.
 """
 
+import functools
 import os
 import subprocess
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from dmr_pipeline.errors import UserError
+from dmr_pipeline.errors import UserError, printable
 from dmr_pipeline.versioning.dvc_project import dvc_at_rest
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ def lost_entries(entries: Entries) -> Entries:
     return {} if not lost or _git_has_it_so() else lost
 
 
+@functools.lru_cache(maxsize=4)  # a run asks several times at each stage, and the file is seldom another one
 def parse(content: bytes) -> Entries:
     """Raises: ValueError: why it is no `dvc.lock`, in a few words that follow its name."""
     from dvc.schema import COMPILED_LOCKFILE_SCHEMA
@@ -82,6 +84,10 @@ def parse(content: bytes) -> Entries:
     except Invalid as error:
         raise ValueError(f"is not as DVC writes it ({error})") from error
     entries: Entries = loaded.get("stages") or {}
+    for address, entry in entries.items():
+        for item in (*entry.get("deps", []), *entry.get("outs", [])):
+            if item.get("hash", "md5") != "md5":
+                raise ValueError(f"is not as DVC writes it ({address} has a hash {printable(item['hash'])})")
     return entries
 
 

@@ -1,3 +1,4 @@
+import re
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
@@ -120,6 +121,20 @@ def test_whatever_dvc_lock_does_not_record_is_not_committed(project: Recipe, cha
         manifest = artifact.manifest.model_copy(update={"inputs": {first.name: "0.dir"}})
         artifact = replace(artifact, manifest=manifest)
     assert not dvc_stages.is_committed(second, RECIPE, artifact)
+
+
+@pytest.mark.parametrize("number", range(8))
+def test_an_entry_is_written_again_where_it_is_not_as_dvc_writes_it(finished_project: Recipe, number: int):
+    """Sizes and counts too, which decide nothing but are shown."""
+    whole = dvc_stages.LOCK_FILE.read_text()
+    start = whole.index(f"  agent@{RECIPE}:")
+    fields = r"(?<=version )\d|(?<= md5: )\w|(?<=size: )\d|(?<=nfiles: )\d|(?<=agent_train: )\d"
+    where = start + list(re.finditer(fields, whole[start:]))[number].start()
+    changed = "8" if whole[where] == "9" else "9"
+    dvc_stages.LOCK_FILE.write_text(whole[:where] + changed + whole[where + 1 :])
+    artifact = verify(artifact_folder("agent", RECIPE))
+    assert dvc_stages.commit(pipeline.STAGES[1], RECIPE, artifact=artifact, rebuilt=False)
+    assert dvc_stages.LOCK_FILE.read_text() == whole
 
 
 def test_nothing_is_committed_inside_dvc_repro(project: Recipe, monkeypatch: pytest.MonkeyPatch):

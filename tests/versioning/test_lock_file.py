@@ -96,6 +96,7 @@ def unreadable() -> dict[str, bytes]:
         "another version": whole.replace(b"'2.0'", b"'9.0'"),
         "a list": b"- 1\n",
         "deep": b"[" * 3000,
+        "another hash": whole.replace(b"hash: md5", b"hash: md4"),
     }
 
 
@@ -113,6 +114,7 @@ def unreadable() -> dict[str, bytes]:
             "another version",
             "a list",
             "deep",
+            "another hash",
         ]
     ),
 )
