@@ -348,7 +348,7 @@ def _current(folder: Path, wanted: Provenance, stage: Stage, accept: Callable[[A
         artifact = verify(folder)
     except UserError as error:
         # Hours of training must not start because a file in Git was touched, and what a history holds is nowhere else.
-        if stage.committed or stage.keeps_history:
+        if wanted.recipe in stage.committed_recipes or stage.keeps_history:
             raise
         log.warning("%s; it is made again", error)
         return None

@@ -66,7 +66,8 @@ class Resources:
 
 @dataclass(frozen=True)
 class Stage:
-    """A row of the pipeline table: a Dagster asset, a DVC stage and a folder of artefacts, all under one name."""
+    """A row of the pipeline table: a Dagster asset, a DVC stage and a folder of artefacts, all under one name (DVC's of an
+    artefact that could lie in Git but does not: see `dvc_stages.group_name`)."""
 
     name: str
     inputs: tuple[str, ...]
@@ -83,8 +84,9 @@ class Stage:
     """What it is: one sentence."""
     reading: str
     """How to read it: what is in which file, and which numbers tell whether it is good. Markdown."""
-    committed: bool = False
-    """Its artefact lies in Git (DVC output with `cache: false`), so that a clone can start from it."""
+    committed_recipes: tuple[str, ...] = ()
+    """Recipes whose artefact of this stage lies in Git (DVC output with `cache: false`), so that a clone can start from it.
+    Those of all other recipes are in DVC's cache, and Git ignores them."""
     pool: str | None = None
     """Dagster pool that limits how many of these run at once."""
     resources: Resources = Resources()

@@ -126,12 +126,12 @@ def make_project(folder: Path, stages: tuple[Stage, ...]) -> Recipe:
     """A Git and DVC project in `folder` with one recipe and a rendered dvc.yaml, to be the working directory."""
     (folder / "recipes").mkdir()
     (folder / "recipes" / f"{RECIPE}.yaml").write_text(RECIPE_YAML)
-    for file in (".dvc/config", ".dvcignore", "data/.gitignore", "dagster_home/dagster.yaml"):
+    for file in (".dvc/config", ".dvcignore", "dagster_home/dagster.yaml"):
         (folder / file).parent.mkdir(exist_ok=True)
         shutil.copy(REPOSITORY / file, folder / file)
     (folder / ".dvc" / ".gitignore").write_text("/tmp\n/cache\n")
-    with (folder / "data" / ".gitignore").open("a") as ignored:
-        ignored.write(f"!/{RECIPE}/agent/\n")  # as of a recipe whose agent the project commits
+    (folder / "data").mkdir()
+    (folder / dvc_stages.IGNORE_FILE).write_text(dvc_stages.render_ignored(stages))
     subprocess.run(["git", "init", "-q", str(folder)], check=True)
     (folder / "dvc.yaml").write_text(dvc_stages.render(stages, [RECIPE]))
     return load_recipe(RECIPE, folder / "recipes")
@@ -142,6 +142,16 @@ def enter_project(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DAGSTER_HOME", str(folder / "dagster_home"))
     monkeypatch.delenv("DVC_STAGE", raising=False)
     monkeypatch.setattr(pipeline, "STAGES", fake_stages())
+
+
+def commit_agent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The project in the working directory becomes one that commits its agent to Git."""
+    stages = [
+        replace(stage, committed_recipes=(RECIPE,)) if stage.name == "agent" else stage for stage in fake_stages()
+    ]
+    monkeypatch.setattr(pipeline, "STAGES", tuple(stages))
+    dvc_stages.DVC_FILE.write_text(dvc_stages.render(stages, recipe_names()))
+    dvc_stages.IGNORE_FILE.write_text(dvc_stages.render_ignored(stages))
 
 
 def write_fake_dmr(folder: Path) -> Path:

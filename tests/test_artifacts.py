@@ -144,7 +144,7 @@ def test_missing_input_names_the_command_that_makes_it(project: Recipe):
 
 
 def test_damaged_committed_artefact_is_not_silently_made_again(project: Recipe):
-    one = stage(write("x"), committed=True)
+    one = stage(write("x"), committed_recipes=("fake",))
     folder = materialize_stage(one, project).artifact.path
     (folder / "folder/text").write_text("z")
     with pytest.raises(UserError, match="get it back with `dmr restore one --recipe fake`"):

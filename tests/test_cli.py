@@ -24,7 +24,7 @@ from dmr_pipeline.cli.stages import stage_states
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.recipe import Recipe, load_recipe
 from dmr_pipeline.stage import StageContext, StageResult
-from tests.fake_project import RECIPE, REPOSITORY, dvc
+from tests.fake_project import RECIPE, REPOSITORY, commit_agent, dvc
 
 HEAVY = ("torch", "transformers", "trl", "great_expectations", "matplotlib")
 
@@ -81,6 +81,9 @@ def test_run_does_only_what_is_not_up_to_date(finished_project: Recipe, damage: 
 def test_a_clone_starts_from_the_committed_agent_and_ends_with_the_same_hashes(
     finished_project: Recipe, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ):
+    """It was in DVC's cache before, under DVC's other name, as `dvc.lock` still says."""
+    commit_agent(monkeypatch)
+    assert dmr("run", RECIPE).exit_code == 0
     agent = Path("data/fake/agent")
     before = verify(agent)
     identity = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
@@ -139,8 +142,11 @@ def test_render_check_exits_1_until_rendered(project: Recipe):
     assert dmr("render", "--check").exit_code == 1
     assert Path("dvc.yaml").read_text() == before
     assert dmr("render").exit_code == 0
+    Path("data/.gitignore").write_text("/*\n")
+    assert "data/.gitignore: not what" in dmr("render", "--check").stderr
+    assert dmr("render").exit_code == 0
     assert dmr("render", "--check").exit_code == 0
-    assert "agent@other" in dvc("stage", "list", "--name-only")
+    assert "cached_agent@other" in dvc("stage", "list", "--name-only")
 
 
 def raise_user_error(context: StageContext) -> StageResult:

@@ -483,7 +483,7 @@ def test_names_are_checked_before_any_path_is_made_of_them(
 @given(st.from_regex(r"[a-z0-9][a-z0-9._-]{0,12}", fullmatch=True).filter(is_recipe_name))
 def test_a_name_is_the_same_in_dvc_yaml(name: str) -> None:
     rendered = YAML(typ="safe").load(dvc_stages.render(pipeline.STAGES, [name]))
-    assert rendered["stages"]["agent"]["matrix"]["recipe"] == [name]
+    assert all(stage["matrix"]["recipe"] == [name] for stage in rendered["stages"].values())
 
 
 def test_odd_files_are_named_and_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

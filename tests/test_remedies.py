@@ -80,7 +80,6 @@ def test_each_remedy_that_is_printed_mends(
     finished_project: Recipe, name: str, harm: Callable[[Path], None], number: int
 ):
     before, folder = lock_of_all(), artifact_folder(name, RECIPE)
-    subprocess.run(["git", "add", "--force", "data/fake/agent"], check=True)
     harm(folder)
     reader = next((stage.name for stage in pipeline.STAGES if name in stage.inputs), name)
     line = one_line(dmr("materialize", reader, "--recipe", RECIPE))

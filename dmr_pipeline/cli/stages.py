@@ -119,17 +119,22 @@ def pull(recipe: RecipeArgument) -> None:
 
 @user_errors_exit_2
 def render(
-    check: Annotated[bool, typer.Option("--check", help="change nothing; exit with 1 where dvc.yaml differs")] = False,
+    check: Annotated[bool, typer.Option("--check", help="change nothing; exit with 1 where a file differs")] = False,
 ) -> None:
-    """Write dvc.yaml from the pipeline table and the folder of recipes."""
-    if dvc_stages.is_rendered(pipeline.STAGES, recipe_names()):
-        console.print(f"{dvc_stages.DVC_FILE} is up to date.")
-    elif check:
-        errors.print(f"{dvc_stages.DVC_FILE} differs from the pipeline table: run `dmr render`")
+    """Write dvc.yaml, and data/.gitignore, from the pipeline table and the folder of recipes."""
+    contents = {
+        dvc_stages.DVC_FILE: dvc_stages.render(pipeline.STAGES, recipe_names()),
+        dvc_stages.IGNORE_FILE: dvc_stages.render_ignored(pipeline.STAGES),
+    }
+    differing = [file for file, content in contents.items() if not dvc_stages.has_content(file, content)]
+    if check and differing:
+        errors.print(f"{' and '.join(map(str, differing))}: not what the pipeline table says: run `dmr render`")
         raise typer.Exit(1)
-    else:
-        dvc_stages.DVC_FILE.write_text(dvc_stages.render(pipeline.STAGES, recipe_names()), encoding="utf-8")
-        console.print(f"{dvc_stages.DVC_FILE} written.")
+    for file, content in contents.items():
+        if file in differing:
+            file.parent.mkdir(exist_ok=True)
+            file.write_text(content, encoding="utf-8")
+        console.print(f"{file} {'written' if file in differing else 'is up to date'}.")
 
 
 @user_errors_exit_2

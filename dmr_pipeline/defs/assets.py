@@ -107,6 +107,6 @@ def _materialize(
         commit = commit_lock(message, [dvc_stages.DVC_FILE], datetime.now(UTC).date())
         if commit is not None:
             metadata["git_commit"] = dg.MetadataValue.text(commit)
-    if recipe.versioning.remote is not None and not stage.committed:
+    if recipe.versioning.remote is not None and recipe.name not in stage.committed_recipes:
         exchange.push(stage, recipe, done.artifact)
     return dg.MaterializeResult(metadata=metadata, data_version=dg.DataVersion(done.artifact.hash))

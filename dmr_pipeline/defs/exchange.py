@@ -27,7 +27,7 @@ def pull(instance: dg.DagsterInstance, stages: Sequence[Stage], recipe: Recipe) 
         folder = artifact_folder(stage.name, recipe.name)
         if recorded is None or _hash(folder) == recorded:
             continue
-        if stage.committed:
+        if recipe.name in stage.committed_recipes:
             raise UserError(
                 f"{folder} is not {recorded}, which is in use: it lies in Git, check out here the commit that has it"
             )

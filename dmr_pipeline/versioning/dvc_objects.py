@@ -89,7 +89,7 @@ def restore_recorded(stage: Stage, recipe: str, remote: str | None = None) -> No
         UserError: there is no such artefact, or it cannot be had; the message says what can be done instead.
     """
     folder = artifact_folder(stage.name, recipe)
-    if stage.committed:
+    if recipe in stage.committed_recipes:
         _restore_from_git(folder)
         return
     anew = f"make it with `dmr materialize {stage.name} --recipe {recipe} --force`"
@@ -128,7 +128,7 @@ def damage(stage: Stage, recipe: str, artifact: Artifact, entries: Entries) -> s
     built = None if run is None else run.hash
     if artifact.hash in (recorded, built) or (recorded is None and built is None):
         return None
-    if stage.committed and _is_gits(artifact.path):
+    if recipe in stage.committed_recipes and _is_gits(artifact.path):
         return None
     with repository() as repo:
         if repo.cache.local.exists(artifact.hash):

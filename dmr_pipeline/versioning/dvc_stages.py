@@ -1,4 +1,5 @@
-"""DVC's side: `dvc.yaml` is rendered from the pipeline table, and what Dagster materialises is committed to DVC.
+"""DVC's side: `dvc.yaml` and what Git ignores of the data are rendered from the pipeline table, and what Dagster materialises is
+committed to DVC.
 
 All paths are relative to the project's folder, which is the working directory.
 """
@@ -14,7 +15,7 @@ import yaml
 from ruamel.yaml import YAML
 
 from dmr_pipeline import interrupts
-from dmr_pipeline.artifacts import Artifact, artifact_folder, file_md5, hash_files
+from dmr_pipeline.artifacts import DATA_ROOT, Artifact, artifact_folder, file_md5, hash_files
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.recipe import RECIPE_FOLDER
 from dmr_pipeline.stage import Stage
@@ -28,12 +29,24 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 DVC_FILE = Path("dvc.yaml")
+IGNORE_FILE = DATA_ROOT / ".gitignore"
+NEVER_TRACKED = "# Resume state, new trajectories and packed official games.\n/scratch/\n/incoming/\n/official/\n"
 HEADER = "# Rendered from the table in dmr_pipeline/pipeline.py by `dmr render`: change that, not this.\n"
 
 
 def stage_address(stage: Stage, recipe: str) -> str:
     """DVC's name of a stage for one recipe, such as `agent@alfworld-tiny`: how DVC itself names a matrix stage."""
-    return f"{stage.name}@{recipe}"
+    return f"{group_name(stage, recipe)}@{recipe}"
+
+
+def group_name(stage: Stage, recipe: str) -> str:
+    """Name of the matrix in `dvc.yaml` that has a stage for a recipe.
+
+    Whether an output is cached cannot vary within a matrix, so a stage whose artefacts lie in Git for some recipes has two:
+    `agent` for these and `cached_agent` for the others.
+    """
+    cached = stage.committed_recipes and recipe not in stage.committed_recipes
+    return f"cached_{stage.name}" if cached else stage.name
 
 
 def stage_command(stage: Stage, recipe: str) -> str:
@@ -42,7 +55,7 @@ def stage_command(stage: Stage, recipe: str) -> str:
 
 
 def render(stages: Sequence[Stage], recipes: Sequence[str]) -> str:
-    """Content of `dvc.yaml`: one matrix stage over all recipes for each row of the table.
+    """Content of `dvc.yaml`: one matrix stage over all recipes for each row of the table, or two (see `group_name`).
 
     Raises:
         UserError: a recipe's name is more than a word to a shell, which runs the commands in the file.
@@ -52,16 +65,26 @@ def render(stages: Sequence[Stage], recipes: Sequence[str]) -> str:
             raise UserError(
                 f"{RECIPE_FOLDER}/{recipe}.yaml: its name would reach a shell through {DVC_FILE}: rename it"
             )
-    rendered = {stage.name: _render_stage(stage, recipes) for stage in stages}
+    rendered: dict[str, Any] = {}
+    for stage in stages:
+        for group in sorted({group_name(stage, recipe) for recipe in recipes}):
+            members = [recipe for recipe in recipes if group_name(stage, recipe) == group]
+            rendered[group] = _render_stage(stage, members, cached=members[0] not in stage.committed_recipes)
     return HEADER + yaml.safe_dump({"stages": rendered}, sort_keys=False, width=1000)
 
 
-def _render_stage(stage: Stage, recipes: Sequence[str]) -> dict[str, Any]:
+def render_ignored(stages: Sequence[Stage]) -> str:
+    """Content of the data folder's `.gitignore`: of all artefacts, those that the table names are Git's."""
+    committed = [f"!/{recipe}/{stage.name}/\n" for stage in stages for recipe in stage.committed_recipes]
+    return f"{HEADER}/*\n!/.gitignore\n!/*/\n/*/*\n{''.join(committed)}{NEVER_TRACKED}"
+
+
+def _render_stage(stage: Stage, recipes: Sequence[str], *, cached: bool) -> dict[str, Any]:
     recipe = "${item.recipe}"
     # `dvc repro` would delete an output before the command runs: `persist` leaves that to our own atomic replacement,
     # so that a kill loses nothing and an artefact that is still current is not made again.
     options: dict[str, bool] = {"persist": True}
-    if stage.committed:
+    if not cached:
         options["cache"] = False
     return {
         "matrix": {"recipe": list(recipes)},
@@ -73,14 +96,13 @@ def _render_stage(stage: Stage, recipes: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def is_rendered(stages: Sequence[Stage], recipes: Sequence[str], file: Path = DVC_FILE) -> bool:
-    """Does the file say what the table says?"""
-    return file.is_file() and file.read_bytes() == render(stages, recipes).encode()
+def has_content(file: Path, text: str) -> bool:
+    return file.is_file() and file.read_bytes() == text.encode()
 
 
 def check_rendered(stages: Sequence[Stage], recipes: Sequence[str], file: Path = DVC_FILE) -> None:
     """Raises: UserError: the file differs from the table or from the folder of recipes."""
-    if not is_rendered(stages, recipes, file):
+    if not has_content(file, render(stages, recipes)):
         raise UserError(f"{file} is not what the pipeline table and {RECIPE_FOLDER}/ say: run `dmr render`")
 
 

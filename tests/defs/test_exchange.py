@@ -15,7 +15,7 @@ from dmr_pipeline.cli import app
 from dmr_pipeline.defs import runs
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.versioning import dvc_stages
-from tests.fake_project import RECIPE, dvc, enter_project, make_project
+from tests.fake_project import RECIPE, commit_agent, dvc, enter_project, make_project
 
 NAMES = [stage.name for stage in pipeline.STAGES]
 
@@ -66,8 +66,10 @@ def test_a_worker_pulls_its_inputs_by_hash_and_the_other_machine_gets_what_it_ma
 
 
 def test_an_agent_that_git_carries_is_not_exchanged(machines: dict[str, Path], monkeypatch: pytest.MonkeyPatch):
+    commit_agent(monkeypatch)
     runs.materialize(pipeline.STAGES, RECIPE, ["benchmark_tasks", "agent"])
     work_on(machines["second"], machines, monkeypatch)
+    commit_agent(monkeypatch)
     with pytest.raises(UserError, match=r"data/fake/agent is not .*\.dir, which is in use: it lies in Git"):
         runs.materialize(pipeline.STAGES, RECIPE, ["quantized_checkpoints"])
     shutil.copytree(machines["first"] / "data/fake/agent", "data/fake/agent")
@@ -95,7 +97,8 @@ def test_what_is_materialised_becomes_commits_on_a_branch_of_its_own(project: ob
     runs.materialize(pipeline.STAGES, RECIPE, ["benchmark_tasks", "agent"])
     (branch,) = re.findall(r"retrain/\d{4}-\d\d-\d\d", git("branch", "--list", "retrain/*"))
     assert git("log", "--format=%s", f"HEAD..{branch}").splitlines() == [
-        f"{name}@{RECIPE} is {verify(artifact_folder(name, RECIPE)).hash}" for name in ("agent", "benchmark_tasks")
+        f"cached_agent@{RECIPE} is {verify(artifact_folder('agent', RECIPE)).hash}",
+        f"benchmark_tasks@{RECIPE} is {verify(artifact_folder('benchmark_tasks', RECIPE)).hash}",
     ]
     assert git("show", f"{branch}:dvc.lock") == Path("dvc.lock").read_text()
     assert git("rev-parse", "HEAD") == head

@@ -13,6 +13,7 @@ from dmr_pipeline.artifacts import artifact_folder, verify
 from tests.e2e.test_real_stages import RECIPE_YAML
 from tests.fake_project import make_project
 
+NAME = "alfworld-tiny"  # a recipe whose agent the table says to be in Git
 NAMES = {stage.name for stage in pipeline.STAGES}
 
 
@@ -28,15 +29,15 @@ def test_a_clean_clone_skips_the_committed_agent_and_makes_the_rest_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("tests.fake_project.RECIPE_YAML", RECIPE_YAML)
-    monkeypatch.setattr("tests.fake_project.RECIPE", "micro")
+    monkeypatch.setattr("tests.fake_project.RECIPE", NAME)
     monkeypatch.delenv("DVC_STAGE", raising=False)
     original, clone = tmp_path / "original", tmp_path / "clone"
     original.mkdir()
     make_project(original, pipeline.STAGES)
     monkeypatch.chdir(original)
     monkeypatch.setenv("DAGSTER_HOME", str(original / "dagster_home"))
-    run("dmr", "run", "micro")
-    hashes = {name: verify(artifact_folder(name, "micro")).hash for name in NAMES}
+    run("dmr", "run", NAME)
+    hashes = {name: verify(artifact_folder(name, NAME)).hash for name in NAMES}
     Path(".gitignore").write_text("/dagster_home/*\n!/dagster_home/dagster.yaml\n")
     run("git", "add", "-A")
     run("git", "-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "made")
@@ -45,9 +46,9 @@ def test_a_clean_clone_skips_the_committed_agent_and_makes_the_rest_the_same(
     monkeypatch.chdir(clone)
     monkeypatch.setenv("DAGSTER_HOME", str(clone / "dagster_home"))
     assert not Path(".dvc/cache").exists()
-    assert {path.name for path in Path("data/micro").iterdir()} == {"agent"}
+    assert {path.name for path in Path("data/alfworld-tiny").iterdir()} == {"agent"}
     said = run("dvc", "repro")
-    assert set(re.findall(r"Running stage '(\w+)@micro'", said)) == NAMES - {"agent"}
-    assert {name: verify(artifact_folder(name, "micro")).hash for name in NAMES} == hashes
+    assert set(re.findall(r"Running stage '(\w+)@alfworld-tiny'", said)) == NAMES - {"agent"}
+    assert {name: verify(artifact_folder(name, NAME)).hash for name in NAMES} == hashes
     assert run("git", "status", "--porcelain") == "", "dvc.lock and the agent are what was committed"
     assert "Running stage" not in run("dvc", "repro")

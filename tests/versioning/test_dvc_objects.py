@@ -3,6 +3,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -207,7 +208,9 @@ def test_restore_leaves_the_old_folder_where_the_disk_is_full(finished_project: 
 def test_recorded_hash_is_that_of_dvc_lock(finished_project: Recipe):
     lock = YAML(typ="safe").load(Path("dvc.lock"))["stages"]
     for stage in pipeline.STAGES:
-        assert dvc_objects.recorded_hash(stage, RECIPE) == lock[f"{stage.name}@{RECIPE}"]["outs"][0]["md5"]
+        assert (
+            dvc_objects.recorded_hash(stage, RECIPE) == lock[dvc_stages.stage_address(stage, RECIPE)]["outs"][0]["md5"]
+        )
     assert dvc_objects.recorded_hash(pipeline.STAGES[0], "other") is None
     Path("dvc.lock").unlink()
     assert dvc_objects.recorded_hash(pipeline.STAGES[0], RECIPE) is None
@@ -274,7 +277,7 @@ def test_artefact_of_another_commit_is_no_damage(finished_project: Recipe):
 
 
 def test_committed_artefact_that_git_has_is_no_damage(finished_project: Recipe):
-    stage, folder = stage_called("agent"), artifact_folder("agent", RECIPE)
+    stage, folder = replace(stage_called("agent"), committed_recipes=(RECIPE,)), artifact_folder("agent", RECIPE)
     changed = change_manifest(folder)
     subprocess.run(["git", "add", "--force", str(folder)], check=True)
     dvc_objects.check(stage, RECIPE, changed)
@@ -284,7 +287,7 @@ def test_committed_artefact_that_git_has_is_no_damage(finished_project: Recipe):
 
 
 def test_restore_gets_a_committed_artefact_from_git(finished_project: Recipe):
-    stage, folder = stage_called("agent"), artifact_folder("agent", RECIPE)
+    stage, folder = replace(stage_called("agent"), committed_recipes=(RECIPE,)), artifact_folder("agent", RECIPE)
     before = content(folder)
     with pytest.raises(UserError, match=r"Git has no data/fake/agent: make it with `dmr materialize agent .* --force`"):
         dvc_objects.restore_recorded(stage, RECIPE)

@@ -17,11 +17,13 @@ from dmr_pipeline.versioning import dvc_stages
 from tests.fake_project import RECIPE, REPOSITORY, dvc, write_fake_dmr
 
 TABLE = {stage.name: set(stage.inputs) for stage in pipeline.STAGES}
+ADDRESSES = {name: f"cached_agent@{RECIPE}" if name == "agent" else f"{name}@{RECIPE}" for name in TABLE}
 
 
 def test_committed_dvc_yaml_is_what_the_table_renders():
     recipes = recipe_names(REPOSITORY / RECIPE_FOLDER)
-    assert dvc_stages.is_rendered(pipeline.STAGES, recipes, REPOSITORY / "dvc.yaml"), "run `dmr render`"
+    dvc_stages.check_rendered(pipeline.STAGES, recipes, REPOSITORY / "dvc.yaml")
+    assert (REPOSITORY / dvc_stages.IGNORE_FILE).read_text() == dvc_stages.render_ignored(pipeline.STAGES)
 
 
 def test_a_dvc_yaml_that_is_no_text_is_not_what_the_table_renders(project: Recipe):
@@ -32,14 +34,14 @@ def test_a_dvc_yaml_that_is_no_text_is_not_what_the_table_renders(project: Recip
 
 def test_dvc_reads_the_tables_edges(project: Recipe):
     stages = {stage.addressing: stage for stage in Repo().index.stages}
-    assert set(stages) == {f"{name}@{RECIPE}" for name in TABLE}
+    assert set(stages) == {ADDRESSES[name] for name in TABLE}
     for row in pipeline.STAGES:
-        stage = stages[f"{row.name}@{RECIPE}"]
+        stage = stages[ADDRESSES[row.name]]
         assert {Path(dep.def_path) for dep in stage.deps if dep not in stage.params} == {
             artifact_folder(name, RECIPE) for name in row.inputs
         }
         assert [Path(out.def_path) for out in stage.outs] == [artifact_folder(row.name, RECIPE)]
-        assert [out.use_cache for out in stage.outs] == [not row.committed]
+        assert [out.use_cache for out in stage.outs] == [True]
         assert [list(params.params) for params in stage.params] == [list(row.sections)]
 
 
@@ -59,7 +61,7 @@ def test_dagster_and_dvc_have_the_same_edges(project: Recipe):
     graph = defs().resolve_asset_graph()
     stages = {stage.addressing: stage for stage in Repo().index.stages}
     for key in graph.materializable_asset_keys:
-        stage = stages[f"{key.to_user_string()}@{RECIPE}"]
+        stage = stages[ADDRESSES[key.to_user_string()]]
         upstream = {Path(dep.def_path).name for dep in stage.deps if dep not in stage.params}
         sections = {f"recipe/{name}" for params in stage.params for name in params.params}
         assert {parent.to_user_string() for parent in graph.get(key).parent_keys} == upstream | sections
@@ -153,8 +155,8 @@ def test_dvcs_refusal_is_one_line(project: Recipe):
 
 
 def test_dvc_repro_leaves_dagsters_record_and_its_own(project: Recipe, tmp_path: Path):
-    dvc("repro", f"agent@{RECIPE}", scripts=write_fake_dmr(tmp_path))
-    assert "up to date" in dvc("status", f"agent@{RECIPE}")
+    dvc("repro", f"cached_agent@{RECIPE}", scripts=write_fake_dmr(tmp_path))
+    assert "up to date" in dvc("status", f"cached_agent@{RECIPE}")
     with dg.DagsterInstance.get() as instance:
         event = instance.get_latest_materialization_event(dg.AssetKey("agent"))
     assert event is not None

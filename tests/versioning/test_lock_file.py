@@ -146,11 +146,11 @@ def test_entries_that_a_cut_lost_are_known_from_the_copy(project: Recipe):
     committed(project, "benchmark_tasks", "agent")
     whole = LOCK.read_text()
     assert lock_file.lost_entries(lock_file.read_entries()) == {}
-    LOCK.write_text(whole[: whole.index(f"  agent@{RECIPE}")])
+    LOCK.write_text(whole[: whole.index(f"  cached_agent@{RECIPE}")])
     for _ in range(2):
         entries = lock_file.read_entries()
         assert entries.keys() == {f"benchmark_tasks@{RECIPE}"}
-        assert lock_file.lost_entries(entries).keys() == {f"agent@{RECIPE}"}
+        assert lock_file.lost_entries(entries).keys() == {f"cached_agent@{RECIPE}"}
     shutil.copy(COPY, LOCK)
     assert LOCK.read_text() == whole
 

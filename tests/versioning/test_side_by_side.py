@@ -59,7 +59,7 @@ RWLOCK = Path(".dvc/tmp/rwlock")
 """DVC's notes on which of its commands reads or writes which files."""
 MATERIALIZE = ("dmr", "materialize", "agent", "--recipe", RECIPE)
 # The option is for the moments in which `dmr` commits: DVC itself waits 3 s for its lock.
-REPRO = ("dvc", "--wait-for-lock", "repro", f"agent@{RECIPE}")
+REPRO = ("dvc", "--wait-for-lock", "repro", f"cached_agent@{RECIPE}")
 
 
 @pytest.mark.parametrize("commands", [(MATERIALIZE, REPRO), (REPRO, MATERIALIZE)], ids=["dmr first", "dvc first"])
@@ -83,7 +83,7 @@ def test_whoever_comes_second_waits(scripts: Path, commands: tuple[tuple[str, ..
         said, _ = process.communicate(timeout=300)
         assert process.returncode == 0, said
     assert dvc_stages.is_committed(AGENT, RECIPE, verify(artifact_folder("agent", RECIPE)))
-    assert "up to date" in dvc("status", f"agent@{RECIPE}")
+    assert "up to date" in dvc("status", f"cached_agent@{RECIPE}")
 
 
 def test_a_commit_is_not_refused_because_a_dvc_command_runs_the_same_stage(project: Recipe):
