@@ -35,7 +35,7 @@ from tests.test_cli import dmr, fake_report  # noqa: F401 - a fixture
 pytestmark = pytest.mark.slow
 
 NAMES = [stage.name for stage in pipeline.STAGES]
-ADDRESSES = {f"{name}@{RECIPE}" for name in NAMES}
+ADDRESSES = {dvc_stages.stage_address(stage, RECIPE) for stage in pipeline.STAGES}
 STATE = Path("data/scratch/fake/agent/x/training.pt")
 KEPT = ("data", ".dvc", "recipes", "dvc.lock", "dvc.yaml")
 HANG_SECONDS = 120
@@ -43,7 +43,7 @@ LOCK_FIELDS = {
     "schema": "schema",
     "its version": "2[.]0",
     "stages": "(?<=\n)stages:",
-    "a stage's name": "agent@fake",
+    "a stage's name": "cached_agent@fake",
     "a stage of the end": "released_router@fake",
     "command": "(?<=cmd: )[^\n]+",
     "key of a list": "(?<=\n    )deps",

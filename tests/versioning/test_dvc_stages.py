@@ -129,7 +129,7 @@ def test_whatever_dvc_lock_does_not_record_is_not_committed(project: Recipe, cha
 def test_an_entry_is_written_again_where_it_is_not_as_dvc_writes_it(finished_project: Recipe, number: int):
     """Sizes and counts too, which decide nothing but are shown."""
     whole = dvc_stages.LOCK_FILE.read_text()
-    start = whole.index(f"  agent@{RECIPE}:")
+    start = whole.index(f"  {dvc_stages.stage_address(pipeline.STAGES[1], RECIPE)}:")
     fields = r"(?<=version )\d|(?<= md5: )\w|(?<=size: )\d|(?<=nfiles: )\d|(?<=agent_train: )\d"
     where = start + list(re.finditer(fields, whole[start:]))[number].start()
     changed = "8" if whole[where] == "9" else "9"
