@@ -13,6 +13,7 @@ from dmr_pipeline.definitions import defs
 from dmr_pipeline.defs import runs
 from dmr_pipeline.defs.sections import build_section_sensor, observe, section_version
 from dmr_pipeline.recipe import UNHASHED_SECTIONS, Recipe, load_recipe
+from dmr_pipeline.versioning import dvc_stages
 from tests.fake_project import RECIPE, dvc, make_recipe
 
 SECTIONS = sorted(Recipe.model_fields.keys() - UNHASHED_SECTIONS - {"name"})
@@ -67,9 +68,9 @@ def test_a_changed_section_makes_exactly_those_stages_stale_that_read_it(finishe
     change(section)
     with dg.DagsterInstance.get() as instance:
         observe(instance, load_recipe(RECIPE), SECTIONS)
-    readers = {stage.name for stage in pipeline.STAGES if section in stage.sections}
-    assert stale(RECIPE) == readers
-    assert changed_in_dvc(RECIPE) == readers
+    readers = [stage for stage in pipeline.STAGES if section in stage.sections]
+    assert stale(RECIPE) == {stage.name for stage in readers}
+    assert changed_in_dvc(RECIPE) == {dvc_stages.group_name(stage, RECIPE) for stage in readers}
 
 
 def test_sections_that_nothing_reads_and_comments_make_nothing_stale(finished_project: Recipe):
