@@ -147,5 +147,5 @@ def _kill_children() -> None:
     for child in psutil.Process().children(recursive=True):
         try:
             child.kill()
-        except psutil.NoSuchProcess:
+        except psutil.Error:  # it has ended, or has become another user's: the process ends all the same
             continue

@@ -257,3 +257,18 @@ def test_an_unforeseen_error_ends_the_command_with_one_line_and_its_traceback_in
     (file,) = tmp_path.glob("dmr-*.log")
     assert str(file) in complaint
     assert file.read_text().count("RuntimeError: a [bold]bug") == 1
+
+
+def test_a_child_that_may_not_be_killed_does_not_keep_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(child: psutil.Process) -> None:
+        raise psutil.AccessDenied(child.pid)
+
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    try:
+        with monkeypatch.context() as patched:
+            patched.setattr(psutil.Process, "kill", refuse)
+            interrupts._kill_children()
+        interrupts._kill_children()
+        assert child.wait(timeout=30) == -signal.SIGKILL
+    finally:
+        child.kill()
