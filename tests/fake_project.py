@@ -160,9 +160,9 @@ def write_fake_dmr(folder: Path) -> Path:
     command.parent.mkdir()
     command.write_text(
         f"#!{sys.executable}\nimport sys\nsys.path.insert(0, {str(REPOSITORY)!r})\n"
-        "from dmr_pipeline import pipeline\nfrom dmr_pipeline.cli import app\n"
+        "from dmr_pipeline import pipeline\nfrom dmr_pipeline.__main__ import main\n"
         "from tests.fake_project import fake_stages\n"
-        "pipeline.STAGES = fake_stages()\napp()\n"
+        "pipeline.STAGES = fake_stages()\nmain()\n"
     )
     command.chmod(0o755)
     return command.parent

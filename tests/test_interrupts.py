@@ -13,7 +13,7 @@ import pytest
 
 from dmr_pipeline import interrupts
 from dmr_pipeline.recipe import Recipe
-from tests.fake_project import RECIPE, REPOSITORY
+from tests.fake_project import RECIPE, REPOSITORY, write_fake_dmr
 
 PRELUDE = f"""
 import os, sys, time
@@ -28,8 +28,10 @@ def say(word):
     print(word, flush=True)
 
 """
-COMMAND = f"""
+STAGES = """
 pipeline.STAGES = tuple(replace(stage, run=run) if stage.name == "benchmark_tasks" else stage for stage in fake_stages())
+"""
+COMMAND = f"""{STAGES}
 sys.argv = ["dmr", "materialize", "benchmark_tasks", "--recipe", {RECIPE!r}]
 main()
 """
@@ -239,6 +241,22 @@ main()
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_a_signal_while_the_interpreter_winds_up_changes_nothing():
+    """By then Python has put the usual handlers back, of which the process would die without a word."""
+    code = """
+import os, signal, sys
+from dmr_pipeline.__main__ import main
+class Late:
+    def __del__(self, kill=os.kill, number=signal.SIGTERM, process=os.getpid()):
+        kill(process, number)
+late = Late()
+sys.argv = ["dmr", "--help"]
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 RAISES = """
 def run(context):
     raise RuntimeError("a [bold]bug\\x1b[31m in\\na stage")
@@ -272,3 +290,22 @@ def test_a_child_that_may_not_be_killed_does_not_keep_the_process(monkeypatch: p
         assert child.wait(timeout=30) == -signal.SIGKILL
     finally:
         child.kill()
+
+
+def test_an_unforeseen_error_within_dvc_repro_ends_it_with_one_line(
+    project: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    logs = tmp_path / "logs"
+    logs.mkdir()
+    scripts = write_fake_dmr(tmp_path)
+    (scripts / "dmr").write_text(f"#!{sys.executable}{PRELUDE}{RAISES}{STAGES}main()\n")
+    monkeypatch.setenv("TMPDIR", str(logs))
+    monkeypatch.setenv("PATH", os.pathsep.join([str(scripts), str(Path(sys.executable).parent), os.environ["PATH"]]))
+    repro = ["dvc", "repro", f"benchmark_tasks@{RECIPE}"]
+    done = subprocess.run(repro, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode != 0
+    assert "Traceback" not in done.stdout + done.stderr
+    ours, dvcs = done.stderr.splitlines()
+    assert ours.startswith("error: RuntimeError: a [bold]bug\\x1b[31m in a stage (dmr_pipeline/")
+    assert dvcs.startswith("ERROR: failed to reproduce")
+    assert [file.read_text().count("RuntimeError: a [bold]bug") for file in logs.glob("dmr-*.log")] == [1]
