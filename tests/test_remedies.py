@@ -16,7 +16,7 @@ from dmr_pipeline.artifacts import MANIFEST, artifact_folder, sidecar_path, veri
 from dmr_pipeline.cli.stages import stage_states
 from dmr_pipeline.recipe import Recipe, load_recipe
 from dmr_pipeline.versioning import lock_file
-from tests.fake_project import RECIPE
+from tests.fake_project import RECIPE, dvc
 from tests.test_cli import dmr, fake_report  # noqa: F401 - a fixture
 
 CACHE = Path(".dvc/cache/files/md5")
@@ -104,7 +104,7 @@ def test_a_damaged_object_in_the_cache_does_not_come_back(finished_project: Reci
     cached.write_text("damaged")
     cached.chmod(0o444)
     shutil.rmtree(folder)
-    subprocess.run(["dvc", "checkout", str(folder)], check=True, capture_output=True)
+    dvc("checkout", str(folder))
     assert (folder / "content.json").read_text() == "damaged"
     assert oid in one_line(dmr("restore", name, "--recipe", RECIPE))
     line = one_line(dmr("restore", name, "--recipe", RECIPE))
@@ -114,7 +114,7 @@ def test_a_damaged_object_in_the_cache_does_not_come_back(finished_project: Reci
     if name == "benchmark_tasks":
         assert verify(folder).hash
         shutil.rmtree(folder)
-        subprocess.run(["dvc", "checkout", str(folder)], check=True, capture_output=True)
+        dvc("checkout", str(folder))
     assert "nothing to do" in dmr("run", RECIPE).output
     assert lock_of_all() == before
 
