@@ -25,6 +25,7 @@ from filelock import FileLock, Timeout
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from dmr_pipeline.errors import FULL, UserError, causes
+from dmr_pipeline.hashing import file_md5
 from dmr_pipeline.pretrained import content_hash, pretrained_folders
 from dmr_pipeline.recipe import Recipe, Runtime
 from dmr_pipeline.stage import DeclaredSections, Stage, StageContext
@@ -208,11 +209,6 @@ def provenance(stage: Stage, recipe: Recipe, inputs: Mapping[str, str]) -> Prove
     folders = pretrained_folders(model.model) if model is not None else []
     pretrained = {folder.as_posix(): content_hash(folder) for folder in folders}
     return Provenance(stage.name, recipe.name, stage.code_version, sections, dict(inputs), pretrained)
-
-
-def file_md5(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "md5").hexdigest()
 
 
 def hash_files(folder: Path) -> dict[str, str]:

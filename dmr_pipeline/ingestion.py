@@ -8,7 +8,6 @@ The artefact is `episodes/<sha256 of the dropped file>.parquet`, one row an epis
 recipe no longer allows, since it has changed, and why. They stay in the artefact, but nothing reads them.
 """
 
-import errno
 import hashlib
 import json
 import logging
@@ -21,11 +20,11 @@ from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
-from dmr_pipeline.artifacts import RunRecord, artifact_folder, incoming_folder, sidecar_path
+from dmr_pipeline.artifacts import artifact_folder, incoming_folder, run_record_beside
 from dmr_pipeline.environments.task_ids import KnownGames
 from dmr_pipeline.environments.task_types import task_types
 from dmr_pipeline.episode_rows import json_lines, json_value, parquet_rows
-from dmr_pipeline.errors import UserError, printable
+from dmr_pipeline.errors import FULL, UserError, printable
 from dmr_pipeline.incoming import (
     FILE_LIMIT,
     INGESTED_FOLDER,
@@ -258,7 +257,7 @@ def _quarantine(file: Dropped, problems: Sequence[str]) -> str | None:
     try:
         reasons = quarantine(file, problems)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in FULL:
             raise
         trouble = f"it cannot be moved into {QUARANTINE_FOLDER}/ ({error.strerror or printable(error)})"
         log.warning("%s: %s; it was refused: %s", printable(file.path), trouble, _shortened(problems))
@@ -325,6 +324,15 @@ def misplaced_files(data_root: Path, recipes: Sequence[str]) -> list[Path]:
         and path.suffix != ".part"
         and not _has_its_place(path.relative_to(root).parts, recipes)
     )
+
+
+def misplaced_lines(data_root: Path, recipes: Sequence[str]) -> list[str]:
+    """What `misplaced_files` are, and what to do, in a line each."""
+    right = incoming_folder("<recipe>", data_root)
+    return [
+        f"{printable(path)} is in no recipe's folder: move it to {right}/"
+        for path in misplaced_files(data_root, recipes)
+    ]
 
 
 def read_ingested(folder: Path) -> list[LoggedEpisode]:
@@ -461,10 +469,10 @@ def _held(data_root: Path, recipe: str) -> set[str]:
 def _not_moved(data_root: Path, recipe: str) -> dict[str, str]:
     """What the record of the run that made the artefact says of refused files that still lie where they were dropped."""
     try:
-        record = RunRecord.model_validate_json(sidecar_path(artifact_folder(STAGE, recipe, data_root)).read_bytes())
-    except (OSError, ValidationError):
+        record = run_record_beside(artifact_folder(STAGE, recipe, data_root))
+    except OSError:
         return {}
-    found = record.measured.get(NOT_MOVED)
+    found = None if record is None else record.measured.get(NOT_MOVED)
     return {digest: str(why) for digest, why in found.items()} if isinstance(found, dict) else {}
 
 

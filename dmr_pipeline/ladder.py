@@ -257,23 +257,22 @@ class Ladder:
     @classmethod
     def load(cls, checkpoints: Path, recipe: Recipe) -> "Ladder":
         """From the folder of the stage `quantized_checkpoints`."""
-        device = resolve_device(recipe.runtime.device)
-        models, sizes = {}, {}
-        for high, rung in ((True, recipe.precisions.high), (False, recipe.precisions.low)):
-            models[high], sizes[high] = _load_acting(checkpoints / rung, device)
-        tokenizer = load_tokenizer(checkpoints / "tokenizer")
-        prompter = Prompter.of(tokenizer, recipe.agent.prompt, models[True].generation_config)
-        return cls(models, sizes, read_ladder(checkpoints).always_high_cost, prompter, device, recipe)
+        return cls._of_rungs(checkpoints, recipe, recipe.precisions.high, recipe.precisions.low)
 
     @classmethod
     def of_rung(cls, checkpoints: Path, recipe: Recipe, rung: str) -> "Ladder":
         """As `load`, with one rung in the place of both, so that it acts whatever a policy says."""
+        return cls._of_rungs(checkpoints, recipe, rung, rung)
+
+    @classmethod
+    def _of_rungs(cls, checkpoints: Path, recipe: Recipe, high: str, low: str) -> "Ladder":
         device = resolve_device(recipe.runtime.device)
-        model, size = _load_acting(checkpoints / rung, device)
+        loaded = {rung: _load_acting(checkpoints / rung, device) for rung in dict.fromkeys((high, low))}
+        models = {True: loaded[high][0], False: loaded[low][0]}
+        sizes = {True: loaded[high][1], False: loaded[low][1]}
         tokenizer = load_tokenizer(checkpoints / "tokenizer")
-        prompter = Prompter.of(tokenizer, recipe.agent.prompt, model.generation_config)
-        cost = read_ladder(checkpoints).always_high_cost
-        return cls({True: model, False: model}, {True: size, False: size}, cost, prompter, device, recipe)
+        prompter = Prompter.of(tokenizer, recipe.agent.prompt, models[True].generation_config)
+        return cls(models, sizes, read_ladder(checkpoints).always_high_cost, prompter, device, recipe)
 
     @property
     def processes(self) -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from dmr_pipeline.errors import UserError
+from dmr_pipeline.hashing import file_md5
 
 ADAPTER_CONFIG = "adapter_config.json"
 MEMORY = Path("data/scratch/.pretrained.json")
@@ -70,7 +71,7 @@ def content_hash(folder: Path) -> str:
             continue
         stat, name = path.stat(), str(path.resolve())
         state, before = (stat.st_size, stat.st_mtime_ns), known.get(name)
-        found[name] = before if before and before[:2] == state else (*state, _file_hash(path))
+        found[name] = before if before and before[:2] == state else (*state, file_md5(path))
         content[relpath.as_posix()] = found[name][2]
     if not found.items() <= known.items():
         MEMORY.parent.mkdir(parents=True, exist_ok=True)
@@ -78,8 +79,3 @@ def content_hash(folder: Path) -> str:
         part.write_text(json.dumps({**known, **found}), encoding="utf-8")
         part.replace(MEMORY)
     return hashlib.md5(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _file_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "md5").hexdigest()

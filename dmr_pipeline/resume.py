@@ -37,6 +37,6 @@ def load_state(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]
 
 
 def discard(path: Path) -> None:
-    """Put resume state aside that cannot be used."""
+    """Remove resume state that cannot be used."""
     log.warning("%s: this resume state is damaged, or of another version: it is dropped and its work done again", path)
     path.unlink()

@@ -70,8 +70,8 @@ def test_a_manifest_without_a_pretrained_folder_is_as_it_was(project: Recipe) ->
 
 def test_a_file_is_hashed_again_only_where_its_size_or_time_changed(project: Recipe, monkeypatch) -> None:
     read: list[Path] = []
-    original = pretrained._file_hash
-    monkeypatch.setattr(pretrained, "_file_hash", lambda path: (read.append(path), original(path))[1])
+    original = pretrained.file_md5
+    monkeypatch.setattr(pretrained, "file_md5", lambda path: (read.append(path), original(path))[1])
     folder = Path("model")
     (folder / ".git").mkdir(parents=True)
     for name in ("a", "b", ".git/hidden"):

@@ -51,8 +51,12 @@ def user_errors_exit_2(command: Callable[P, None]) -> Callable[P, None]:
     return wrapped
 
 
-def _fail(line: str, code: int) -> NoReturn:
+def print_error(line: str) -> None:
     errors.print(f"error: {printable(line)}", style="red", markup=False, highlight=False)
+
+
+def _fail(line: str, code: int) -> NoReturn:
+    print_error(line)
     raise typer.Exit(code)
 
 

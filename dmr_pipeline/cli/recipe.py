@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from dmr_pipeline.cli.common import console, errors, user_errors_exit_2
+from dmr_pipeline.cli.common import console, print_error, user_errors_exit_2
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.recipe import check_recipe, recipe_names
 
@@ -32,6 +32,6 @@ def check(
         if loaded is not None:
             console.print(f"{one}: nothing is wrong", highlight=False, soft_wrap=True)
     for problem in problems:
-        errors.print(f"error: {problem}", style="red", markup=False, highlight=False)
+        print_error(problem)
     if problems:
         raise typer.Exit(2)

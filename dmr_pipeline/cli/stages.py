@@ -205,19 +205,17 @@ def stage_states(recipe: Recipe) -> Iterator[tuple[str, str, str, Artifact | Non
 
 def _name_what_lies(recipe: str) -> None:
     """What was dropped for ingestion and will not move by itself."""
-    from dmr_pipeline.ingestion import lying_files, misplaced_files
+    from dmr_pipeline.ingestion import lying_files, misplaced_lines
 
-    lines = lying_files(DATA_ROOT, recipe)
-    for path in misplaced_files(DATA_ROOT, recipe_names()):
-        lines.append(f"{printable(path)} is in no recipe's folder: move it to {DATA_ROOT}/incoming/<recipe>/")
-    for line in lines:
+    for line in lying_files(DATA_ROOT, recipe) + misplaced_lines(DATA_ROOT, recipe_names()):
         console.print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
 def _all_done(recipe: Recipe) -> bool:
     """Every artefact is there, valid, current, and recorded in DVC."""
+    entries = lock_file.read_entries()
     return all(
-        state == "present" and artifact is not None and dvc_stages.is_committed(stage, recipe.name, artifact)
+        state == "present" and artifact is not None and dvc_stages.records(entries, stage, recipe.name, artifact)
         for stage, (_, state, _, artifact) in zip(pipeline.STAGES, stage_states(recipe), strict=True)
     )
 

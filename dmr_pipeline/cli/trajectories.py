@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dmr_pipeline.artifacts import artifact_folder, verify
-from dmr_pipeline.cli.common import DEFAULT_RECIPE, RecipeOption, console, errors, user_errors_exit_2
+from dmr_pipeline.cli.common import DEFAULT_RECIPE, RecipeOption, console, errors, print_error, user_errors_exit_2
 from dmr_pipeline.errors import UserError, printable
 from dmr_pipeline.recipe import load_recipe
 
@@ -54,7 +54,7 @@ def validate(
         raise UserError(f"{file}: {error}") from error
     episodes, problems = read_episodes(file, content, rules, earlier)
     for problem in problems:
-        errors.print(f"error: {printable(problem)}", style="red", markup=False, highlight=False)
+        print_error(problem)
     if problems:
         raise typer.Exit(2)
     console.print(_summary(episodes, loaded.precisions.high, printable(f"{file.name} for {recipe}")))

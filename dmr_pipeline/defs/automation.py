@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import dagster as dg
 
 from dmr_pipeline.artifacts import DATA_ROOT, MANIFEST, Manifest, artifact_folder
-from dmr_pipeline.errors import UserError, printable
+from dmr_pipeline.errors import UserError
 from dmr_pipeline.recipe import Recipe, load_recipe, recipe_names
 
 INGEST_TAG = "dmr/incoming"
@@ -48,11 +48,9 @@ retrain = dg.define_asset_job(
     " `retraining.min_new_steps` steps of the recipe are new.",
 )
 def new_trajectories(context: dg.SensorEvaluationContext) -> dg.SensorResult | dg.SkipReason:
-    from dmr_pipeline.ingestion import file_away, lying_files, misplaced_files, waiting_contents
+    from dmr_pipeline.ingestion import file_away, lying_files, misplaced_lines, waiting_contents
 
-    requests, reasons = [], []
-    for path in misplaced_files(DATA_ROOT, recipe_names()):
-        reasons.append(f"{printable(path)} is in no recipe's folder: move it to {DATA_ROOT}/incoming/<recipe>/")
+    requests, reasons = [], misplaced_lines(DATA_ROOT, recipe_names())
     for name in recipe_names():
         try:
             recipe = load_recipe(name)

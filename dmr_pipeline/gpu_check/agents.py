@@ -10,9 +10,9 @@ from pathlib import Path
 
 import polars as pl
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
+from transformers import PreTrainedModel
 
-from dmr_pipeline.agent.checkpoint import float_dtype, load_causal_lm
+from dmr_pipeline.agent.checkpoint import load_causal_lm
 from dmr_pipeline.agent.prompts import Prompter
 from dmr_pipeline.agent.rollout import Clock, Run, SinglePrecision, Trajectory, play, play_alone
 from dmr_pipeline.agent.streams import Streams
@@ -20,8 +20,9 @@ from dmr_pipeline.environments.alfworld.engine import AlfWorldEpisode
 from dmr_pipeline.environments.alfworld.game import Game
 from dmr_pipeline.environments.alfworld.generator import generate_game
 from dmr_pipeline.environments.tasks import benchmark_tasks, split_seeds
+from dmr_pipeline.gpu_check.decoding import random_model
 from dmr_pipeline.gpu_check.record import Part, Skipped
-from dmr_pipeline.gpu_check.sizes import Sizes
+from dmr_pipeline.gpu_check.sizes import Shape, Sizes
 from dmr_pipeline.ladder import Ladder, acting_model, quantized_checkpoints
 from dmr_pipeline.quantization import dequantize, load_rung, quantize_rung, rung_size, save_rung
 from dmr_pipeline.recipe import Recipe, Rung, load_recipe
@@ -42,6 +43,8 @@ RUNGS = (
 MIXED_RATIO = 0.35
 _CAPACITY = 4096
 """Tokens that the committed agent has positions for."""
+_GROUPED = Shape("width 256", 2, 256, 4, 2, 64, 512, 512, tied=False)
+"""Wide enough for groups of 128 along the input, for which there are kernels on a GPU."""
 KERNEL_TOLERANCE = 0.02
 """‖logits - those of the dequantized weights‖ / ‖those‖ that bfloat16 may cause, through all layers."""
 
@@ -85,7 +88,10 @@ def rungs_reload(agent: TinyAgent, part: Part) -> None:
     (game,) = agent.games[:1]
     opening = agent.prompter.opening(AlfWorldEpisode(game).first_observation(), game.instruction)
     tokens = torch.tensor([opening], device=agent.device)
-    for name, model in (("tiny agent", agent.model(agent.device)), ("width 256", _grouped_model(agent.device))):
+    for name, model in (
+        ("tiny agent", agent.model(agent.device)),
+        (_GROUPED.name, random_model(_GROUPED, agent.device)),
+    ):
         for rung in RUNGS:
             quantized = quantize_rung(model, rung)
             with tempfile.TemporaryDirectory() as folder, torch.no_grad():
@@ -118,24 +124,6 @@ def rungs_reload(agent: TinyAgent, part: Part) -> None:
 def _linear_layers(model: PreTrainedModel) -> list[torch.nn.Linear]:
     head = model.get_output_embeddings()
     return [module for module in model.modules() if isinstance(module, torch.nn.Linear) and module is not head]
-
-
-def _grouped_model(device: torch.device) -> PreTrainedModel:
-    """Wide enough for groups of 128 along the input, for which there are kernels on a GPU."""
-    config = Qwen3Config(
-        vocab_size=512,
-        hidden_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,
-        intermediate_size=512,
-        tie_word_embeddings=False,
-    )
-    torch.manual_seed(0)
-    with device:
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=float_dtype(device))
-    return model.eval()
 
 
 def same_actions(agent: TinyAgent, part: Part) -> None:

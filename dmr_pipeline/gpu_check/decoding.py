@@ -41,7 +41,7 @@ def random_model(shape: Shape, device: torch.device) -> PreTrainedModel:
         intermediate_size=shape.feed_forward,
         max_position_embeddings=4096,
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-        tie_word_embeddings=True,
+        tie_word_embeddings=shape.tied,
         bos_token_id=None,
         eos_token_id=None,
         pad_token_id=0,
@@ -69,7 +69,7 @@ def decoding(sizes: Sizes, device: torch.device, part: Part, left: Callable[[], 
                 part.leave_out(f"{label}: {left():.0f} s are left")
                 continue
             started = time.perf_counter()
-            quantized = quantize_rung(model, rung) if rung.weights != "float" else model
+            quantized = quantize_rung(model, rung)
             made_in = time.perf_counter() - started
             weights = rung_size(quantized).bytes
             limit = 1000 * weights / copied

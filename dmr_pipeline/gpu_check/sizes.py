@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Shape:
-    """A Qwen3 causal LM's sizes; the head shares the embedding's weights."""
+    """A Qwen3 causal LM's sizes."""
 
     name: str
     layers: int
@@ -15,6 +15,8 @@ class Shape:
     head_width: int
     feed_forward: int
     vocabulary: int
+    tied: bool = True
+    """The head shares the embedding's weights."""
 
     @property
     def linear_layers(self) -> dict[str, tuple[int, int]]:

@@ -15,8 +15,9 @@ import yaml
 from ruamel.yaml import YAML
 
 from dmr_pipeline import interrupts
-from dmr_pipeline.artifacts import DATA_ROOT, Artifact, artifact_folder, file_md5, hash_files
+from dmr_pipeline.artifacts import DATA_ROOT, Artifact, artifact_folder, hash_files
 from dmr_pipeline.errors import UserError
+from dmr_pipeline.hashing import file_md5
 from dmr_pipeline.recipe import RECIPE_FOLDER
 from dmr_pipeline.stage import Stage
 from dmr_pipeline.versioning import lock_file
@@ -122,7 +123,12 @@ def recorded_outputs(entry: Mapping[str, Any]) -> dict[str, str | None]:
 
 def is_committed(stage: Stage, recipe: str, artifact: Artifact) -> bool:
     """Does `dvc.lock` record this artefact, made by this command from these inputs and parameters, as DVC would write it?"""
-    return lock_entry(stage, recipe) == _expected_entry(stage, recipe, artifact)
+    return records(lock_file.read_entries(), stage, recipe, artifact)
+
+
+def records(entries: lock_file.Entries, stage: Stage, recipe: str, artifact: Artifact) -> bool:
+    """As `is_committed`, of entries that have been read: for whoever asks about many stages."""
+    return entries.get(stage_address(stage, recipe)) == _expected_entry(stage, recipe, artifact)
 
 
 def _expected_entry(stage: Stage, recipe: str, artifact: Artifact) -> dict[str, Any]:

@@ -5,12 +5,10 @@ import json
 import random
 import re
 import shutil
-import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 
 import pytest
 import torch
@@ -29,6 +27,7 @@ from dmr_pipeline.errors import UserError
 from dmr_pipeline.recipe import Recipe, load_recipe
 from dmr_pipeline.resume import load_state, save_state
 from dmr_pipeline.versioning import dvc_objects, dvc_stages, lock_file
+from tests.campaign.deadline import Hang, at_most_seconds
 from tests.fake_project import RECIPE
 from tests.test_cli import dmr, fake_report  # noqa: F401 - a fixture
 
@@ -239,25 +238,19 @@ def test_all_damage_is_found_or_harmless(
     for name in KEPT:
         copy(Path(name), template / name)
 
-    def give_up(number: int, frame: FrameType | None) -> None:
-        raise TimeoutError
-
     counts: dict[str, Counter[str]] = {}
     wrong = []
-    signal.signal(signal.SIGALRM, give_up)
     for damage in damages():
         damage.do(rng)
         lines = changed_lines(undamaged)
-        signal.alarm(HANG_SECONDS)
         try:
-            found = outcome(before, state)
-        except TimeoutError:
+            with at_most_seconds(HANG_SECONDS):
+                found = outcome(before, state)
+        except Hang:
             found = "hang"
         except Exception as error:  # noqa: BLE001 - that is what is counted
             found = "traceback"
             wrong.append(f"{type(error).__name__}: {error}")
-        finally:
-            signal.alarm(0)
         counts.setdefault(damage.kind, Counter())[found] += 1
         if found not in ("said", "harmless"):
             wrong.append(f"{damage.kind}, {damage.what}: {found}: {lines}")

@@ -9,13 +9,11 @@ import pickle
 import random
 import re
 import shutil
-import signal
 import socket
 import stat
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -35,6 +33,7 @@ from dmr_pipeline.cli import app
 from dmr_pipeline.incoming import FILE_LIMIT
 from dmr_pipeline.ingestion import EXAMPLE, file_away, lying_files, waiting_files
 from dmr_pipeline.recipe import Recipe
+from tests.campaign.deadline import Hang, at_most_seconds
 from tests.fake_project import RECIPE, RECIPE_YAML, fake_run
 
 BENCHMARK = replace(pipeline.find_stage("benchmark_tasks", pipeline.STAGES), run=fake_run)
@@ -548,20 +547,6 @@ def kinds() -> dict[str, tuple[str, Build]]:
     }
 
 
-@contextmanager
-def seconds(limit: int) -> Iterator[None]:
-    def late(*_: object) -> None:
-        raise TimeoutError(f"it takes more than {limit} s")
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(limit)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
-
-
 def is_reason(path: Path) -> bool:
     return path.name.endswith(".reason.txt") and os.path.lexists(str(path).removesuffix(".reason.txt"))
 
@@ -637,13 +622,13 @@ def tried(build: Build, expected: str, data: Path, recipe: Recipe) -> str | None
     (incoming / "zz-good.jsonl").write_bytes(GOOD)
     before = contents(incoming)
     try:
-        with seconds(120):
+        with at_most_seconds(120):
             materialize_stage(REAL, recipe, data)
             file_away(data, RECIPE)
             ended = end_of(incoming, before)
     except AssertionError as error:
         return str(error)
-    except Exception as error:  # noqa: BLE001 - this is what is looked for
+    except (Exception, Hang) as error:  # noqa: BLE001 - this is what is looked for
         return f"traceback: {error!r}"
     if "good" not in episode_ids(data):
         return "wrong: what lay beside it was not ingested"
@@ -702,7 +687,7 @@ def test_all_kinds_in_one_folder(project: Recipe, capsys: pytest.CaptureFixture[
             path.rename(incoming / (path.name if "name" in kind else f"{number}-{path.stem[:9]}{suffix}"))
         apart.rmdir()
     before = contents(incoming)
-    with seconds(300):
+    with at_most_seconds(300):
         materialize_stage(REAL, project)
         ended = end_of(incoming, before)
     assert ended.startswith("named: ")

@@ -1,12 +1,9 @@
 """Malformed and absurd recipes, names and arguments on the command line: each ends in exit code 2 and a line that says why."""
 
-import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import pytest
@@ -15,6 +12,7 @@ from typer.testing import CliRunner, Result
 
 from dmr_pipeline.cli import app
 from dmr_pipeline.recipe import RECIPE_FOLDER, Recipe, load_recipe
+from tests.campaign.deadline import Hang, at_most_seconds
 from tests.fake_project import RECIPE, RECIPE_YAML, REPOSITORY, dvc
 from tests.test_recipe import ALFWORLD, BAD_NAMES, OTHERS, TEXTS, content
 
@@ -35,10 +33,6 @@ COMMANDS: tuple[tuple[str, ...], ...] = (
     ("env", "experts", "webshop", "--recipe"),
 )
 """All that take a recipe; its name comes last."""
-
-
-class Hang(BaseException):
-    pass
 
 
 @dataclass
@@ -71,20 +65,6 @@ class Tally:
 
 def shown(result: Result) -> str:
     return repr(result.output[-300:])
-
-
-@contextmanager
-def at_most_seconds(seconds: int) -> Iterator[None]:
-    def stop(signum: int, frame: FrameType | None) -> None:
-        raise Hang
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
 
 
 VALUES: dict[str, object] = {
