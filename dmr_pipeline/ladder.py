@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -241,6 +242,35 @@ def read_ladder(checkpoints: Path) -> LadderFacts:
 
 
 @dataclass(frozen=True)
+class PolicyRuns:
+    """A policy and the episodes that it is to play."""
+
+    policy: RoutingPolicy
+    """Each process has a copy of its own; what it remembers of the episodes is lost."""
+    runs: Sequence[Run]
+    advance: Callable[[int], None] = lambda _: None
+    """Called with the number of episodes that have just ended (progress)."""
+
+
+@dataclass(frozen=True)
+class _Ended:
+    """Episodes of one of several `PolicyRuns` have ended in a process."""
+
+    index: int
+    count: int
+
+
+@dataclass(frozen=True)
+class _Share:
+    """What a process has played of one of several `PolicyRuns`."""
+
+    index: int
+    played: dict[int, Trajectory]
+    """By their index in the runs."""
+    clock: Clock
+
+
+@dataclass(frozen=True)
 class Ladder:
     """The two rungs that the router chooses from, loaded for acting."""
 
@@ -309,40 +339,101 @@ class Ladder:
             seed: of the actions.
             clock: gets the seconds of all processes.
         """
+        found: list[Trajectory] = []
 
-        rows = self.rows  # the same in all processes
-
-        def play_part(part: Sequence[Run], advance: Callable[[int], None]) -> tuple[list[Trajectory], Clock]:
-            spent, done = Clock(), dict[int, Trajectory]()
-
-            def attempt(slots: int) -> list[Trajectory]:
-                return play(
-                    part,
-                    self.streams(slots),
-                    self.prompter,
-                    policy,
-                    self.recipe.benchmark.step_limit,
-                    self.recipe.agent.action,
-                    self.recipe.agent.temperature,
-                    seed,
-                    spent,
-                    advance,
-                    done,
-                )
-
-            return halving(min(rows, len(part)), "episodes", attempt), spent
-
-        parts = in_processes(play_part, deal(runs, self.processes), advance)
-        for _, spent in parts:
+        def keep(_: int, played: list[Trajectory], spent: Clock) -> None:
+            found.extend(played)
             if clock is not None:
                 clock.add(spent)
-        played = gather([played for played, _ in parts])
-        warn_of_outgrown(played, self.capacity)
-        return played
+
+        self.play_each([PolicyRuns(policy, runs, advance)], seed, keep)
+        return found
+
+    def play_each(
+        self, plays: Sequence[PolicyRuns], seed: int, on_played: Callable[[int, list[Trajectory], Clock], None]
+    ) -> None:
+        """As `play`, several policies one after another: a process that has played its share of one goes on with the next,
+        so that all are busy to the end. A game is played by the same process under every policy.
+
+        Args:
+            seed: of the actions.
+            on_played: called here as soon as one of `plays` is finished everywhere, in their order: its index, its
+                trajectories in the order of its runs, and the seconds that all processes spent on it.
+        """
+        rows = self.rows  # the same in all processes
+        parts = deal_by_game([play.runs for play in plays], self.processes)
+
+        def play_part(part: Sequence[Sequence[int]], tell: Callable[[_Ended | _Share], None]) -> None:
+            for index, mine in enumerate(part):
+                tell(self._play_share(index, plays[index], mine, rows, seed, tell))
+
+        waiting = [len(parts)] * len(plays)
+        found: list[dict[int, Trajectory]] = [{} for _ in plays]
+        clocks = [Clock() for _ in plays]
+
+        def told(message: _Ended | _Share) -> None:
+            index = message.index
+            if isinstance(message, _Ended):
+                plays[index].advance(message.count)
+                return
+            found[index] |= message.played
+            clocks[index].add(message.clock)
+            waiting[index] -= 1
+            if not waiting[index]:
+                played = [found[index].pop(i) for i in range(len(plays[index].runs))]
+                warn_of_outgrown(played, self.capacity)
+                on_played(index, played, clocks[index])
+
+        in_processes(play_part, parts, told)
+
+    def _play_share(
+        self,
+        index: int,
+        plays: PolicyRuns,
+        mine: Sequence[int],
+        rows: int,
+        seed: int,
+        tell: Callable[[_Ended | _Share], None],
+    ) -> _Share:
+        """One process's share of the runs, by their indices."""
+        spent, done = Clock(), dict[int, Trajectory]()
+
+        def attempt(slots: int) -> list[Trajectory]:
+            return play(
+                [plays.runs[i] for i in mine],
+                self.streams(slots),
+                self.prompter,
+                plays.policy,
+                self.recipe.benchmark.step_limit,
+                self.recipe.agent.action,
+                self.recipe.agent.temperature,
+                seed,
+                spent,
+                lambda count: tell(_Ended(index, count)),
+                done,
+            )
+
+        played = halving(min(rows, len(mine)), "episodes", attempt) if mine else []
+        return _Share(index, dict(zip(mine, played, strict=True)), spent)
 
     def streams(self, slots: int) -> dict[bool, TokenStreams]:
         """Fresh token streams of both precisions."""
         return {high: token_streams(model, slots, self.capacity) for high, model in self.models.items()}
+
+
+def deal_by_game(plays: Sequence[Sequence[Run]], processes: int) -> list[list[list[int]]]:
+    """For each process, the indices of the runs that it is to play of each of `plays`; none has nothing to do, but for the
+    only one of no runs. Games go to the processes in turn, and all runs of a game to the same one; where there are too few
+    games for that, the members of a game are dealt as if they were games.
+    """
+    by_game = len({run.task.task_id for runs in plays for run in runs}) >= processes
+    units = [[(run.task.task_id, 0 if by_game else run.member) for run in runs] for runs in plays]
+    numbers = {unit: number for number, unit in enumerate(dict.fromkeys(chain.from_iterable(units)))}
+    count = max(1, min(processes, len(numbers)))
+    return [
+        [[i for i, unit in enumerate(row) if numbers[unit] % count == process] for row in units]
+        for process in range(count)
+    ]
 
 
 def _load_acting(folder: Path, device: torch.device) -> tuple[PreTrainedModel, int]:

@@ -23,10 +23,10 @@ from dmr_pipeline.recipe import Runtime
 WATCH_SECONDS = 0.5
 
 Item = TypeVar("Item")
+Message = TypeVar("Message")
 Result = TypeVar("Result")
 
-Advance = Callable[[int], None]
-Work = Callable[[Sequence[Item], Advance], Result]
+Work = Callable[[Sequence[Item], Callable[[Message], None]], Result]
 
 
 def processes_on(device: torch.device, runtime: Runtime) -> int:
@@ -47,27 +47,28 @@ def gather(results: Sequence[Sequence[Result]]) -> list[Result]:
 
 
 def in_processes(
-    work: Work[Item, Result],
+    work: Work[Item, Message, Result],
     parts: Sequence[Sequence[Item]],
-    advance: Advance = lambda _: None,
+    told: Callable[[Message], None] = lambda _: None,
 ) -> list[Result]:
-    """`work(part, advance)` for each part, each but a single one in a process of its own.
+    """`work(part, tell)` for each part, each but a single one in a process of its own.
 
     Changes that `work` makes to objects are lost with its process: what is needed of them must be in its result.
 
     Args:
         work: uses no GPU, and no more than one torch thread (neither survives a fork).
-        advance: called here with what the processes report (progress).
+        told: called here with what the processes tell while they work: progress, or results that are not to wait for the end.
+            Messages of one process come in the order in which it told them.
 
     Returns:
         Results in the order of the parts.
 
     Raises:
-        Exception: whatever `work` raised, with its traceback as a note.
+        Exception: whatever `work` raised, with its traceback as a note; or what `told` raised.
         BrokenProcessPool: a process was killed.
     """
     if len(parts) == 1:
-        return [work(parts[0], advance)]
+        return [work(parts[0], told)]
     context = multiprocessing.get_context("fork")
     running: dict[Connection, tuple[int, Any]] = {}
     for index, part in enumerate(parts):
@@ -93,8 +94,8 @@ def in_processes(
                         f"process {process.pid} ended with exit code {process.exitcode} before its work was done;"
                         " if memory ran out, set runtime.processes to 1 or runtime.batch_episodes lower"
                     ) from None
-                if kind == "advance":
-                    advance(value)
+                if kind == "told":
+                    told(value)
                 elif kind == "failed":
                     raise value
                 else:
@@ -108,7 +109,7 @@ def in_processes(
     return [results[index] for index in range(len(parts))]
 
 
-def _child(work: Work[Item, Result], part: Sequence[Item], sender: Connection, parent: int) -> None:
+def _child(work: Work[Item, Message, Result], part: Sequence[Item], sender: Connection, parent: int) -> None:
     # Ctrl-C reaches all processes of a terminal's group: one that died of it would look like a fault to the parent, which is
     # to end them.
     for number in SIGNALS:
@@ -116,11 +117,11 @@ def _child(work: Work[Item, Result], part: Sequence[Item], sender: Connection, p
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 
-    def advance(number: int) -> None:
-        sender.send(("advance", number))
+    def tell(message: Message) -> None:
+        sender.send(("told", message))
 
     try:
-        sender.send(("done", work(part, advance)))
+        sender.send(("done", work(part, tell)))
     except Exception as error:  # noqa: BLE001 - it is raised again in the parent
         error.add_note(traceback.format_exc())
         sender.send(("failed", error))

@@ -18,7 +18,7 @@ from dmr_pipeline.agent.rollout import Clock, RoutingPolicy, Run, SinglePrecisio
 from dmr_pipeline.environments.tasks import read_tasks
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.ingestion import LoggedEpisode, read_ingested
-from dmr_pipeline.ladder import Ladder
+from dmr_pipeline.ladder import Ladder, PolicyRuns
 from dmr_pipeline.router.baselines import RandomMixing
 from dmr_pipeline.stage import StageContext, StageResult
 
@@ -76,20 +76,26 @@ def trajectories(context: StageContext) -> StageResult:
     ladder = Ladder.load(context.inputs["quantized_checkpoints"], recipe)
     runs = [Run(game) for game in read_tasks(context.inputs["benchmark_tasks"], "router_train")]
     clock, frames, summary = Clock(), [], {}
+
+    def on_played(index: int, played: list[Trajectory], spent: Clock) -> None:
+        name = recipe.trajectories.behaviour[index].name
+        clock.add(spent)
+        frames.append(to_frames(played, name))
+        summary[name] = {
+            "episodes": len(played),
+            "steps": sum(len(t.steps) for t in played),
+            "success": round(sum(t.success for t in played) / len(played), 4),
+        }
+        if outgrown := sum(t.outgrown for t in played):
+            summary[name]["outgrown"] = outgrown
+
     with Progress() as progress:
+        plays = []
         for behaviour in recipe.trajectories.behaviour:
             bar = progress.add_task(f"episodes by {behaviour.name}", total=len(runs))
             policy = behaviour_policy(behaviour.high_ratio, recipe.trajectories.seed)
-            advance = partial(progress.advance, bar)
-            played = ladder.play(runs, policy, recipe.trajectories.seed, clock, advance)
-            frames.append(to_frames(played, behaviour.name))
-            summary[behaviour.name] = {
-                "episodes": len(played),
-                "steps": sum(len(t.steps) for t in played),
-                "success": round(sum(t.success for t in played) / len(played), 4),
-            }
-            if outgrown := sum(t.outgrown for t in played):
-                summary[behaviour.name]["outgrown"] = outgrown
+            plays.append(PolicyRuns(policy, runs, partial(progress.advance, bar)))
+        ladder.play_each(plays, recipe.trajectories.seed, on_played)
     episodes, steps = (pl.concat(parts) for parts in zip(*frames, strict=True))
     episodes.write_parquet(context.output / "episodes.parquet")
     steps.write_parquet(context.output / "steps.parquet")

@@ -2,23 +2,29 @@
 
 import copy
 import gc
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
 from dmr_pipeline import ladder, quantization
 from dmr_pipeline.agent.checkpoint import load_causal_lm, save_causal_lm
 from dmr_pipeline.agent.examples import IGNORED
+from dmr_pipeline.agent.rollout import Clock, Run, SinglePrecision, Trajectory
 from dmr_pipeline.agent.train import new_model
 from dmr_pipeline.environments.alfworld.store import write_games
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.ladder import (
     Ladder,
+    PolicyRuns,
     RungFacts,
+    deal_by_game,
     divergence_to_float,
     expert_steps,
     gate,
@@ -26,8 +32,10 @@ from dmr_pipeline.ladder import (
     read_ladder,
 )
 from dmr_pipeline.recipe import Architecture, Precisions, Recipe, Rung, load_recipe
+from dmr_pipeline.router.baselines import Confidence, Disagreement, RandomMixing
 from dmr_pipeline.stage import StageContext
-from tests.agent.test_rollout import HIGH, LOW, PROMPTER, RUNS
+from tests.agent.test_memory import fits
+from tests.agent.test_rollout import HIGH, LOW, PROMPTER, RUNS, STEPS, roll
 
 REPOSITORY = Path(__file__).parents[1]
 PRECISIONS = Precisions(
@@ -188,3 +196,104 @@ def test_every_rung_acts_until_one_of_the_models_own_eos_tokens(context: StageCo
     for loaded in ladders:
         assert {3, 7} <= loaded.prompter.eos
     assert ladders[0].prompter.eos == ladders[1].prompter.eos
+
+
+def acting_ladder(processes: int, batch_episodes: int = 64) -> Ladder:
+    recipe = load_recipe("alfworld-tiny", REPOSITORY / "recipes")
+    changes = {
+        "benchmark": {**recipe.benchmark.model_dump(), "step_limit": STEPS},
+        "runtime": {"processes": processes, "batch_episodes": batch_episodes, "device": "cpu"},
+    }
+    recipe = Recipe.model_validate(recipe.model_dump() | changes)
+    return Ladder({True: HIGH, False: LOW}, {True: 2, False: 1}, 1.0, PROMPTER, torch.device("cpu"), recipe)
+
+
+GROUP = [Run(run.task, member) for member in range(2) for run in RUNS[:3]]
+PLAYS = (
+    (SinglePrecision(high=True), RUNS),
+    (RandomMixing(0.5, seed=3), GROUP),
+    (Confidence(0.9), RUNS[6:]),
+    (Disagreement(), RUNS[:2]),
+)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_policies_side_by_side_play_what_each_plays_alone(processes: int) -> None:
+    ladder, ended = acting_ladder(processes), [0] * len(PLAYS)
+    heard: list[tuple[int, list[Trajectory], Clock]] = []
+
+    def advance(index: int) -> Callable[[int], None]:
+        def add(count: int) -> None:
+            ended[index] += count
+
+        return add
+
+    plays = [PolicyRuns(policy, runs, advance(index)) for index, (policy, runs) in enumerate(PLAYS)]
+    ladder.play_each(plays, 0, lambda *found: heard.append(found))
+    assert [index for index, _, _ in heard] == list(range(len(PLAYS)))
+    assert ended == [len(runs) for _, runs in PLAYS]
+    for (policy, runs), (_, played, clock) in zip(PLAYS, heard, strict=True):
+        assert [trajectory.run for trajectory in played] == list(runs)
+        assert played == acting_ladder(1).play(runs, policy, 0)
+        assert clock.steps == sum(len(trajectory.steps) for trajectory in played)
+        assert len(clock.durations) >= max(len(trajectory.steps) for trajectory in played)
+    assert heard[0][1] == roll(SinglePrecision(high=True)), "and what plain `rollout.play` plays"
+
+
+def test_a_policy_is_heard_of_while_the_next_one_plays(tmp_path: Path) -> None:
+    heard, file = [], tmp_path / "heard"
+
+    class BreaksOnceTheFirstIsHeardOf(SinglePrecision):
+        def begin(self, slot: int, run: Run) -> None:
+            deadline = time.monotonic() + 60
+            while not file.exists():
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            raise UserError("broken")
+
+    def on_played(index: int, played: list[Trajectory], clock: Clock) -> None:
+        heard.append((index, len(played)))
+        file.touch()
+
+    plays = [PolicyRuns(SinglePrecision(high=False), RUNS), PolicyRuns(BreaksOnceTheFirstIsHeardOf(high=True), RUNS)]
+    with pytest.raises(UserError, match="broken"):
+        acting_ladder(2).play_each(plays, 0, on_played)
+    assert heard == [(0, len(RUNS))]
+
+
+def test_each_policy_is_halved_for_itself_where_memory_does_not_suffice(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = [acting_ladder(1).play(runs, policy, 0) for policy, runs in PLAYS]
+    ran, heard = fits(monkeypatch, rows=2), []
+    plays = [PolicyRuns(policy, runs) for policy, runs in PLAYS]
+    acting_ladder(1).play_each(plays, 0, lambda _, played, __: heard.append(played))
+    assert heard == expected
+    assert max(ran) == 2
+
+
+@given(st.lists(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 3)), unique=True), max_size=4), st.integers(1, 5))
+def test_a_game_goes_to_one_process_under_every_policy(members: list[list[tuple[int, int]]], processes: int) -> None:
+    games = [RUNS[0].task.model_copy(update={"task_id": str(number)}) for number in range(10)]
+    plays = [[Run(games[game], member) for game, member in pairs] for pairs in members]
+    parts = deal_by_game(plays, processes)
+    assert 1 <= len(parts) <= processes
+    for index, runs in enumerate(plays):
+        assert sorted(i for part in parts for i in part[index]) == list(range(len(runs)))
+        assert all(part[index] == sorted(part[index]) for part in parts)
+    distinct = {game for pairs in members for game, _ in pairs}
+    places = {
+        (plays[n][i].task.task_id, place)
+        for place, part in enumerate(parts)
+        for n in range(len(plays))
+        for i in part[n]
+    }
+    if len(distinct) >= processes:
+        assert len(places) == len(distinct)
+        shares = [len({game for game, at in places if at == place}) for place in range(len(parts))]
+        assert len(parts) == processes
+        assert max(shares) - min(shares) <= 1
+
+
+def test_members_of_too_few_games_are_dealt_too() -> None:
+    group = [Run(RUNS[0].task, member) for member in range(8)]
+    assert deal_by_game([group], 3) == [[[0, 3, 6]], [[1, 4, 7]], [[2, 5]]]
+    assert deal_by_game([[]], 3) == [[[]]]

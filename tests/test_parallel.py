@@ -41,6 +41,42 @@ def test_parts_are_worked_on_at_once_each_in_a_process_of_its_own():
     assert sorted(told) == [3, 3, 4]
 
 
+def test_what_processes_tell_is_heard_while_they_work_and_in_their_order(tmp_path: Path):
+    heard = []
+
+    def work(part, tell):
+        tell((part[0], {"first": "message"}))
+        deadline = time.time() + 30
+        while not (tmp_path / "heard").exists():  # made by the parent once it has heard
+            assert time.time() < deadline
+            time.sleep(0.01)
+        tell((part[0], 2))
+        return part[0]
+
+    def told(message):
+        heard.append(message)
+        (tmp_path / "heard").touch()
+
+    assert in_processes(work, [[0], [1]], told) == [0, 1]
+    for part in (0, 1):
+        assert [what for sender, what in heard if sender == part] == [{"first": "message"}, 2]
+
+
+def test_an_error_at_hearing_ends_the_processes():
+    def work(part, tell):
+        tell(part)
+        time.sleep(60)
+
+    def told(message):
+        raise UserError("no space left")
+
+    others, started = psutil.Process().children(), time.time()
+    with pytest.raises(UserError, match="no space left"):
+        in_processes(work, [[0], [1]], told)
+    assert time.time() - started < 30
+    assert psutil.Process().children() == others
+
+
 def test_a_single_part_stays_in_this_process():
     assert in_processes(lambda part, _: os.getpid(), [[1, 2]]) == [os.getpid()]
 
