@@ -397,10 +397,10 @@ def _build(
             started=started.replace(microsecond=0),
             finished=datetime.now(UTC).replace(microsecond=0),
             seconds=round(seconds, 3),
-            git=_git_state(),
+            git=git_state(),
             python=platform.python_version(),
             libraries={name: _installed_version(name) for name in RECORDED_LIBRARIES},
-            machine=Machine(system=platform.platform(), cpu=_cpu_model(), cores=os.cpu_count()),
+            machine=this_machine(),
             device=_device(context.recipe.runtime),
             runtime=context.recipe.runtime,
             measured=dict(result.measured),
@@ -516,6 +516,10 @@ def _installed_version(name: str) -> str | None:
         return None
 
 
+def this_machine() -> Machine:
+    return Machine(system=platform.platform(), cpu=_cpu_model(), cores=os.cpu_count())
+
+
 def _cpu_model() -> str:
     info = Path("/proc/cpuinfo")
     if info.is_file():
@@ -533,7 +537,8 @@ def _device(runtime: Runtime) -> Device:
     return Device(name=_cpu_model(), cuda=None)
 
 
-def _git_state() -> GitState | None:
+def git_state() -> GitState | None:
+    """Of the working directory's checkout; None where there is none, or no git."""
     try:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
         # The stages before this one have changed dvc.lock; what a checkout is clean of is changes to code and recipes.

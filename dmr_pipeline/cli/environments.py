@@ -1,12 +1,14 @@
 """`dmr env` and `dmr bench`: checks and timings of the environments."""
 
+import os
 import random
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import groupby
 from pathlib import Path
 from statistics import mean, median, quantiles
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich import box
@@ -14,6 +16,9 @@ from rich.table import Table
 
 from dmr_pipeline.cli.common import console, progress_lines, user_errors_exit_2
 from dmr_pipeline.errors import UserError
+
+if TYPE_CHECKING:  # `dmr --help` needs none of it
+    from dmr_pipeline.rollout_bench.record import RolloutRecord
 
 env = typer.Typer(help="Check an environment.", no_args_is_help=True)
 verify_env = typer.Typer(help="Check that an environment does what the benchmark's own does.", no_args_is_help=True)
@@ -295,6 +300,75 @@ def bench_gpu(
     console.print(f"written to {output}")
     if not record.passed:
         raise typer.Exit(1)
+
+
+@bench.command("rollout")
+@user_errors_exit_2
+def bench_rollout(
+    quick: Annotated[bool, typer.Option("--quick", help="few episodes and layers: whether every part runs")] = False,
+    json: Annotated[Path | None, typer.Option("--json", help="file for the figures")] = None,
+) -> None:
+    """Steps a second of agents that play episodes, beside transformers' `generate` called at each step, in some minutes.
+
+    The tiny agents play games of their recipes, 1, 16 and 64 at once; a Llama of 135 M random weights writes along
+    transcripts. A step is one action of one episode, read and written, its environment included. Every measurement has a
+    process of its own with one torch thread, and CPU seconds count: on an idle core they are the clock's. Beside each figure
+    stands the one of a committed baseline. Exits with 1 where an action is not the one that `generate` writes.
+    """
+    os.environ.setdefault("TQDM_DELAY", "1")  # transformers' bars of less than a second are noise
+    from dmr_pipeline.artifacts import DATA_ROOT
+    from dmr_pipeline.rollout_bench import record as records
+    from dmr_pipeline.rollout_bench import run
+
+    record, baseline = run.new_record(), records.read_baseline()
+    with progress_lines():
+        for figure in run.bench_rollout(run.QUICK if quick else run.FULL, DATA_ROOT):
+            record.figures.append(figure)
+            if json is not None:
+                json.parent.mkdir(parents=True, exist_ok=True)
+                json.write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    for table in _rollout_tables(record, baseline):
+        console.print(table)
+    console.print(
+        "steps/s: of CPU time, one process with one torch thread. MB: the most memory that it held above model and games. equal:"
+        " actions like those of generate, among the episodes that it played too."
+        f" baseline: {_whence(baseline)}. here: {_whence(record)}. Figures of different machines do not compare.",
+        highlight=False,
+    )
+    if not record.equal:
+        raise typer.Exit(1)
+
+
+def _whence(record: "RolloutRecord") -> str:
+    commit = (
+        "no commit"
+        if record.git is None
+        else f"commit {record.git.commit[:7]}{'' if record.git.clean else ', changed'}"
+    )
+    return f"{commit}, {record.date[:10]}, {record.machine.cpu}, {record.machine.cores} cores"
+
+
+def _rollout_tables(record: "RolloutRecord", baseline: "RolloutRecord") -> Iterator[Table]:
+    for agent, figures in groupby(record.figures, lambda figure: figure.agent):
+        table = Table(title=agent, box=box.SIMPLE, pad_edge=False, collapse_padding=True)
+        for column in ("", "at\nonce", "steps", "steps/s", "base-\nline", "times", "MB", "base-\nline", "equal"):
+            table.add_column(column, justify="right" if column else "left", no_wrap=True)
+        for figure in figures:
+            before = baseline.like(figure)
+            rates, memory = [f"{figure.steps_a_second:,.3g}", "", ""], [f"{figure.memory_bytes / 1e6:,.0f}", ""]
+            if before is not None:
+                rates[1:] = [f"{before.steps_a_second:,.3g}", f"{figure.steps_a_second / before.steps_a_second:.2f}"]
+                memory[1:] = [f"{before.memory_bytes / 1e6:,.0f}"]
+            table.add_row(
+                figure.way,
+                str(figure.at_once),
+                f"{figure.steps:,}",
+                *rates,
+                *memory,
+                f"{figure.equal}/{figure.compared}",
+                style="" if figure.equal == figure.compared else "red",
+            )
+        yield table
 
 
 def _bench_alfworld(games: Path, sample: int, steps: int) -> None:
