@@ -299,6 +299,7 @@ def materialize_stage(
                 log.info("%s: up to date", stage.name)
             else:
                 scratch = _scratch_folder(data_root, wanted)
+                kept, anew = _kept_folder(data_root, wanted), scratch / "kept"
                 context = StageContext(
                     DeclaredSections.of(recipe, stage.sections),
                     {name: artifact.path for name, artifact in inputs.items()},
@@ -306,8 +307,12 @@ def materialize_stage(
                     scratch,
                     _history(folder, accept) if stage.keeps_history else None,
                     incoming_folder(recipe.name, data_root),
+                    anew if force else kept,
                 )
                 built = _build(stage, context, wanted, folder, run_id, expected)
+                if force and anew.is_dir():
+                    kept.parent.mkdir(exist_ok=True)
+                    publish(anew, kept)
                 shutil.rmtree(scratch.parent)
             if stage.after is not None:
                 stage.after(data_root, recipe.name)
@@ -460,6 +465,16 @@ def _scratch_folder(data_root: Path, wanted: Provenance) -> Path:
         if other != scratch:
             shutil.rmtree(other)
     return scratch
+
+
+def _kept_folder(data_root: Path, wanted: Provenance) -> Path:
+    """What runs of this code version have kept; what others have is dropped."""
+    stage_kept = data_root / "scratch" / wanted.recipe / f"{wanted.stage}.kept"
+    kept = stage_kept / wanted.code_version
+    for other in stage_kept.glob("*"):
+        if other != kept:
+            shutil.rmtree(other)
+    return kept
 
 
 @contextmanager

@@ -265,7 +265,7 @@ def play_both(context: StageContext, released: Path, candidate: Candidate) -> pl
     from rich.progress import Progress
 
     from dmr_pipeline.environments.tasks import read_tasks
-    from dmr_pipeline.evaluation.evaluate import Entry, evaluate
+    from dmr_pipeline.evaluation.play import Entry, evaluate
     from dmr_pipeline.ladder import Ladder
     from dmr_pipeline.router.kl import ROUTER_FOLDER
     from dmr_pipeline.router.model import load_router
@@ -282,14 +282,13 @@ def play_both(context: StageContext, released: Path, candidate: Candidate) -> pl
     recipe = context.recipe.model_copy(update={"evaluation": Evaluation(seed=rule.seed)})
     ladder = Ladder.load(checkpoints, recipe)
     games = read_tasks(context.inputs["benchmark_tasks"], "validation", rule.games)
-    frames = []
+    entries = []
+    for name, artefact in ((RELEASED, released), (CANDIDATE, context.inputs["grpo_router"])):
+        router = load_router(artefact / ROUTER_FOLDER, ladder.device, ladder.models[False])
+        policy = routing_policy(router, ladder.slots(len(games)))
+        entries.append(Entry(name, "router", policy, router_bytes=router.weight_bytes))
     with Progress() as progress:
-        for name, artefact in ((RELEASED, released), (CANDIDATE, context.inputs["grpo_router"])):
-            router = load_router(artefact / ROUTER_FOLDER, ladder.device, ladder.models[False])
-            policy = routing_policy(router, ladder.slots(len(games)))
-            entry = Entry(name, "router", policy, router_bytes=router.weight_bytes)
-            frames.append(evaluate(entry, ladder, games, progress, note=" router on validation"))
-    return pl.concat(frames)
+        return pl.concat(evaluate(entries, ladder, games, progress, " router on validation").values())
 
 
 def in_use(history: Sequence[Decision]) -> Decision:

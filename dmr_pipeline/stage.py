@@ -43,6 +43,9 @@ class StageContext:
     """The artefact that `output` will replace, verified; given only to stages that keep their history."""
     incoming: Path | None = None
     """Folder in which people drop new trajectories for this recipe; it need not exist."""
+    kept: Path | None = None
+    """Private folder that outlives success, new inputs and changes of the recipe, for what can be used again; it need not
+    exist. Only another code version empties it: what lies there must be known by all else that it depends on."""
 
 
 @dataclass(frozen=True)

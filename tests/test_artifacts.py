@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -273,4 +273,43 @@ def test_resume_state_is_kept_for_the_same_provenance_only(project: Recipe):
         with contextlib.suppress(RuntimeError):
             materialize_stage(stage(run, code_version=version), project)
     assert seen == [[], ["checkpoint"], [], ["checkpoint"]]
+    assert not Path("data/scratch/fake/one").exists()
+
+
+def keeping(seen: list[list[str]], fails: Sequence[int] = ()) -> Run:
+    """A stage that keeps a file more each time, and is killed at these calls."""
+
+    def run(context: StageContext) -> StageResult:
+        assert context.kept is not None
+        context.kept.mkdir(parents=True, exist_ok=True)
+        seen.append(sorted(path.name for path in context.kept.iterdir()))
+        (context.kept / f"{len(seen)}").write_text("kept")
+        if len(seen) in fails:
+            raise RuntimeError("killed")
+        return write("x")(context)
+
+    return run
+
+
+def test_what_a_stage_keeps_outlives_success_and_changes_but_no_other_code_version(project: Recipe):
+    seen: list[list[str]] = []
+    run = keeping(seen)
+    materialize_stage(stage(run), project)
+    other = project.model_copy(update={"release": project.release.model_copy(update={"bootstrap": 999})})
+    materialize_stage(stage(run, sections=("release",)), other)
+    materialize_stage(stage(run, code_version="2"), project)
+    materialize_stage(stage(run), project)
+    assert seen == [[], ["1"], [], []]
+
+
+def test_a_forced_run_uses_nothing_that_was_kept_before_and_resumes_its_own(project: Recipe):
+    seen: list[list[str]] = []
+    run = keeping(seen, fails=[2])
+    materialize_stage(stage(run), project)
+    with pytest.raises(RuntimeError):
+        materialize_stage(stage(run), project, force=True)
+    materialize_stage(stage(run), project, force=True)
+    assert seen == [[], [], ["2"]]
+    materialize_stage(stage(run, sections=("release",)), project)
+    assert seen[3] == ["2", "3"], "what the forced run has kept takes the place of the rest"
     assert not Path("data/scratch/fake/one").exists()

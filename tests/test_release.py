@@ -20,8 +20,8 @@ from dmr_pipeline import release
 from dmr_pipeline.artifacts import MANIFEST, Manifest, folder_hash, hash_files
 from dmr_pipeline.environments.tasks import benchmark_tasks
 from dmr_pipeline.errors import UserError
-from dmr_pipeline.evaluation import evaluate
-from dmr_pipeline.evaluation.evaluate import Entry
+from dmr_pipeline.evaluation import play
+from dmr_pipeline.evaluation.play import Entry
 from dmr_pipeline.ladder import Ladder, quantized_checkpoints
 from dmr_pipeline.recipe import Recipe, Release, load_recipe
 from dmr_pipeline.release import (
@@ -586,17 +586,17 @@ def test_actions_are_drawn_by_the_releases_seed(
     """Not by the evaluation's, which is no part of what the artefact was made from."""
     seeds = []
 
-    def play(entry: Entry, ladder: Ladder, *_: object, **__: object) -> pl.DataFrame:
+    def evaluate(entries: Sequence[Entry], ladder: Ladder, *_: object) -> dict[str, pl.DataFrame]:
         seeds.append(ladder.recipe.evaluation.seed)
-        return pl.DataFrame({"policy": [entry.name]})
+        return {entry.name: pl.DataFrame({"policy": [entry.name]}) for entry in entries}
 
-    monkeypatch.setattr(evaluate, "evaluate", play)
+    monkeypatch.setattr(play, "evaluate", evaluate)
     router = real_router(tmp_path / "router", real_inputs["quantized_checkpoints"], 0.5)
     recipe = real_recipe().model_copy(update={"release": Release(seed=7)})
     context = StageContext(recipe, real_inputs | {"grpo_router": router}, tmp_path, tmp_path)
     played = release.play_both(context, router, Candidate.of(router))
     assert played["policy"].to_list() == [RELEASED, CANDIDATE]
-    assert seeds == [7, 7]
+    assert seeds == [7]
 
 
 def test_a_router_of_precisions_that_are_gone_is_not_played(real_inputs: dict[str, Path], tmp_path: Path) -> None:

@@ -3,8 +3,8 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import pairwise
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +15,12 @@ from rich.progress import Progress
 
 from dmr_pipeline.agent.prompts import truncation_policy
 from dmr_pipeline.agent.rollout import Clock, RoutingPolicy, Run, SinglePrecision, Trajectory
-from dmr_pipeline.cost import episode_cost, reward
+from dmr_pipeline.cost import reward
 from dmr_pipeline.environments.base import Task
 from dmr_pipeline.environments.tasks import read_tasks
-from dmr_pipeline.evaluation.metrics import EPISODES, compute_metrics
+from dmr_pipeline.evaluation.kept import KeptTables
+from dmr_pipeline.evaluation.metrics import compute_metrics
+from dmr_pipeline.evaluation.play import Entry, acting_facts, content, evaluate, rung_alone
 from dmr_pipeline.evaluation.plots import (
     plot_accuracy_cost,
     plot_calibration,
@@ -27,7 +29,7 @@ from dmr_pipeline.evaluation.plots import (
 )
 from dmr_pipeline.evaluation.report import headline, markdown_table
 from dmr_pipeline.ladder import Ladder, read_ladder
-from dmr_pipeline.recipe import GrpoRouter, Recipe
+from dmr_pipeline.recipe import GrpoRouter
 from dmr_pipeline.router.baselines import Confidence, Disagreement, RandomMixing
 from dmr_pipeline.router.calibration import OperatingPoint, find_threshold
 from dmr_pipeline.router.kl import ROUTER_FOLDER
@@ -41,51 +43,38 @@ ROUTERS = ("kl_router", "grpo_router")
 HEADLINE_RATIO = 0.40
 """High-precision ratio on validation that the headline router should stay under: the larger of the paper's budgets K."""
 _TIMED_GAMES = 10
-_PLAYED = pl.Schema({**EPISODES, "outgrown": pl.Boolean()})
-"""As `metrics.EPISODES`; `outgrown`: there was no room for another step in the transcript, so the episode ended as lost."""
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One policy as the report lists it."""
-
-    name: str
-    kind: str
-    policy: RoutingPolicy
-    draws: int = 1
-    router_bytes: int = 0
 
 
 def evaluation_report(context: StageContext) -> StageResult:
     recipe = context.recipe
     torch.set_num_threads(recipe.runtime.threads)
     test = read_tasks(context.inputs["benchmark_tasks"], "test")
+    validation = read_tasks(context.inputs["benchmark_tasks"], "validation")
+    checkpoints, high, low = context.inputs["quantized_checkpoints"], recipe.precisions.high, recipe.precisions.low
+    tables = KeptTables(context.kept or context.scratch, {"games": content(context.inputs["benchmark_tasks"])})
+    on_validation, on_test = (tables.under(split=split) for split in ("validation", "test"))
     # The other rungs first, one after another: as long as they act, high and low are not in memory.
     frames = [
-        rung_alone(context.inputs["quantized_checkpoints"], recipe, rung.name, test)
+        rung_alone(checkpoints, recipe, rung.name, test, on_test)
         for rung in recipe.precisions.ladder
-        if rung.name not in (recipe.precisions.high, recipe.precisions.low)
+        if rung.name not in (high, low)
     ]
-    ladder = Ladder.load(context.inputs["quantized_checkpoints"], recipe)
+    facts = acting_facts(checkpoints, recipe, high, low)
+    on_validation, on_test = on_validation.under(**facts), on_test.under(**facts)
+    ladder = Ladder.load(checkpoints, recipe)
     routers = {
         name: load_router(context.inputs[name] / ROUTER_FOLDER, ladder.device, ladder.models[False]) for name in ROUTERS
     }
-    validation = read_tasks(context.inputs["benchmark_tasks"], "validation")
-    chosen, on_validation = choose_headline(play_validation(ladder, routers, validation), recipe.grpo_router)
+    files = {name: content(context.inputs[name], f"{ROUTER_FOLDER}/") for name in ROUTERS}
 
     with Progress() as progress:
-        cascade = confidence_cascade(ladder, validation[: recipe.evaluation.confidence_games], progress)
-        compared = entries(routers, cascade, ladder.slots(len(test)))
-        if opens_at_search_bar(test[0]):
-            compared += search_entries(routers, ladder.slots(len(test)))
-        for entry in compared:
-            frames.append(evaluate(entry, ladder, test, progress))
-            if entry.kind == "router":  # random mixing follows once the router's ratio is known
-                at_ratio = RandomMixing(_ratio(frames[-1]), recipe.evaluation.seed)
-                baseline = Entry(f"random@{entry.name}", "random", at_ratio, draws=recipe.evaluation.random_draws)
-                frames.append(evaluate(baseline, ladder, test, progress))
-    episodes = pl.concat(frames)
-    section = recipe.evaluation
+        candidates = router_entries(routers, files, ladder.slots(len(validation)))
+        validated = evaluate(candidates, ladder, validation, progress, " on validation", on_validation)
+        chosen, choice = choose_headline(validated, recipe.grpo_router)
+        cascade = confidence_cascade(ladder, validation[: recipe.evaluation.confidence_games], progress, on_validation)
+        frames += play_test(ladder, routers, files, cascade, test, progress, on_test)
+    tables.drop_unused()
+    episodes, section = pl.concat(frames), recipe.evaluation
     metrics = compute_metrics(
         episodes,
         recipe=recipe.name,
@@ -98,7 +87,7 @@ def evaluation_report(context: StageContext) -> StageResult:
     )
     episodes.write_parquet(context.output / "episodes.parquet")
     _write_json(context.output / "metrics.json", metrics)
-    _write_json(context.output / "context.json", report_context(context, on_validation, outgrown_notes(episodes)))
+    _write_json(context.output / "context.json", report_context(context, choice, outgrown_notes(episodes)))
     (context.output / "table.md").write_text(markdown_table(metrics) + "\n", encoding="utf-8")
 
     plots = context.output / "plots"
@@ -135,35 +124,82 @@ def evaluation_report(context: StageContext) -> StageResult:
     return StageResult(summary=summary, measured={"seconds_per_step": timed})
 
 
-def entries(routers: dict[str, Router], cascade: Confidence, slots: int) -> list[Entry]:
-    """Policies to evaluate, but for random mixing."""
+def play_test(
+    ladder: Ladder,
+    routers: Mapping[str, Router],
+    files: Mapping[str, JsonValue],
+    cascade: Confidence,
+    games: Sequence[Task],
+    progress: Progress,
+    kept: KeptTables,
+) -> list[pl.DataFrame]:
+    """Rows of all policies but the rungs alone, in the report's order. Arguments as of `router_entries` and `evaluate`."""
+    slots = ladder.slots(len(games))
+    compared = entries(routers, files, cascade, slots)
+    if opens_at_search_bar(games[0]):
+        compared += search_entries(routers, files, slots)
+    # These first: the others come by many of their transcripts.
+    in_turn = sorted(compared, key=lambda entry: entry.name not in ("always_high", "always_low", "disagreement"))
+    played = evaluate(in_turn, ladder, games, progress, kept=kept)
+    section = ladder.recipe.evaluation
+    mixes = {name: random_mix(name, played[name], section.seed, section.random_draws) for name in routers}
+    played |= evaluate(list(mixes.values()), ladder, games, progress, kept=kept)
+    names = [[entry.name] + ([mixes[entry.name].name] if entry.name in mixes else []) for entry in compared]
+    return [played[name] for name in chain(*names)]
+
+
+def entries(
+    routers: Mapping[str, Router], files: Mapping[str, JsonValue], cascade: Confidence, slots: int
+) -> list[Entry]:
+    """Policies to evaluate, but for random mixing. Arguments as of `router_entries`."""
     return [
         Entry("always_high", "single", SinglePrecision(high=True)),
         Entry("always_low", "single", SinglePrecision(high=False)),
-        Entry("confidence", "baseline", cascade),
-        *(
-            Entry(name, "router", routing_policy(router, slots), router_bytes=router.weight_bytes)
-            for name, router in routers.items()
-        ),
+        Entry("confidence", "baseline", cascade, {"threshold": cascade.threshold}),
+        *router_entries(routers, files, slots),
         Entry("disagreement", "oracle", Disagreement()),
     ]
 
 
-def search_entries(routers: dict[str, Router], slots: int) -> list[Entry]:
+def router_entries(routers: Mapping[str, Router], files: Mapping[str, JsonValue], slots: int) -> list[Entry]:
+    """
+    Args:
+        files: name of a router -> what it was loaded from, by content.
+        slots: episodes at once.
+    """
+    return [
+        Entry(name, "router", routing_policy(router, slots), {"router": files[name]}, router_bytes=router.weight_bytes)
+        for name, router in routers.items()
+    ]
+
+
+def search_entries(routers: Mapping[str, Router], files: Mapping[str, JsonValue], slots: int) -> list[Entry]:
     """What forcing search steps does: each router with it switched, its threshold as it is; and searches alone at high
-    precision, which needs no router."""
+    precision, which needs no router. Arguments as of `router_entries`."""
     compared = [Entry("search_only", "baseline", RandomMixing(0.0, 0, force_search=True))]
     for name, router in routers.items():
         forced = router.settings.force_search
         switched = replace(router, settings=router.settings.model_copy(update={"force_search": not forced}))
-        policy = routing_policy(switched, slots)
         compared.append(
-            Entry(f"{name}{'-' if forced else '+'}search", "ablation", policy, router_bytes=router.weight_bytes)
+            Entry(
+                f"{name}{'-' if forced else '+'}search",
+                "ablation",
+                routing_policy(switched, slots),
+                {"router": files[name]},
+                router_bytes=router.weight_bytes,
+            )
         )
     return compared
 
 
-def confidence_cascade(ladder: Ladder, games: Sequence[Task], progress: Progress) -> Confidence:
+def random_mix(router: str, played: pl.DataFrame, seed: int, draws: int) -> Entry:
+    """Random mixing at the ratio at which a router has played."""
+    ratio = _ratio(played)
+    parameters: dict[str, JsonValue] = {"ratio": ratio, "seed": seed}
+    return Entry(f"random@{router}", "random", RandomMixing(ratio, seed), parameters, draws)
+
+
+def confidence_cascade(ladder: Ladder, games: Sequence[Task], progress: Progress, kept: KeptTables) -> Confidence:
     """At the threshold that gives the recipe's ratio in closed loop on validation games."""
     section, runs = ladder.recipe.evaluation, [Run(game) for game in games]
     bar = progress.add_task("confidence on validation", total=None)
@@ -171,21 +207,15 @@ def confidence_cascade(ladder: Ladder, games: Sequence[Task], progress: Progress
     def play(threshold: float) -> list[Trajectory]:
         return ladder.play(runs, Confidence(threshold), section.seed, advance=lambda n: progress.advance(bar, n))
 
-    alone = np.array([step.probability for trajectory in play(math.inf) for step in trajectory.steps])
-    point, _ = find_threshold(lambda t: OperatingPoint.of(t, play(t)), alone, section.confidence_ratio)
+    facts: dict[str, JsonValue] = {"confidence_ratio": section.confidence_ratio, "confidence_games": len(games)}
+    found = kept.read(**facts)
+    if found is None:
+        alone = np.array([step.probability for trajectory in play(math.inf) for step in trajectory.steps])
+        point, _ = find_threshold(lambda t: OperatingPoint.of(t, play(t)), alone, section.confidence_ratio)
+        found = pl.DataFrame({"threshold": [point.threshold]})
+        kept.write(found, **facts)
     progress.update(bar, total=1, completed=1)
-    return Confidence(point.threshold)
-
-
-def play_validation(ladder: Ladder, routers: dict[str, Router], games: Sequence[Task]) -> dict[str, pl.DataFrame]:
-    """Rows of `metrics.EPISODES` for each router."""
-    played: dict[str, pl.DataFrame] = {}
-    with Progress() as progress:
-        for name, router in routers.items():
-            policy = routing_policy(router, ladder.slots(len(games)))
-            entry = Entry(name, "router", policy, router_bytes=router.weight_bytes)
-            played[name] = evaluate(entry, ladder, games, progress, note=" on validation")
-    return played
+    return Confidence(found["threshold"].item())
 
 
 def choose_headline(played: Mapping[str, pl.DataFrame], section: GrpoRouter) -> tuple[str, dict[str, dict[str, float]]]:
@@ -209,42 +239,6 @@ def choose_headline(played: Mapping[str, pl.DataFrame], section: GrpoRouter) -> 
         }
     within = [name for name in found if found[name]["high_ratio"] <= HEADLINE_RATIO] or list(found)
     return max(within, key=lambda name: found[name]["stage_2_reward"]), found
-
-
-def evaluate(entry: Entry, ladder: Ladder, games: Sequence[Task], progress: Progress, note: str = "") -> pl.DataFrame:
-    """Rows of `metrics.EPISODES` for one policy."""
-    runs = [Run(game, draw) for draw in range(entry.draws) for game in games]
-    bar = progress.add_task(entry.name + note, total=len(runs))
-    seed = ladder.recipe.evaluation.seed
-    played = ladder.play(runs, entry.policy, seed, advance=lambda n: progress.advance(bar, n))
-    return pl.DataFrame([_row(entry, trajectory, ladder) for trajectory in played], schema=_PLAYED, orient="row")
-
-
-def rung_alone(checkpoints: Path, recipe: Recipe, rung: str, games: Sequence[Task]) -> pl.DataFrame:
-    """Rows of `metrics.EPISODES` for one rung that always acts; it is in memory meanwhile, and not after."""
-    ladder = Ladder.of_rung(checkpoints, recipe, rung)
-    with Progress() as progress:
-        return evaluate(Entry(f"always_{rung}", "rung", SinglePrecision(high=False)), ladder, games, progress)
-
-
-def _row(entry: Entry, trajectory: Trajectory, ladder: Ladder) -> tuple[object, ...]:
-    task, steps = trajectory.run.task, trajectory.steps
-    return (
-        entry.name,
-        entry.kind,
-        trajectory.run.member,
-        task.task_id,
-        task.task_type,
-        trajectory.success,
-        trajectory.reward,
-        len(steps),
-        sum(step.high for step in steps),
-        sum(step.processed + 1 + step.drafted for step in steps),
-        sum(step.processed + 1 for step in steps if step.high),
-        sum(before.high != after.high for before, after in pairwise(steps)),
-        episode_cost(trajectory, ladder.weight_bytes, entry.router_bytes) / ladder.always_high_cost,
-        trajectory.outgrown,
-    )
 
 
 def seconds_per_step(policy: RoutingPolicy, ladder: Ladder, games: Sequence[Task]) -> dict[str, JsonValue]:

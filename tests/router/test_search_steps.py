@@ -125,7 +125,8 @@ def test_nothing_is_forced_unless_the_settings_say_so() -> None:
 def test_the_evaluation_switches_it_and_plays_searches_alone() -> None:
     forcing = new_router("lm")
     plain = replace(forcing, settings=forcing.settings.model_copy(update={"force_search": False, "threshold": 1.0}))
-    found = {entry.name: entry for entry in search_entries({"kl_router": forcing, "grpo_router": plain}, 3)}
+    files = {"kl_router": {"model.safetensors": "a"}, "grpo_router": {"model.safetensors": "b"}}
+    found = {entry.name: entry for entry in search_entries({"kl_router": forcing, "grpo_router": plain}, files, 3)}
     assert {name: entry.kind for name, entry in found.items()} == {
         "search_only": "baseline", "kl_router-search": "ablation", "grpo_router+search": "ablation",
     }  # fmt: skip

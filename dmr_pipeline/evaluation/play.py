@@ -1,0 +1,145 @@
+"""Policies play games: a row an episode, kept from one evaluation to the next."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+
+import polars as pl
+from pydantic import JsonValue
+from rich.progress import Progress
+
+from dmr_pipeline.agent.rollout import Clock, RoutingPolicy, Run, SinglePrecision, Trajectory
+from dmr_pipeline.artifacts import MANIFEST, Manifest
+from dmr_pipeline.cost import episode_cost
+from dmr_pipeline.environments.base import Task
+from dmr_pipeline.evaluation.kept import KeptTables
+from dmr_pipeline.evaluation.metrics import EPISODES
+from dmr_pipeline.ladder import Ladder, PolicyRuns, read_ladder
+from dmr_pipeline.recipe import Recipe
+
+log = logging.getLogger(__name__)
+
+PLAYED = pl.Schema({**EPISODES, "outgrown": pl.Boolean()})
+"""As `metrics.EPISODES`; `outgrown`: there was no room for another step in the transcript, so the episode ended as lost."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One policy as the report lists it."""
+
+    name: str
+    kind: str
+    policy: RoutingPolicy
+    parameters: Mapping[str, JsonValue] = field(default_factory=dict)
+    """All that tells the policy from others of its name, such as its threshold: its episodes are kept under that."""
+    draws: int = 1
+    router_bytes: int = 0
+
+
+def evaluate(
+    entries: Sequence[Entry],
+    ladder: Ladder,
+    games: Sequence[Task],
+    progress: Progress,
+    note: str = "",
+    kept: KeptTables | None = None,
+) -> dict[str, pl.DataFrame]:
+    """Rows of `PLAYED` for each policy, by its name. They are played side by side, in this order.
+
+    Args:
+        kept: where each draw of a policy is looked for before it is played, and written as soon as the policy has played.
+    """
+    found: dict[tuple[str, int], pl.DataFrame] = {}
+    missing: list[tuple[Entry, list[int]]] = []
+    plays: list[PolicyRuns] = []
+    for entry in entries:
+        tables = {draw: kept.read(**_facts(entry, draw)) if kept else None for draw in range(entry.draws)}
+        found |= {(entry.name, draw): table for draw, table in tables.items() if table is not None}
+        draws = [draw for draw, table in tables.items() if table is None]
+        total = entry.draws * len(games)
+        bar = progress.add_task(entry.name + note, total=total, completed=total - len(draws) * len(games))
+        if draws:
+            missing.append((entry, draws))
+            runs = [Run(game, draw) for draw in draws for game in games]
+            plays.append(PolicyRuns(entry.policy, runs, partial(progress.advance, bar)))
+
+    def on_played(index: int, played: list[Trajectory], _: Clock) -> None:
+        entry, draws = missing[index]
+        for draw in draws:
+            rows = [_row(entry, trajectory, ladder) for trajectory in played if trajectory.run.member == draw]
+            table = pl.DataFrame(rows, schema=PLAYED, orient="row")
+            found[entry.name, draw] = table
+            if kept is not None:
+                kept.write(table, **_facts(entry, draw))
+
+    if kept is not None and len(missing) < len(entries):
+        names = [entry.name for entry in entries if all(entry is not other for other, _ in missing)]
+        log.info("not played again%s: %s", note, ", ".join(names))
+    if plays:
+        ladder.play_each(plays, ladder.recipe.evaluation.seed, on_played)
+    return {entry.name: pl.concat([found[entry.name, draw] for draw in range(entry.draws)]) for entry in entries}
+
+
+def rung_alone(checkpoints: Path, recipe: Recipe, rung: str, games: Sequence[Task], kept: KeptTables) -> pl.DataFrame:
+    """Rows of `PLAYED` for one rung that always acts; it is in memory while it plays, and not after."""
+    entry = Entry(f"always_{rung}", "rung", SinglePrecision(high=False))
+    kept = kept.under(**acting_facts(checkpoints, recipe, rung, rung))
+    table = kept.read(**_facts(entry, 0))
+    if table is not None:
+        log.info("not played again: %s", entry.name)
+        return table
+    ladder = Ladder.of_rung(checkpoints, recipe, rung)
+    with Progress() as progress:
+        return evaluate([entry], ladder, games, progress, kept=kept)[entry.name]
+
+
+def acting_facts(checkpoints: Path, recipe: Recipe, high: str, low: str) -> dict[str, JsonValue]:
+    """All that the episodes of any policy depend on, but for its games: the two rungs and not the whole ladder, so that a
+    rung that is added to it changes nothing.
+
+    Args:
+        checkpoints: artefact of the stage `quantized_checkpoints`.
+        high: rung that acts in high precision.
+    """
+    return {
+        "high": content(checkpoints, f"{high}/"),
+        "low": content(checkpoints, f"{low}/"),
+        "tokenizer": content(checkpoints, "tokenizer/"),
+        "always_high_cost": read_ladder(checkpoints).always_high_cost,
+        "step_limit": recipe.benchmark.step_limit,
+        "agent": recipe.agent.model_dump(mode="json", exclude={"pretrained", "training"}),
+        "seed": recipe.evaluation.seed,
+    }
+
+
+def content(artefact: Path, prefix: str = "") -> dict[str, JsonValue]:
+    """Files of an artefact, which was verified, with such a path in it -> their md5."""
+    manifest = Manifest.model_validate_json((artefact / MANIFEST).read_bytes())
+    return {path.removeprefix(prefix): md5 for path, md5 in manifest.files.items() if path.startswith(prefix)}
+
+
+def _facts(entry: Entry, draw: int) -> dict[str, JsonValue]:
+    return {"policy": entry.name, "kind": entry.kind, "parameters": dict(entry.parameters), "draw": draw}
+
+
+def _row(entry: Entry, trajectory: Trajectory, ladder: Ladder) -> tuple[object, ...]:
+    task, steps = trajectory.run.task, trajectory.steps
+    return (
+        entry.name,
+        entry.kind,
+        trajectory.run.member,
+        task.task_id,
+        task.task_type,
+        trajectory.success,
+        trajectory.reward,
+        len(steps),
+        sum(step.high for step in steps),
+        sum(step.processed + 1 + step.drafted for step in steps),
+        sum(step.processed + 1 for step in steps if step.high),
+        sum(before.high != after.high for before, after in pairwise(steps)),
+        episode_cost(trajectory, ladder.weight_bytes, entry.router_bytes) / ladder.always_high_cost,
+        trajectory.outgrown,
+    )

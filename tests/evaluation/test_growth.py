@@ -1,0 +1,379 @@
+"""An evaluation that grows or was interrupted plays what it lacks, and comes out as one that has played everything."""
+
+import json
+import logging
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+
+from dmr_pipeline.agent.checkpoint import save_causal_lm
+from dmr_pipeline.agent.rollout import Clock, SinglePrecision, Trajectory
+from dmr_pipeline.artifacts import MANIFEST, Manifest, hash_files
+from dmr_pipeline.environments.alfworld.generator import generate_game
+from dmr_pipeline.environments.alfworld.store import write_games
+from dmr_pipeline.evaluation import evaluate
+from dmr_pipeline.evaluation.evaluate import evaluation_report
+from dmr_pipeline.evaluation.play import acting_facts
+from dmr_pipeline.ladder import LADDER_FILE, Ladder, PolicyRuns, quantized_checkpoints
+from dmr_pipeline.recipe import Recipe, load_recipe
+from dmr_pipeline.router.baselines import Confidence, Disagreement, RandomMixing
+from dmr_pipeline.router.kl import ROUTER_FOLDER
+from dmr_pipeline.router.model import save_router
+from dmr_pipeline.router.policies import LmRouter
+from dmr_pipeline.sensitivity import STEPS
+from dmr_pipeline.stage import StageContext
+from tests.router.test_model import TOKENIZER, random_model, random_router
+
+REPOSITORY = Path(__file__).parents[2]
+GAMES = 3
+THRESHOLDS = {"kl_router": 0.45, "grpo_router": 0.55}
+
+
+def make_recipe(rungs: Sequence[str] = ("float", "int4", "int2"), **evaluation: float) -> Recipe:
+    recipe = load_recipe("alfworld-tiny", REPOSITORY / "recipes")
+    changes = {
+        "benchmark": {"splits": {"agent_train": 1, "router_train": 1, "validation": 2, "test": GAMES}, "step_limit": 3},
+        "agent": recipe.agent.model_dump() | {"prompt": {**recipe.agent.prompt.model_dump(), "max_action_tokens": 4}},
+        "precisions": {
+            "ladder": [{"name": name, "weights": name} for name in rungs],
+            "high": "float",
+            "low": "int2",
+            "kl_episodes": 1,
+        },
+        "evaluation": {"random_draws": 2, "bootstrap": 50, "confidence_games": 1, **evaluation},
+        "runtime": {"device": "cpu", "threads": 1, "processes": 1},
+    }
+    return Recipe.model_validate(recipe.model_dump() | changes)
+
+
+def publish(folder: Path) -> None:
+    """Write the manifest of what is in the folder."""
+    (folder / MANIFEST).unlink(missing_ok=True)
+    files = hash_files(folder)
+    manifest = Manifest(
+        stage=folder.name, recipe="tiny", code_version="1", sections={}, inputs={}, files=files, summary={}
+    )
+    (folder / MANIFEST).write_text(manifest.to_json())
+
+
+def write_router(folder: Path, threshold: float) -> None:
+    save_router(random_router(threshold=threshold), folder / ROUTER_FOLDER)
+    publish(folder)
+
+
+@pytest.fixture(scope="module")
+def artefacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("artefacts")
+    save_causal_lm(random_model(7), TOKENIZER, folder / "agent" / "model", torch.float16)
+    games = [generate_game(seed, 50)[0] for seed in range(GAMES)]
+    inputs = {name: folder / name for name in ("agent", "benchmark_tasks", "quantized_checkpoints")}
+    for split, part in {"test": games, "validation": games[:2]}.items():
+        inputs["benchmark_tasks"].mkdir(exist_ok=True)
+        write_games(part, inputs["benchmark_tasks"] / f"{split}.parquet")
+    inputs["quantized_checkpoints"].mkdir()
+    # One rung more than the recipe has at first.
+    recipe = make_recipe(("float", "int8", "int4", "int2"))
+    quantized_checkpoints(StageContext(recipe, inputs, inputs["quantized_checkpoints"], folder))
+    publish(inputs["benchmark_tasks"])
+    publish(inputs["quantized_checkpoints"])
+    for name, threshold in THRESHOLDS.items():
+        write_router(folder / name, threshold)
+        pl.DataFrame().write_parquet(folder / name / "training.parquet")
+    pl.DataFrame({"probability": [0.5], "sensitive": [True]}).write_parquet(folder / "kl_router" / "validation.parquet")
+    (folder / "sensitivity_dataset").mkdir()
+    row = {name: [np.zeros(1, int).item() if kind == pl.Int64 else 0.1] for name, kind in STEPS.items()}
+    texts = {name: ["x"] for name, kind in STEPS.items() if kind == pl.String}
+    truths = {name: [True] for name, kind in STEPS.items() if kind == pl.Boolean}
+    pl.DataFrame(row | texts | truths, schema=STEPS).write_parquet(folder / "sensitivity_dataset" / "steps.parquet")
+    return folder
+
+
+@dataclass
+class Bench:
+    """Evaluations of one folder of artefacts, one after another."""
+
+    folder: Path
+    recipe: Recipe = field(default_factory=make_recipe)
+    played: list[str] = field(default_factory=list)
+    """Policies in the order in which they played, with the number of episodes: "high 3"."""
+    fails_after: int | None = None
+    """Policies that are finished before the evaluation is interrupted."""
+
+    def run(self, kept: str = "kept") -> list[str]:
+        """Evaluate, keeping episodes in that folder; what was played."""
+        self.played.clear()
+        names = ("benchmark_tasks", "quantized_checkpoints", "sensitivity_dataset", *THRESHOLDS)
+        inputs = {name: self.folder / name for name in names}
+        shutil.rmtree(self.output, ignore_errors=True)
+        self.output.mkdir()
+        evaluation_report(
+            StageContext(self.recipe, inputs, self.output, self.folder / "scratch", kept=self.folder / kept)
+        )
+        return list(self.played)
+
+    @property
+    def output(self) -> Path:
+        return self.folder / "evaluation_report"
+
+    def files(self) -> dict[str, str]:
+        return hash_files(self.output)
+
+
+def label(ladder: Ladder, play: PolicyRuns) -> str:
+    match play.policy:
+        case SinglePrecision(high=high):
+            alone = ladder.models[True] is ladder.models[False]
+            return "rung" if alone else "high" if high else "low"
+        case RandomMixing():
+            return "random"
+        case LmRouter():
+            return "kl_router" if play.policy.router.settings.threshold < 0.5 else "grpo_router"
+        case Confidence():
+            return "confidence"
+        case Disagreement():
+            return "disagreement"
+    raise AssertionError
+
+
+@pytest.fixture(scope="module")
+def counted() -> Iterator[list[Bench]]:
+    """Evaluations count what they play for the last of these, without the pictures and the times."""
+    benches: list[Bench] = []
+    play_each = Ladder.play_each
+
+    def counting(ladder: Ladder, plays: Sequence[PolicyRuns], seed: int, on_played: Callable) -> None:
+        bench = benches[-1]
+
+        def finished(index: int, played: list[Trajectory], clock: Clock) -> None:
+            if len(bench.played) == bench.fails_after:
+                raise RuntimeError("interrupted")
+            on_played(index, played, clock)
+            bench.played.append(f"{label(ladder, plays[index])} {len(played)}")
+
+        play_each(ladder, plays, seed, finished)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Ladder, "play_each", counting)
+        patch.setattr(evaluate, "seconds_per_step", lambda *_: {"mean": 0.0})
+        for name in ("plot_accuracy_cost", "plot_kl_by_turn", "plot_training_curves", "plot_calibration"):
+            patch.setattr(evaluate, name, lambda *_: None)
+        yield benches
+
+
+@pytest.fixture(scope="module")
+def finished(artefacts: Path, counted: list[Bench]) -> Bench:
+    """An evaluation that has played everything."""
+    counted.append(Bench(artefacts))
+    counted[-1].run()
+    return counted.pop()
+
+
+@pytest.fixture
+def bench(finished: Bench, counted: list[Bench], tmp_path: Path) -> Iterator[Bench]:
+    """A copy of the finished one."""
+    shutil.copytree(finished.folder, tmp_path, dirs_exist_ok=True)
+    counted.append(Bench(tmp_path))
+    yield counted[-1]
+    counted.pop()
+
+
+def without_calibration(played: Sequence[str]) -> list[str]:
+    """The cascade's own games aside."""
+    return [what for what in played if what != "confidence 1"]
+
+
+ROUTERS = ["kl_router 2", "grpo_router 2"]
+"""On validation games."""
+ON_TEST = ["high 3", "low 3", "disagreement 3", "confidence 3", "kl_router 3", "grpo_router 3", "random 6", "random 6"]
+EVERYTHING = ["rung 3", *ROUTERS, *ON_TEST]
+
+
+def test_what_is_played_and_in_which_order_it_is_reported(finished: Bench) -> None:
+    assert without_calibration(finished.played) == EVERYTHING
+    assert len(finished.played) > len(EVERYTHING) + 1
+    episodes = pl.read_parquet(finished.output / "episodes.parquet")
+    assert episodes["policy"].unique(maintain_order=True).to_list() == [
+        "always_int4",
+        "always_high",
+        "always_low",
+        "confidence",
+        "kl_router",
+        "random@kl_router",
+        "grpo_router",
+        "random@grpo_router",
+        "disagreement",
+    ]
+    assert set(hash_files(finished.output)) == {"episodes.parquet", "metrics.json", "context.json", "table.md"}
+
+
+def test_a_finished_evaluation_plays_nothing_again(bench: Bench, finished: Bench) -> None:
+    """Not even what shows what was found."""
+    assert bench.run() == []
+    assert bench.files() == finished.files()
+    bench.recipe = make_recipe(bootstrap=60, confidence=0.9)
+    assert bench.run() == []
+    assert bench.files() != finished.files()
+
+
+def test_processes_do_not_change_the_episodes(bench: Bench, finished: Bench) -> None:
+    runtime = bench.recipe.runtime.model_copy(update={"processes": 2})
+    bench.recipe = bench.recipe.model_copy(update={"runtime": runtime})
+    assert bench.run(kept="anew") == finished.played
+    assert bench.files() == finished.files()
+
+
+@pytest.mark.parametrize("after", [1, 6, 12])
+def test_an_interrupted_evaluation_goes_on_where_it_was(bench: Bench, finished: Bench, after: int) -> None:
+    bench.fails_after = after
+    with pytest.raises(RuntimeError, match="interrupted"):
+        bench.run(kept="anew")
+    before = list(bench.played)
+    assert len(before) == after
+    bench.fails_after = None
+    played = bench.run(kept="anew")
+    assert sorted(without_calibration([*before, *played])) == sorted(EVERYTHING)
+    assert bench.files() == finished.files()
+
+
+def another_router(bench: Bench) -> None:
+    """Of the same ratio."""
+    router = random_router(threshold=THRESHOLDS["grpo_router"])
+    with torch.no_grad():
+        next(router.model.parameters())[0, 0] += 1
+    save_router(router, bench.folder / "grpo_router" / ROUTER_FOLDER)
+    publish(bench.folder / "grpo_router")
+
+
+def another_threshold(bench: Bench) -> None:
+    """It lies in `router.json` alone, and makes another ratio."""
+    write_router(bench.folder / "kl_router", threshold=0.0)
+
+
+def more_of_a_routers_artefact(bench: Bench) -> None:
+    (bench.folder / "kl_router" / "training.txt").write_text("took longer")
+    publish(bench.folder / "kl_router")
+
+
+def another_rung(bench: Bench) -> None:
+    bench.recipe = make_recipe(("float", "int8", "int4", "int2"))
+    path = bench.folder / "quantized_checkpoints" / LADDER_FILE
+    ladder = json.loads(path.read_text())
+    ladder["rungs"][1]["kl_to_float"] += 0.1  # of the rung that was not there before
+    path.write_text(json.dumps(ladder))
+    publish(bench.folder / "quantized_checkpoints")
+
+
+def other_low_weights(bench: Bench) -> None:
+    path = bench.folder / "quantized_checkpoints" / "int2" / "config.json"
+    path.write_text(path.read_text() + "\n")
+    publish(bench.folder / "quantized_checkpoints")
+
+
+def other_unit_of_cost(bench: Bench) -> None:
+    path = bench.folder / "quantized_checkpoints" / LADDER_FILE
+    ladder = json.loads(path.read_text())
+    path.write_text(json.dumps(ladder | {"always_high_cost": 2 * ladder["always_high_cost"]}))
+    publish(bench.folder / "quantized_checkpoints")
+
+
+def other_games(bench: Bench) -> None:
+    write_games(
+        [generate_game(50 + seed, 50)[0] for seed in range(GAMES)], bench.folder / "benchmark_tasks" / "test.parquet"
+    )
+    publish(bench.folder / "benchmark_tasks")
+
+
+def recipe_with(**evaluation: float) -> Callable[[Bench], None]:
+    def change(bench: Bench) -> None:
+        bench.recipe = make_recipe(**evaluation)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "played"),
+    [
+        (recipe_with(random_draws=3), ["random 3", "random 3"]),
+        (recipe_with(random_draws=1), []),
+        (recipe_with(seed=1), EVERYTHING),
+        (another_router, ["grpo_router 2", "grpo_router 3"]),
+        (another_threshold, ["kl_router 2", "kl_router 3", "random 6"]),
+        (more_of_a_routers_artefact, []),
+        (another_rung, ["rung 3"]),
+        (other_low_weights, EVERYTHING[1:]),
+        (other_unit_of_cost, EVERYTHING),
+        (other_games, EVERYTHING),
+    ],
+)
+def test_what_has_changed_is_played_and_nothing_else(
+    bench: Bench, change: Callable[[Bench], None], played: list[str]
+) -> None:
+    change(bench)
+    assert without_calibration(bench.run()) == played
+    assert bench.run() == [], "and is kept in its turn"
+
+
+@pytest.mark.parametrize("change", [recipe_with(random_draws=3), another_threshold, another_rung])
+def test_a_grown_evaluation_is_the_one_that_has_played_everything(
+    bench: Bench, finished: Bench, change: Callable[[Bench], None]
+) -> None:
+    change(bench)
+    bench.run()
+    grown = bench.files()
+    bench.run(kept="anew")
+    assert bench.files() == grown != finished.files()
+
+
+def test_another_ratio_of_the_cascade_is_calibrated_again(bench: Bench) -> None:
+    bench.recipe = make_recipe(confidence_ratio=0.6)
+    assert set(bench.run()) <= {"confidence 1", "confidence 3"}
+    assert bench.played.count("confidence 1") > 1
+
+
+def test_what_is_damaged_is_played_again(bench: Bench, finished: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    files = sorted((bench.folder / "kept").iterdir())
+    files[0].write_bytes(files[0].read_bytes()[:-1])
+    with caplog.at_level(logging.WARNING, "dmr_pipeline"):
+        assert len(bench.run()) >= 1
+    assert "damaged" in caplog.text
+    assert bench.files() == finished.files()
+    assert bench.run() == []
+
+
+def test_nothing_is_kept_that_the_last_evaluation_did_not_need(bench: Bench) -> None:
+    count = len(list((bench.folder / "kept").iterdir()))
+    bench.recipe = make_recipe(seed=1)
+    bench.run()
+    assert len(list((bench.folder / "kept").iterdir())) == count
+    bench.recipe = make_recipe(random_draws=1)
+    bench.run()
+    assert len(list((bench.folder / "kept").iterdir())) == count - 2
+
+
+def test_all_that_acting_reads_of_the_recipe_is_among_the_facts(artefacts: Path) -> None:
+    recipe = make_recipe()
+    checkpoints = artefacts / "quantized_checkpoints"
+    agent, prompt = recipe.agent, recipe.agent.prompt
+    changed = [
+        recipe.model_copy(update={"agent": agent.model_copy(update={"temperature": 0.5})}),
+        recipe.model_copy(update={"agent": agent.model_copy(update={"action": "score"})}),
+        recipe.model_copy(update={"agent": agent.model_copy(update={"max_transcript_tokens": 100})}),
+        recipe.model_copy(
+            update={"agent": agent.model_copy(update={"prompt": prompt.model_copy(update={"max_action_tokens": 5})})}
+        ),
+        recipe.model_copy(update={"benchmark": recipe.benchmark.model_copy(update={"step_limit": 4})}),
+        recipe.model_copy(update={"evaluation": recipe.evaluation.model_copy(update={"seed": 5})}),
+    ]
+    facts = [json.dumps(acting_facts(checkpoints, other, "float", "int2")) for other in [recipe, *changed]]
+    facts += [json.dumps(acting_facts(checkpoints, recipe, *rungs)) for rungs in (("int4", "int2"), ("float", "int4"))]
+    assert len(set(facts)) == len(facts)
+    training = recipe.agent.training.model_copy(update={"updates": 7})
+    trained = recipe.model_copy(update={"agent": agent.model_copy(update={"training": training})})
+    assert json.dumps(acting_facts(checkpoints, trained, "float", "int2")) == facts[0]
