@@ -35,7 +35,7 @@ from dmr_pipeline.recipe import Recipe, load_recipe, recipe_names
 from dmr_pipeline.versioning import dvc_objects, dvc_stages, lock_file
 
 if TYPE_CHECKING:
-    from dmr_pipeline.evaluation.metrics import Metrics
+    from dmr_pipeline.evaluation.results import Metrics
 
 
 @user_errors_exit_2
@@ -230,8 +230,8 @@ def _when(artifact: Artifact) -> str:
 
 def _render_report(recipe: str) -> tuple["Metrics", Path]:
     """The metrics of the evaluation, and the HTML file."""
-    from dmr_pipeline.evaluation.metrics import read_metrics
     from dmr_pipeline.evaluation.report import render_beside
+    from dmr_pipeline.evaluation.results import read_metrics
 
     artifact = verify(artifact_folder("evaluation_report", recipe))
     dvc_objects.check(pipeline.find_stage("evaluation_report", pipeline.STAGES), recipe, artifact)

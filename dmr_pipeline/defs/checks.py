@@ -134,7 +134,7 @@ def grpo_router_has_not_collapsed(folder: Path, manifest: Manifest, recipe: Reci
 
 
 def report_is_whole(folder: Path, manifest: Manifest, recipe: Recipe) -> Finding:
-    from dmr_pipeline.evaluation.metrics import failures_of, read_metrics
+    from dmr_pipeline.evaluation.results import failures_of, read_metrics
 
     metrics = read_metrics(folder)
     return Finding(failures_of(metrics), {"policies": ", ".join(metrics["policies"])})

@@ -14,25 +14,30 @@ over games, the policies resampled together. All resamples come from one seed, s
 row order.
 """
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, pairwise
-from pathlib import Path
 from statistics import NormalDist
-from typing import Literal, NotRequired, TypedDict, cast
+from typing import cast
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
 from dmr_pipeline.errors import UserError
+from dmr_pipeline.evaluation.results import (
+    Curve,
+    Gap,
+    Interval,
+    Kind,
+    Metrics,
+    PairedComparison,
+    PolicyMetrics,
+    TaskTypeMetrics,
+)
 
-Kind = Literal["single", "rung", "random", "router", "ablation", "baseline", "oracle"]
 Floats = NDArray[np.float64]
-Interval = list[float]
-"""[low, high]"""
 
 EPISODES = pl.Schema(
     {
@@ -64,155 +69,6 @@ _KIND_ORDER: Mapping[str, int] = {
     "oracle": 6,
 }
 _DIGITS = 6
-
-
-class TaskTypeMetrics(TypedDict):
-    """One policy on the games of one task type."""
-
-    n: int
-    success: float
-    ci95: Interval
-    score: NotRequired[float]
-    score_ci95: NotRequired[Interval]
-    high_ratio: float
-
-
-class PolicyMetrics(TypedDict):
-    """One policy. Rates are shares in [0, 1]; intervals are [low, high] at the confidence of the metrics."""
-
-    kind: Kind
-    success: float
-    """Mean over games of the mean over draws."""
-    ci95: Interval
-    score: NotRequired[float]
-    """Mean reward, in [0, 1], over games of the mean over draws. Absent where every reward of the evaluation is 0 or 1."""
-    score_ci95: NotRequired[Interval]
-    high_ratio: float
-    """High-precision steps / steps, over all episodes together."""
-    token_high_ratio: float
-    """Tokens that the high precision processed or wrote / all such tokens."""
-    cost: float
-    """Mean over games, in mean `always_high` validation episodes."""
-    cost_per_success: float | None
-    """Total cost / successes; null without a success."""
-    steps: float
-    """Mean over games."""
-    switches: float
-    """Mean changes of precision an episode."""
-    n: int
-    """Games."""
-    episodes: int
-    by_task_type: dict[str, TaskTypeMetrics]
-    gap_recovered: NotRequired[float | None]
-    """(success - low) / (high - low), not clipped; null where high is not above low. Absent for single precisions."""
-    gap_ci95: NotRequired[Interval | None]
-    gain_at_equal_cost: NotRequired[float | None]
-    """Success minus what mixing whole high and low episodes reaches at this cost; null where low is not cheaper."""
-    gain_ci95: NotRequired[Interval | None]
-
-
-class PairedComparison(TypedDict):
-    """Two policies on the same games."""
-
-    policy: str
-    against: str
-    difference: float
-    """Success of `policy` minus success of `against`."""
-    ci95: Interval
-    p_value: float
-    """Exact two-sided sign-flip test over games; 0 stands for less than 0.0000005."""
-    wins: int
-    """Games that `policy` solves more often."""
-    losses: int
-    ties: int
-    cost_difference: float
-
-
-class Gap(TypedDict):
-    """High minus low."""
-
-    difference: float
-    ci95: Interval
-    resamples_without_gap: float
-    """Share of the resamples in which high is not above low; they are left out of the intervals of gap recovered."""
-
-
-class Curve(TypedDict):
-    """The routing curve from always-low through the policies of one kind to always-high."""
-
-    apgr: float | None
-    """Mean gap recovered over all high-precision ratios (RouteLLM)."""
-    cpt50: float | None
-    """Smallest high-precision ratio that recovers 50% of the gap (RouteLLM)."""
-    cpt80: float | None
-    aiq: float | None
-    """Mean success over cost on the non-decreasing convex hull (RouterBench)."""
-
-
-class Metrics(TypedDict):
-    """`metrics.json`."""
-
-    recipe: str
-    high: str
-    low: str
-    headline: str
-    confidence: float
-    gap: Gap
-    policies: dict[str, PolicyMetrics]
-    paired: list[PairedComparison]
-    apgr: float | None
-    cpt50: float | None
-    cpt80: float | None
-    aiq: float | None
-    random_curve: Curve
-    """The same four for the random policies, the reference for the routers' own."""
-
-
-POLICIES = frozenset(
-    {
-        "always_high",
-        "always_low",
-        "confidence",
-        "kl_router",
-        "grpo_router",
-        "random@kl_router",
-        "random@grpo_router",
-        "disagreement",
-    }
-)
-"""What every evaluation compares."""
-
-
-def read_metrics(folder: Path) -> Metrics:
-    """Of the artefact in `folder`."""
-    metrics: Metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    return metrics
-
-
-def failures_of(metrics: Metrics) -> list[str]:
-    """What cannot be true of an evaluation, a line each: a policy is missing, or numbers contradict each other."""
-    policies = metrics["policies"]
-    failures = [f"{name} is missing" for name in sorted(POLICIES - policies.keys())]
-    for name, policy in policies.items():
-        low, high = policy["ci95"]
-        if not 0 <= low <= policy["success"] <= high <= 1:
-            failures.append(f"{name}: success {policy['success']} with interval {low} to {high}")
-        if "score" in policy and not policy["success"] <= policy["score"] <= 1:
-            failures.append(f"{name}: score {policy['score']} with success {policy['success']}")
-        if not 0 <= policy["high_ratio"] <= 1:
-            failures.append(f"{name}: high-precision ratio {policy['high_ratio']}")
-        if policy["cost"] <= 0 or policy["n"] <= 0:
-            failures.append(f"{name}: cost {policy['cost']} over {policy['n']} games")
-    for name, ratio in ((metrics["high"], 1.0), (metrics["low"], 0.0)):
-        if name in policies and policies[name]["high_ratio"] != ratio:
-            failures.append(f"{name}: high-precision ratio {policies[name]['high_ratio']}, which must be {ratio:.0f}")
-    if len({policy["n"] for policy in policies.values()}) > 1:
-        failures.append("not all policies played the same number of games")
-    for pair in metrics["paired"]:
-        low, high = pair["ci95"]
-        if not low <= pair["difference"] <= high:
-            failures.append(f"{pair['policy']} against {pair['against']}: {pair['difference']} outside {low} to {high}")
-    return failures
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from dmr_pipeline.evaluation.metrics import Floats, Metrics, PolicyMetrics, wilson
+from dmr_pipeline.evaluation.metrics import Floats, wilson
+from dmr_pipeline.evaluation.results import Metrics, PolicyMetrics
 
 INK, MUTED, GRID = "#1f2933", "#616e7c", "#e4e7eb"
 BLUE, ORANGE, GREEN, BROWN, GREY = "#1d5fd1", "#d9580d", "#1b8a5a", "#7a4a12", "#7b8794"

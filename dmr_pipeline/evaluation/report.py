@@ -12,7 +12,7 @@ from rich.table import Table
 
 from dmr_pipeline.artifacts import run_record_beside, sidecar_path
 from dmr_pipeline.errors import UserError
-from dmr_pipeline.evaluation.metrics import Interval, Metrics, PairedComparison, PolicyMetrics
+from dmr_pipeline.evaluation.results import Interval, Metrics, PairedComparison, PolicyMetrics
 
 _KIND_STYLES = {
     "single": "",

@@ -30,25 +30,38 @@ def repository() -> Iterator["Repo"]:
         with Repo(config=without_git) as repo:
             yield repo
     except DvcException as error:
-        raise UserError(f"DVC: {' '.join(str(error).split())}") from error
+        raise _refused(error) from error
 
 
 @contextmanager
-def dvc_at_rest() -> Iterator["Repo"]:
-    """The DVC project while DVC's own lock on it is held; waits for that.
+def dvc_at_rest() -> Iterator[None]:
+    """DVC's own lock on the project, waited for. Nothing else of DVC is loaded, which would take most commands' time.
 
     Raises:
-        UserError: the working directory is in no DVC project.
+        UserError: the working directory is no DVC project, or its configuration is malformed.
     """
+    from dvc.config import Config
+    from dvc.exceptions import DvcException
     from dvc.lock import make_lock
 
-    with repository() as repo:
-        hardlinks = repo.config["core"].get("hardlink_lock", False)
-        with make_lock(repo.lock.lockfile, tmp_dir=repo.tmp_dir, hardlink_lock=hardlinks, wait=True):
-            yield repo
+    folder = Path(".dvc").absolute()
+    if not folder.is_dir():
+        raise UserError(f"{folder.parent} is no DVC project, it has no .dvc: go to the project's folder")
+    notes = folder / "tmp"
+    notes.mkdir(exist_ok=True)
+    try:
+        hardlinks = Config(str(folder))["core"].get("hardlink_lock", False)
+        with make_lock(str(notes / "lock"), tmp_dir=str(notes), hardlink_lock=hardlinks, wait=True):
+            yield
+    except DvcException as error:
+        raise _refused(error) from error
 
 
 def in_git() -> bool:
     """Is the working directory in a Git checkout?"""
     here = Path.cwd()
     return any((folder / ".git").exists() for folder in (here, *here.parents))
+
+
+def _refused(error: Exception) -> UserError:
+    return UserError(f"DVC: {' '.join(str(error).split())}")

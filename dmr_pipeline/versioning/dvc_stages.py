@@ -21,7 +21,7 @@ from dmr_pipeline.hashing import file_md5
 from dmr_pipeline.recipe import RECIPE_FOLDER
 from dmr_pipeline.stage import Stage
 from dmr_pipeline.versioning import lock_file
-from dmr_pipeline.versioning.dvc_project import dvc_at_rest
+from dmr_pipeline.versioning.dvc_project import dvc_at_rest, repository
 from dmr_pipeline.versioning.lock_file import LOCK_FILE as LOCK_FILE
 
 if TYPE_CHECKING:
@@ -169,7 +169,7 @@ def commit(stage: Stage, recipe: str, *, rebuilt: bool, artifact: Artifact) -> b
     from dvc.exceptions import DvcException
 
     address = stage_address(stage, recipe)
-    with dvc_at_rest() as repo:
+    with dvc_at_rest(), repository() as repo:
         lock_file.check_and_copy()
         try:
             row = repo.stage.load_one(name=address)

@@ -14,18 +14,17 @@ from scipy import stats
 
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.evaluation.metrics import (
-    Metrics,
     average_gap_recovered,
     average_improvement_in_quality,
     call_performance_threshold,
     compute_metrics,
-    failures_of,
     game_weights,
     gap_recovered,
     sign_flip_p_value,
     success_interval,
     wilson,
 )
+from dmr_pipeline.evaluation.results import Metrics, failures_of
 
 
 def compute(episodes: pl.DataFrame, **changes: object) -> Metrics:

@@ -9,9 +9,10 @@ import pytest
 from rich.console import Console
 
 from dmr_pipeline.errors import UserError
-from dmr_pipeline.evaluation.metrics import Metrics, compute_metrics
+from dmr_pipeline.evaluation.metrics import compute_metrics
 from dmr_pipeline.evaluation.plots import plot_accuracy_cost
 from dmr_pipeline.evaluation.report import console_table, headline, markdown_table, render_html
+from dmr_pipeline.evaluation.results import Metrics
 
 
 @pytest.fixture
