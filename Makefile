@@ -4,38 +4,57 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+DEV_READY := $(VENV)/.ready-dev
 RECIPE ?= alfworld-tiny
 
 export DAGSTER_HOME := $(CURDIR)/dagster_home
+# Nothing is compiled to bytecode as it is installed: most of it is never imported, and compiling takes longer than all the rest.
+# Python keeps the bytecode of what it imports, unless this variable of the environment forbids it.
+unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup official-engine demo test test-slow lint gpu-check ui render screenshots
+INSTALL := $(BIN)/python -m pip install -q --no-compile -c constraints.txt
+
+.PHONY: setup dev official-engine demo test test-slow lint gpu-check ui render screenshots
 
 setup: $(READY)
 
+# pip comes first: the one that a Python brings may take three times as long to find out what belongs together.
+# torch comes by itself: whichever build the machine's index offers (CPU or CUDA) is then kept.
 # As many stages at once as there are GPUs: dagster.yaml can set only the default limit of a pool.
-# torch comes first and by itself: whichever build the machine's index offers (CPU or CUDA) is then kept.
 $(READY): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/python -m pip install -q -c constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	$(INSTALL) pip
+	$(INSTALL) torch==2.13.0
+	$(INSTALL) -e .
 	$(BIN)/dagster instance concurrency set gpu $$($(BIN)/python -c 'import torch; print(max(1, torch.cuda.device_count()))')
 	touch $(READY)
 
+# What tests and linters need beside it. Hundreds of processes start in the tests, so here all bytecode is made, on all cores,
+# and tests that are run by hand find it whatever the environment says. (Files for newer Pythons, which cannot be compiled, are
+# no error.)
+dev: $(DEV_READY)
+
+$(DEV_READY): $(READY)
+	$(INSTALL) -e '.[dev]'
+	$(BIN)/python -m compileall -qq -j 0 -x '/tests?/' $(VENV)/lib || true
+	touch $(DEV_READY)
+
 # ALFWorld's own engine, which the tests compare ours with; needs gcc, g++ and make, and takes minutes.
 official-engine: setup
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,alfworld]'
+	$(INSTALL) -e '.[alfworld]'
 
 demo: setup
 	$(BIN)/dmr run $(RECIPE)
 
-test: setup lint
-	$(BIN)/python -m pytest -m 'not slow'
+# One test process a core, each with one thread: torch would else start a thread a core in each of them.
+test: dev lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow' -n logical --maxprocesses 8 --dist worksteal
 
-test-slow: setup
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,slow]'
+test-slow: dev
+	$(INSTALL) -e '.[dev,slow]'
 	$(BIN)/python -m pytest -m slow
 
-lint: setup
+lint: dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy dmr_pipeline
@@ -47,6 +66,7 @@ gpu-check: setup
 
 # Dagster's daemon, and its web server for this machine alone; Ctrl-C ends both.
 ui: setup
+	$(INSTALL) -e '.[ui]'
 	@$(BIN)/dagster-daemon run -w workspace.yaml & trap "kill $$!" EXIT; \
 	$(BIN)/python -m dmr_pipeline.webserver -w workspace.yaml -h 127.0.0.1 -p 3000
 
@@ -55,5 +75,5 @@ render: setup
 
 # Pictures of Dagster's UI for the README, of what `make demo` has made; needs Chromium.
 screenshots: setup
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,slow]'
+	$(INSTALL) -e '.[slow]'
 	$(BIN)/python docs/screenshots.py $(RECIPE)

@@ -11,7 +11,7 @@ COPY constraints.txt ./
 RUN pip install -c constraints.txt torch
 COPY pyproject.toml README.md LICENSE ./
 COPY dmr_pipeline dmr_pipeline
-RUN pip install -c constraints.txt '.[ray,kubernetes,postgres]'
+RUN pip install -c constraints.txt '.[ray,kubernetes,postgres,ui]'
 
 FROM python:3.11-slim
 COPY --from=build /opt/venv /opt/venv

@@ -85,7 +85,7 @@ def test_what_is_copied_is_there_and_is_all_that_the_engine_is_sent() -> None:
 def test_extras_and_constraints_are_the_project_s() -> None:
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     [extras] = re.findall(r"'\.\[(.+)\]'", DOCKERFILE.read_text(encoding="utf-8"))
-    assert set(extras.split(",")) == {"ray", "kubernetes", "postgres"}
+    assert set(extras.split(",")) == {"ray", "kubernetes", "postgres", "ui"}
     assert set(extras.split(",")) <= project["optional-dependencies"].keys()
     installs = [arguments for name, arguments in instructions() if name == "RUN" and "pip install" in arguments]
     assert installs
