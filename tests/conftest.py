@@ -1,3 +1,4 @@
+import os
 import shutil
 import signal
 from pathlib import Path
@@ -12,6 +13,11 @@ from tests.fake_project import RECIPE, enter_project, fake_stages, make_project
 # this process and in all that it starts, and those that should end by it never do.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# The width of what commands print is each test's own choice. rich keeps these from the moment that its console is made, and
+# processes of pytest-xdist have them of the readline library of the process that starts them.
+for variable in ("COLUMNS", "LINES"):
+    os.environ.pop(variable, None)
 
 
 @pytest.fixture
