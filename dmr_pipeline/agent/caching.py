@@ -1,7 +1,7 @@
 """How a model's transcripts are cached, how long they may be, and how many fit into memory.
 
-What a model's layers and masks allow is found by trying it once on a few tokens, against plain forward passes: `Streams`
-(fast, batched), else `PlainStreams` by the model's own cache, else the model is refused.
+What a model's layers and masks allow is found by trying it once on a few tokens, against plain forward passes: `PackedStreams`
+(the Llama family), else `Streams` (batched), else `PlainStreams` by the model's own cache, else the model is refused.
 """
 
 import logging
@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from dmr_pipeline.agent.logits import MODEL_ERRORS, alike, decoder_of, some_tokens
+from dmr_pipeline.agent.packed_streams import PackedStreams
 from dmr_pipeline.agent.plain_streams import PlainStreams
 from dmr_pipeline.agent.streams import Streams, TokenStreams, attention_windows
 from dmr_pipeline.errors import UserError
@@ -28,9 +29,15 @@ _SHARE_OF_MEMORY = 0.8
 class _Way(NamedTuple):
     make: Callable[[PreTrainedModel, int, int], TokenStreams]
     name: str
+    slow: bool
+    """One episode a pass, and each kept twice."""
 
 
-def _fast(model: PreTrainedModel, slots: int, capacity: int) -> TokenStreams:
+def _packed(model: PreTrainedModel, slots: int, capacity: int) -> TokenStreams:
+    return PackedStreams(model, slots, capacity)
+
+
+def _batched(model: PreTrainedModel, slots: int, capacity: int) -> TokenStreams:
     return Streams(model, slots, capacity)
 
 
@@ -42,11 +49,15 @@ def _token_by_token(model: PreTrainedModel, slots: int, capacity: int) -> TokenS
     return PlainStreams(model, slots, capacity, chunks=False)
 
 
-FAST = _Way(_fast, "fast: batched")
 _WAYS = (
-    FAST,
-    _Way(_plain, "plain: by the model's own cache, one episode a pass, exact and slower"),
-    _Way(_token_by_token, "plain, token by token: by the model's own cache, one token a pass, exact and much slower"),
+    _Way(_packed, "packed", slow=False),
+    _Way(_batched, "batched", slow=False),
+    _Way(_plain, "plain: by the model's own cache, one episode a pass, exact and slower", slow=True),
+    _Way(
+        _token_by_token,
+        "plain, token by token: by the model's own cache, one token a pass, exact and much slower",
+        slow=True,
+    ),
 )
 _found: WeakKeyDictionary[PreTrainedModel, _Way] = WeakKeyDictionary()
 
@@ -78,7 +89,7 @@ def way_of(model: PreTrainedModel) -> _Way:
                 f"model type {model.config.model_type!r} cannot act: with a cache it gives other logits than without one;"
                 " choose another model"
             )
-        if way is not FAST:
+        if way.slow:
             log.warning("model type %r acts on the slow path (%s)", model.config.model_type, way.name)
         _found[model] = way
     return _found[model]
@@ -89,7 +100,7 @@ def _is_exact(way: _Way, model: PreTrainedModel) -> bool:
     """Whether these streams, of different lengths, cut and continued, give what forward passes over the whole text give."""
     tokens = some_tokens(model, 12)[0].tolist()
     try:
-        if way is FAST and attention_windows(model.config) is None:
+        if not way.slow and attention_windows(model.config) is None:
             return False
         streams = way.make(model, 2, 12)
         streams.extend([0, 1], [tokens[:5], tokens[:3]])
@@ -146,7 +157,7 @@ def _cache_bytes(model: PreTrainedModel) -> float:
     output = decoder_of(model)(input_ids=some_tokens(model, count), use_cache=True)
     layers = (output.get("past_key_values") or output["cache_params"]).layers
     kept = (vars(layer).get(name) for layer in layers for name in ("keys", "values"))
-    return (1 if way is FAST else 2) * sum(tensor.nbytes for tensor in kept if tensor is not None) / count
+    return (2 if way.slow else 1) * sum(tensor.nbytes for tensor in kept if tensor is not None) / count
 
 
 def positions_of(config: PreTrainedConfig) -> int | None:

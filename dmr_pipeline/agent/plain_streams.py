@@ -49,6 +49,8 @@ class PlainStreams:
         chunks: whether its cache can go on with several tokens at once; without, they are read one by one.
     """
 
+    cuts = False
+
     def __init__(self, model: PreTrainedModel, slots: int, capacity: int, chunks: bool = True) -> None:
         self.model = model.eval()
         self.capacity = capacity
@@ -80,20 +82,14 @@ class PlainStreams:
                 self._texts[slot] = self._texts[source].copied()
 
     @torch.no_grad()
-    def extend(self, slots: Sequence[int], chunks: Sequence[Sequence[int]]) -> Tensor:
+    def extend(
+        self, slots: Sequence[int], chunks: Sequence[Sequence[int]], counts: Sequence[int] | None = None
+    ) -> Tensor:
         """As `Streams.extend`."""
         refuse_bad_calls(self.lengths, self.capacity, slots, chunks)
-        parts = zip(slots, chunks, strict=True)
-        return logits_of(self.model, torch.cat([self._hidden(slot, chunk)[-1:] for slot, chunk in parts]))
-
-    @torch.no_grad()
-    def extend_all(self, slots: Sequence[int], chunks: Sequence[Sequence[int]]) -> list[Tensor]:
-        """As `Streams.extend_all`."""
-        refuse_bad_calls(self.lengths, self.capacity, slots, chunks)
-        return [
-            logits_of(self.model, self._hidden(slot, chunk, keep=False)[-len(chunk) :])
-            for slot, chunk in zip(slots, chunks, strict=True)
-        ]
+        parts = zip(slots, chunks, counts or [1] * len(slots), strict=True)
+        hidden = [self._hidden(slot, chunk, keep=count == 1)[-count:] for slot, chunk, count in parts]
+        return logits_of(self.model, torch.cat(hidden))
 
     @torch.no_grad()
     def read(

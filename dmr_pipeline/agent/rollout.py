@@ -24,6 +24,7 @@ from dmr_pipeline.agent.caching import token_streams, transcript_capacity
 from dmr_pipeline.agent.memory import halving
 from dmr_pipeline.agent.prompts import Moment, Prompter
 from dmr_pipeline.agent.streams import TokenStreams
+from dmr_pipeline.agent.writing import NgramGuesses, write
 from dmr_pipeline.environments.base import Episode, Task
 from dmr_pipeline.environments.tasks import begin_episode
 from dmr_pipeline.errors import UserError
@@ -301,6 +302,7 @@ class _Batch:
         """act(high, slots): the action of one precision for each slot."""
         self.temperature, self.seed, self.clock = temperature, seed, clock
         self.slots: dict[int, _Slot] = {}
+        self._guesses = NgramGuesses()
         self._read: dict[int, tuple[Tensor, int]] = {}
         """Where low precision has read the transcript in this step: logits after it, and how many tokens were new."""
 
@@ -411,22 +413,25 @@ class _Batch:
 
     def _generate(self, high: bool, slots: list[int]) -> list[Draft]:
         """The action of one precision for each slot, token by token."""
-        streams, prompter = self.agents[high], self.prompter
-        actions: list[list[int]] = [[] for _ in slots]
-        margins = [1.0] * len(slots)
-        waiting = list(range(len(slots)))
-        logits, processed = self._first_logits(high, slots)
-        while True:
-            tokens = self._choose(logits, [(slots[i], len(actions[i])) for i in waiting])
-            for i, token, lead in zip(waiting, tokens, _leads(logits), strict=True):
-                actions[i].append(token)
-                margins[i] = min(margins[i], lead)
-            waiting = [i for i in waiting if not prompter.is_complete(actions[i])]
-            if not waiting:
-                return [Draft(*parts) for parts in zip(actions, processed, margins, strict=True)]
-            for i in waiting:
-                processed[i] += 1
-            logits = streams.extend([slots[i] for i in waiting], [[actions[i][-1]] for i in waiting])
+        most, transcripts = self.prompter.prompt.max_action_tokens, [self.slots[slot].transcript for slot in slots]
+        read = {} if high else {i: self._read[slot] for i, slot in enumerate(slots) if slot in self._read}
+        unread = self._unread(high, slots)
+        written = write(
+            self.agents[high],
+            slots,
+            unread,
+            choose=lambda logits, places: self._choose(logits, [(slots[i], index) for i, index in places]),
+            observe=_leads,
+            guess=lambda i, tokens: self._guesses.guess([*transcripts[i][-8:], *tokens], most - len(tokens) - 1),
+            is_complete=self.prompter.is_complete,
+            known={i: logits for i, (logits, _) in read.items()},
+        )
+        drafts = []
+        for i, action in enumerate(written):
+            self._guesses.learn(transcripts[i], action.tokens)
+            new = read[i][1] if i in read else len(unread[i])
+            drafts.append(Draft(action.tokens, new + len(action.tokens) - 1, min(action.facts)))
+        return drafts
 
     def _score(self, high: bool, slots: list[int]) -> list[Draft]:
         """The admissible command that one precision finds likeliest, or a draw by probability, for each slot."""
@@ -444,8 +449,10 @@ class _Batch:
         scores: list[list[float]] = [[] for _ in slots]
         for k in range(max(len(commands) for commands in candidates)):
             mine = [i for i in range(len(slots)) if k < len(candidates[i])]
-            rest = streams.extend_all([slots[i] for i in mine], [candidates[i][k][:-1] for i in mine])
-            for i, rows in zip(mine, rest, strict=True):
+            begun = [candidates[i][k][:-1] for i in mine]
+            sizes = [len(tokens) for tokens in begun]
+            rest = streams.extend([slots[i] for i in mine], begun, sizes)
+            for i, rows in zip(mine, rest.split(sizes), strict=True):
                 command = candidates[i][k]
                 following = rows.log_softmax(-1).gather(-1, torch.tensor(command[1:], device=rows.device)[:, None])
                 scores[i].append(float(first[i, command[0]] + following.sum()))

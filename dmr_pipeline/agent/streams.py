@@ -30,6 +30,8 @@ class TokenStreams(Protocol):
 
     capacity: int
     """Tokens that one sequence may have."""
+    cuts: bool
+    """Whether a sequence that is cut goes on from there, and nothing is read again."""
 
     @property
     def lengths(self) -> list[int]:
@@ -42,9 +44,9 @@ class TokenStreams(Protocol):
 
     def copy(self, source: int, targets: Sequence[int]) -> None: ...
 
-    def extend(self, slots: Sequence[int], chunks: Sequence[Sequence[int]]) -> Tensor: ...
-
-    def extend_all(self, slots: Sequence[int], chunks: Sequence[Sequence[int]]) -> list[Tensor]: ...
+    def extend(
+        self, slots: Sequence[int], chunks: Sequence[Sequence[int]], counts: Sequence[int] | None = None
+    ) -> Tensor: ...
 
     def read(
         self, slots: Sequence[int], chunks: Sequence[Sequence[int]], layers: Sequence[int]
@@ -116,6 +118,8 @@ class Streams:
         UserError: the model has layers of another kind.
     """
 
+    cuts = True
+
     def __init__(self, model: PreTrainedModel, slots: int, capacity: int) -> None:
         windows = attention_windows(model.config)
         if windows is None:
@@ -152,23 +156,23 @@ class Streams:
             self.lengths[slot] = self.lengths[source]
 
     @torch.no_grad()
-    def extend(self, slots: Sequence[int], chunks: Sequence[Sequence[int]]) -> Tensor:
+    def extend(
+        self, slots: Sequence[int], chunks: Sequence[Sequence[int]], counts: Sequence[int] | None = None
+    ) -> Tensor:
         """Append a chunk of token ids, at least one, to each of these slots.
 
+        Args:
+            counts: after how many of a chunk's last tokens logits are wanted; after the last alone by default.
+
         Returns:
-            float32 logits [len(slots), vocabulary] after the last token of each chunk.
+            float32 logits [len(slots) or the sum of the counts, vocabulary], chunk by chunk.
 
         Raises:
             UserError: a sequence would outgrow the capacity; then no slot has changed.
         """
-        return logits_of(self.model, torch.stack([hidden[-1] for hidden in self._hidden(slots, chunks)]))
-
-    @torch.no_grad()
-    def extend_all(self, slots: Sequence[int], chunks: Sequence[Sequence[int]]) -> list[Tensor]:
-        """As `extend`, with float32 logits after every token: [len(chunk), vocabulary] for each chunk."""
-        return list(
-            logits_of(self.model, torch.cat(self._hidden(slots, chunks))).split([len(chunk) for chunk in chunks])
-        )
+        counts = counts or [1] * len(slots)
+        hidden = self._hidden(slots, chunks)
+        return logits_of(self.model, torch.cat([h[-count:] for h, count in zip(hidden, counts, strict=True)]))
 
     @torch.no_grad()
     def read(

@@ -26,6 +26,7 @@ from transformers import (
     Phi3Config,
     PreTrainedConfig,
     PreTrainedModel,
+    Qwen2Config,
     Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3NextConfig,
@@ -63,6 +64,7 @@ _EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
 
 KINDS: dict[str, Callable[[], PreTrainedConfig]] = {
     "qwen3": lambda: Qwen3Config(**_SHAPE),
+    "qwen2": lambda: Qwen2Config(**_SHAPE, use_sliding_window=True, sliding_window=WINDOW, max_window_layers=2),
     "llama": lambda: LlamaConfig(**_SHAPE, tie_word_embeddings=True),
     "granite": lambda: GraniteConfig(**_SHAPE, logits_scaling=8.0),
     "cohere": lambda: CohereConfig(**_SHAPE),

@@ -9,6 +9,7 @@ from transformers import MistralConfig, PreTrainedModel, Qwen3Config
 
 from dmr_pipeline.agent import caching
 from dmr_pipeline.agent.caching import positions_of, rows_that_fit, token_streams, transcript_capacity, way_of
+from dmr_pipeline.agent.packed_streams import PackedStreams
 from dmr_pipeline.agent.plain_streams import PlainStreams
 from dmr_pipeline.agent.streams import Streams
 from dmr_pipeline.errors import UserError
@@ -17,9 +18,10 @@ from tests.agent.kinds import KINDS, POSITIONS, VOCABULARY, WINDOW, model_of
 
 SLOTS = 3
 LAYERS = (1, 2)
-FAST = [
-    "qwen3", "llama", "granite", "cohere", "gpt2", "gpt-neox", "opt", "falcon", "mistral", "phi3", "gemma2", "gemma3",
-    "gemma4", "olmo3", "cohere2", "gpt-oss", "bert-decoder", "dynamic-ntk", "yarn",
+PACKED = ["qwen3", "qwen2", "llama", "mistral", "dynamic-ntk", "yarn"]
+BATCHED = [
+    "granite", "cohere", "gpt2", "gpt-neox", "opt", "falcon", "phi3", "gemma2", "gemma3", "gemma4", "olmo3", "cohere2",
+    "gpt-oss", "bert-decoder",
 ]  # fmt: skip
 PLAIN = ["bloom", "falcon-alibi", "qwen3-next", "qwen3.5", "falcon-h1"]
 TOKEN_BY_TOKEN = ["mamba"]
@@ -27,7 +29,7 @@ REFUSED = ["recurrent-gemma", "bert"]
 
 
 def test_every_kind_is_tried() -> None:
-    assert sorted(FAST + PLAIN + TOKEN_BY_TOKEN + REFUSED) == sorted(KINDS)
+    assert sorted(PACKED + BATCHED + PLAIN + TOKEN_BY_TOKEN + REFUSED) == sorted(KINDS)
 
 
 @torch.no_grad()
@@ -45,7 +47,7 @@ def assert_random_calls_equal_plain_forward_passes(model: PreTrainedModel, toler
     streams, texts = token_streams(model, SLOTS, POSITIONS), [[] for _ in range(SLOTS)]
     made = set()
     for _ in range(40):
-        call = rng.choice(["extend", "extend", "extend_all", "read", "generate", "branch", "truncate", "copy", "reset"])
+        call = rng.choice(["extend", "extend", "everywhere", "read", "generate", "branch", "truncate", "copy", "reset"])
         made.add(call)
         slots = rng.sample(range(SLOTS), rng.randint(1, SLOTS))
         for slot in slots:
@@ -72,8 +74,10 @@ def assert_random_calls_equal_plain_forward_passes(model: PreTrainedModel, toler
             case "extend":
                 for slot, row in zip(slots, streams.extend(slots, chunks), strict=True):
                     assert_close(row, expected[slot][0][-1])
-            case "extend_all" | "branch":
-                for slot, chunk, rows in zip(slots, chunks, streams.extend_all(slots, chunks), strict=True):
+            case "everywhere" | "branch":
+                sizes = [len(chunk) for chunk in chunks]
+                found = streams.extend(slots, chunks, sizes).split(sizes)
+                for slot, chunk, rows in zip(slots, chunks, found, strict=True):
                     assert_close(rows, expected[slot][0][-len(chunk) :])
                     if call == "branch":
                         texts[slot] = before[slot]
@@ -92,10 +96,10 @@ def assert_random_calls_equal_plain_forward_passes(model: PreTrainedModel, toler
     assert len(made) == 8
 
 
-@pytest.mark.parametrize("kind", FAST)
+@pytest.mark.parametrize("kind", PACKED + BATCHED)
 def test_fast_kinds(kind: str, caplog: pytest.LogCaptureFixture) -> None:
     model = model_of(kind)
-    assert isinstance(token_streams(model, 1, 8), Streams)
+    assert isinstance(token_streams(model, 1, 8), PackedStreams if kind in PACKED else Streams)
     assert "slow path" not in caplog.text
     assert_random_calls_equal_plain_forward_passes(model)
 

@@ -9,8 +9,8 @@ import torch
 from polars.testing import assert_frame_equal
 
 from dmr_pipeline.agent.memory import halving, in_pieces, out_of_memory_names
+from dmr_pipeline.agent.packed_streams import PackedStreams
 from dmr_pipeline.agent.rollout import Trajectory, play_alone
-from dmr_pipeline.agent.streams import Streams
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.ladder import Ladder
 from dmr_pipeline.recipe import Recipe, load_recipe
@@ -24,15 +24,15 @@ GAMES = [run.task for run in RUNS]
 
 def fits(monkeypatch: pytest.MonkeyPatch, rows: int, after_calls: int = 0) -> list[int]:
     """Let a forward pass of more rows than these run out of memory, from some call on; the rows of those that ran."""
-    extend, ran = Streams.extend, list[int]()
+    extend, ran = PackedStreams.extend, list[int]()
 
-    def bounded(self, slots, chunks):
+    def bounded(self, slots, chunks, counts=None):
         if len(ran) >= after_calls and len(slots) > rows:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         ran.append(len(slots))
-        return extend(self, slots, chunks)
+        return extend(self, slots, chunks, counts)
 
-    monkeypatch.setattr(Streams, "extend", bounded)
+    monkeypatch.setattr(PackedStreams, "extend", bounded)
     return ran
 
 
@@ -57,15 +57,20 @@ def test_the_batch_is_halved_until_it_fits_and_the_episodes_are_the_same(
 def test_what_breaks_off_inside_a_forward_pass_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     """The cache of the first layer is then written, that of the second is not."""
     expected = play_alone(HIGH, GAMES, PROMPTER, STEPS, 7)
-    layer = HIGH.base_model.layers[1].self_attn
-    forward, broken = layer.forward, list[int]()
+    layer = HIGH.base_model.layers[1].self_attn.v_proj
+    forward, extend, longest, broken = layer.forward, PackedStreams.extend, list[int](), list[int]()
 
-    def bounded(hidden_states, *args, **kwargs):
-        if len(hidden_states) > 1 and kwargs["past_key_values"].read > 60:
+    def noted(self, slots, chunks, counts=None):
+        longest.append(max(self.lengths) if len(slots) > 1 else 0)
+        return extend(self, slots, chunks, counts)
+
+    def bounded(hidden_states):
+        if longest[-1] > 60:
             broken.append(len(hidden_states))
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return forward(hidden_states, *args, **kwargs)
+        return forward(hidden_states)
 
+    monkeypatch.setattr(PackedStreams, "extend", noted)
     monkeypatch.setattr(layer, "forward", bounded)
     assert taken(play_alone(HIGH, GAMES, PROMPTER, STEPS, 7)) == taken(expected)
     assert len(broken) == 2

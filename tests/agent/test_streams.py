@@ -11,6 +11,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from dmr_pipeline.agent.packed_streams import PackedStreams
 from dmr_pipeline.agent.streams import Streams
 from dmr_pipeline.errors import UserError
 from tests.agent.kinds import model_of
@@ -58,7 +59,7 @@ chunk = st.one_of(
 )
 calls = st.lists(
     st.one_of(
-        st.tuples(st.sampled_from(["extend", "extend_all"]), st.dictionaries(st.integers(0, 4), chunk, min_size=1)),
+        st.tuples(st.sampled_from(["extend", "everywhere"]), st.dictionaries(st.integers(0, 4), chunk, min_size=1)),
         st.tuples(st.just("truncate"), st.tuples(st.integers(0, 4), st.floats(0, 1))),
         st.tuples(st.just("reset"), st.lists(st.integers(0, 4), max_size=2)),
         st.tuples(st.just("copy"), st.tuples(st.integers(0, 4), st.sets(st.integers(0, 4), max_size=3))),
@@ -68,20 +69,21 @@ calls = st.lists(
 )
 
 
+@pytest.mark.parametrize("kind", [Streams, PackedStreams])
 @pytest.mark.parametrize("model", MODELS, ids=["qwen3-tied", "qwen3", "llama"])
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(calls=calls)
-def test_any_interleaving_equals_plain_forward_passes(model: PreTrainedModel, calls: list) -> None:
-    streams, texts = Streams(model, slots=5, capacity=2000), [[] for _ in range(5)]
+def test_any_interleaving_equals_plain_forward_passes(kind: type, model: PreTrainedModel, calls: list) -> None:
+    streams, texts = kind(model, slots=5, capacity=2000), [[] for _ in range(5)]
     for call, argument in calls:
         match call:
-            case "extend" | "extend_all":
+            case "extend" | "everywhere":
                 slots, chunks = list(argument), list(argument.values())
-                logits = getattr(streams, call)(slots, chunks)
-                for slot, new, row in zip(slots, chunks, logits, strict=True):
+                counts = [1 if call == "extend" else len(chunk) for chunk in chunks]
+                rows = streams.extend(slots, chunks, None if call == "extend" else counts)
+                for slot, new, found in zip(slots, chunks, rows.split(counts), strict=True):
                     texts[slot] = [*texts[slot], *new]
-                    expected = uncached(model, texts[slot])
-                    assert_close(row, expected[-1] if call == "extend" else expected[-len(new) :])
+                    assert_close(found, uncached(model, texts[slot])[-len(found) :])
             case "truncate":
                 slot, share = argument
                 texts[slot] = texts[slot][: int(share * len(texts[slot]))]
@@ -98,10 +100,11 @@ def test_any_interleaving_equals_plain_forward_passes(model: PreTrainedModel, ca
         assert streams.lengths == [len(text) for text in texts]
 
 
+@pytest.mark.parametrize("kind", [Streams, PackedStreams])
 @pytest.mark.parametrize("model", MODELS, ids=["qwen3-tied", "qwen3", "llama"])
-def test_greedy_generation_equals_generate(model: PreTrainedModel) -> None:
+def test_greedy_generation_equals_generate(kind: type, model: PreTrainedModel) -> None:
     prompts = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10], [11, 12]]
-    streams = Streams(model, slots=4, capacity=64)
+    streams = kind(model, slots=4, capacity=64)
     logits = streams.extend(range(4), prompts)
     generated: list[list[int]] = [[] for _ in prompts]
     wanted = [8, 3, 12, 5]  # rows leave the batch one after another
@@ -120,8 +123,9 @@ def test_greedy_generation_equals_generate(model: PreTrainedModel) -> None:
         assert alone[0, len(prompt) :].tolist() == tokens
 
 
-def test_grows_up_to_its_capacity_and_refuses_more_without_a_change() -> None:
-    streams = Streams(MODELS[0], slots=2, capacity=601)
+@pytest.mark.parametrize("kind", [Streams, PackedStreams])
+def test_grows_up_to_its_capacity_and_refuses_more_without_a_change(kind: type) -> None:
+    streams = kind(MODELS[0], slots=2, capacity=601)
     text = [i % VOCABULARY for i in range(601)]
     for start in range(0, 600, 200):
         logits = streams.extend([1], [text[start : start + 200]])
