@@ -11,9 +11,10 @@ import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import rms_norm, scaled_dot_product_attention
 from transformers import PreTrainedModel
 
@@ -84,7 +85,7 @@ class PackedStreams:
         self.lengths = [0] * slots
         """Tokens in each slot; a slot's number is its row in the cache."""
         self._windows = windows
-        self._decoder = decoder_of(model)
+        self._decoder = cast(Any, decoder_of(model))
         kinds = model.config.layer_types if len(windows) > 1 else list(windows) * len(self._decoder.layers)
         self._layers = [_Layer(layer, kind) for layer, kind in zip(self._decoder.layers, kinds, strict=True)]
         self._shared = self._layers[0].heads // self._layers[0].key_value_heads
@@ -294,7 +295,7 @@ class PackedStreams:
 class _Layer:
     """A decoder layer of FAMILY: what comes before its attention, and what comes after."""
 
-    def __init__(self, layer: nn.Module, kind: str) -> None:
+    def __init__(self, layer: Any, kind: str) -> None:
         self.kind = kind
         self._layer, attention = layer, layer.self_attn
         self._attention, config = attention, attention.config
@@ -330,7 +331,7 @@ class _Layer:
         return x + self._layer.mlp(_normed(x, self._layer.post_attention_layernorm))
 
 
-def _normed(x: Tensor, norm: nn.Module) -> Tensor:
+def _normed(x: Tensor, norm: Any) -> Tensor:
     return rms_norm(x, x.shape[-1:], norm.weight, norm.variance_epsilon)
 
 
