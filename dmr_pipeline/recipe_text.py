@@ -4,6 +4,7 @@ What is refused: other encodings than UTF-8, keys that are there twice, tags, an
 proportion to a recipe.
 """
 
+import functools
 import re
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ def short(text: object) -> str:
 
 
 def read_mapping(path: Path) -> dict[Any, Any]:
-    """The mapping that a file holds, not validated.
+    """The mapping that a file holds, not validated. Not to be changed: who reads the same text again is given the same one.
 
     Raises:
         UserError: the file cannot be read or holds anything else; the message is one line that names the file.
@@ -60,6 +61,7 @@ def read_mapping(path: Path) -> dict[Any, Any]:
     return found
 
 
+@functools.lru_cache(maxsize=16)  # each step of a run reads its recipe, and several times
 def _parse(text: str) -> object:
     """Raises: YAMLError, ValueError."""
     # In pure Python, which reads nested text without recursion here; what it recurses over below is bounded.

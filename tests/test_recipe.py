@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import re
+from copy import deepcopy
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from dmr_pipeline.recipe import (
     recipe_names,
 )
 from dmr_pipeline.recipe_fields import Section
+from dmr_pipeline.recipe_text import read_mapping
 from dmr_pipeline.versioning import dvc_stages
 from tests.fake_project import RECIPE_YAML, REPOSITORY
 
@@ -460,6 +462,20 @@ def test_a_file_without_permission_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "x.yaml").chmod(0)
     with pytest.raises(UserError, match=r"x.yaml: cannot be read: Permission denied"):
         load_recipe("x", tmp_path)
+
+
+def test_a_text_is_parsed_once_and_what_it_holds_is_not_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text(RECIPE_YAML.replace("quantile: 0.5", "quantile: 0.25"))
+    first, held = load_recipe("x", tmp_path), deepcopy(read_mapping(path))
+    monkeypatch.setattr("dmr_pipeline.recipe_text.YAML", lambda **options: pytest.fail("it is parsed again"))
+    assert load_recipe("x", tmp_path) == first
+    assert read_mapping(path) == held
+    monkeypatch.undo()
+    path.write_text(RECIPE_YAML.replace("quantile: 0.5", "quantile: 0.75"))
+    assert load_recipe("x", tmp_path).sensitivity.quantile == 0.75
 
 
 BAD_NAMES = [

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from ruamel.yaml import YAML
 
 from dmr_pipeline import pipeline
 from dmr_pipeline.artifacts import materialize_stage
@@ -72,3 +73,21 @@ def test_a_command_that_looks_imports_nothing_heavy(
     assert ("report.html" in shown.stdout) == (arguments[0] in ("report", "run"))
     assert "dmr_pipeline.cli" in shown.stderr.split()
     assert sorted({*HEAVY, *further} & set(shown.stderr.split())) == []
+
+
+def test_a_run_parses_yaml_at_most_twice_a_stage(project: Recipe, monkeypatch: pytest.MonkeyPatch):
+    """What `dvc.lock` has become, and little else: parsed for each question, it would be most of a run's overhead."""
+    from dmr_pipeline.defs import runs
+
+    load, parsed = YAML.load, []
+
+    def counted(reader: YAML, stream: object) -> object:
+        parsed.append(stream)
+        return load(reader, stream)
+
+    monkeypatch.setattr(YAML, "load", counted)
+    runs.materialize(pipeline.STAGES, RECIPE, [stage.name for stage in pipeline.STAGES])
+    assert len(pipeline.STAGES) <= len(parsed) <= 2 * len(pipeline.STAGES)
+    parsed.clear()
+    runs.materialize(pipeline.STAGES, RECIPE, [stage.name for stage in pipeline.STAGES])
+    assert parsed == []

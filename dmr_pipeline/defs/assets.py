@@ -73,9 +73,9 @@ def _build_asset(stage: Stage, stages: Sequence[Stage], partitions: dg.Partition
         with as_dagster_failures(context):
             recipe = load_recipe(context.partition_key)
             dvc_stages.check_rendered(stages, recipe_names())
-            observe(context.instance, recipe, stage.sections)
-            # Dagster read the versions of what this step depends on before the sections were observed.
-            context.get_step_execution_context().fetch_external_input_asset_version_info()
+            if observe(context.instance, recipe, stage.sections):
+                # Dagster read the versions of what this step depends on before.
+                context.get_step_execution_context().fetch_external_input_asset_version_info()
             return _materialize(context, stage, stages, recipe, config)
 
     return asset

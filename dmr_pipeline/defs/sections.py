@@ -46,10 +46,12 @@ def new_observations(
             yield dg.AssetObservation(key, partition=recipe.name, tags={DATA_VERSION_TAG: version})
 
 
-def observe(instance: dg.DagsterInstance, recipe: Recipe, sections: Sequence[str]) -> None:
-    """Report the sections whose content is new."""
-    for observation in new_observations(instance, recipe, sections):
+def observe(instance: dg.DagsterInstance, recipe: Recipe, sections: Sequence[str]) -> bool:
+    """Report the sections whose content is new; False where none is."""
+    observations = list(new_observations(instance, recipe, sections))
+    for observation in observations:
         instance.report_runless_asset_event(observation)
+    return bool(observations)
 
 
 def build_section_sensor(sections: Sequence[str]) -> dg.SensorDefinition:

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
-from ruamel.yaml import YAML
 
 from dmr_pipeline import interrupts
-from dmr_pipeline.artifacts import DATA_ROOT, Artifact, artifact_folder, hash_files
+from dmr_pipeline.artifacts import DATA_ROOT, MANIFEST, Artifact, artifact_folder
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.hashing import file_md5
 from dmr_pipeline.recipe import RECIPE_FOLDER
+from dmr_pipeline.recipe_text import read_mapping
 from dmr_pipeline.stage import Stage
 from dmr_pipeline.versioning import lock_file
 from dmr_pipeline.versioning.dvc_project import dvc_at_rest, repository
@@ -132,13 +132,14 @@ def records(entries: lock_file.Entries, stage: Stage, recipe: str, artifact: Art
 
 
 def _expected_entry(stage: Stage, recipe: str, artifact: Artifact) -> dict[str, Any]:
+    """With the keys in DVC's order."""
     recipe_file = RECIPE_FOLDER / f"{recipe}.yaml"
-    content = _yaml().load(recipe_file)
+    content = read_mapping(recipe_file)
     inputs = sorted((artifact_folder(name, recipe), md5) for name, md5 in artifact.manifest.inputs.items())
     return {
         "cmd": stage_command(stage, recipe),
         **({"deps": [_expected_item(folder, md5) for folder, md5 in inputs]} if inputs else {}),
-        "params": {recipe_file.as_posix(): {name: content.get(name) for name in stage.sections}},
+        "params": {recipe_file.as_posix(): {name: content.get(name) for name in sorted(stage.sections)}},
         "outs": [_expected_item(artifact.path, artifact.hash)],
     }
 
@@ -148,14 +149,10 @@ def _expected_item(folder: Path, md5: str) -> dict[str, str | int]:
     return {"path": folder.as_posix(), "hash": "md5", "md5": md5, "size": sum(sizes), "nfiles": len(sizes)}
 
 
-def _yaml() -> YAML:
-    """DVC's own reader: PyYAML takes 1e-3 for a string."""
-    return YAML(typ="safe")
-
-
 def commit(stage: Stage, recipe: str, *, rebuilt: bool, artifact: Artifact) -> bool:
-    """Record a materialised artefact in DVC; True where there was something to record. As `dvc commit`, but a kill at any
-    moment leaves the old `dvc.lock` or the new one, and an object of the cache that is damaged is replaced.
+    """Record a materialised artefact in DVC; True where there was something to record. As `dvc commit` does, to the byte, but a
+    kill at any moment leaves the old `dvc.lock` or the new one, an object of the cache that is damaged is replaced, and
+    `dvc.yaml`, which takes longer to read than most artefacts to hash, stays closed.
 
     Inside `dvc repro` nothing is to be done: DVC records the stage itself when its command ends.
 
@@ -166,24 +163,29 @@ def commit(stage: Stage, recipe: str, *, rebuilt: bool, artifact: Artifact) -> b
         return False
     if not rebuilt and is_committed(stage, recipe, artifact):
         return False
-    from dvc.exceptions import DvcException
-
-    address = stage_address(stage, recipe)
-    with dvc_at_rest(), repository() as repo:
+    with dvc_at_rest():
         lock_file.check_and_copy()
-        try:
-            row = repo.stage.load_one(name=address)
-            row.save()
-            if [out.hash_info.value for out in row.outs] != [artifact.hash]:
-                raise UserError(f"{artifact.path} was changed while it was recorded: run again")
-            drop_damaged(repo.cache.local, [artifact.hash, *hash_files(artifact.path).values()])
-            for out in row.outs:
-                out.commit(relink=False)  # what is published is not written again
-        except DvcException as error:
-            raise UserError(f"dvc could not commit {address}: {' '.join(str(error).split())}") from error
+        if recipe not in stage.committed_recipes:
+            _add_to_cache(artifact)
         with interrupts.held_back():  # short, and a commit that is done need not be done again
-            lock_file.record(row)
+            lock_file.record(stage_address(stage, recipe), _expected_entry(stage, recipe, artifact))
     return True
+
+
+def _add_to_cache(artifact: Artifact) -> None:
+    """The files, as copies: what is published is not written again."""
+    with repository() as repo:
+        from dvc.fs import localfs
+        from dvc_data.hashfile.build import build
+        from dvc_data.hashfile.transfer import transfer
+
+        cache = repo.cache.local
+        source, _, tree = build(cache, str(artifact.path.absolute()), localfs, "md5", ignore=repo.dvcignore)
+        if tree.hash_info.value != artifact.hash:
+            raise UserError(f"{artifact.path} was changed while it was recorded: run again")
+        manifest = file_md5(artifact.path / MANIFEST)
+        drop_damaged(cache, [artifact.hash, manifest, *artifact.manifest.files.values()])
+        transfer(source, cache, {tree.hash_info}, shallow=False)
 
 
 def drop_damaged(cache: "HashFileDB", oids: Iterable[str]) -> list[str]:

@@ -9,7 +9,7 @@ import os
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ruamel.yaml import YAML
@@ -17,9 +17,6 @@ from ruamel.yaml.error import YAMLError
 
 from dmr_pipeline.errors import UserError, printable
 from dmr_pipeline.versioning.dvc_project import dvc_at_rest
-
-if TYPE_CHECKING:
-    from dvc.stage import PipelineStage
 
 LOCK_FILE = Path("dvc.lock")
 COPY = Path(".dvc/tmp/dvc.lock.copy")
@@ -90,9 +87,15 @@ def lost_entries(entries: Entries) -> Entries:
     return {} if not lost or _git_has_it_so() else lost
 
 
-@functools.lru_cache(maxsize=4)  # a run asks several times at each stage, and the file is seldom another one
 def parse(content: bytes) -> Entries:
     """Raises: ValueError: why it is no `dvc.lock`, in a few words that follow its name."""
+    entries: Entries = _load(content).get("stages", {})
+    return entries
+
+
+@functools.lru_cache(maxsize=4)  # a run asks several times at each stage, and the file is seldom another one
+def _load(content: bytes) -> Mapping[str, Any]:
+    """As `parse`, all of it."""
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -113,19 +116,17 @@ def parse(content: bytes) -> Entries:
         raise ValueError(
             f"is not as DVC writes it ({printable(f'{where}: ' if where else '')}{first['msg']})"
         ) from error
-    entries: Entries = loaded.get("stages", {})
-    return entries
+    whole: Mapping[str, Any] = loaded
+    return whole
 
 
-def record(stage: "PipelineStage") -> None:
-    """Put the saved stage's entry into the file. For who holds DVC's lock."""
-    from dvc.stage.serialize import to_lockfile
-    from dvc.utils.serialize import dumps_yaml, parse_yaml_for_update
+def record(address: str, entry: Mapping[str, Any]) -> None:
+    """Put a stage's entry into the file. For who holds DVC's lock, and has read the file."""
+    from dvc.utils.serialize import dumps_yaml
 
-    text = LOCK_FILE.read_text(encoding="utf-8") if LOCK_FILE.is_file() else ""
-    data = parse_yaml_for_update(text, LOCK_FILE) or {"schema": "2.0"}
-    data.setdefault("stages", {}).update(to_lockfile(stage))
-    _replace(LOCK_FILE, dumps_yaml(data).encode())
+    before: Mapping[str, Any] = _load(LOCK_FILE.read_bytes()) if LOCK_FILE.is_file() else {"schema": "2.0"}
+    after = {**before, "stages": {**before.get("stages", {}), address: entry}}
+    _replace(LOCK_FILE, dumps_yaml(after).encode())
     check_and_copy()
 
 

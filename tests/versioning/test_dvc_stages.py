@@ -90,6 +90,15 @@ def test_commit_records_what_dvc_then_calls_up_to_date(project: Recipe):
     assert "up to date" in dvc("status", f"benchmark_tasks@{RECIPE}")
 
 
+def test_commit_leaves_dvc_yaml_closed(project: Recipe):
+    """DVC reads it twice, for longer than anything else of a commit takes, and `dvc.lock` as often."""
+    stage = pipeline.STAGES[0]
+    artifact = materialize_stage(stage, project).artifact
+    Path("dvc.yaml").unlink()
+    assert dvc_stages.commit(stage, RECIPE, artifact=artifact, rebuilt=True)
+    assert dvc_stages.is_committed(stage, RECIPE, artifact)
+
+
 def test_dvc_lock_is_not_read_while_dvc_writes_it(project: Recipe):
     """DVC writes it in place: half a file may be no YAML, or hide an entry."""
     stage = pipeline.STAGES[0]
@@ -148,8 +157,9 @@ def test_nothing_is_committed_inside_dvc_repro(project: Recipe, monkeypatch: pyt
 
 def test_dvcs_refusal_is_one_line(project: Recipe):
     artifact = materialize_stage(pipeline.STAGES[0], project).artifact
-    Path("dvc.yaml").write_text("stages: {}\n")
-    with pytest.raises(UserError, match=r"dvc could not commit benchmark_tasks@fake: .*") as raised:
+    config = Path(".dvc/config")
+    config.write_text(f"{config.read_text()}[no section]\n")
+    with pytest.raises(UserError, match=r"^DVC: .*no section") as raised:
         dvc_stages.commit(pipeline.STAGES[0], RECIPE, artifact=artifact, rebuilt=True)
     assert "\n" not in str(raised.value)
 
