@@ -6,7 +6,6 @@ number names an artefact in Dagster and in DVC.
 """
 
 import hashlib
-import importlib.metadata
 import json
 import logging
 import os
@@ -52,7 +51,7 @@ FULL_DISK_BYTES = 1 << 20
 class Manifest(BaseModel):
     """What an artefact was made from and what it holds. Part of the hashed folder."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
     stage: str
     recipe: str
@@ -72,7 +71,7 @@ class Manifest(BaseModel):
 
 
 class _RecordPart(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
 
 class GitState(_RecordPart):
@@ -525,6 +524,8 @@ def _write_sidecar(folder: Path, record: RunRecord) -> None:
 
 
 def _installed_version(name: str) -> str | None:
+    import importlib.metadata  # with all that reads e-mails
+
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:

@@ -5,7 +5,7 @@ import json
 import os
 from pathlib import Path
 
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.hashing import file_md5
@@ -13,11 +13,13 @@ from dmr_pipeline.hashing import file_md5
 ADAPTER_CONFIG = "adapter_config.json"
 MEMORY = Path("data/scratch/.pretrained.json")
 """File -> its size, time of change and hash, as `content_hash` last found them."""
-_MEMORY = TypeAdapter(dict[str, tuple[int, int, str]])
+_MEMORY = TypeAdapter(dict[str, tuple[int, int, str]], config=ConfigDict(defer_build=True))
 
 
 class AdapterConfig(BaseModel):
     """What is read here of a PEFT adapter's config; PEFT reads the rest."""
+
+    model_config = ConfigDict(defer_build=True)
 
     base_model_name_or_path: str | None = None
     """A folder, if relative then to the working directory, or a hub id."""

@@ -350,7 +350,7 @@ class Agent(Section):
 
     pretrained: Pretrained | None = None
     training: Training | None = None
-    prompt: Prompt = Prompt()
+    prompt: Prompt = Field(default_factory=Prompt)
     action: Literal["generate", "score"] = Field(
         "generate", description="generate the action, or score the admissible ones"
     )
@@ -711,9 +711,9 @@ class Recipe(Section):
     grpo_router: GrpoRouter
     evaluation: Evaluation
     release: Release
-    retraining: Retraining = Retraining()
-    versioning: Versioning = Versioning()
-    runtime: Runtime = Runtime()
+    retraining: Retraining = Field(default_factory=Retraining)
+    versioning: Versioning = Field(default_factory=Versioning)
+    runtime: Runtime = Field(default_factory=Runtime)
 
 
 UNHASHED_SECTIONS = frozenset({"retraining", "versioning", "runtime"})

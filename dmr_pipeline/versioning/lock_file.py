@@ -28,13 +28,15 @@ Entries = Mapping[str, Mapping[str, Any]]
 class _Item(BaseModel):
     """A dependency or an output. DVC may note more of it than what is read here."""
 
+    model_config = ConfigDict(defer_build=True)
+
     path: str
     hash: Literal["md5"] = "md5"
     md5: str | None = None
 
 
 class _Entry(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", defer_build=True)
 
     cmd: str | list[str]
     deps: list[_Item] = []
@@ -45,7 +47,7 @@ class _Entry(BaseModel):
 class _Lock(BaseModel):
     """The file as DVC writes it. DVC's own schema comes with all of DVC, which takes longer to import than the file to read."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", defer_build=True)
 
     version: Literal["2.0"] = Field(alias="schema")
     stages: dict[str, _Entry] = {}
