@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from dmr_pipeline.agent.caching import rows_that_fit, token_streams, transcript_capacity
 from dmr_pipeline.agent.checkpoint import load_causal_lm, load_tokenizer, resolve_device
 from dmr_pipeline.agent.examples import Example, expert_example
+from dmr_pipeline.agent.known import Known
 from dmr_pipeline.agent.memory import halving, in_pieces
 from dmr_pipeline.agent.prompts import Prompter
 from dmr_pipeline.agent.rollout import Clock, RoutingPolicy, Run, Trajectory, play, play_alone, warn_of_outgrown
@@ -331,6 +332,7 @@ class Ladder:
         seed: int,
         clock: Clock | None = None,
         advance: Callable[[int], None] = lambda _: None,
+        known: Known | None = None,
     ) -> list[Trajectory]:
         """`rollout.play` with these two precisions and the recipe's way of acting, in the recipe's number of processes.
 
@@ -338,6 +340,7 @@ class Ladder:
             policy: each process has a copy of its own; what it remembers of the episodes is lost.
             seed: of the actions.
             clock: gets the seconds of all processes.
+            known: what may be looked up, by and by what is found; by default what this call itself finds.
         """
         found: list[Trajectory] = []
 
@@ -346,11 +349,15 @@ class Ladder:
             if clock is not None:
                 clock.add(spent)
 
-        self.play_each([PolicyRuns(policy, runs, advance)], seed, keep)
+        self.play_each([PolicyRuns(policy, runs, advance)], seed, keep, known)
         return found
 
     def play_each(
-        self, plays: Sequence[PolicyRuns], seed: int, on_played: Callable[[int, list[Trajectory], Clock], None]
+        self,
+        plays: Sequence[PolicyRuns],
+        seed: int,
+        on_played: Callable[[int, list[Trajectory], Clock], None],
+        known: Known | None = None,
     ) -> None:
         """As `play`, several policies one after another: a process that has played its share of one goes on with the next,
         so that all are busy to the end. A game is played by the same process under every policy.
@@ -359,13 +366,17 @@ class Ladder:
             seed: of the actions.
             on_played: called here as soon as one of `plays` is finished everywhere, in their order: its index, its
                 trajectories in the order of its runs, and the seconds that all processes spent on it.
+            known: what may be looked up, by and by what is found; by default what this call itself finds.
         """
+        known = known if known is not None else Known()
         rows = self.rows  # the same in all processes
         parts = deal_by_game([play.runs for play in plays], self.processes)
 
-        def play_part(part: Sequence[Sequence[int]], tell: Callable[[_Ended | _Share], None]) -> None:
-            for index, mine in enumerate(part):
-                tell(self._play_share(index, plays[index], mine, rows, seed, tell))
+        def play_part(part: Sequence[Sequence[int]], tell: Callable[[_Ended | _Share], None]) -> Known:
+            mine = known.copied()
+            for index, runs in enumerate(part):
+                tell(self._play_share(index, plays[index], runs, rows, seed, tell, mine))
+            return mine.since(known)
 
         waiting = [len(parts)] * len(plays)
         found: list[dict[int, Trajectory]] = [{} for _ in plays]
@@ -384,7 +395,8 @@ class Ladder:
                 warn_of_outgrown(played, self.capacity)
                 on_played(index, played, clocks[index])
 
-        in_processes(play_part, parts, told)
+        for found_there in in_processes(play_part, parts, told):
+            known.add(found_there)
 
     def _play_share(
         self,
@@ -394,6 +406,7 @@ class Ladder:
         rows: int,
         seed: int,
         tell: Callable[[_Ended | _Share], None],
+        known: Known,
     ) -> _Share:
         """One process's share of the runs, by their indices."""
         spent, done = Clock(), dict[int, Trajectory]()
@@ -411,6 +424,7 @@ class Ladder:
                 spent,
                 lambda count: tell(_Ended(index, count)),
                 done,
+                known if self.recipe.runtime.reuse_actions else None,
             )
 
         played = halving(min(rows, len(mine)), "episodes", attempt) if mine else []

@@ -694,6 +694,10 @@ class Runtime(Section):
     batch_episodes: Batch = Field(
         64, description="episodes acted on at once in a process; fewer where a GPU runs out of memory"
     )
+    reuse_actions: bool = Field(
+        True,
+        description="look up what a precision does at a transcript that it has met before; false computes it again",
+    )
 
     def problems(self) -> Iterator[tuple[str, str]]:
         if self.threads > 1 and self.processes > 1:

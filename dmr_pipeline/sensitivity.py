@@ -9,7 +9,7 @@ precision takes.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -22,6 +22,7 @@ from torch import Tensor
 from dmr_pipeline.agent.memory import in_pieces
 from dmr_pipeline.agent.prompts import Prompter
 from dmr_pipeline.agent.streams import TokenStreams
+from dmr_pipeline.agent.writing import NgramGuesses, write
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.ladder import Ladder
 from dmr_pipeline.parallel import deal, in_processes
@@ -48,6 +49,10 @@ STEPS = pl.Schema(
 )
 """Divergences in nats. `entropy_low` (nats, summed) and `margin_low` (smallest gap between the two likeliest tokens'
 probabilities) are those of low precision along its own greedy action. `success` is the episode's outcome."""
+
+
+_MOST_LOGITS = 2**27
+"""Held at once, of one precision: 512 MB. A comparison holds those of whole actions."""
 
 
 class _Transcript(NamedTuple):
@@ -109,7 +114,8 @@ def measure(
     advance: Callable[[int], None] = lambda _: None,
 ) -> pl.DataFrame:
     """Divergences of every step of these trajectories: the columns of STEPS but `sensitive`, in the steps' order."""
-    counted = ladder.recipe.sensitivity.tokens
+    counted, prompter = ladder.recipe.sensitivity.tokens, ladder.prompter
+    most = max(1, _MOST_LOGITS // (len(prompter.tokenizer) * prompter.prompt.max_action_tokens))
     transcripts = steps.group_by("episode_id", maintain_order=True).agg("segment", "action")
     context = episodes.select("episode_id", "task_id", "task_type", "policy", "success")
     longest_first = transcripts.with_columns(turns=pl.col("segment").list.len()).sort(
@@ -118,12 +124,15 @@ def measure(
 
     def compare_episodes(episodes: _Batch) -> list[tuple[object, ...]]:
         rows: list[tuple[object, ...]] = []
-        streams = ladder.streams(len(episodes))
+        streams, guesses = ladder.streams(len(episodes)), NgramGuesses()
         for turn in range(len(episodes[0].segments)):
-            live = [i for i, episode in enumerate(episodes) if turn < len(episode.segments)]
-            new = [(episodes[i].actions[turn - 1] if turn else []) + episodes[i].segments[turn] for i in live]
-            compared = compare(streams, live, new, ladder.prompter, counted)
-            rows += [(episodes[i].name, turn, *vars(found).values()) for i, found in zip(live, compared, strict=True)]
+            running = [i for i, episode in enumerate(episodes) if turn < len(episode.segments)]
+            for first in range(0, len(running), most):
+                live = running[first : first + most]
+                new = [(episodes[i].actions[turn - 1] if turn else []) + episodes[i].segments[turn] for i in live]
+                done = [episodes[i].actions[turn] for i in live]
+                compared = compare(streams, live, new, prompter, counted, done, guesses)
+                rows += [(episodes[i].name, turn, *vars(each).values()) for i, each in zip(live, compared, strict=True)]
         return rows
 
     def compare_batches(batches: Sequence[_Batch], advance: Callable[[int], None]) -> list[tuple[object, ...]]:
@@ -148,81 +157,90 @@ def measure(
     )
 
 
-@dataclass
-class _Acting:
-    """What one step has come to: a few numbers a token, since logits of a real vocabulary are too large to keep."""
-
-    start: int
-    """Tokens of the transcript."""
-    high: list[int] = field(default_factory=list)
-    """High precision's greedy action, as far as it is known."""
-    low: list[int] = field(default_factory=list)
-    """Low precision's own."""
-    between: list[tuple[float, float, float]] = field(default_factory=list)
-    """KL(high||low), KL(low||high) and Jensen-Shannon of each token of the high-precision action; nats."""
-    own: list[tuple[float, float]] = field(default_factory=list)
-    """Entropy (nats) and margin of low precision at each token of its own action."""
-
-    def divergence(self, high_from: int, low_from: int) -> Divergence:
-        """Over the tokens of both actions from these on; of no tokens, sums are 0 and the margin is 1."""
-        high_low, low_high, js = (max(0.0, math.fsum(column)) for column in _columns(self.between[high_from:], 3))
-        entropies, margins = _columns(self.own[low_from:], 2)
-        agree = self.high[high_from:] == self.low[low_from:]
-        return Divergence(high_low, low_high, js, agree, math.fsum(entropies), min(margins, default=1.0))
-
-
 def compare(
     streams: Mapping[bool, TokenStreams],
     slots: Sequence[int],
     chunks: Sequence[list[int]],
     prompter: Prompter,
     tokens: Literal["action", "command"] = "action",
+    recorded: Sequence[list[int]] | None = None,
+    guesses: NgramGuesses | None = None,
 ) -> list[Divergence]:
     """Append the chunks to both precisions' streams, and compare what they would do next; the streams end there.
 
-    Both precisions go along the high-precision greedy action, token by token. Where low precision would write another token,
-    it is then taken back to that place and goes on alone, for its entropy and its margin.
+    High precision writes its greedy action, and low precision is taken along it. Where low precision would write another
+    token, it is then taken back to that place and goes on alone, for its entropy and its margin.
 
     Args:
         tokens: of the actions, what is counted: all, or those after the thought. An action whose thought does not end has none.
+        recorded: what was done next, a good guess at what either would do. Not more than that: it changes no outcome.
+        guesses: used beside it, and taught.
     """
-    logits = {high: streams[high].extend(slots, chunks) for high in (True, False)}
-    acting = [_Acting(streams[True].lengths[slot]) for slot in slots]
-    waiting, apart = list(range(len(slots))), dict[int, int]()
-    while waiting:
-        between, own = token_divergences(logits[True], logits[False]), own_numbers(logits[False])
-        choices = [logits[high].argmax(-1).tolist() for high in (True, False)]
-        for i, numbers, low_numbers, high_token, low_token in zip(waiting, between, own, *choices, strict=True):
-            acting[i].between.append(numbers)
-            if i not in apart:
-                acting[i].own.append(low_numbers)
-                acting[i].low.append(low_token)
-                if low_token != high_token:
-                    apart[i] = low_token
-            acting[i].high.append(high_token)
-        waiting = [i for i in waiting if not prompter.is_complete(acting[i].high)]
-        if waiting:
-            new = [[acting[i].high[-1]] for i in waiting]
-            logits = {high: streams[high].extend([slots[i] for i in waiting], new) for high in (True, False)}
-    waiting = [i for i in apart if not prompter.is_complete(acting[i].low)]
-    for i in waiting:
-        streams[False].truncate(slots[i], acting[i].start + len(acting[i].low) - 1)
-    while waiting:
-        low = streams[False].extend([slots[i] for i in waiting], [[acting[i].low[-1]] for i in waiting])
-        for i, numbers, token in zip(waiting, own_numbers(low), low.argmax(-1).tolist(), strict=True):
-            acting[i].own.append(numbers)
-            acting[i].low.append(token)
-        waiting = [i for i in waiting if not prompter.is_complete(acting[i].low)]
-    for high in (True, False):
-        for slot, one in zip(slots, acting, strict=True):
-            streams[high].truncate(slot, one.start)
+    recorded = recorded or [[] for _ in slots]
+    guesses = guesses or NgramGuesses()
+    most = prompter.prompt.max_action_tokens
+
+    def guess(i: int, written: list[int]) -> list[int]:
+        if recorded[i][: len(written)] == written:
+            return recorded[i][len(written) :]
+        return guesses.guess([*chunks[i][-8:], *written], most - len(written) - 1)
+
+    def greedy(logits: Tensor, _: object) -> list[int]:
+        return list(logits.argmax(-1).tolist())
+
+    starts = [streams[True].lengths[slot] + len(chunk) for slot, chunk in zip(slots, chunks, strict=True)]
+    high = write(streams[True], slots, chunks, greedy, list, guess, prompter.is_complete)
+    sizes = [len(action.tokens) for action in high]
+    along = [chunk + action.tokens[:-1] for chunk, action in zip(chunks, high, strict=True)]
+    low_logits = streams[False].extend(slots, along, sizes)
+    between = token_divergences(torch.stack([row for action in high for row in action.facts]), low_logits)
+    own, choices = own_numbers(low_logits), greedy(low_logits, None)
+
+    actions, numbers, at = [], [], 0
+    for action, size in zip(high, sizes, strict=True):
+        chosen = choices[at : at + size]
+        apart = next((n for n in range(size) if chosen[n] != action.tokens[n]), size - 1)
+        actions.append(chosen[: apart + 1])
+        numbers.append(own[at : at + apart + 1])
+        at += size
+    alone = [i for i in range(len(slots)) if not prompter.is_complete(actions[i])]
+    for i in alone:
+        streams[False].truncate(slots[i], starts[i] + len(actions[i]) - 1)
+    last = [actions[i][-1:] for i in alone]
+    begun = [actions[i] for i in alone]
+    rest = write(
+        streams[False],
+        [slots[i] for i in alone],
+        last,
+        greedy,
+        own_numbers,
+        lambda place, written: guess(alone[place], written),
+        prompter.is_complete,
+        begun=begun,
+    )
+    for i, written in zip(alone, rest, strict=True):
+        actions[i] = written.tokens
+        numbers[i] = numbers[i] + written.facts
+    for slot, chunk, start, action, low_action in zip(slots, chunks, starts, high, actions, strict=True):
+        for precision in (True, False):
+            streams[precision].truncate(slot, start)
+        for taught in (action.tokens, low_action):
+            guesses.learn(chunk, taught)
 
     def counted_from(action: list[int]) -> int:
         if tokens == "action" or prompter.prompt.thought_end is None:
             return 0
         return prompter.thought_length(action) or len(action)
 
-    return [one.divergence(counted_from(one.high), counted_from(one.low)) for one in acting]
+    found, at = [], 0
+    for action, size, low_action, of_low in zip(high, sizes, actions, numbers, strict=True):
+        high_from, low_from = counted_from(action.tokens), counted_from(low_action)
+        high_low, low_high, js = (max(0.0, math.fsum(c)) for c in _columns(between[at + high_from : at + size], 3))
+        entropies, margins = _columns(of_low[low_from:], 2)
+        agree = action.tokens[high_from:] == low_action[low_from:]
+        found.append(Divergence(high_low, low_high, js, agree, math.fsum(entropies), min(margins, default=1.0)))
+        at += size
+    return found
 
 
 def token_divergences(high: Tensor, low: Tensor) -> list[tuple[float, float, float]]:

@@ -13,6 +13,7 @@ import polars as pl
 import torch
 from rich.progress import Progress
 
+from dmr_pipeline.agent.known import Known
 from dmr_pipeline.agent.prompts import Moment, Prompter
 from dmr_pipeline.agent.rollout import Clock, RoutingPolicy, Run, SinglePrecision, Trajectory
 from dmr_pipeline.environments.tasks import read_tasks
@@ -95,11 +96,14 @@ def trajectories(context: StageContext) -> StageResult:
             bar = progress.add_task(f"episodes by {behaviour.name}", total=len(runs))
             policy = behaviour_policy(behaviour.high_ratio, recipe.trajectories.seed)
             plays.append(PolicyRuns(policy, runs, partial(progress.advance, bar)))
-        ladder.play_each(plays, recipe.trajectories.seed, on_played)
+        known = Known()
+        ladder.play_each(plays, recipe.trajectories.seed, on_played, known)
     episodes, steps = (pl.concat(parts) for parts in zip(*frames, strict=True))
     episodes.write_parquet(context.output / "episodes.parquet")
     steps.write_parquet(context.output / "steps.parquet")
-    return StageResult(summary=summary, measured={"seconds_per_step": (clock.agent + clock.environment) / clock.steps})
+    seconds = (clock.agent + clock.environment) / clock.steps
+    measured = {"seconds_per_step": seconds, "share_of_actions_looked_up": known.share}
+    return StageResult(summary=summary, measured=measured)
 
 
 def behaviour_policy(high_ratio: float, seed: int) -> RoutingPolicy:

@@ -35,7 +35,7 @@ from dmr_pipeline.recipe import Architecture, Precisions, Recipe, Rung, load_rec
 from dmr_pipeline.router.baselines import Confidence, Disagreement, RandomMixing
 from dmr_pipeline.stage import StageContext
 from tests.agent.test_memory import fits
-from tests.agent.test_rollout import HIGH, LOW, PROMPTER, RUNS, STEPS, roll
+from tests.agent.test_rollout import HIGH, LOW, PROMPTER, RUNS, STEPS, but_for_rounding, roll
 
 REPOSITORY = Path(__file__).parents[1]
 PRECISIONS = Precisions(
@@ -234,7 +234,7 @@ def test_policies_side_by_side_play_what_each_plays_alone(processes: int) -> Non
     assert ended == [len(runs) for _, runs in PLAYS]
     for (policy, runs), (_, played, clock) in zip(PLAYS, heard, strict=True):
         assert [trajectory.run for trajectory in played] == list(runs)
-        assert played == acting_ladder(1).play(runs, policy, 0)
+        assert but_for_rounding(played) == but_for_rounding(acting_ladder(1).play(runs, policy, 0))
         assert clock.steps == sum(len(trajectory.steps) for trajectory in played)
         assert len(clock.durations) >= max(len(trajectory.steps) for trajectory in played)
     assert heard[0][1] == roll(SinglePrecision(high=True)), "and what plain `rollout.play` plays"
@@ -266,7 +266,7 @@ def test_each_policy_is_halved_for_itself_where_memory_does_not_suffice(monkeypa
     ran, heard = fits(monkeypatch, rows=2), []
     plays = [PolicyRuns(policy, runs) for policy, runs in PLAYS]
     acting_ladder(1).play_each(plays, 0, lambda _, played, __: heard.append(played))
-    assert heard == expected
+    assert [but_for_rounding(played) for played in heard] == [but_for_rounding(played) for played in expected]
     assert max(ran) == 2
 
 

@@ -48,6 +48,8 @@ def test_divergences_equal_torchs_and_keep_their_bounds(seed: int, tokens: int) 
 class TableStreams:
     """A model without rounding: its logits are drawn from its seed and all tokens before them."""
 
+    cuts = True
+
     def __init__(self, slots: int, seed: object) -> None:
         self.texts: list[list[int]] = [[] for _ in range(slots)]
         self.seed, self.capacity = seed, 100
@@ -63,10 +65,15 @@ class TableStreams:
         assert 0 <= length <= len(self.texts[slot])
         del self.texts[slot][length:]
 
-    def extend(self, slots: list[int], chunks: list[list[int]]) -> torch.Tensor:
+    def extend(self, slots: list[int], chunks: list[list[int]], counts: list[int] | None = None) -> torch.Tensor:
         for slot, chunk in zip(slots, chunks, strict=True):
             self.texts[slot] += chunk
-        return torch.stack([self.logits(self.texts[slot]) for slot in slots])
+        ends = [
+            self.texts[slot][: len(self.texts[slot]) - back]
+            for slot, count in zip(slots, counts or [1] * len(slots), strict=True)
+            for back in reversed(range(count))
+        ]
+        return torch.stack([self.logits(text) for text in ends])
 
 
 class Shape:
@@ -83,12 +90,14 @@ class Shape:
 
 
 @pytest.mark.parametrize(("tokens", "thinks"), [("action", True), ("command", True), ("command", False)])
-@given(st.integers(0, 10_000))
+@given(st.integers(0, 10_000), st.lists(st.lists(st.integers(0, 5), max_size=8), min_size=3, max_size=3))
 @settings(max_examples=60, deadline=None)
-def test_a_comparison_equals_one_written_down_straight(tokens: str, thinks: bool, seed: int) -> None:
+def test_a_comparison_equals_one_written_down_straight(
+    tokens: str, thinks: bool, seed: int, recorded: list[list[int]]
+) -> None:
     prefixes, shape = [[3, 4], [5], [2, 2, 5]], Shape(thinks)
     streams = {high: TableStreams(3, (seed, high and seed % 5 > 0)) for high in (True, False)}  # sometimes equal ones
-    found = compare(streams, [0, 1, 2], prefixes, shape, tokens)
+    found = compare(streams, [0, 1, 2], prefixes, shape, tokens, recorded)
     assert [stream.texts for stream in streams.values()] == [prefixes, prefixes]
 
     def greedy(model: TableStreams, prefix: list[int]) -> list[int]:

@@ -14,7 +14,7 @@ from itertools import accumulate, pairwise
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import rms_norm, scaled_dot_product_attention
 from transformers import PreTrainedModel
 
@@ -295,8 +295,9 @@ class PackedStreams:
 class _Layer:
     """A decoder layer of FAMILY: what comes before its attention, and what comes after."""
 
-    def __init__(self, layer: Any, kind: str) -> None:
+    def __init__(self, module: nn.Module, kind: str) -> None:
         self.kind = kind
+        layer = cast(Any, module)
         self._layer, attention = layer, layer.self_attn
         self._attention, config = attention, attention.config
         self.scale: float = attention.scaling
@@ -331,8 +332,8 @@ class _Layer:
         return x + self._layer.mlp(_normed(x, self._layer.post_attention_layernorm))
 
 
-def _normed(x: Tensor, norm: Any) -> Tensor:
-    return rms_norm(x, x.shape[-1:], norm.weight, norm.variance_epsilon)
+def _normed(x: Tensor, norm: nn.Module) -> Tensor:
+    return rms_norm(x, x.shape[-1:], cast(Tensor, norm.weight), cast(float, norm.variance_epsilon))
 
 
 def _zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:

@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dmr_pipeline.agent.caching import token_streams, transcript_capacity
+from dmr_pipeline.agent.known import Known, KnownAction, StatesKey, Transcript
 from dmr_pipeline.agent.memory import halving
 from dmr_pipeline.agent.prompts import Moment, Prompter
 from dmr_pipeline.agent.streams import TokenStreams
@@ -53,7 +54,7 @@ class Peek(Protocol):
         ...
 
     def states(self, slots: Sequence[int], layers: Sequence[int]) -> Tensor:
-        """Low precision's hidden states once it has read the transcript: float32 [slots, len(layers) * hidden size].
+        """Low precision's hidden states once it has read the transcript: float32 [slots, len(layers) * hidden size], on the CPU.
 
         One forward pass, which is lost only where high precision then acts: otherwise generation goes on from it.
 
@@ -190,7 +191,9 @@ class _Slot:
     episode: Episode
     trajectory: Trajectory
     segment: list[int]
-    transcript: list[int] = field(default_factory=list)
+    transcript: Transcript = field(default_factory=Transcript)
+    read: dict[bool, int] = field(default_factory=lambda: {True: 0, False: 0})
+    """Precision is high -> tokens that it has read. Its stream may lag behind, where it was looked up what it does."""
 
 
 def play(
@@ -205,6 +208,7 @@ def play(
     clock: Clock | None = None,
     advance: Callable[[int], None] = lambda _: None,
     done: dict[int, Trajectory] | None = None,
+    known: Known | None = None,
 ) -> list[Trajectory]:
     """Play all runs, each until it ends, has taken `step_limit` steps or has no room for another; results are in the order of
     `runs` and do not depend on how many slots there are (but for rounding).
@@ -217,9 +221,11 @@ def play(
         advance: called with the number of episodes that have just ended (progress).
         done: episodes that were played before, by their index in `runs`; those that end are added, so that where this breaks
             off another call can go on.
+        known: greedy actions of these agents, which are looked up, and those that are found are added. Without it everything
+            is computed.
     """
     clock = clock if clock is not None else Clock()
-    batch = _Batch(agents, prompter, policy, action, temperature, seed, clock)
+    batch = _Batch(agents, prompter, policy, action, temperature, seed, clock, known if temperature == 0 else None)
     done = done if done is not None else {}
     queue = [(index, run) for index, run in enumerate(runs) if index not in done][::-1]
     free = list(range(min(len(agents[True].lengths), len(agents[False].lengths))))[::-1]
@@ -294,17 +300,18 @@ class _Batch:
         temperature: float,
         seed: int,
         clock: Clock,
+        known: Known | None,
     ) -> None:
-        self.agents, self.prompter, self.policy = agents, prompter, policy
+        self.agents, self.prompter, self.policy, self.known = agents, prompter, policy, known
         self.capacity = min(streams.capacity for streams in agents.values())
         self.scores = action == "score"
-        self.act = self._score if self.scores else self._generate
-        """act(high, slots): the action of one precision for each slot."""
+        self._compute = self._score if self.scores else self._generate
+        """(high, slots) -> the action of one precision for each slot."""
         self.temperature, self.seed, self.clock = temperature, seed, clock
         self.slots: dict[int, _Slot] = {}
         self._guesses = NgramGuesses()
-        self._read: dict[int, tuple[Tensor, int]] = {}
-        """Where low precision has read the transcript in this step: logits after it, and how many tokens were new."""
+        self._after: dict[int, Tensor] = {}
+        """Where low precision has read the transcript in this step: logits [vocabulary] after it."""
 
     def start(self, slot: int, run: Run, step_limit: int) -> None:
         episode = begin_episode(run.task)
@@ -328,14 +335,14 @@ class _Batch:
         if self.scores:
             commands = state.episode.admissible_commands()
             longest = max(longest, *(len(self.prompter.action(command)) for command in commands))
-        return len(state.transcript) + len(state.segment) + longest
+        return len(state.transcript.tokens) + len(state.segment) + longest
 
     def step(self, step_limit: int) -> list[int]:
         """One step of every running episode; returns the slots whose episode has ended."""
         slots = sorted(self.slots)
         running = [self.slots[slot] for slot in slots]
         for state in running:
-            state.transcript += state.segment
+            state.transcript.append(state.segment)
         peek = _BatchPeek(self, slots)
         started = time.perf_counter()
         decisions = self.policy.decide(slots, [state.segment for state in running], peek)
@@ -349,8 +356,12 @@ class _Batch:
                 chosen |= dict(zip(mine, self.act(high, mine), strict=True))
         for high in peek.drafted:
             for slot, state in zip(slots, running, strict=True):
-                self.agents[high].truncate(slot, len(state.transcript))
-        self._read.clear()
+                read = len(state.transcript.tokens)
+                state.read[high] = read
+                self.agents[high].truncate(slot, min(read, self.agents[high].lengths[slot]))
+        for slot in peek.asked_for_states:
+            self.slots[slot].read[False] = max(self.slots[slot].read[False], len(self.slots[slot].transcript.tokens))
+        self._after.clear()
         acted = time.perf_counter()
         ended = []
         for slot, state, decision in zip(slots, running, decisions, strict=True):
@@ -371,7 +382,7 @@ class _Batch:
                     decision.forced,
                 )
             )
-            state.transcript += taken.action
+            state.transcript.append(taken.action)
             self.policy.acted(slot, taken.action)
             done = len(state.trajectory.steps)
             if over or done >= step_limit:
@@ -392,60 +403,84 @@ class _Batch:
 
     def read_states(self, slots: Sequence[int], layers: Sequence[int]) -> Tensor:
         """`Peek.states`; what is read here is not read again by an action of this step."""
-        chunks = self._unread(False, slots)
-        logits, states = self.agents[False].read(slots, chunks, layers)
-        self._read = {slot: (row, len(chunk)) for slot, row, chunk in zip(slots, logits, chunks, strict=True)}
-        return states
+        keys = {slot: (tuple(layers), self.slots[slot].transcript.digest()) for slot in slots}
+        known = self.known.states if self.known is not None else {}
+        first = {keys[slot]: slot for slot in reversed(slots) if keys[slot] not in known}
+        found: dict[StatesKey, NDArray[np.float32]] = {}
+        if new := sorted(first.values()):
+            chunks = self._unread(False, new)
+            logits, states = self.agents[False].read(new, chunks, layers)
+            self._after = dict(zip(new, logits, strict=True))
+            found = {keys[slot]: row for slot, row in zip(new, states.cpu().numpy(), strict=True)}
+            if self.known is not None and self.known.has_room():
+                known |= found
+        rows = [found[keys[slot]] if keys[slot] in found else known[keys[slot]] for slot in slots]
+        return torch.from_numpy(np.stack(rows))
+
+    def act(self, high: bool, slots: list[int]) -> list[Draft]:
+        """The action of one precision for each slot."""
+        drafts = []
+        for slot, taken in zip(slots, self._actions(high, slots), strict=True):
+            state = self.slots[slot]
+            held = len(state.transcript.tokens)
+            drafts.append(Draft(taken.tokens, held - state.read[high] + taken.read, taken.margin))
+            state.read[high] = held + taken.kept
+        return drafts
+
+    def _actions(self, high: bool, slots: list[int]) -> list[KnownAction]:
+        """Looked up or computed."""
+        if self.known is None:
+            return self._compute(high, slots)
+        keys = {slot: (high, self.slots[slot].transcript.digest()) for slot in slots}
+        known = self.known.actions
+        new = sorted({keys[slot]: slot for slot in reversed(slots) if keys[slot] not in known}.values())
+        computed = self._compute(high, new) if new else []
+        found = {keys[slot]: action for slot, action in zip(new, computed, strict=True)}
+        self.known.asked += len(slots)
+        self.known.looked_up += len(slots) - len(new)
+        if self.known.has_room():
+            known |= found
+        return [found[keys[slot]] if keys[slot] in found else known[keys[slot]] for slot in slots]
 
     def _unread(self, high: bool, slots: Sequence[int]) -> list[list[int]]:
         lengths = self.agents[high].lengths
-        return [self.slots[slot].transcript[lengths[slot] :] for slot in slots]
+        return [self.slots[slot].transcript.tokens[lengths[slot] :] for slot in slots]
 
-    def _first_logits(self, high: bool, slots: list[int]) -> tuple[Tensor, list[int]]:
-        """Logits [slots, vocabulary] of the action's first token, and for each slot the tokens that were read for them."""
-        known = {} if high else self._read
-        if new := [slot for slot in slots if slot not in known]:
-            chunks = self._unread(high, new)
-            logits = self.agents[high].extend(new, chunks)
-            known = known | {slot: (row, len(chunk)) for slot, row, chunk in zip(new, logits, chunks, strict=True)}
-        rows, counts = zip(*(known[slot] for slot in slots), strict=True)
-        return torch.stack(rows), list(counts)
-
-    def _generate(self, high: bool, slots: list[int]) -> list[Draft]:
-        """The action of one precision for each slot, token by token."""
-        most, transcripts = self.prompter.prompt.max_action_tokens, [self.slots[slot].transcript for slot in slots]
-        read = {} if high else {i: self._read[slot] for i, slot in enumerate(slots) if slot in self._read}
-        unread = self._unread(high, slots)
+    def _generate(self, high: bool, slots: list[int]) -> list[KnownAction]:
+        """Token by token."""
+        most, transcripts = (
+            self.prompter.prompt.max_action_tokens,
+            [self.slots[slot].transcript.tokens for slot in slots],
+        )
+        read = {} if high else {i: self._after[slot] for i, slot in enumerate(slots) if slot in self._after}
         written = write(
             self.agents[high],
             slots,
-            unread,
+            self._unread(high, slots),
             choose=lambda logits, places: self._choose(logits, [(slots[i], index) for i, index in places]),
             observe=_leads,
             guess=lambda i, tokens: self._guesses.guess([*transcripts[i][-8:], *tokens], most - len(tokens) - 1),
             is_complete=self.prompter.is_complete,
-            known={i: logits for i, (logits, _) in read.items()},
+            known=read,
         )
-        drafts = []
-        for i, action in enumerate(written):
-            self._guesses.learn(transcripts[i], action.tokens)
-            new = read[i][1] if i in read else len(unread[i])
-            drafts.append(Draft(action.tokens, new + len(action.tokens) - 1, min(action.facts)))
-        return drafts
+        actions = []
+        for transcript, action in zip(transcripts, written, strict=True):
+            self._guesses.learn(transcript, action.tokens)
+            fed = len(action.tokens) - 1
+            actions.append(KnownAction(action.tokens, min(action.facts), read=fed, kept=fed))
+        return actions
 
-    def _score(self, high: bool, slots: list[int]) -> list[Draft]:
-        """The admissible command that one precision finds likeliest, or a draw by probability, for each slot."""
+    def _score(self, high: bool, slots: list[int]) -> list[KnownAction]:
+        """The admissible command that is likeliest, or a draw by probability."""
         streams = self.agents[high]
         candidates = [
             [self.prompter.action(command) for command in self.slots[slot].episode.admissible_commands()]
             for slot in slots
         ]
-        logits, read = self._first_logits(high, slots)
-        processed = [
-            tokens + sum(len(command) - 1 for command in commands)
-            for tokens, commands in zip(read, candidates, strict=True)
-        ]
-        first = logits.log_softmax(-1)
+        after = {} if high else {slot: self._after[slot] for slot in slots if slot in self._after}
+        if new := [slot for slot in slots if slot not in after]:
+            after |= dict(zip(new, streams.extend(new, self._unread(high, new)), strict=True))
+        first = torch.stack([after[slot] for slot in slots]).log_softmax(-1)
         scores: list[list[float]] = [[] for _ in slots]
         for k in range(max(len(commands) for commands in candidates)):
             mine = [i for i in range(len(slots)) if k < len(candidates[i])]
@@ -456,13 +491,14 @@ class _Batch:
                 command = candidates[i][k]
                 following = rows.log_softmax(-1).gather(-1, torch.tensor(command[1:], device=rows.device)[:, None])
                 scores[i].append(float(first[i, command[0]] + following.sum()))
-                streams.truncate(slots[i], len(self.slots[slots[i]].transcript))
-        drafts = []
-        for i, slot in enumerate(slots):
-            values = torch.tensor([scores[i]])
+                streams.truncate(slots[i], len(self.slots[slots[i]].transcript.tokens))
+        actions = []
+        for slot, commands, of_commands in zip(slots, candidates, scores, strict=True):
+            values = torch.tensor([of_commands])
             chosen = self._choose(values, [(slot, 0)])[0]
-            drafts.append(Draft(candidates[i][chosen], processed[i], _leads(values)[0]))
-        return drafts
+            read = sum(len(command) - 1 for command in commands)
+            actions.append(KnownAction(commands[chosen], _leads(values)[0], read, kept=0))
+        return actions
 
     def _choose(self, logits: Tensor, positions: list[tuple[int, int]]) -> list[int]:
         """A token for each (slot, index in the action)."""
@@ -483,6 +519,7 @@ class _BatchPeek:
     def __init__(self, batch: _Batch, slots: list[int]) -> None:
         self._batch, self._slots = batch, slots
         self.drafted: dict[bool, list[Draft]] = {}
+        self.asked_for_states: Sequence[int] = ()
 
     def drafts(self, high: bool) -> list[Draft]:
         if high not in self.drafted:
@@ -490,6 +527,7 @@ class _BatchPeek:
         return self.drafted[high]
 
     def states(self, slots: Sequence[int], layers: Sequence[int]) -> Tensor:
+        self.asked_for_states = slots
         return self._batch.read_states(slots, layers)
 
     def admissible_commands(self) -> list[Sequence[str]]:

@@ -13,6 +13,7 @@ import torch
 from pydantic import JsonValue
 from rich.progress import Progress
 
+from dmr_pipeline.agent.known import Known
 from dmr_pipeline.agent.prompts import truncation_policy
 from dmr_pipeline.agent.rollout import Clock, RoutingPolicy, Run, SinglePrecision, Trajectory
 from dmr_pipeline.cost import reward
@@ -69,10 +70,12 @@ def evaluation_report(context: StageContext) -> StageResult:
 
     with Progress() as progress:
         candidates = router_entries(routers, files, ladder.slots(len(validation)))
-        validated = evaluate(candidates, ladder, validation, progress, " on validation", on_validation)
+        known, known_on_test = Known(), Known()
+        validated = evaluate(candidates, ladder, validation, progress, " on validation", on_validation, known)
         chosen, choice = choose_headline(validated, recipe.grpo_router)
-        cascade = confidence_cascade(ladder, validation[: recipe.evaluation.confidence_games], progress, on_validation)
-        frames += play_test(ladder, routers, files, cascade, test, progress, on_test)
+        games = validation[: recipe.evaluation.confidence_games]
+        cascade = confidence_cascade(ladder, games, progress, on_validation, known)
+        frames += play_test(ladder, routers, files, cascade, test, progress, on_test, known_on_test)
     tables.drop_unused()
     episodes, section = pl.concat(frames), recipe.evaluation
     metrics = compute_metrics(
@@ -119,9 +122,9 @@ def evaluation_report(context: StageContext) -> StageResult:
         "confidence": cascade,
         **{name: routing_policy(router, 1) for name, router in routers.items()},
     }
-    games = test[:_TIMED_GAMES]
-    timed = {name: seconds_per_step(policy, ladder, games) for name, policy in acting.items()}
-    return StageResult(summary=summary, measured={"seconds_per_step": timed})
+    timed = {name: seconds_per_step(policy, ladder, test[:_TIMED_GAMES]) for name, policy in acting.items()}
+    looked_up = {"validation": known.share, "test": known_on_test.share}
+    return StageResult(summary=summary, measured={"seconds_per_step": timed, "share_of_actions_looked_up": looked_up})
 
 
 def play_test(
@@ -132,6 +135,7 @@ def play_test(
     games: Sequence[Task],
     progress: Progress,
     kept: KeptTables,
+    known: Known,
 ) -> list[pl.DataFrame]:
     """Rows of all policies but the rungs alone, in the report's order. Arguments as of `router_entries` and `evaluate`."""
     slots = ladder.slots(len(games))
@@ -140,10 +144,10 @@ def play_test(
         compared += search_entries(routers, files, slots)
     # These first: the others come by many of their transcripts.
     in_turn = sorted(compared, key=lambda entry: entry.name not in ("always_high", "always_low", "disagreement"))
-    played = evaluate(in_turn, ladder, games, progress, kept=kept)
+    played = evaluate(in_turn, ladder, games, progress, kept=kept, known=known)
     section = ladder.recipe.evaluation
     mixes = {name: random_mix(name, played[name], section.seed, section.random_draws) for name in routers}
-    played |= evaluate(list(mixes.values()), ladder, games, progress, kept=kept)
+    played |= evaluate(list(mixes.values()), ladder, games, progress, kept=kept, known=known)
     names = [[entry.name] + ([mixes[entry.name].name] if entry.name in mixes else []) for entry in compared]
     return [played[name] for name in chain(*names)]
 
@@ -199,13 +203,16 @@ def random_mix(router: str, played: pl.DataFrame, seed: int, draws: int) -> Entr
     return Entry(f"random@{router}", "random", RandomMixing(ratio, seed), parameters, draws)
 
 
-def confidence_cascade(ladder: Ladder, games: Sequence[Task], progress: Progress, kept: KeptTables) -> Confidence:
+def confidence_cascade(
+    ladder: Ladder, games: Sequence[Task], progress: Progress, kept: KeptTables, known: Known
+) -> Confidence:
     """At the threshold that gives the recipe's ratio in closed loop on validation games."""
     section, runs = ladder.recipe.evaluation, [Run(game) for game in games]
     bar = progress.add_task("confidence on validation", total=None)
 
     def play(threshold: float) -> list[Trajectory]:
-        return ladder.play(runs, Confidence(threshold), section.seed, advance=lambda n: progress.advance(bar, n))
+        policy = Confidence(threshold)
+        return ladder.play(runs, policy, section.seed, advance=lambda n: progress.advance(bar, n), known=known)
 
     facts: dict[str, JsonValue] = {"confidence_ratio": section.confidence_ratio, "confidence_games": len(games)}
     found = kept.read(**facts)

@@ -11,6 +11,7 @@ import polars as pl
 from pydantic import JsonValue
 from rich.progress import Progress
 
+from dmr_pipeline.agent.known import Known
 from dmr_pipeline.agent.rollout import Clock, RoutingPolicy, Run, SinglePrecision, Trajectory
 from dmr_pipeline.artifacts import MANIFEST, Manifest
 from dmr_pipeline.cost import episode_cost
@@ -46,11 +47,13 @@ def evaluate(
     progress: Progress,
     note: str = "",
     kept: KeptTables | None = None,
+    known: Known | None = None,
 ) -> dict[str, pl.DataFrame]:
     """Rows of `PLAYED` for each policy, by its name. They are played side by side, in this order.
 
     Args:
         kept: where each draw of a policy is looked for before it is played, and written as soon as the policy has played.
+        known: as in `Ladder.play_each`.
     """
     found: dict[tuple[str, int], pl.DataFrame] = {}
     missing: list[tuple[Entry, list[int]]] = []
@@ -79,7 +82,7 @@ def evaluate(
         names = [entry.name for entry in entries if all(entry is not other for other, _ in missing)]
         log.info("not played again%s: %s", note, ", ".join(names))
     if plays:
-        ladder.play_each(plays, ladder.recipe.evaluation.seed, on_played)
+        ladder.play_each(plays, ladder.recipe.evaluation.seed, on_played, known)
     return {entry.name: pl.concat([found[entry.name, draw] for draw in range(entry.draws)]) for entry in entries}
 
 

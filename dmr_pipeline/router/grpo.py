@@ -28,6 +28,7 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
+from dmr_pipeline.agent.known import Known
 from dmr_pipeline.agent.memory import out_of_memory_names
 from dmr_pipeline.agent.rollout import Clock, Run, Trajectory, seeded_generator
 from dmr_pipeline.artifacts import hash_files
@@ -109,7 +110,7 @@ def grpo_router(context: StageContext) -> StageResult:
         played = play_games(validation, policy, ladder, section.seed, "router at threshold 0.5", Clock())
         probabilities = np.array([s.probability for trajectory in played for s in trajectory.steps if not s.forced])
         chosen, point, _ = calibrate_threshold(
-            chosen, probabilities, section.target_ratio, validation, ladder, section.seed, Clock()
+            chosen, probabilities, section.target_ratio, validation, ladder, section.seed, Clock(), Known()
         )
         summary |= {
             "target_ratio": section.target_ratio,
@@ -119,7 +120,8 @@ def grpo_router(context: StageContext) -> StageResult:
         }
     save_router(chosen, context.output / ROUTER_FOLDER)
     log.write_parquet(context.output / "training.parquet")
-    return StageResult(summary=summary, measured={"seconds": time.perf_counter() - started})
+    measured = {"seconds": time.perf_counter() - started, "share_of_validation_actions_looked_up": session.known.share}
+    return StageResult(summary=summary, measured=measured)
 
 
 @dataclass(frozen=True)
@@ -210,6 +212,8 @@ class Session(TrainerCallback):
         self.router, self.start, self.scorer, self.validation = router, start, scorer, validation
         self.games = {game.task_id: game for game in games}
         self.section = scorer.ladder.recipe.grpo_router
+        self.known = Known()
+        """On validation games, where only what the router does counts and no probability is kept."""
         self.rows: list[dict[str, Any]] = []
         self.best_weights: Mapping[str, Tensor] = {}
         self.best_update, self.best_reward = 0, float("-inf")
@@ -253,7 +257,7 @@ class Session(TrainerCallback):
         """Log how the router acts at its threshold, and keep its weights if none were better."""
         runs = [Run(game) for game in self.validation]
         policy = routing_policy(self.router, self.scorer.ladder.slots(len(runs)))
-        means = self.scorer.means(self.scorer.ladder.play(runs, policy, self.section.seed))
+        means = self.scorer.means(self.scorer.ladder.play(runs, policy, self.section.seed, known=self.known))
         self.rows[-1] |= {f"validation_{name}": value for name, value in means.items()}
         if means["reward"] > self.best_reward:
             self.best_update, self.best_reward = update, means["reward"]

@@ -20,6 +20,7 @@ from scipy.special import expit
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from dmr_pipeline.agent.known import Known
 from dmr_pipeline.agent.memory import out_of_memory_names
 from dmr_pipeline.agent.rollout import Clock, RoutingPolicy, Run, Trajectory
 from dmr_pipeline.environments.base import Task
@@ -100,9 +101,9 @@ def kl_router(context: StageContext) -> StageResult:
     scale, shift = platt(unweighted, sensitive)
     router = with_settings(router, scale=scale, offset=scale * router.settings.offset + shift)
     probabilities = expit(router.settings.scale * margins + router.settings.offset)
-    clock = Clock()
+    clock, known = Clock(), Known()
     router, point, tried = calibrate_threshold(
-        router, probabilities, section.target_ratio, games, ladder, section.seed, clock
+        router, probabilities, section.target_ratio, games, ladder, section.seed, clock, known
     )
 
     save_router(router, context.output / ROUTER_FOLDER)
@@ -140,8 +141,8 @@ def kl_router(context: StageContext) -> StageResult:
             "validation_success": round(point.success, 5),
         },
         measured={
-            "seconds_per_decision": clock.router / clock.steps,
             "seconds_per_step": (clock.router + clock.agent + clock.environment) / clock.steps,
+            "share_of_actions_looked_up": known.share,
         },
     )
 
@@ -196,7 +197,14 @@ def with_settings(router: Router, **changes: float) -> Router:
 
 
 def calibrate_threshold(
-    router: Router, probabilities: Floats, target: float, games: Sequence[Task], ladder: Ladder, seed: int, clock: Clock
+    router: Router,
+    probabilities: Floats,
+    target: float,
+    games: Sequence[Task],
+    ladder: Ladder,
+    seed: int,
+    clock: Clock,
+    known: Known,
 ) -> tuple[Router, OperatingPoint, list[OperatingPoint]]:
     """The router at the threshold that gives the target ratio in closed loop on these games.
 
@@ -209,7 +217,7 @@ def calibrate_threshold(
 
     def play_at(value: float) -> OperatingPoint:
         policy = routing_policy(with_settings(router, threshold=value), ladder.slots(len(games)))
-        played = play_games(games, policy, ladder, seed, f"router at threshold {value:.3f}", clock)
+        played = play_games(games, policy, ladder, seed, f"router at threshold {value:.3f}", clock, known)
         return OperatingPoint.of(value, played)
 
     point, tried = find_threshold(play_at, probabilities, target)
@@ -354,11 +362,17 @@ def validate(router: Router, games: Sequence[Task], ladder: Ladder, recipe: Reci
 
 
 def play_games(
-    games: Sequence[Task], policy: RoutingPolicy, ladder: Ladder, seed: int, title: str, clock: Clock
+    games: Sequence[Task],
+    policy: RoutingPolicy,
+    ladder: Ladder,
+    seed: int,
+    title: str,
+    clock: Clock,
+    known: Known | None = None,
 ) -> list[Trajectory]:
-    """One episode of each game under the policy."""
+    """One episode of each game under the policy; `known` as in `Ladder.play`."""
     with Progress() as progress:
         bar = progress.add_task(title, total=len(games))
         return ladder.play(
-            [Run(game) for game in games], policy, seed, clock, advance=lambda n: progress.advance(bar, n)
+            [Run(game) for game in games], policy, seed, clock, lambda n: progress.advance(bar, n), known
         )

@@ -1,6 +1,7 @@
 """Rollouts: exact switching between precisions, independent of how episodes are batched."""
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import GenerationConfig
 
+from dmr_pipeline.agent.known import Known
 from dmr_pipeline.agent.prompts import Prompter
 from dmr_pipeline.agent.rollout import (
     Decision,
@@ -45,9 +47,14 @@ RUNS = [Run(generate_game(seed)[0]) for seed in range(7)]
 STEPS = 6
 
 
-def roll(policy, slots=7, action="generate", temperature=0.0, seed=0) -> list[Trajectory]:
+def roll(policy, slots=7, action="generate", temperature=0.0, seed=0, runs=RUNS, known=None) -> list[Trajectory]:
     agents = {True: Streams(HIGH, slots, 2048), False: Streams(LOW, slots, 2048)}
-    return play(RUNS, agents, PROMPTER, policy, STEPS, action=action, temperature=temperature, seed=seed)
+    return play(runs, agents, PROMPTER, policy, STEPS, action, temperature, seed, known=known)
+
+
+def but_for_rounding(played: list[Trajectory]) -> list[Trajectory]:
+    """The same episodes, the policy's probabilities in full thousandths."""
+    return [replace(t, steps=[replace(s, probability=round(s.probability, 3)) for s in t.steps]) for t in played]
 
 
 def taken(played: list[Trajectory]) -> list[list[list[int]]]:
@@ -123,6 +130,40 @@ def test_the_cascade_acts_high_where_the_low_draft_was_unsure_and_pays_for_the_d
 @pytest.mark.parametrize("slots", [1, 2, 5])
 def test_results_do_not_depend_on_the_number_of_slots(slots: int) -> None:
     assert taken(roll(RandomMixing(0.5, seed=3), slots)) == taken(roll(RandomMixing(0.5, seed=3)))
+
+
+@pytest.mark.parametrize("action", ["generate", "score"])
+def test_what_is_looked_up_is_what_is_computed(action: str) -> None:
+    """Everything of an episode, the counts of tokens and passes too, under policies that meet each other's transcripts."""
+    policies = [
+        SinglePrecision(True),
+        Disagreement(),
+        RandomMixing(0.5, seed=3),
+        Confidence(0.9),
+        SinglePrecision(False),
+    ]
+    known = Known()
+    groups = [Run(run.task, member) for run in RUNS[:3] for member in range(3)]
+    for policy in policies:
+        computed = roll(copy.deepcopy(policy), action=action, runs=groups)
+        looked_up = roll(copy.deepcopy(policy), slots=4, action=action, runs=groups, known=known)
+        assert but_for_rounding(looked_up) == but_for_rounding(computed)
+    assert 0.5 < known.share < 1
+
+
+def test_what_is_known_needs_no_forward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = Known()
+    first = roll(SinglePrecision(True), known=known)
+    monkeypatch.setattr(Streams, "extend", lambda *_: pytest.fail("a forward pass"))
+    assert roll(SinglePrecision(True), known=known) == first
+
+
+def test_drawn_actions_are_never_looked_up() -> None:
+    known = Known()
+    members = [Run(RUNS[0].task, member) for member in range(6)]
+    drawn_actions = taken(roll(SinglePrecision(True), temperature=1.0, runs=members, known=known))
+    assert len({str(actions) for actions in drawn_actions}) == 6
+    assert not known.actions
 
 
 def test_drawn_actions_depend_on_the_seed_alone() -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from dmr_pipeline.agent.checkpoint import save_causal_lm
+from dmr_pipeline.agent.known import Known
 from dmr_pipeline.agent.rollout import Clock, SinglePrecision, Trajectory
 from dmr_pipeline.artifacts import MANIFEST, Manifest, hash_files
 from dmr_pipeline.environments.alfworld.generator import generate_game
@@ -148,7 +149,7 @@ def counted() -> Iterator[list[Bench]]:
     benches: list[Bench] = []
     play_each = Ladder.play_each
 
-    def counting(ladder: Ladder, plays: Sequence[PolicyRuns], seed: int, on_played: Callable) -> None:
+    def counting(ladder: Ladder, plays: Sequence[PolicyRuns], seed: int, on_played: Callable, known: Known) -> None:
         bench = benches[-1]
 
         def finished(index: int, played: list[Trajectory], clock: Clock) -> None:
@@ -157,7 +158,7 @@ def counted() -> Iterator[list[Bench]]:
             on_played(index, played, clock)
             bench.played.append(f"{label(ladder, plays[index])} {len(played)}")
 
-        play_each(ladder, plays, seed, finished)
+        play_each(ladder, plays, seed, finished, known)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Ladder, "play_each", counting)

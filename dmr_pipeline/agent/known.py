@@ -1,0 +1,92 @@
+"""What a precision does at transcripts that it has met before.
+
+Greedy acting is a function of the transcript: where another policy, or another member of a group, gets to the same place, the
+action can be looked up.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from hashlib import blake2b
+
+import numpy as np
+from numpy.typing import NDArray
+
+_MOST_BYTES = 256_000_000
+"""Beyond it nothing more is kept."""
+_ENTRY_BYTES = 500
+"""About what an action takes, its key included."""
+
+ActionKey = tuple[bool, bytes]
+"""Precision is high, and the transcript's digest."""
+StatesKey = tuple[tuple[int, ...], bytes]
+"""Layers, and the transcript's digest."""
+
+
+@dataclass(frozen=True)
+class KnownAction:
+    tokens: list[int]
+    margin: float
+    """As `rollout.Draft.margin`."""
+    read: int
+    """Tokens that its forward passes read after the transcript."""
+    kept: int
+    """How many of these the stream then holds."""
+
+
+class Transcript:
+    """Token ids, and a digest of them that costs as much as what is appended."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self._hash = blake2b(digest_size=16)
+
+    def append(self, tokens: Sequence[int]) -> None:
+        self.tokens += tokens
+        self._hash.update(np.asarray(tokens, np.int64).tobytes())
+
+    def digest(self) -> bytes:
+        return self._hash.digest()
+
+
+@dataclass
+class Known:
+    """Greedy actions of the two precisions of one ladder, and low precision's hidden states, by transcript.
+
+    They equal what would be computed anew up to rounding, as everything does that is computed in another batch. Whoever needs
+    the same bytes from the same inputs starts from an empty one.
+    """
+
+    actions: dict[ActionKey, KnownAction] = field(default_factory=dict)
+    states: dict[StatesKey, NDArray[np.float32]] = field(default_factory=dict)
+    asked: int = 0
+    """Actions that were wanted."""
+    looked_up: int = 0
+    """Those among them that were known."""
+
+    @property
+    def share(self) -> float:
+        """Of the actions that were wanted, those that were looked up."""
+        return self.looked_up / max(self.asked, 1)
+
+    def has_room(self) -> bool:
+        held = sum(row.nbytes for row in list(self.states.values())[:1]) * len(self.states)
+        return held + _ENTRY_BYTES * len(self.actions) < _MOST_BYTES
+
+    def since(self, earlier: "Known") -> "Known":
+        """What was found since a copy was made of it."""
+        return Known(
+            {key: value for key, value in self.actions.items() if key not in earlier.actions},
+            {key: value for key, value in self.states.items() if key not in earlier.states},
+            self.asked - earlier.asked,
+            self.looked_up - earlier.looked_up,
+        )
+
+    def copied(self) -> "Known":
+        return Known(dict(self.actions), dict(self.states), self.asked, self.looked_up)
+
+    def add(self, found: "Known") -> None:
+        """What another process has found."""
+        self.actions |= found.actions
+        self.states |= found.states
+        self.asked += found.asked
+        self.looked_up += found.looked_up
