@@ -697,6 +697,7 @@ class Runtime(Section):
     reuse_actions: bool = Field(
         True,
         description="look up what a precision does at a transcript that it has met before; false computes it again",
+        exclude_if=bool,
     )
 
     def problems(self) -> Iterator[tuple[str, str]]:
