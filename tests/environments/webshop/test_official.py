@@ -321,7 +321,7 @@ def test_a_pack_is_a_shop_and_says_what_it_was_made_from(data: Path, tmp_path: P
 
 def test_the_full_catalogue_is_taken_where_it_is_there(data: Path):
     write(data, [raw(1), raw(2), raw(3)], files=FILES["full"])
-    assert lines(dmr("--from", str(data)))[2].startswith("items_ins_v2.json: sha256 ")
+    assert any(line.startswith("items_ins_v2.json: sha256 ") for line in lines(dmr("--from", str(data))))
     assert (official_shop()[1].name, official_shop()[1].products) == ("full", 3)
     assert dmr("--from", str(data), "--size", "small").exit_code == 0
     assert (official_shop()[1].name, official_shop()[1].products) == ("small", 2)
