@@ -69,7 +69,8 @@ class Known:
         return self.looked_up / max(self.asked, 1)
 
     def has_room(self) -> bool:
-        held = sum(row.nbytes for row in list(self.states.values())[:1]) * len(self.states)
+        row = next(iter(self.states.values()), None)  # all are of one size
+        held = 0 if row is None else row.nbytes * len(self.states)
         return held + _ENTRY_BYTES * len(self.actions) < _MOST_BYTES
 
     def since(self, earlier: "Known") -> "Known":
