@@ -4,6 +4,7 @@ from functools import partial
 from pathlib import Path
 from statistics import mean, median
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
@@ -14,15 +15,16 @@ from dmr_pipeline.environments.webshop.search import terms
 
 
 def test_the_bench_times_what_it_says(tmp_path: Path) -> None:
+    ballast = np.ones(150_000_000)  # 1.2 GB that are not the bench's own
     made = bench.make(partial(bench.write_long_shop, 300), tmp_path / "shop")
     assert (made.products, len(open_shop(tmp_path / "shop"))) == (300, 300)
     assert 0.01 < made.seconds < 60
-    assert 50e6 < made.peak_bytes < 2e9
+    assert 50e6 < made.peak_bytes < ballast.nbytes
     assert made.product_bytes == (tmp_path / "shop" / "products.parquet").stat().st_size
     assert made.index_bytes > 300 * 50 * 8
     used = bench.use(tmp_path / "shop")
     assert 0 < median(used.searches_s) < used.load_s < 30
-    assert 50e6 < used.load_peak_bytes <= used.peak_bytes < 2e9
+    assert 50e6 < used.load_peak_bytes <= used.peak_bytes < ballast.nbytes
     assert used.steps_a_second > 100
 
 
