@@ -183,7 +183,7 @@ def compare(
     def guess(i: int, written: list[int]) -> list[int]:
         if recorded[i][: len(written)] == written:
             return recorded[i][len(written) :]
-        return guesses.guess([*chunks[i][-8:], *written], most - len(written) - 1)
+        return guesses.guess(chunks[i], written, most - len(written) - 1)
 
     def greedy(logits: Tensor, _: object) -> list[int]:
         return list(logits.argmax(-1).tolist())

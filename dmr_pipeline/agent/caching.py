@@ -6,6 +6,7 @@ What a model's layers and masks allow is found by trying it once on a few tokens
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -33,28 +34,12 @@ class _Way(NamedTuple):
     """One episode a pass, and each kept twice."""
 
 
-def _packed(model: PreTrainedModel, slots: int, capacity: int) -> TokenStreams:
-    return PackedStreams(model, slots, capacity)
-
-
-def _batched(model: PreTrainedModel, slots: int, capacity: int) -> TokenStreams:
-    return Streams(model, slots, capacity)
-
-
-def _plain(model: PreTrainedModel, slots: int, capacity: int) -> TokenStreams:
-    return PlainStreams(model, slots, capacity)
-
-
-def _token_by_token(model: PreTrainedModel, slots: int, capacity: int) -> TokenStreams:
-    return PlainStreams(model, slots, capacity, chunks=False)
-
-
 _WAYS = (
-    _Way(_packed, "packed", slow=False),
-    _Way(_batched, "batched", slow=False),
-    _Way(_plain, "plain: by the model's own cache, one episode a pass, exact and slower", slow=True),
+    _Way(PackedStreams, "packed", slow=False),
+    _Way(Streams, "batched", slow=False),
+    _Way(PlainStreams, "plain: by the model's own cache, one episode a pass, exact and slower", slow=True),
     _Way(
-        _token_by_token,
+        partial(PlainStreams, chunks=False),
         "plain, token by token: by the model's own cache, one token a pass, exact and much slower",
         slow=True,
     ),

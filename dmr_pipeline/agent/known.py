@@ -4,12 +4,16 @@ Greedy acting is a function of the transcript: where another policy, or another 
 action can be looked up.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+
+K = TypeVar("K")
+V = TypeVar("V")
 
 _MOST_BYTES = 256_000_000
 """Beyond it nothing more is kept."""
@@ -68,7 +72,21 @@ class Known:
         """Of the actions that were wanted, those that were looked up."""
         return self.looked_up / max(self.asked, 1)
 
-    def has_room(self) -> bool:
+    def fill(self, table: dict[K, V], keys: dict[int, K], compute: Callable[[list[int]], Sequence[V]]) -> list[V]:
+        """The values of these slots' keys; what is not in the table is computed, once for each key, and added.
+
+        Args:
+            table: one of the two here.
+            compute: slots in their order -> a value each.
+        """
+        new = sorted({key: slot for slot, key in reversed(keys.items()) if key not in table}.values())
+        computed = compute(new) if new else []
+        found = {keys[slot]: value for slot, value in zip(new, computed, strict=True)}
+        if self._has_room():
+            table |= found
+        return [found[key] if key in found else table[key] for key in keys.values()]
+
+    def _has_room(self) -> bool:
         row = next(iter(self.states.values()), None)  # all are of one size
         held = 0 if row is None else row.nbytes * len(self.states)
         return held + _ENTRY_BYTES * len(self.actions) < _MOST_BYTES

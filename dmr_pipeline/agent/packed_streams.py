@@ -19,12 +19,10 @@ from torch.nn.functional import rms_norm, scaled_dot_product_attention
 from transformers import PreTrainedModel
 
 from dmr_pipeline.agent.logits import decoder_of
-from dmr_pipeline.agent.streams import attention_windows, refuse_bad_calls
+from dmr_pipeline.agent.streams import SMALLEST_STORAGE, Lengths, attention_windows, refuse_bad_calls
 
 FAMILY = ("llama", "mistral", "qwen2", "qwen3")
 """Model types whose layers are those of `_Layer`."""
-_SMALLEST_STORAGE = 256
-"""Token positions that a GPU's cache starts with; doubled whenever they do not suffice."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +58,8 @@ class _Group:
     position; None where all see all."""
 
 
-class PackedStreams:
-    """`TokenStreams` of a model of FAMILY.
+class PackedStreams(Lengths):
+    """`TokenStreams` of a model of FAMILY. A slot's number is its row in the cache.
 
     Args:
         model: float or quantized. It is put into evaluation mode. Its weights may not change while this is used.
@@ -72,18 +70,14 @@ class PackedStreams:
         ValueError: the model's layers are of another kind.
     """
 
-    cuts = True
-
     def __init__(self, model: PreTrainedModel, slots: int, capacity: int) -> None:
         windows = attention_windows(model.config)
         if model.config.model_type not in FAMILY or windows is None:
             raise ValueError(
                 f"model type {model.config.model_type!r} has layers of another kind than {', '.join(FAMILY)}"
             )
+        super().__init__(slots, capacity)
         self.model = model.eval()
-        self.capacity = capacity
-        self.lengths = [0] * slots
-        """Tokens in each slot; a slot's number is its row in the cache."""
         self._windows = windows
         self._decoder = cast(Any, decoder_of(model))
         kinds = model.config.layer_types if len(windows) > 1 else list(windows) * len(self._decoder.layers)
@@ -95,18 +89,7 @@ class PackedStreams:
         """Keys and values of each layer, [2, slots, key-value heads, positions, head width]. What is not written yet is
         finite: even masked, a NaN would spread."""
         self._rotations = torch.empty(0)
-        self._reserve(min(capacity, _SMALLEST_STORAGE))
-
-    def reset(self, slots: Sequence[int]) -> None:
-        """Empty these slots."""
-        for slot in slots:
-            self.lengths[slot] = 0
-
-    def truncate(self, slot: int, length: int) -> None:
-        """Keep the first `length` tokens of a slot."""
-        if not 0 <= length <= self.lengths[slot]:
-            raise ValueError(f"slot {slot} has {self.lengths[slot]} tokens, it cannot be cut to {length}")
-        self.lengths[slot] = length
+        self._reserve(min(capacity, SMALLEST_STORAGE))
 
     @torch.no_grad()
     def copy(self, source: int, targets: Sequence[int]) -> None:
@@ -171,8 +154,7 @@ class PackedStreams:
             ]
         ).to(device)
         groups = self._groups(rows, starts, sizes, ends)
-        everything = picked == list(range(ends[-1]))
-        chosen = torch.tensor(picked).to(device)
+        chosen, last = torch.tensor(picked).to(device), len(self._layers)
 
         cosines, sines = self._rotations[:, positions]
         x = self._decoder.embed_tokens(tokens)
@@ -181,16 +163,13 @@ class PackedStreams:
             queries, keys, values = layer.before(x, cosines, sines)
             stored[0][at_rows, :, positions] = keys
             stored[1][at_rows, :, positions] = values
-            parts = [self._attend(stored, layer, group, queries) for group in groups]
-            read = parts[0] if len(parts) == 1 else torch.cat(parts)
-            if number == len(self._layers) and not everything:
+            read = torch.cat([self._attend(stored, layer, group, queries) for group in groups])
+            if number == last:
                 x, read = x[chosen], read[chosen]  # nothing reads the others' outputs
             x = layer.after(x, read)
-            if number in layers:
-                states[number] = x[chosen] if number < len(self._layers) else x
-        hidden = _normed(x if not everything else x[chosen], self._decoder.norm)
-        if len(self._layers) in states:  # as transformers has it
-            states[len(self._layers)] = hidden
+            if number in layers and number < last:
+                states[number] = x[chosen]
+        states[last] = hidden = _normed(x, self._decoder.norm)  # as transformers has the last layer's
         return hidden, [states[number] for number in layers]
 
     def _attend(self, stored: Tensor, layer: "_Layer", group: _Group, queries: Tensor) -> Tensor:

@@ -403,19 +403,16 @@ class _Batch:
 
     def read_states(self, slots: Sequence[int], layers: Sequence[int]) -> Tensor:
         """`Peek.states`; what is read here is not read again by an action of this step."""
-        keys = {slot: (tuple(layers), self.slots[slot].transcript.digest()) for slot in slots}
-        known = self.known.states if self.known is not None else {}
-        first = {keys[slot]: slot for slot in reversed(slots) if keys[slot] not in known}
-        found: dict[StatesKey, NDArray[np.float32]] = {}
-        if new := sorted(first.values()):
-            chunks = self._unread(False, new)
-            logits, states = self.agents[False].read(new, chunks, layers)
+
+        def read(new: list[int]) -> Sequence[NDArray[np.float32]]:
+            logits, states = self.agents[False].read(new, self._unread(False, new), layers)
             self._after = dict(zip(new, logits, strict=True))
-            found = {keys[slot]: row for slot, row in zip(new, states.cpu().numpy(), strict=True)}
-            if self.known is not None and self.known.has_room():
-                known |= found
-        rows = [found[keys[slot]] if keys[slot] in found else known[keys[slot]] for slot in slots]
-        return torch.from_numpy(np.stack(rows))
+            return list(states.cpu().numpy())
+
+        if self.known is None:
+            return torch.from_numpy(np.stack(read(list(slots))))
+        keys: dict[int, StatesKey] = {slot: (tuple(layers), self.slots[slot].transcript.digest()) for slot in slots}
+        return torch.from_numpy(np.stack(self.known.fill(self.known.states, keys, read)))
 
     def act(self, high: bool, slots: list[int]) -> list[Draft]:
         """The action of one precision for each slot."""
@@ -432,15 +429,16 @@ class _Batch:
         if self.known is None:
             return self._compute(high, slots)
         keys = {slot: (high, self.slots[slot].transcript.digest()) for slot in slots}
-        known = self.known.actions
-        new = sorted({keys[slot]: slot for slot in reversed(slots) if keys[slot] not in known}.values())
-        computed = self._compute(high, new) if new else []
-        found = {keys[slot]: action for slot, action in zip(new, computed, strict=True)}
+        computed: list[int] = []
+
+        def compute(new: list[int]) -> list[KnownAction]:
+            computed.extend(new)
+            return self._compute(high, new)
+
+        actions = self.known.fill(self.known.actions, keys, compute)
         self.known.asked += len(slots)
-        self.known.looked_up += len(slots) - len(new)
-        if self.known.has_room():
-            known |= found
-        return [found[keys[slot]] if keys[slot] in found else known[keys[slot]] for slot in slots]
+        self.known.looked_up += len(slots) - len(computed)
+        return actions
 
     def _unread(self, high: bool, slots: Sequence[int]) -> list[list[int]]:
         lengths = self.agents[high].lengths
@@ -448,10 +446,8 @@ class _Batch:
 
     def _generate(self, high: bool, slots: list[int]) -> list[KnownAction]:
         """Token by token."""
-        most, transcripts = (
-            self.prompter.prompt.max_action_tokens,
-            [self.slots[slot].transcript.tokens for slot in slots],
-        )
+        most = self.prompter.prompt.max_action_tokens
+        transcripts = [self.slots[slot].transcript.tokens for slot in slots]
         read = {} if high else {i: self._after[slot] for i, slot in enumerate(slots) if slot in self._after}
         written = write(
             self.agents[high],
@@ -459,7 +455,7 @@ class _Batch:
             self._unread(high, slots),
             choose=lambda logits, places: self._choose(logits, [(slots[i], index) for i, index in places]),
             observe=_leads,
-            guess=lambda i, tokens: self._guesses.guess([*transcripts[i][-8:], *tokens], most - len(tokens) - 1),
+            guess=lambda i, tokens: self._guesses.guess(transcripts[i], tokens, most - len(tokens) - 1),
             is_complete=self.prompter.is_complete,
             known=read,
         )

@@ -19,8 +19,8 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from dmr_pipeline.agent.logits import decoder_of, logits_of
 from dmr_pipeline.errors import UserError
 
-_SMALLEST_STORAGE = 256
-"""Token positions that the cache starts with; doubled whenever they do not suffice."""
+SMALLEST_STORAGE = 256
+"""Token positions that a cache starts with; doubled whenever they do not suffice."""
 _PADDING_WORTH_A_PASS = 256
 """Padded tokens that cost about as much as another forward pass."""
 
@@ -65,7 +65,7 @@ class _RowCache(Cache):
         super().__init__(layers=[])
         self.rows = rows
         self.capacity = capacity
-        self.positions = min(_SMALLEST_STORAGE, capacity)
+        self.positions = min(SMALLEST_STORAGE, capacity)
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
         self.write: tuple[Tensor, Tensor, Tensor]
@@ -101,7 +101,34 @@ class _RowCache(Cache):
                 tensor[targets, :, :positions] = tensor[sources, :, :positions]
 
 
-class Streams:
+class Lengths:
+    """How long each sequence is, for streams that are cut by forgetting their ends.
+
+    Args:
+        slots: number of sequences.
+        capacity: tokens that one sequence may have.
+    """
+
+    cuts = True
+
+    def __init__(self, slots: int, capacity: int) -> None:
+        self.capacity = capacity
+        self.lengths = [0] * slots
+        """Tokens in each slot."""
+
+    def reset(self, slots: Sequence[int]) -> None:
+        """Empty these slots."""
+        for slot in slots:
+            self.lengths[slot] = 0
+
+    def truncate(self, slot: int, length: int) -> None:
+        """Keep the first `length` tokens of a slot."""
+        if not 0 <= length <= self.lengths[slot]:
+            raise ValueError(f"slot {slot} has {self.lengths[slot]} tokens, it cannot be cut to {length}")
+        self.lengths[slot] = length
+
+
+class Streams(Lengths):
     """A batch of token sequences that only grow at their ends (or are cut there).
 
     A slot is the caller's name for a sequence, 0 to `slots` - 1. Inside, the sequences of a call are moved to the first
@@ -118,8 +145,6 @@ class Streams:
         UserError: the model has layers of another kind.
     """
 
-    cuts = True
-
     def __init__(self, model: PreTrainedModel, slots: int, capacity: int) -> None:
         windows = attention_windows(model.config)
         if windows is None:
@@ -128,24 +153,11 @@ class Streams:
                 " which caching of ragged rows needs"
             )
         self._windows = windows
+        super().__init__(slots, capacity)
         self.model = model.eval()
-        self.capacity = capacity
-        self.lengths = [0] * slots
-        """Tokens in each slot."""
         self._cache = _RowCache(slots, capacity)
         self._row_of = list(range(slots))
         self._slot_at = list(range(slots))
-
-    def reset(self, slots: Sequence[int]) -> None:
-        """Empty these slots."""
-        for slot in slots:
-            self.lengths[slot] = 0
-
-    def truncate(self, slot: int, length: int) -> None:
-        """Keep the first `length` tokens of a slot."""
-        if not 0 <= length <= self.lengths[slot]:
-            raise ValueError(f"slot {slot} has {self.lengths[slot]} tokens, it cannot be cut to {length}")
-        self.lengths[slot] = length
 
     def copy(self, source: int, targets: Sequence[int]) -> None:
         """Make each target slot a copy of the source slot."""

@@ -23,6 +23,10 @@ _LEAST_BELIEF = 0.35
 nothing costs about a quarter of a pass for one sequence."""
 _FADING = 0.6
 """What is left of a belief after each time that it was tried."""
+_UNTRIED, _RENEWED = 0.25, 0.5
+"""Belief in a token before it is first seen, and in one that takes the place of another."""
+_TOO_LITTLE = 0.3
+"""Below this belief another token takes the place."""
 _MOST_ENTRIES = 500_000
 
 
@@ -33,9 +37,9 @@ class NgramGuesses:
         self._next: dict[tuple[int, ...], tuple[int, float]] = {}
         """Last tokens -> the next one, and the belief in it."""
 
-    def guess(self, tokens: Sequence[int], most: int) -> list[int]:
+    def guess(self, before: Sequence[int], written: Sequence[int], most: int) -> list[int]:
         """What may come after these tokens, at most so many."""
-        context, guesses, belief = list(tokens[-max(_ORDERS) :]), list[int](), 1.0
+        context, guesses, belief = [*before[-max(_ORDERS) :], *written], list[int](), 1.0
         while len(guesses) < most:
             found = next((known for n in _ORDERS if (known := self._next.get(tuple(context[-n:])))), None)
             if found is None:
@@ -55,13 +59,13 @@ class NgramGuesses:
         for place, token in enumerate(written, start=len(context) - len(written)):
             for n in _ORDERS:
                 key = tuple(context[max(0, place - n) : place])
-                known, belief = self._next.get(key, (token, 0.25))
+                known, belief = self._next.get(key, (token, _UNTRIED))
                 if known == token:
                     self._next[key] = token, belief * _FADING + 1 - _FADING
-                elif belief * _FADING >= 0.3:
+                elif belief * _FADING >= _TOO_LITTLE:
                     self._next[key] = known, belief * _FADING
                 else:
-                    self._next[key] = token, 0.5
+                    self._next[key] = token, _RENEWED
 
 
 @dataclass

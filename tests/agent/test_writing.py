@@ -95,14 +95,14 @@ def test_it_goes_on_from_what_is_begun_and_from_logits_that_are_known() -> None:
 
 def test_what_followed_is_guessed_until_it_is_wrong_too_often() -> None:
     guesses = NgramGuesses()
-    assert guesses.guess([1, 2, 3], 5) == []
+    assert guesses.guess([1, 2, 3], [], 5) == []
     for _ in range(2):
         guesses.learn([1, 2], [3, 4, 5])
-    assert guesses.guess([1, 2], 5) == [3, 4, 5]
-    assert guesses.guess([1, 2], 2) == [3, 4]
-    assert guesses.guess([9, 2], 5) == []
+    assert guesses.guess([1, 2], [], 5) == [3, 4, 5]
+    assert guesses.guess([1, 2], [], 2) == [3, 4]
+    assert guesses.guess([9, 2], [], 5) == []
     guesses.learn([1, 2], [8])
     guesses.learn([1, 2], [8])
-    assert guesses.guess([1, 2], 1) in ([], [8])
+    assert guesses.guess([1, 2], [], 1) in ([], [8])
     guesses.learn([1, 2], [8])
-    assert guesses.guess([1, 2], 1) == [8]
+    assert guesses.guess([1, 2], [], 1) == [8]
