@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dmr_pipeline.agent.caching import token_streams, transcript_capacity
-from dmr_pipeline.agent.known import Known, KnownAction, StatesKey, Transcript
+from dmr_pipeline.agent.known import Known, KnownAction, Transcript
 from dmr_pipeline.agent.memory import halving
 from dmr_pipeline.agent.prompts import Moment, Prompter
 from dmr_pipeline.agent.streams import TokenStreams
@@ -411,8 +411,9 @@ class _Batch:
 
         if self.known is None:
             return torch.from_numpy(np.stack(read(list(slots))))
-        keys: dict[int, StatesKey] = {slot: (tuple(layers), self.slots[slot].transcript.digest()) for slot in slots}
-        return torch.from_numpy(np.stack(self.known.fill(self.known.states, keys, read)))
+        keys = {slot: (tuple(layers), self.slots[slot].transcript.digest()) for slot in slots}
+        rows = self.known.fill(self.known.states, keys, read)
+        return torch.from_numpy(np.stack(rows))
 
     def act(self, high: bool, slots: list[int]) -> list[Draft]:
         """The action of one precision for each slot."""
