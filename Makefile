@@ -5,6 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEV_READY := $(VENV)/.ready-dev
+UI_READY := $(VENV)/.ready-ui
 RECIPE ?= alfworld-tiny
 
 export DAGSTER_HOME := $(CURDIR)/dagster_home
@@ -65,10 +66,13 @@ gpu-check: setup
 	$(BIN)/dmr bench gpu $(FLAGS)
 
 # Dagster's daemon, and its web server for this machine alone; Ctrl-C ends both.
-ui: setup
-	$(INSTALL) -e '.[ui]'
+ui: $(UI_READY)
 	@$(BIN)/dagster-daemon run -w workspace.yaml & trap "kill $$!" EXIT; \
 	$(BIN)/python -m dmr_pipeline.webserver -w workspace.yaml -h 127.0.0.1 -p 3000
+
+$(UI_READY): $(READY)
+	$(INSTALL) -e '.[ui]'
+	touch $(UI_READY)
 
 render: setup
 	$(BIN)/dmr render

@@ -8,11 +8,11 @@ precision takes.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 import polars as pl
 import torch
@@ -29,6 +29,8 @@ from dmr_pipeline.parallel import deal, in_processes
 from dmr_pipeline.recipe import Sensitivity
 from dmr_pipeline.stage import StageContext, StageResult
 from dmr_pipeline.trajectories import read_all_trajectories
+
+T = TypeVar("T")
 
 STEPS = pl.Schema(
     {
@@ -196,13 +198,11 @@ def compare(
     between = token_divergences(torch.stack([row for action in high for row in action.facts]), low_logits)
     own, choices = own_numbers(low_logits), greedy(low_logits, None)
 
-    actions, numbers, at = [], [], 0
-    for action, size in zip(high, sizes, strict=True):
-        chosen = choices[at : at + size]
-        apart = next((n for n in range(size) if chosen[n] != action.tokens[n]), size - 1)
+    actions, numbers = [], []
+    for action, chosen, measured in zip(high, _split(choices, sizes), _split(own, sizes), strict=True):
+        apart = next((n for n, token in enumerate(chosen) if token != action.tokens[n]), len(chosen) - 1)
         actions.append(chosen[: apart + 1])
-        numbers.append(own[at : at + apart + 1])
-        at += size
+        numbers.append(measured[: apart + 1])
     alone = [i for i in range(len(slots)) if not prompter.is_complete(actions[i])]
     for i in alone:
         streams[False].truncate(slots[i], starts[i] + len(actions[i]) - 1)
@@ -232,14 +232,13 @@ def compare(
             return 0
         return prompter.thought_length(action) or len(action)
 
-    found, at = [], 0
-    for action, size, low_action, of_low in zip(high, sizes, actions, numbers, strict=True):
+    found = []
+    for action, of_both, low_action, of_low in zip(high, _split(between, sizes), actions, numbers, strict=True):
         high_from, low_from = counted_from(action.tokens), counted_from(low_action)
-        high_low, low_high, js = (max(0.0, math.fsum(c)) for c in _columns(between[at + high_from : at + size], 3))
+        high_low, low_high, js = (max(0.0, math.fsum(column)) for column in _columns(of_both[high_from:], 3))
         entropies, margins = _columns(of_low[low_from:], 2)
         agree = action.tokens[high_from:] == low_action[low_from:]
         found.append(Divergence(high_low, low_high, js, agree, math.fsum(entropies), min(margins, default=1.0)))
-        at += size
     return found
 
 
@@ -302,6 +301,12 @@ def divergence_column(section: Sensitivity) -> str:
 def _kl(p: Tensor, q: Tensor) -> Tensor:
     """KL divergence [n] of log-probabilities [n, vocabulary]."""
     return (p.exp() * (p - q)).sum(-1)
+
+
+def _split(values: Iterable[T], sizes: Sequence[int]) -> list[list[T]]:
+    """The values in runs of these sizes."""
+    left = iter(values)
+    return [list(islice(left, size)) for size in sizes]
 
 
 def _columns(rows: Sequence[tuple[float, ...]], count: int) -> list[list[float]]:

@@ -36,7 +36,7 @@ class Figure(BaseModel):
 
     @property
     def steps_a_second(self) -> float:
-        """Of CPU time: other processes on the machine disturb it little, and alone on a core it is the clock's."""
+        """Of CPU time, which on an idle core is the clock's; on a busy machine a CPU second does less."""
         return self.steps / self.cpu_seconds
 
 

@@ -21,6 +21,7 @@ from dmr_pipeline.artifacts import git_state, this_machine
 from dmr_pipeline.environments.tasks import benchmark_tasks
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.interrupts import SIGNALS
+from dmr_pipeline.peak_memory import peak_bytes
 from dmr_pipeline.recipe import Splits, load_recipe
 from dmr_pipeline.rollout_bench.agents import Actions, Agent, RandomLlama, TinyAgent, Way
 from dmr_pipeline.rollout_bench.record import Figure, RolloutRecord
@@ -88,14 +89,7 @@ class Measurement:
         cpu, wall = time.process_time(), time.perf_counter()
         actions = play(range(self.episodes), self.at_once)
         cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
-        return Measured(actions, cpu, wall, max(_peak_bytes() - loaded, 0))
-
-
-def _peak_bytes() -> int:
-    """Of this process so far; Linux counts in KiB."""
-    import resource  # there is none on Windows
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return Measured(actions, cpu, wall, max(peak_bytes() - loaded, 0))
 
 
 def measurements(sizes: Sizes, data: Path, tasks: Path) -> list[list[Measurement]]:

@@ -25,6 +25,7 @@ from dmr_pipeline.environments.webshop.catalogue import (
 from dmr_pipeline.environments.webshop.engine import search_words
 from dmr_pipeline.environments.webshop.generator import generate_products
 from dmr_pipeline.environments.webshop.goals import ShoppingTask, combinations, price_limit, synthetic_goal
+from dmr_pipeline.peak_memory import peak_bytes
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -89,7 +90,7 @@ def make(write: Callable[[Path], object], folder: Path) -> Making:
 def _make(write: Callable[[Path], object], folder: Path) -> Making:
     started = time.perf_counter()
     write(folder)
-    seconds, peak = time.perf_counter() - started, _peak_bytes()
+    seconds, peak = time.perf_counter() - started, peak_bytes()
     pricing = read_pricing(folder)
     write_terms(draw_prices(pricing, random.Random(0)), "alphabetic", folder)
     index = sum(path.stat().st_size for path in (folder / "index").iterdir())
@@ -104,7 +105,7 @@ def use(folder: Path) -> Use:
 def _use(folder: Path) -> Use:
     started = time.perf_counter()
     shop = open_shop(folder)
-    load_s, load_peak = time.perf_counter() - started, _peak_bytes()
+    load_s, load_peak = time.perf_counter() - started, peak_bytes()
     tasks = list(islice(_tasks(shop), _QUERIES))
     searches = []
     for task in tasks:
@@ -113,7 +114,7 @@ def _use(folder: Path) -> Use:
         shop.search(words)
         searches.append(time.perf_counter() - started)
     shop.search.cache_clear()
-    return Use(load_s, load_peak, tuple(searches), _steps_a_second(tasks), _peak_bytes())
+    return Use(load_s, load_peak, tuple(searches), _steps_a_second(tasks), peak_bytes())
 
 
 def _tasks(shop: Shop) -> Iterator[ShoppingTask]:
@@ -143,9 +144,3 @@ def _steps_a_second(tasks: Sequence[ShoppingTask]) -> float:
 def _in_a_fresh_process(function: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments, **named).result()
-
-
-def _peak_bytes() -> int:
-    """Of this program so far, as Linux tells it. (`ru_maxrss` is no less than that of the process that started it.)"""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
-    return int(line.split()[1]) * 1024
