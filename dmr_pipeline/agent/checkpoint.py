@@ -13,7 +13,14 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from dmr_pipeline.agent.formats import (
     refuse_architecture,
@@ -43,6 +50,14 @@ def resolve_device(name: Literal["auto", "cpu", "cuda"]) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)
+
+
+def random_causal_lm(config: PreTrainedConfig, device: torch.device) -> PreTrainedModel:
+    """A model of random weights, the same at every call on a device, in the dtype that a checkpoint is loaded in there."""
+    torch.manual_seed(0)
+    with device:
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=float_dtype(device))
+    return model.eval()
 
 
 def float_dtype(device: torch.device) -> torch.dtype:

@@ -5,9 +5,9 @@ from collections.abc import Callable
 from statistics import median
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
+from transformers import PreTrainedModel, Qwen3Config
 
-from dmr_pipeline.agent.checkpoint import float_dtype
+from dmr_pipeline.agent.checkpoint import random_causal_lm
 from dmr_pipeline.agent.prompts import Prompter
 from dmr_pipeline.agent.rollout import Clock, Run, SinglePrecision, play
 from dmr_pipeline.agent.streams import Streams
@@ -46,10 +46,7 @@ def random_model(shape: Shape, device: torch.device) -> PreTrainedModel:
         eos_token_id=None,
         pad_token_id=0,
     )
-    torch.manual_seed(0)
-    with device:
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=float_dtype(device))
-    return model.eval()
+    return random_causal_lm(config, device)
 
 
 def decoding(sizes: Sizes, device: torch.device, part: Part, left: Callable[[], float]) -> None:

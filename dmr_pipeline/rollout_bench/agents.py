@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from transformers import LlamaConfig, PreTrainedModel
 
 from dmr_pipeline.agent.caching import token_streams, transcript_capacity
-from dmr_pipeline.agent.checkpoint import float_dtype, load_causal_lm, load_tokenizer
+from dmr_pipeline.agent.checkpoint import load_causal_lm, load_tokenizer, random_causal_lm
 from dmr_pipeline.agent.prompts import Moment, Prompter
 from dmr_pipeline.agent.rollout import play_alone
 from dmr_pipeline.environments.base import Task
@@ -163,9 +163,7 @@ class RandomLlama:
             bos_token_id=None,
             eos_token_id=None,
         )
-        torch.manual_seed(0)
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=float_dtype(CPU))
-        return model.eval()
+        return random_causal_lm(config, CPU)
 
 
 def _seen_by_expert(task: Task, prompter: Prompter, steps: int) -> list[list[int]]:
