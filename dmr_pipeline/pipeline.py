@@ -6,9 +6,9 @@ Each function imports its stage's module when it runs, so that reading the table
 from collections.abc import Sequence
 from pathlib import Path
 
-from dmr_pipeline.artifacts import artifact_folder
+from dmr_pipeline.artifacts.stage import Resources, Stage, StageContext, StageResult
+from dmr_pipeline.artifacts.store import artifact_folder
 from dmr_pipeline.errors import UserError
-from dmr_pipeline.stage import Resources, Stage, StageContext, StageResult
 
 
 def _benchmark_tasks(context: StageContext) -> StageResult:
@@ -18,43 +18,43 @@ def _benchmark_tasks(context: StageContext) -> StageResult:
 
 
 def _agent(context: StageContext) -> StageResult:
-    from dmr_pipeline.agent.train import agent
+    from dmr_pipeline.training.train import agent
 
     return agent(context)
 
 
 def _quantized_checkpoints(context: StageContext) -> StageResult:
-    from dmr_pipeline.ladder import quantized_checkpoints
+    from dmr_pipeline.precision.ladder import quantized_checkpoints
 
     return quantized_checkpoints(context)
 
 
 def _trajectories(context: StageContext) -> StageResult:
-    from dmr_pipeline.trajectories import trajectories
+    from dmr_pipeline.rollout.tables import trajectories
 
     return trajectories(context)
 
 
 def _ingested_trajectories(context: StageContext) -> StageResult:
-    from dmr_pipeline.ingestion import ingested_trajectories
+    from dmr_pipeline.ingestion.inbox import ingested_trajectories
 
     return ingested_trajectories(context)
 
 
 def _waiting_files(data_root: Path, recipe: str) -> Sequence[Path]:
-    from dmr_pipeline.ingestion import waiting_files
+    from dmr_pipeline.ingestion.inbox import waiting_files
 
     return waiting_files(data_root, recipe)
 
 
 def _file_away(data_root: Path, recipe: str) -> None:
-    from dmr_pipeline.ingestion import file_away
+    from dmr_pipeline.ingestion.inbox import file_away
 
     file_away(data_root, recipe)
 
 
 def _sensitivity_dataset(context: StageContext) -> StageResult:
-    from dmr_pipeline.sensitivity import sensitivity_dataset
+    from dmr_pipeline.router.labels import sensitivity_dataset
 
     return sensitivity_dataset(context)
 
@@ -84,7 +84,7 @@ def _render_report(data_root: Path, recipe: str) -> None:
 
 
 def _released_router(context: StageContext) -> StageResult:
-    from dmr_pipeline.release import released_router
+    from dmr_pipeline.release.release import released_router
 
     return released_router(context)
 

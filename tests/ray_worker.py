@@ -9,8 +9,8 @@ from pathlib import Path
 import dagster as dg
 
 from dmr_pipeline import pipeline
+from dmr_pipeline.artifacts.stage import StageContext, StageResult
 from dmr_pipeline.defs import faults
-from dmr_pipeline.stage import StageContext, StageResult
 from tests.fake_project import fake_run, fake_stages
 
 SLEEPER = "quantized_checkpoints"

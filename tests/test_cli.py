@@ -18,12 +18,12 @@ from rich.table import Table
 from typer.testing import CliRunner, Result
 
 from dmr_pipeline import pipeline
-from dmr_pipeline.artifacts import verify
+from dmr_pipeline.artifacts.stage import StageContext, StageResult
+from dmr_pipeline.artifacts.store import verify
 from dmr_pipeline.cli import app
 from dmr_pipeline.cli.stages import stage_states
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.recipe import Recipe, load_recipe
-from dmr_pipeline.stage import StageContext, StageResult
 from tests.fake_project import RECIPE, REPOSITORY, commit_agent, dvc
 
 HEAVY = ("torch", "transformers", "trl", "great_expectations", "matplotlib")

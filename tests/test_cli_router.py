@@ -11,13 +11,14 @@ import polars as pl
 import pytest
 from typer.testing import CliRunner, Result
 
-from dmr_pipeline import pipeline, release
-from dmr_pipeline.artifacts import verify
+from dmr_pipeline import pipeline
+from dmr_pipeline.artifacts.stage import StageContext, StageResult
+from dmr_pipeline.artifacts.store import verify
 from dmr_pipeline.cli.common import console
 from dmr_pipeline.cli.router import router
 from dmr_pipeline.defs import runs
-from dmr_pipeline.release import CANDIDATE, RELEASED, Candidate, read_releases, released_router
-from dmr_pipeline.stage import StageContext, StageResult
+from dmr_pipeline.release import release
+from dmr_pipeline.release.release import CANDIDATE, RELEASED, Candidate, read_releases, released_router
 from dmr_pipeline.versioning import dvc_stages, lock_file
 from tests.conftest import enter_project
 from tests.evaluation.conftest import make_episodes

@@ -11,10 +11,10 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from dmr_pipeline import pipeline
-from dmr_pipeline.artifacts import materialize_stage
+from dmr_pipeline.artifacts.store import materialize_stage
 from dmr_pipeline.cli import app, stages
 from dmr_pipeline.cli.trajectories import trajectories
-from dmr_pipeline.ingestion import EXAMPLE
+from dmr_pipeline.ingestion.inbox import EXAMPLE
 from dmr_pipeline.recipe import Recipe
 from tests.fake_project import RECIPE, fake_run
 
@@ -101,7 +101,7 @@ def test_trouble_is_one_line(project: Recipe, arguments: tuple[str, ...], said: 
     assert len(done.stderr.splitlines()) == 1
 
 
-@pytest.mark.parametrize("module", ["dmr_pipeline.cli.trajectories", "dmr_pipeline.ingestion"])
+@pytest.mark.parametrize("module", ["dmr_pipeline.cli.trajectories", "dmr_pipeline.ingestion.inbox"])
 def test_nothing_heavy_is_imported(module: str) -> None:
     code = f"import sys, {module}; print(sorted({{'torch', 'transformers', 'polars', 'pyarrow'}} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout.strip() == b"[]"

@@ -20,7 +20,8 @@ import os, sys, time
 from dataclasses import replace
 from pathlib import Path
 sys.path.insert(0, {str(REPOSITORY)!r})
-from dmr_pipeline import parallel, pipeline
+from dmr_pipeline import pipeline
+from dmr_pipeline.rollout import parallel
 from dmr_pipeline.__main__ import main
 from tests.fake_project import fake_run, fake_stages
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dmr_pipeline import pipeline, pretrained
-from dmr_pipeline.artifacts import MANIFEST, artifact_folder, materialize_stage, provenance, verify
+from dmr_pipeline.artifacts.store import MANIFEST, artifact_folder, materialize_stage, provenance, verify
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.pretrained import content_hash, pretrained_folders
 from dmr_pipeline.recipe import Recipe

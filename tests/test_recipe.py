@@ -531,7 +531,7 @@ def test_odd_files_are_named_and_passed_over(tmp_path: Path, caplog: pytest.LogC
 def test_linear_layers_are_those_of_the_model() -> None:
     import torch
 
-    from dmr_pipeline.agent.train import new_model
+    from dmr_pipeline.training.train import new_model
 
     architecture = Architecture.model_validate(ARCHITECTURE)
     model = new_model(architecture, 10, 0)

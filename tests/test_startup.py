@@ -11,10 +11,10 @@ import pytest
 from ruamel.yaml import YAML
 
 from dmr_pipeline import pipeline
-from dmr_pipeline.artifacts import materialize_stage
+from dmr_pipeline.artifacts.stage import StageContext, StageResult
+from dmr_pipeline.artifacts.store import materialize_stage
 from dmr_pipeline.evaluation.metrics import compute_metrics
 from dmr_pipeline.recipe import Recipe
-from dmr_pipeline.stage import StageContext, StageResult
 from dmr_pipeline.versioning import dvc_stages
 from tests.evaluation.conftest import make_episodes
 from tests.fake_project import RECIPE, REPOSITORY, fake_run
@@ -52,7 +52,7 @@ def run_with_metrics(context: StageContext) -> StageResult:
 @pytest.mark.parametrize(
     ("arguments", "further", "said"),
     [
-        (["--help"], ["jinja2", "dvc", "dmr_pipeline.ingestion"], "materialize"),
+        (["--help"], ["jinja2", "dvc", "dmr_pipeline.ingestion.inbox"], "materialize"),
         (["status", RECIPE], ["jinja2"], "released_router"),
         (["report", RECIPE], [], "kl_router *"),
         (["run", RECIPE], [], "nothing to do"),

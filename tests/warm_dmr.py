@@ -43,9 +43,11 @@ def serve() -> Callable[[], None]:
     import dvc.repo.stage
     import great_expectations
 
-    from dmr_pipeline import __main__, ingestion, parallel, pipeline
+    from dmr_pipeline import __main__, pipeline
     from dmr_pipeline.cli import stages
     from dmr_pipeline.defs import runs
+    from dmr_pipeline.ingestion import inbox as ingestion
+    from dmr_pipeline.rollout import parallel
     from tests.fake_project import fake_run, fake_stages
 
     assert all((dvc.repo.stage, great_expectations, ingestion, runs))

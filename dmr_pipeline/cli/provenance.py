@@ -9,7 +9,7 @@ from rich.text import Text
 from rich.tree import Tree
 
 from dmr_pipeline.cli.common import console, user_errors_exit_2
-from dmr_pipeline.provenance import Chain, Origin, common_libraries, run_libraries, trace
+from dmr_pipeline.versioning.provenance import Chain, Origin, common_libraries, run_libraries, trace
 
 
 @user_errors_exit_2

@@ -13,13 +13,13 @@ from rich import box
 from rich.table import Table
 
 from dmr_pipeline import pipeline
-from dmr_pipeline.artifacts import artifact_folder, folder_hash, hash_files, verify
+from dmr_pipeline.artifacts.stage import StageContext, StageResult
+from dmr_pipeline.artifacts.store import artifact_folder, folder_hash, hash_files, verify
 from dmr_pipeline.cli.common import DEFAULT_RECIPE, RecipeOption, console, progress_lines, user_errors_exit_2
 from dmr_pipeline.recipe import load_recipe
-from dmr_pipeline.stage import StageContext, StageResult
 
 if TYPE_CHECKING:
-    from dmr_pipeline.release import Decision, Releases
+    from dmr_pipeline.release.release import Decision, Releases
 
 STAGE = "released_router"
 
@@ -52,7 +52,7 @@ def history(recipe: RecipeOption = DEFAULT_RECIPE) -> None:
 @user_errors_exit_2
 def promote(recipe: RecipeOption = DEFAULT_RECIPE) -> None:
     """Release the newly trained router, whatever a comparison says."""
-    from dmr_pipeline import release
+    from dmr_pipeline.release import release
 
     load_recipe(recipe)
     _release(recipe, release.promote)
@@ -65,7 +65,7 @@ def rollback(
     to: Annotated[int | None, typer.Option(help="number of an earlier release; without it, the one before")] = None,
 ) -> None:
     """Release an earlier router again. Its files come from DVC's cache, or from its remote."""
-    from dmr_pipeline import release
+    from dmr_pipeline.release import release
 
     load_recipe(recipe)
     earlier = release.earlier_release(_read_releases(recipe).decisions, to)
@@ -98,7 +98,7 @@ def _trained_router(recipe: str, wanted: str) -> Iterator[Path]:
 
 
 def _read_releases(recipe: str) -> "Releases":
-    from dmr_pipeline.release import read_releases
+    from dmr_pipeline.release.release import read_releases
 
     return read_releases(verify(artifact_folder(STAGE, recipe)).path)
 

@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from dmr_pipeline import pipeline
-from dmr_pipeline.artifacts import (
+from dmr_pipeline.artifacts.store import (
     DATA_ROOT,
     Artifact,
     artifact_folder,
@@ -45,7 +45,7 @@ def run(recipe: RecipeArgument) -> None:
     dvc_stages.check_rendered(pipeline.STAGES, recipe_names())
     _tell_lost_entries(recipe)
     if _all_done(loaded):
-        from dmr_pipeline.ingestion import file_away
+        from dmr_pipeline.ingestion.inbox import file_away
 
         file_away(DATA_ROOT, recipe)  # what was dropped again, or by a run that was killed before it did so itself
         console.print(f"{recipe}: every stage is up to date, nothing to do.")
@@ -205,7 +205,7 @@ def stage_states(recipe: Recipe) -> Iterator[tuple[str, str, str, Artifact | Non
 
 def _name_what_lies(recipe: str) -> None:
     """What was dropped for ingestion and will not move by itself."""
-    from dmr_pipeline.ingestion import lying_files, misplaced_lines
+    from dmr_pipeline.ingestion.inbox import lying_files, misplaced_lines
 
     for line in lying_files(DATA_ROOT, recipe) + misplaced_lines(DATA_ROOT, recipe_names()):
         console.print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)

@@ -9,13 +9,13 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from dmr_pipeline.artifacts import artifact_folder, verify
+from dmr_pipeline.artifacts.store import artifact_folder, verify
 from dmr_pipeline.cli.common import DEFAULT_RECIPE, RecipeOption, console, errors, print_error, user_errors_exit_2
 from dmr_pipeline.errors import UserError, printable
 from dmr_pipeline.recipe import load_recipe
 
 if TYPE_CHECKING:
-    from dmr_pipeline.ingestion import LoggedEpisode
+    from dmr_pipeline.ingestion.inbox import LoggedEpisode
 
 trajectories = typer.Typer(
     help="Check new trajectories before they are dropped into data/incoming/RECIPE/.", no_args_is_help=True
@@ -25,7 +25,7 @@ trajectories = typer.Typer(
 @trajectories.command()
 def schema() -> None:
     """Print the JSON schema of an episode; on stderr, an example as a line of NAME.jsonl."""
-    from dmr_pipeline.ingestion import EXAMPLE, LoggedEpisode
+    from dmr_pipeline.ingestion.inbox import EXAMPLE, LoggedEpisode
 
     typer.echo(json.dumps(LoggedEpisode.model_json_schema(), indent=2))
     typer.echo("\nAn episode is a line of NAME.jsonl, or a row of NAME.parquet. Such a line:\n", err=True)
@@ -38,8 +38,8 @@ def validate(
     file: Annotated[Path, typer.Argument(help="NAME.jsonl or NAME.parquet")], recipe: RecipeOption = DEFAULT_RECIPE
 ) -> None:
     """Say what a file of episodes holds; or, with exit code 2, everything that is wrong with it."""
-    from dmr_pipeline.incoming import read
-    from dmr_pipeline.ingestion import STAGE, Rules, read_episodes, stored_ids
+    from dmr_pipeline.ingestion.inbox import STAGE, Rules, read_episodes, stored_ids
+    from dmr_pipeline.ingestion.incoming import read
 
     loaded = load_recipe(recipe)
     if not file.is_file():

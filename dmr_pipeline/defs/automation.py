@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import dagster as dg
 
-from dmr_pipeline.artifacts import DATA_ROOT, MANIFEST, Manifest, artifact_folder
+from dmr_pipeline.artifacts.store import DATA_ROOT, MANIFEST, Manifest, artifact_folder
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.recipe import Recipe, load_recipe, recipe_names
 
@@ -48,7 +48,7 @@ retrain = dg.define_asset_job(
     " `retraining.min_new_steps` steps of the recipe are new.",
 )
 def new_trajectories(context: dg.SensorEvaluationContext) -> dg.SensorResult | dg.SkipReason:
-    from dmr_pipeline.ingestion import file_away, lying_files, misplaced_lines, waiting_contents
+    from dmr_pipeline.ingestion.inbox import file_away, lying_files, misplaced_lines, waiting_contents
 
     requests, reasons = [], misplaced_lines(DATA_ROOT, recipe_names())
     for name in recipe_names():

@@ -12,7 +12,7 @@ import dagster as dg
 import polars as pl
 from pydantic import JsonValue
 
-from dmr_pipeline.artifacts import Artifact, Manifest, artifact_folder, verify
+from dmr_pipeline.artifacts.store import Artifact, Manifest, artifact_folder, verify
 from dmr_pipeline.defs import exchange
 from dmr_pipeline.defs.assets import recipe_partitions
 from dmr_pipeline.defs.describe import typed
@@ -103,7 +103,7 @@ def trajectories_are_complete(folder: Path, manifest: Manifest, recipe: Recipe) 
 
 def ingested_episodes_are_complete(folder: Path, manifest: Manifest, recipe: Recipe) -> Finding:
     from dmr_pipeline.defs.expectations import validate_trajectory_episodes
-    from dmr_pipeline.ingestion import read_ingested
+    from dmr_pipeline.ingestion.inbox import read_ingested
 
     try:
         episodes = read_ingested(folder)

@@ -9,7 +9,7 @@ from typing import Any, TypeGuard
 import dagster as dg
 from pydantic import JsonValue
 
-from dmr_pipeline.artifacts import Artifact, Materialized, read_run_record
+from dmr_pipeline.artifacts.store import Artifact, Materialized, read_run_record
 
 MAIN_TABLES = ("steps.parquet", "episodes.parquet", "training.parquet")
 """The table that stands for an artefact in the catalogue: the first of these that it has."""

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import dagster as dg
 
-from dmr_pipeline.artifacts import Artifact, artifact_folder, verify
+from dmr_pipeline.artifacts.stage import Stage
+from dmr_pipeline.artifacts.store import Artifact, artifact_folder, verify
 from dmr_pipeline.defs.versions import recorded_version
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.recipe import Recipe
-from dmr_pipeline.stage import Stage
 from dmr_pipeline.versioning import dvc_objects
 
 log = logging.getLogger(__name__)

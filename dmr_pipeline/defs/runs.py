@@ -17,14 +17,14 @@ from dagster._core.instance.ref import InstanceRef  # the public API cannot over
 from filelock import FileLock
 
 from dmr_pipeline import interrupts
-from dmr_pipeline.artifacts import artifact_folder, verify
+from dmr_pipeline.artifacts.stage import Stage
+from dmr_pipeline.artifacts.store import artifact_folder, verify
 from dmr_pipeline.defs import exchange
 from dmr_pipeline.defs.assets import build_assets
 from dmr_pipeline.defs.checks import build_checks
 from dmr_pipeline.defs.versions import recorded_version
 from dmr_pipeline.errors import UserError, causes
 from dmr_pipeline.recipe import Recipe
-from dmr_pipeline.stage import Stage
 from dmr_pipeline.versioning import dvc_stages
 
 log = logging.getLogger(__name__)

@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.progress import track
 
+from dmr_pipeline.artifacts.stage import StageContext, StageResult
 from dmr_pipeline.environments.alfworld.engine import AlfWorldEpisode
 from dmr_pipeline.environments.alfworld.expert import ExploringExpert
 from dmr_pipeline.environments.alfworld.game import Game
@@ -31,7 +32,6 @@ from dmr_pipeline.environments.webshop.tasks import (
 )
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.recipe import Games, GeneratedAlfWorld, OfficialAlfWorld, WebShop
-from dmr_pipeline.stage import StageContext, StageResult
 
 SPLITS = ("agent_train", "router_train", "validation", "test")
 _SEEDS_A_SPLIT = 10_000_000

@@ -13,10 +13,7 @@ import torch
 from pydantic import JsonValue
 from rich.progress import Progress
 
-from dmr_pipeline.agent.known import Known
-from dmr_pipeline.agent.prompts import truncation_policy
-from dmr_pipeline.agent.rollout import Clock, RoutingPolicy, Run, SinglePrecision, Trajectory
-from dmr_pipeline.cost import reward
+from dmr_pipeline.artifacts.stage import StageContext, StageResult
 from dmr_pipeline.environments.base import Task
 from dmr_pipeline.environments.tasks import read_tasks
 from dmr_pipeline.evaluation.kept import KeptTables
@@ -29,16 +26,19 @@ from dmr_pipeline.evaluation.plots import (
     plot_training_curves,
 )
 from dmr_pipeline.evaluation.report import headline, markdown_table
-from dmr_pipeline.ladder import Ladder, read_ladder
+from dmr_pipeline.precision.ladder import Ladder, read_ladder
 from dmr_pipeline.recipe import GrpoRouter
+from dmr_pipeline.rollout.cost import reward
+from dmr_pipeline.rollout.engine import Clock, RoutingPolicy, Run, SinglePrecision, Trajectory
+from dmr_pipeline.rollout.known import Known
+from dmr_pipeline.rollout.prompts import truncation_policy
 from dmr_pipeline.router.baselines import Confidence, Disagreement, RandomMixing
 from dmr_pipeline.router.calibration import OperatingPoint, find_threshold
 from dmr_pipeline.router.kl import ROUTER_FOLDER
+from dmr_pipeline.router.labels import read_sensitivity
 from dmr_pipeline.router.model import Router, load_router
 from dmr_pipeline.router.policies import routing_policy
 from dmr_pipeline.router.search_steps import opens_at_search_bar
-from dmr_pipeline.sensitivity import read_sensitivity
-from dmr_pipeline.stage import StageContext, StageResult
 
 ROUTERS = ("kl_router", "grpo_router")
 HEADLINE_RATIO = 0.40

@@ -11,15 +11,15 @@ import polars as pl
 from pydantic import JsonValue
 from rich.progress import Progress
 
-from dmr_pipeline.agent.known import Known
-from dmr_pipeline.agent.rollout import Clock, RoutingPolicy, Run, SinglePrecision, Trajectory
-from dmr_pipeline.artifacts import MANIFEST, Manifest
-from dmr_pipeline.cost import episode_cost
+from dmr_pipeline.artifacts.store import MANIFEST, Manifest
 from dmr_pipeline.environments.base import Task
 from dmr_pipeline.evaluation.kept import KeptTables
 from dmr_pipeline.evaluation.metrics import EPISODES
-from dmr_pipeline.ladder import Ladder, PolicyRuns, read_ladder
+from dmr_pipeline.precision.ladder import Ladder, PolicyRuns, read_ladder
 from dmr_pipeline.recipe import Recipe
+from dmr_pipeline.rollout.cost import episode_cost
+from dmr_pipeline.rollout.engine import Clock, RoutingPolicy, Run, SinglePrecision, Trajectory
+from dmr_pipeline.rollout.known import Known
 
 log = logging.getLogger(__name__)
 

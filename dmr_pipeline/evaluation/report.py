@@ -10,7 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from rich import box
 from rich.table import Table
 
-from dmr_pipeline.artifacts import run_record_beside, sidecar_path
+from dmr_pipeline.artifacts.store import run_record_beside, sidecar_path
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.evaluation.results import Interval, Metrics, PairedComparison, PolicyMetrics
 

@@ -13,9 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from dmr_pipeline.agent.checkpoint import load_causal_lm
-from dmr_pipeline.agent.prompts import Prompter
-from dmr_pipeline.agent.rollout import Clock, Run, SinglePrecision, Trajectory, play, play_alone
-from dmr_pipeline.agent.streams import Streams
+from dmr_pipeline.artifacts.stage import StageContext
 from dmr_pipeline.environments.alfworld.engine import AlfWorldEpisode
 from dmr_pipeline.environments.alfworld.game import Game
 from dmr_pipeline.environments.alfworld.generator import generate_game
@@ -23,13 +21,15 @@ from dmr_pipeline.environments.tasks import benchmark_tasks, split_seeds
 from dmr_pipeline.gpu_check.decoding import random_model
 from dmr_pipeline.gpu_check.record import Part, Skipped
 from dmr_pipeline.gpu_check.sizes import Shape, Sizes
-from dmr_pipeline.ladder import Ladder, acting_model, quantized_checkpoints
-from dmr_pipeline.quantization import dequantize, load_rung, quantize_rung, rung_size, save_rung
+from dmr_pipeline.precision.ladder import Ladder, acting_model, quantized_checkpoints
+from dmr_pipeline.precision.quantization import dequantize, load_rung, quantize_rung, rung_size, save_rung
 from dmr_pipeline.recipe import Recipe, Rung, load_recipe
+from dmr_pipeline.rollout.engine import Clock, Run, SinglePrecision, Trajectory, play, play_alone
+from dmr_pipeline.rollout.kv_cache.padded import Streams
+from dmr_pipeline.rollout.prompts import Prompter
 from dmr_pipeline.router.baselines import Disagreement, RandomMixing
 from dmr_pipeline.router.kl import ROUTER_FOLDER
 from dmr_pipeline.router.model import new_router, save_router
-from dmr_pipeline.stage import StageContext
 
 RECIPE = "alfworld-tiny"
 RUNGS = (

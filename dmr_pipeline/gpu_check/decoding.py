@@ -8,17 +8,17 @@ import torch
 from transformers import PreTrainedModel, Qwen3Config
 
 from dmr_pipeline.agent.checkpoint import random_causal_lm
-from dmr_pipeline.agent.prompts import Prompter
-from dmr_pipeline.agent.rollout import Clock, Run, SinglePrecision, play
-from dmr_pipeline.agent.streams import Streams
-from dmr_pipeline.agent.vocabulary import word_tokenizer
 from dmr_pipeline.environments.alfworld.generator import generate_game
 from dmr_pipeline.environments.alfworld.words import alfworld_texts
 from dmr_pipeline.gpu_check.kernels import bandwidth
 from dmr_pipeline.gpu_check.record import Part
 from dmr_pipeline.gpu_check.sizes import Shape, Sizes
-from dmr_pipeline.quantization import quantize_rung, rung_size
+from dmr_pipeline.precision.quantization import quantize_rung, rung_size
 from dmr_pipeline.recipe import Prompt, Rung
+from dmr_pipeline.rollout.engine import Clock, Run, SinglePrecision, play
+from dmr_pipeline.rollout.kv_cache.padded import Streams
+from dmr_pipeline.rollout.prompts import Prompter
+from dmr_pipeline.training.vocabulary import word_tokenizer
 
 RUNGS = (
     Rung(name="float", weights="float"),

@@ -9,13 +9,13 @@ from typing import Protocol
 import torch
 from transformers import LlamaConfig, PreTrainedModel
 
-from dmr_pipeline.agent.caching import token_streams, transcript_capacity
 from dmr_pipeline.agent.checkpoint import load_causal_lm, load_tokenizer, random_causal_lm
-from dmr_pipeline.agent.prompts import Moment, Prompter
-from dmr_pipeline.agent.rollout import play_alone
 from dmr_pipeline.environments.base import Task
 from dmr_pipeline.environments.tasks import begin_episode, make_expert, read_tasks
 from dmr_pipeline.recipe import load_recipe
+from dmr_pipeline.rollout.engine import play_alone
+from dmr_pipeline.rollout.kv_cache.choice import token_streams, transcript_capacity
+from dmr_pipeline.rollout.prompts import Moment, Prompter
 from dmr_pipeline.rollout_bench.generate import Generate
 
 CPU = torch.device("cpu")

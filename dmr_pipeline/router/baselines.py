@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dmr_pipeline.agent.rollout import Decision, Peek, Run, seeded_generator
+from dmr_pipeline.rollout.engine import Decision, Peek, Run, seeded_generator
 from dmr_pipeline.router.search_steps import at_search_bar
 
 

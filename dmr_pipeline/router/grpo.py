@@ -28,17 +28,18 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
-from dmr_pipeline.agent.known import Known
 from dmr_pipeline.agent.memory import out_of_memory_names
-from dmr_pipeline.agent.rollout import Clock, Run, Trajectory, seeded_generator
-from dmr_pipeline.artifacts import hash_files
-from dmr_pipeline.cost import episode_cost, reward
+from dmr_pipeline.artifacts.resume import discard, load_state, save_state
+from dmr_pipeline.artifacts.stage import StageContext, StageResult
+from dmr_pipeline.artifacts.store import hash_files
 from dmr_pipeline.environments.base import Task
 from dmr_pipeline.environments.tasks import read_tasks
 from dmr_pipeline.errors import UserError
-from dmr_pipeline.ladder import Ladder
+from dmr_pipeline.precision.ladder import Ladder
 from dmr_pipeline.recipe import GrpoRouter
-from dmr_pipeline.resume import discard, load_state, save_state
+from dmr_pipeline.rollout.cost import episode_cost, reward
+from dmr_pipeline.rollout.engine import Clock, Run, Trajectory, seeded_generator
+from dmr_pipeline.rollout.known import Known
 from dmr_pipeline.router.baselines import RandomMixing
 from dmr_pipeline.router.grpo_trainer import Rollout, RoutingTrainer
 from dmr_pipeline.router.kl import ROUTER_FOLDER, calibrate_threshold, play_games
@@ -52,7 +53,6 @@ from dmr_pipeline.router.model import (
     with_features,
 )
 from dmr_pipeline.router.policies import routing_policy
-from dmr_pipeline.stage import StageContext, StageResult
 
 Floats = NDArray[np.float64]
 

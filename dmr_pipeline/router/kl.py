@@ -20,15 +20,17 @@ from scipy.special import expit
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dmr_pipeline.agent.known import Known
 from dmr_pipeline.agent.memory import out_of_memory_names
-from dmr_pipeline.agent.rollout import Clock, RoutingPolicy, Run, Trajectory
+from dmr_pipeline.artifacts.resume import load_state, save_state
+from dmr_pipeline.artifacts.stage import StageContext, StageResult
 from dmr_pipeline.environments.base import Task
 from dmr_pipeline.environments.tasks import read_tasks
 from dmr_pipeline.errors import UserError
-from dmr_pipeline.ladder import Ladder
+from dmr_pipeline.precision.ladder import Ladder
 from dmr_pipeline.recipe import KlRouter, Lora, Recipe
-from dmr_pipeline.resume import load_state, save_state
+from dmr_pipeline.rollout.engine import Clock, RoutingPolicy, Run, Trajectory
+from dmr_pipeline.rollout.known import Known
+from dmr_pipeline.rollout.tables import read_all_trajectories, to_frames
 from dmr_pipeline.router.baselines import RandomMixing
 from dmr_pipeline.router.calibration import (
     Floats,
@@ -40,6 +42,7 @@ from dmr_pipeline.router.calibration import (
     find_threshold,
     platt,
 )
+from dmr_pipeline.router.labels import divergence_column, label, measure, read_sensitivity, threshold
 from dmr_pipeline.router.model import (
     Router,
     RouterSettings,
@@ -54,9 +57,6 @@ from dmr_pipeline.router.model import (
 from dmr_pipeline.router.policies import routing_policy
 from dmr_pipeline.router.probe import ProbeHead
 from dmr_pipeline.router.search_steps import SEARCH
-from dmr_pipeline.sensitivity import divergence_column, label, measure, read_sensitivity, threshold
-from dmr_pipeline.stage import StageContext, StageResult
-from dmr_pipeline.trajectories import read_all_trajectories, to_frames
 
 ROUTER_FOLDER = "router"
 _VALIDATION_MIX = 0.5

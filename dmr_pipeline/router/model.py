@@ -26,17 +26,17 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dmr_pipeline.agent.caching import positions_of
 from dmr_pipeline.agent.checkpoint import load_causal_lm, load_tokenizer, save_causal_lm
 from dmr_pipeline.agent.formats import refuse_pickles
 from dmr_pipeline.agent.logits import decoder_of, logits_of
 from dmr_pipeline.agent.memory import in_pieces
-from dmr_pipeline.agent.rollout import Trajectory
-from dmr_pipeline.agent.train import new_model
 from dmr_pipeline.errors import UserError
-from dmr_pipeline.parallel import deal, gather, in_processes
 from dmr_pipeline.recipe import RouterModel
+from dmr_pipeline.rollout.engine import Trajectory
+from dmr_pipeline.rollout.kv_cache.choice import positions_of
+from dmr_pipeline.rollout.parallel import deal, gather, in_processes
 from dmr_pipeline.router.probe import ProbeHead, new_probe, probe_features
+from dmr_pipeline.training.train import new_model
 
 T = TypeVar("T")
 

@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dmr_pipeline.agent.caching import positions_of, token_streams
-from dmr_pipeline.agent.rollout import Decision, Peek, RoutingPolicy, Run, seeded_generator
 from dmr_pipeline.recipe import DEFAULT_TRANSCRIPT_TOKENS
+from dmr_pipeline.rollout.engine import Decision, Peek, RoutingPolicy, Run, seeded_generator
+from dmr_pipeline.rollout.kv_cache.choice import positions_of, token_streams
 from dmr_pipeline.router.model import Router
 from dmr_pipeline.router.probe import probe_features
 from dmr_pipeline.router.search_steps import at_search_bar

@@ -5,9 +5,9 @@ No more is known of it than these words. Here a search step is one at whose page
 learns nothing from them in stage 2. Whether their divergence is high is decided once, in stage 1 (see kl.py).
 """
 
-from dmr_pipeline.agent.rollout import Peek
 from dmr_pipeline.environments.base import Task
 from dmr_pipeline.environments.tasks import begin_episode
+from dmr_pipeline.rollout.engine import Peek
 
 SEARCH = "search["
 """What the command of a search starts with."""

@@ -13,10 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dmr_pipeline import artifacts
-from dmr_pipeline.artifacts import DATA_ROOT, Artifact, artifact_folder, hash_files
+from dmr_pipeline.artifacts import store as artifacts
+from dmr_pipeline.artifacts.stage import Stage
+from dmr_pipeline.artifacts.store import DATA_ROOT, Artifact, artifact_folder, hash_files
 from dmr_pipeline.errors import UserError
-from dmr_pipeline.stage import Stage
 from dmr_pipeline.versioning import dvc_stages, lock_file
 from dmr_pipeline.versioning.dvc_project import in_git, repository
 from dmr_pipeline.versioning.lock_file import Entries

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from dmr_pipeline import interrupts
-from dmr_pipeline.artifacts import DATA_ROOT, MANIFEST, Artifact, artifact_folder
+from dmr_pipeline.artifacts.stage import Stage
+from dmr_pipeline.artifacts.store import DATA_ROOT, MANIFEST, Artifact, artifact_folder
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.hashing import file_md5
 from dmr_pipeline.recipe import RECIPE_FOLDER
 from dmr_pipeline.recipe_text import read_mapping
-from dmr_pipeline.stage import Stage
 from dmr_pipeline.versioning import lock_file
 from dmr_pipeline.versioning.dvc_project import dvc_at_rest, repository
 from dmr_pipeline.versioning.lock_file import LOCK_FILE as LOCK_FILE

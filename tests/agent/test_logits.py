@@ -5,11 +5,11 @@ import torch
 from transformers import T5Config, T5ForConditionalGeneration
 
 from dmr_pipeline.agent.checkpoint import load_causal_lm
-from dmr_pipeline.agent.examples import IGNORED, Example
 from dmr_pipeline.agent.logits import check_causal_lm, decoder_of, logits_of
-from dmr_pipeline.agent.train import trained_logits
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.router.model import RouterSettings, RoutingSequence, routing_logits
+from dmr_pipeline.training.examples import IGNORED, Example
+from dmr_pipeline.training.train import trained_logits
 from tests.agent.kinds import KINDS, VOCABULARY, model_of
 
 CPU = torch.device("cpu")

@@ -9,15 +9,15 @@ import torch
 from polars.testing import assert_frame_equal
 
 from dmr_pipeline.agent.memory import halving, in_pieces, out_of_memory_names
-from dmr_pipeline.agent.packed_streams import PackedStreams
-from dmr_pipeline.agent.rollout import Trajectory, play_alone
 from dmr_pipeline.errors import UserError
-from dmr_pipeline.ladder import Ladder
+from dmr_pipeline.precision.ladder import Ladder
 from dmr_pipeline.recipe import Recipe, load_recipe
+from dmr_pipeline.rollout.engine import Trajectory, play_alone
+from dmr_pipeline.rollout.kv_cache.packed import PackedStreams
+from dmr_pipeline.rollout.tables import to_frames
 from dmr_pipeline.router.baselines import RandomMixing
-from dmr_pipeline.sensitivity import measure
-from dmr_pipeline.trajectories import to_frames
-from tests.agent.test_rollout import HIGH, LOW, PROMPTER, RUNS, STEPS, taken
+from dmr_pipeline.router.labels import measure
+from tests.rollout.test_engine import HIGH, LOW, PROMPTER, RUNS, STEPS, taken
 
 GAMES = [run.task for run in RUNS]
 
@@ -79,7 +79,7 @@ def test_what_breaks_off_inside_a_forward_pass_leaves_nothing_behind(monkeypatch
 def test_episodes_that_have_ended_are_not_played_again(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = play_alone(HIGH, GAMES, PROMPTER, STEPS, 2)
     begun: list[str] = []
-    begin = "dmr_pipeline.agent.rollout.begin_episode"
+    begin = "dmr_pipeline.rollout.engine.begin_episode"
     from dmr_pipeline.environments.tasks import begin_episode
 
     monkeypatch.setattr(begin, lambda task: begun.append(task.task_id) or begin_episode(task))

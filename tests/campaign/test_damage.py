@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from dmr_pipeline import pipeline
-from dmr_pipeline.artifacts import (
+from dmr_pipeline.artifacts.resume import load_state, save_state
+from dmr_pipeline.artifacts.store import (
     MANIFEST,
     Artifact,
     artifact_folder,
@@ -25,7 +26,6 @@ from dmr_pipeline.artifacts import (
 )
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.recipe import Recipe, load_recipe
-from dmr_pipeline.resume import load_state, save_state
 from dmr_pipeline.versioning import dvc_objects, dvc_stages, lock_file
 from tests.campaign.deadline import Hang, at_most_seconds
 from tests.fake_project import RECIPE

@@ -18,8 +18,8 @@ import psutil
 import pytest
 
 from dmr_pipeline import pipeline
-from dmr_pipeline.artifacts import artifact_folder, incoming_folder, verify
-from dmr_pipeline.ingestion import EXAMPLE
+from dmr_pipeline.artifacts.store import artifact_folder, incoming_folder, verify
+from dmr_pipeline.ingestion.inbox import EXAMPLE
 from dmr_pipeline.interrupts import LINE
 from dmr_pipeline.recipe import Recipe
 from dmr_pipeline.versioning import dvc_stages
@@ -34,15 +34,15 @@ SIGNALS = (signal.SIGKILL, signal.SIGINT, signal.SIGTERM)
 INGESTION = "ingested_trajectories"
 FEWEST = "kl_router"
 """No stage writes fewer files."""
-FILING = "dmr_pipeline.ingestion:file_away"
+FILING = "dmr_pipeline.ingestion.inbox:file_away"
 AIMS = (
     "dmr_pipeline.versioning.lock_file:record",
     ANYTHING,
-    "dmr_pipeline.artifacts:publish",
+    "dmr_pipeline.artifacts.store:publish",
     FILING,
     "dmr_pipeline.versioning.dvc_stages:commit",
     ANYTHING,
-    "dmr_pipeline.artifacts:_build",
+    "dmr_pipeline.artifacts.store:_build",
 )
 """Functions in whose midst a kill could do most harm; each second round is killed at any moment."""
 

@@ -6,12 +6,12 @@ import polars as pl
 import pytest
 
 from dmr_pipeline import pipeline
-from dmr_pipeline.artifacts import artifact_folder, verify
+from dmr_pipeline.artifacts.stage import Stage, StageContext, StageResult
+from dmr_pipeline.artifacts.store import artifact_folder, verify
 from dmr_pipeline.definitions import defs
 from dmr_pipeline.defs import runs
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.recipe import Recipe
-from dmr_pipeline.stage import Stage, StageContext, StageResult
 from tests.fake_project import RECIPE, SUMMARIES, fake_run
 
 NAMES = [stage.name for stage in pipeline.STAGES]

@@ -9,13 +9,13 @@ import pytest
 from dagster._core.test_utils import create_run_for_test
 
 from dmr_pipeline import pipeline
-from dmr_pipeline.artifacts import artifact_folder, verify
+from dmr_pipeline.artifacts.stage import Stage, StageContext, StageResult
+from dmr_pipeline.artifacts.store import artifact_folder, verify
 from dmr_pipeline.definitions import defs
 from dmr_pipeline.defs import runs
 from dmr_pipeline.defs.automation import ATTEMPTS, INGEST_TAG, RETRAIN_TAG, new_trajectories, weekly_retraining
-from dmr_pipeline.ingestion import EXAMPLE
+from dmr_pipeline.ingestion.inbox import EXAMPLE
 from dmr_pipeline.recipe import Recipe
-from dmr_pipeline.stage import Stage, StageContext, StageResult
 from tests.fake_project import RECIPE, SUMMARIES, fake_run
 
 INCOMING = Path("data/incoming") / RECIPE

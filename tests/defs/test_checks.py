@@ -10,12 +10,12 @@ import polars as pl
 import pytest
 
 from dmr_pipeline import pipeline
-from dmr_pipeline.artifacts import artifact_folder, verify
+from dmr_pipeline.artifacts.stage import StageContext, StageResult
+from dmr_pipeline.artifacts.store import artifact_folder, verify
 from dmr_pipeline.defs import checks, runs
 from dmr_pipeline.defs.checks import CHECKS, Finding
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.recipe import Recipe
-from dmr_pipeline.stage import StageContext, StageResult
 from tests.fake_project import RECIPE, SUMMARIES, fake_run
 
 

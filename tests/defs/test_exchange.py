@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from dmr_pipeline import pipeline
-from dmr_pipeline.artifacts import artifact_folder, hash_files, verify
+from dmr_pipeline.artifacts.store import artifact_folder, hash_files, verify
 from dmr_pipeline.cli import app
 from dmr_pipeline.defs import runs
 from dmr_pipeline.errors import UserError

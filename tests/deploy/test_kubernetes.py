@@ -14,9 +14,9 @@ from dagster._core.launcher import RunLauncher
 from dagster._serdes import ConfigurableClassData
 
 from dmr_pipeline import pipeline
+from dmr_pipeline.artifacts.stage import Stage
 from dmr_pipeline.defs.assets import build_assets
 from dmr_pipeline.defs.executors import executor
-from dmr_pipeline.stage import Stage
 from tests.fake_project import REPOSITORY
 
 pytest.importorskip("dagster_k8s", reason="the extra kubernetes is not installed")

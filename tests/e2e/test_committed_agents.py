@@ -7,11 +7,11 @@ import torch
 
 from dmr_pipeline import pipeline
 from dmr_pipeline.agent.checkpoint import load_causal_lm
-from dmr_pipeline.agent.prompts import Prompter
-from dmr_pipeline.agent.rollout import play_alone
-from dmr_pipeline.artifacts import artifact_folder, materialize_stage, provenance, verify
+from dmr_pipeline.artifacts.store import artifact_folder, materialize_stage, provenance, verify
 from dmr_pipeline.environments.tasks import read_tasks
 from dmr_pipeline.recipe import load_recipe
+from dmr_pipeline.rollout.engine import play_alone
+from dmr_pipeline.rollout.prompts import Prompter
 
 REPOSITORY = Path(__file__).parents[2]
 GAMES = 16

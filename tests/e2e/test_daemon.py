@@ -19,10 +19,10 @@ import yaml
 from dagster._core.definitions.run_request import InstigatorType  # not exported
 from dagster._core.scheduler.instigation import InstigatorTick
 
-from dmr_pipeline.artifacts import artifact_folder, incoming_folder, verify
+from dmr_pipeline.artifacts.store import artifact_folder, incoming_folder, verify
 from dmr_pipeline.defs import runs
 from dmr_pipeline.defs.automation import UNFINISHED
-from dmr_pipeline.ingestion import EXAMPLE, STAGE
+from dmr_pipeline.ingestion.inbox import EXAMPLE, STAGE
 from dmr_pipeline.recipe import RECIPE_FOLDER
 from dmr_pipeline.versioning import dvc_stages
 from tests.e2e.location import stages

@@ -9,7 +9,7 @@ from pathlib import Path
 import dagster as dg
 import pytest
 
-from dmr_pipeline.artifacts import artifact_folder, verify
+from dmr_pipeline.artifacts.store import artifact_folder, verify
 from dmr_pipeline.defs.automation import UNFINISHED
 from tests.e2e.location import PICTURE_SIZE, SPOILT
 from tests.e2e.test_daemon import enter_dagster_project, running, wait_until

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
+from dmr_pipeline.artifacts.stage import StageContext
 from dmr_pipeline.environments import tasks
 from dmr_pipeline.environments.alfworld.generator import generate_game
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.recipe import OfficialAlfWorld, Splits, load_recipe
-from dmr_pipeline.stage import StageContext
 
 GAMES = {"train": [generate_game(seed)[0] for seed in range(12)], "valid_seen": [generate_game(99)[0]]}
 

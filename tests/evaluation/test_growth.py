@@ -13,22 +13,22 @@ import pytest
 import torch
 
 from dmr_pipeline.agent.checkpoint import save_causal_lm
-from dmr_pipeline.agent.known import Known
-from dmr_pipeline.agent.rollout import Clock, SinglePrecision, Trajectory
-from dmr_pipeline.artifacts import MANIFEST, Manifest, hash_files
+from dmr_pipeline.artifacts.stage import StageContext
+from dmr_pipeline.artifacts.store import MANIFEST, Manifest, hash_files
 from dmr_pipeline.environments.alfworld.generator import generate_game
 from dmr_pipeline.environments.alfworld.store import write_games
 from dmr_pipeline.evaluation import evaluate
 from dmr_pipeline.evaluation.evaluate import evaluation_report
 from dmr_pipeline.evaluation.play import acting_facts
-from dmr_pipeline.ladder import LADDER_FILE, Ladder, PolicyRuns, quantized_checkpoints
+from dmr_pipeline.precision.ladder import LADDER_FILE, Ladder, PolicyRuns, quantized_checkpoints
 from dmr_pipeline.recipe import Recipe, load_recipe
+from dmr_pipeline.rollout.engine import Clock, SinglePrecision, Trajectory
+from dmr_pipeline.rollout.known import Known
 from dmr_pipeline.router.baselines import Confidence, Disagreement, RandomMixing
 from dmr_pipeline.router.kl import ROUTER_FOLDER
+from dmr_pipeline.router.labels import STEPS
 from dmr_pipeline.router.model import save_router
 from dmr_pipeline.router.policies import LmRouter
-from dmr_pipeline.sensitivity import STEPS
-from dmr_pipeline.stage import StageContext
 from tests.router.test_model import TOKENIZER, random_model, random_router
 
 REPOSITORY = Path(__file__).parents[2]

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from dmr_pipeline.agent.train import new_model
 from dmr_pipeline.recipe import Architecture
 from dmr_pipeline.rollout_bench.agents import RandomLlama, Way
 from dmr_pipeline.rollout_bench.generate import Generate
 from dmr_pipeline.rollout_bench.run import FULL, QUICK, make_tasks, measurements
+from dmr_pipeline.training.train import new_model
 
 ROOT = Path(__file__).parents[2]
 ARCHITECTURE = Architecture(layers=2, width=32, heads=2, key_value_heads=1, head_width=16, feed_forward=32)

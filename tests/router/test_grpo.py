@@ -14,21 +14,21 @@ from hypothesis import strategies as st
 from scipy.special import expit
 
 from dmr_pipeline.agent.checkpoint import save_causal_lm
-from dmr_pipeline.agent.rollout import Run, Trajectory
-from dmr_pipeline.artifacts import hash_files
-from dmr_pipeline.cost import episode_cost
+from dmr_pipeline.artifacts.resume import save_state
+from dmr_pipeline.artifacts.stage import StageContext, StageResult
+from dmr_pipeline.artifacts.store import hash_files
 from dmr_pipeline.environments.tasks import benchmark_tasks, read_tasks
 from dmr_pipeline.errors import UserError
-from dmr_pipeline.ladder import Ladder, quantized_checkpoints
+from dmr_pipeline.precision.ladder import Ladder, quantized_checkpoints
 from dmr_pipeline.recipe import Recipe, load_recipe
-from dmr_pipeline.resume import save_state
+from dmr_pipeline.rollout.cost import episode_cost
+from dmr_pipeline.rollout.engine import Run, Trajectory
 from dmr_pipeline.router import grpo
 from dmr_pipeline.router.grpo import LOG, Scorer, Session, divergence, game_order, grpo_router, offset_for
 from dmr_pipeline.router.grpo_trainer import Rollout
 from dmr_pipeline.router.kl import ROUTER_FOLDER
 from dmr_pipeline.router.model import load_router, save_router
 from dmr_pipeline.router.policies import LmRouter
-from dmr_pipeline.stage import StageContext, StageResult
 from tests.router.test_model import CPU, TOKENIZER, random_model, random_router
 
 REPOSITORY = Path(__file__).parents[2]

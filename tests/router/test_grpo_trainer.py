@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from dmr_pipeline.agent.rollout import Draft, Run
-from dmr_pipeline.cost import reward
 from dmr_pipeline.recipe import GrpoRouter
+from dmr_pipeline.rollout.cost import reward
+from dmr_pipeline.rollout.engine import Draft, Run
 from dmr_pipeline.router.grpo_trainer import Rollout, RoutingTrainer, two_way
 from dmr_pipeline.router.model import (
     Router,

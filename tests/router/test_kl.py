@@ -13,18 +13,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dmr_pipeline.agent.checkpoint import save_causal_lm
-from dmr_pipeline.agent.prompts import Prompter
+from dmr_pipeline.artifacts.stage import StageContext
 from dmr_pipeline.environments.alfworld.engine import AlfWorldEpisode
 from dmr_pipeline.environments.alfworld.expert import ExploringExpert
 from dmr_pipeline.environments.alfworld.generator import generate_game
 from dmr_pipeline.environments.tasks import benchmark_tasks, read_tasks
 from dmr_pipeline.errors import UserError
-from dmr_pipeline.ingestion import ingested_trajectories
-from dmr_pipeline.ladder import Ladder, quantized_checkpoints
+from dmr_pipeline.ingestion.inbox import ingested_trajectories
+from dmr_pipeline.precision.ladder import Ladder, quantized_checkpoints
 from dmr_pipeline.recipe import KlRouter, Lora, Pretrained, Prompt, Recipe, RouterModel, load_recipe
+from dmr_pipeline.rollout.prompts import Prompter
+from dmr_pipeline.rollout.tables import read_trajectories, trajectories
 from dmr_pipeline.router import kl
 from dmr_pipeline.router.calibration import auroc
 from dmr_pipeline.router.kl import class_weights, kl_router, labels_of_steps, play_games, routing_loss, train
+from dmr_pipeline.router.labels import label, measure, read_sensitivity, sensitivity_dataset, threshold
 from dmr_pipeline.router.model import (
     Router,
     RoutingSequence,
@@ -36,9 +39,6 @@ from dmr_pipeline.router.model import (
     save_router,
 )
 from dmr_pipeline.router.policies import LmRouter
-from dmr_pipeline.sensitivity import label, measure, read_sensitivity, sensitivity_dataset, threshold
-from dmr_pipeline.stage import StageContext
-from dmr_pipeline.trajectories import read_trajectories, trajectories
 from tests.router.test_model import ARCHITECTURE, CPU, TOKENIZER, make_llm, random_model
 
 Labelled = tuple[list[RoutingSequence], list[list[bool]]]

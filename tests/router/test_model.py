@@ -7,15 +7,14 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, Qwen3ForCausalLM
 
-from dmr_pipeline.agent.prompts import Prompter
-from dmr_pipeline.agent.rollout import Run, Trajectory, play
-from dmr_pipeline.agent.streams import Streams
-from dmr_pipeline.agent.train import new_model
-from dmr_pipeline.agent.vocabulary import word_tokenizer
 from dmr_pipeline.environments.alfworld.generator import generate_game
 from dmr_pipeline.environments.alfworld.words import alfworld_texts
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.recipe import Architecture, Pretrained, Prompt, RouterModel
+from dmr_pipeline.rollout.engine import Run, Trajectory, play
+from dmr_pipeline.rollout.kv_cache.padded import Streams
+from dmr_pipeline.rollout.prompts import Prompter
+from dmr_pipeline.rollout.tables import to_frames
 from dmr_pipeline.router.model import (
     HIGH,
     LOW,
@@ -31,7 +30,8 @@ from dmr_pipeline.router.model import (
     sequences_of_steps,
 )
 from dmr_pipeline.router.policies import LmRouter
-from dmr_pipeline.trajectories import to_frames
+from dmr_pipeline.training.train import new_model
+from dmr_pipeline.training.vocabulary import word_tokenizer
 
 CPU = torch.device("cpu")
 ARCHITECTURE = Architecture(layers=2, width=32, heads=2, key_value_heads=1, head_width=16, feed_forward=48)

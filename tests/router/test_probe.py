@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from dmr_pipeline.agent.prompts import Prompter
-from dmr_pipeline.agent.rollout import Run, Trajectory, play
-from dmr_pipeline.agent.streams import Streams
-from dmr_pipeline.cost import episode_cost
 from dmr_pipeline.environments.alfworld.generator import generate_game
 from dmr_pipeline.environments.tasks import begin_episode
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.recipe import KlRouter, Probe, Prompt, Recipe, RouterModel, load_recipe, problems_across
+from dmr_pipeline.rollout.cost import episode_cost
+from dmr_pipeline.rollout.engine import Run, Trajectory, play
+from dmr_pipeline.rollout.kv_cache.padded import Streams
+from dmr_pipeline.rollout.prompts import Prompter
 from dmr_pipeline.router.calibration import auroc
 from dmr_pipeline.router.grpo_trainer import Rollout, RoutingTrainer
 from dmr_pipeline.router.kl import train

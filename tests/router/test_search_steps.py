@@ -11,26 +11,26 @@ import pytest
 import torch
 from scipy.special import expit
 
-from dmr_pipeline.agent.prompts import Prompter
-from dmr_pipeline.agent.rollout import RoutingPolicy, Run, Trajectory, play
-from dmr_pipeline.agent.streams import Streams
-from dmr_pipeline.cost import episode_cost
 from dmr_pipeline.environments.alfworld.engine import AlfWorldEpisode
 from dmr_pipeline.environments.alfworld.generator import generate_game
 from dmr_pipeline.environments.tasks import read_tasks
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.evaluation.evaluate import search_entries
-from dmr_pipeline.ladder import Ladder
+from dmr_pipeline.precision.ladder import Ladder
 from dmr_pipeline.recipe import Prompt, Recipe
+from dmr_pipeline.rollout.cost import episode_cost
+from dmr_pipeline.rollout.engine import RoutingPolicy, Run, Trajectory, play
+from dmr_pipeline.rollout.kv_cache.padded import Streams
+from dmr_pipeline.rollout.prompts import Prompter
+from dmr_pipeline.rollout.tables import read_trajectories
 from dmr_pipeline.router.baselines import RandomMixing
 from dmr_pipeline.router.grpo import Scorer, Session, tempered_settings
 from dmr_pipeline.router.grpo_trainer import as_completions
 from dmr_pipeline.router.kl import search_summary
+from dmr_pipeline.router.labels import read_sensitivity
 from dmr_pipeline.router.model import Router, routing_margins, sequence_of_trajectory, with_features
 from dmr_pipeline.router.policies import routing_policy
 from dmr_pipeline.router.search_steps import opens_at_search_bar
-from dmr_pipeline.sensitivity import read_sensitivity
-from dmr_pipeline.trajectories import read_trajectories
 from tests.router.test_grpo import artefacts, tiny_recipe
 from tests.router.test_kl import inputs, recipe, run_stage, section
 from tests.router.test_model import TOKENIZER, random_router
@@ -63,7 +63,7 @@ class Shop(AlfWorldEpisode):
 
 @pytest.fixture
 def shop(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("agent.rollout", "router.search_steps"):
+    for module in ("rollout.engine", "router.search_steps"):
         monkeypatch.setattr(f"dmr_pipeline.{module}.begin_episode", Shop)
 
 

@@ -10,7 +10,8 @@ import pytest
 from ruamel.yaml import YAML
 
 from dmr_pipeline import pipeline
-from dmr_pipeline.artifacts import (
+from dmr_pipeline.artifacts.stage import Stage
+from dmr_pipeline.artifacts.store import (
     MANIFEST,
     Artifact,
     artifact_folder,
@@ -22,7 +23,6 @@ from dmr_pipeline.artifacts import (
 )
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.recipe import Recipe
-from dmr_pipeline.stage import Stage
 from dmr_pipeline.versioning import dvc_objects, dvc_stages
 from tests.fake_project import RECIPE, REPOSITORY, dvc
 

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import rich.progress
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
-from dmr_pipeline.artifacts import disk_full_is_user_error, hash_files, locked, new_folder, publish, recover
+from dmr_pipeline.artifacts.store import disk_full_is_user_error, hash_files, locked, new_folder, publish, recover
 from dmr_pipeline.download import download
 from dmr_pipeline.environments.webshop.catalogue import HumanInstruction, Product, price_tag, write_shop
 from dmr_pipeline.environments.webshop.json_members import read_members

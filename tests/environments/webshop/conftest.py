@@ -2,9 +2,9 @@ from pathlib import Path
 
 import pytest
 
+from dmr_pipeline.artifacts.stage import StageContext, StageResult
 from dmr_pipeline.environments import tasks
 from dmr_pipeline.recipe import GeneratedWebShop, Splits, WebShop, load_recipe
-from dmr_pipeline.stage import StageContext, StageResult
 
 BENCHMARK = GeneratedWebShop(splits=Splits(agent_train=50, router_train=20, validation=100, test=20), products=600)
 

@@ -1,0 +1,554 @@
+"""Episodes: a router picks the precision before each step, the agent at that precision acts.
+
+Many episodes run at once. Each precision keeps its own exact cache (`TokenStreams`) and catches up, when its turn comes, on the
+tokens it has not seen; a finished episode's slot goes to the next task.
+
+An episode whose transcript has no room left for another step ends there and counts as lost, whatever its last reward was.
+That is ours; an agent that is cut off in the middle has not done its task.
+"""
+
+import hashlib
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from dmr_pipeline.agent.memory import halving
+from dmr_pipeline.environments.base import Episode, Task
+from dmr_pipeline.environments.tasks import begin_episode
+from dmr_pipeline.errors import UserError
+from dmr_pipeline.rollout.known import Known, KnownAction, Transcript
+from dmr_pipeline.rollout.kv_cache.choice import token_streams, transcript_capacity
+from dmr_pipeline.rollout.kv_cache.padded import TokenStreams
+from dmr_pipeline.rollout.prompts import Moment, Prompter
+from dmr_pipeline.rollout.writing import NgramGuesses, write
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Draft:
+    """What one precision would do at a step."""
+
+    action: list[int]
+    """Tokens, the end included."""
+    processed: int
+    """Tokens that its forward passes read."""
+    margin: float
+    """How far the likeliest token led the next, in probability: the least lead of the action (where commands are scored,
+    the likeliest command's)."""
+
+
+class Peek(Protocol):
+    """What a policy may ask for about the slots being decided."""
+
+    def drafts(self, high: bool) -> list[Draft]:
+        """What this precision would do. It costs the forward passes of acting."""
+        ...
+
+    def states(self, slots: Sequence[int], layers: Sequence[int]) -> Tensor:
+        """Low precision's hidden states once it has read the transcript: float32 [slots, len(layers) * hidden size], on the CPU.
+
+        One forward pass, which is lost only where high precision then acts: otherwise generation goes on from it.
+
+        Args:
+            slots: some of those being decided; asked for once a step.
+            layers: decoder layers, from 1.
+        """
+        ...
+
+    def admissible_commands(self) -> list[Sequence[str]]:
+        """What can be done at each slot's page or place."""
+        ...
+
+
+@dataclass(frozen=True)
+class Run:
+    """One episode to play."""
+
+    task: Task
+    member: int = 0
+    """Number within a group of episodes of one task, or of a random draw."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    high: bool
+    probability: float
+    """The router's probability of high precision."""
+    drafted: int = 0
+    """Low-precision forward passes that the decision needed and that are thrown away."""
+    features: NDArray[np.float32] | None = None
+    """What the router decided on, where it is to learn from it."""
+    forced: bool = False
+    """A rule decided, and the router was not asked."""
+
+
+class RoutingPolicy(Protocol):
+    """Decides before each step which precision acts. Holds state per slot."""
+
+    def begin(self, slot: int, run: Run) -> None: ...
+
+    def decide(self, slots: Sequence[int], segments: Sequence[list[int]], peek: Peek) -> list[Decision]:
+        """`segments` are the tokens that each transcript has grown by since the last action."""
+        ...
+
+    def acted(self, slot: int, action: list[int]) -> None: ...
+
+
+@dataclass(frozen=True)
+class SinglePrecision:
+    """One precision acts throughout."""
+
+    high: bool
+
+    def begin(self, slot: int, run: Run) -> None:
+        pass
+
+    def decide(self, slots: Sequence[int], segments: Sequence[list[int]], peek: Peek) -> list[Decision]:
+        return [Decision(self.high, float(self.high))] * len(slots)
+
+    def acted(self, slot: int, action: list[int]) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of an episode."""
+
+    segment: list[int]
+    """Tokens appended before the action: the observation and what the prompt puts around it."""
+    action: list[int]
+    """Generated tokens, the end included."""
+    command: str
+    observation: str
+    """What the command showed."""
+    high: bool
+    probability: float
+    processed: int
+    """Tokens that the acting precision's forward passes read: catch-up, segment, and all but the last generated one."""
+    drafted: int = 0
+    """Low-precision forward passes that were thrown away."""
+    features: NDArray[np.float32] | None = field(default=None, compare=False)
+    """What the router decided on, where it is to learn from it."""
+    forced: bool = False
+    """A rule decided, and the router was not asked."""
+
+
+@dataclass
+class Trajectory:
+    """One played episode."""
+
+    run: Run
+    opening: str
+    """First observation."""
+    steps: list[Step] = field(default_factory=list)
+    reward: float = 0.0
+    """Of the last step, in [0, 1]: what the benchmark calls the episode's score."""
+    outgrown: bool = False
+    """Ended, as lost, since its next step would not have fitted into the agents' streams."""
+
+    @property
+    def success(self) -> bool:
+        return self.reward >= 1.0
+
+    @property
+    def high_ratio(self) -> float:
+        """Share of steps at high precision."""
+        return sum(step.high for step in self.steps) / len(self.steps)
+
+
+@dataclass
+class Clock:
+    """Seconds spent, over a whole batch of episodes; differs from run to run."""
+
+    router: float = 0.0
+    agent: float = 0.0
+    environment: float = 0.0
+    durations: list[float] = field(default_factory=list)
+    """Router and agent together, of each step of the whole batch."""
+    steps: int = 0
+
+    def add(self, other: "Clock") -> None:
+        """The seconds of another batch of episodes; of batches that ran at the same time, each counts in full."""
+        self.router += other.router
+        self.agent += other.agent
+        self.environment += other.environment
+        self.durations += other.durations
+        self.steps += other.steps
+
+
+@dataclass
+class _Slot:
+    run: Run
+    episode: Episode
+    trajectory: Trajectory
+    segment: list[int]
+    transcript: Transcript = field(default_factory=Transcript)
+    read: dict[bool, int] = field(default_factory=lambda: {True: 0, False: 0})
+    """Precision is high -> tokens that it has read. Its stream may lag behind, where it was looked up what it does."""
+
+
+def play(
+    runs: Sequence[Run],
+    agents: Mapping[bool, TokenStreams],
+    prompter: Prompter,
+    policy: RoutingPolicy,
+    step_limit: int,
+    action: Literal["generate", "score"] = "generate",
+    temperature: float = 0.0,
+    seed: int = 0,
+    clock: Clock | None = None,
+    advance: Callable[[int], None] = lambda _: None,
+    done: dict[int, Trajectory] | None = None,
+    known: Known | None = None,
+) -> list[Trajectory]:
+    """Play all runs, each until it ends, has taken `step_limit` steps or has no room for another; results are in the order of
+    `runs` and do not depend on how many slots there are (but for rounding).
+
+    Args:
+        agents: precision is high -> its token streams; both may be the same object where one precision acts alone.
+        action: `generate` writes it token by token; `score` chooses among the admissible commands by their probability,
+            each scored in full, the end included.
+        temperature: 0 acts greedily; otherwise tokens (or commands) are drawn, seeded by (seed, task, member, turn).
+        advance: called with the number of episodes that have just ended (progress).
+        done: episodes that were played before, by their index in `runs`; those that end are added, so that where this breaks
+            off another call can go on.
+        known: greedy actions of these agents, which are looked up, and those that are found are added. Without it everything
+            is computed.
+    """
+    clock = clock if clock is not None else Clock()
+    batch = _Batch(agents, prompter, policy, action, temperature, seed, clock, known if temperature == 0 else None)
+    done = done if done is not None else {}
+    queue = [(index, run) for index, run in enumerate(runs) if index not in done][::-1]
+    free = list(range(min(len(agents[True].lengths), len(agents[False].lengths))))[::-1]
+    order: dict[int, int] = {}
+    while queue or batch.slots:
+        while queue and free:
+            index, run = queue.pop()
+            slot = free.pop()
+            order[slot] = index
+            batch.start(slot, run, step_limit)
+        ended = batch.step(step_limit)
+        for slot in ended:
+            done[order.pop(slot)] = batch.slots.pop(slot).trajectory
+            free.append(slot)
+        if ended:
+            advance(len(ended))
+    return [done[i] for i in range(len(runs))]
+
+
+def play_alone(
+    model: PreTrainedModel,
+    tasks: Sequence[Task],
+    prompter: Prompter,
+    step_limit: int,
+    slots: int,
+    action: Literal["generate", "score"] = "generate",
+    temperature: float = 0.0,
+    max_tokens: int | None = None,
+    advance: Callable[[int], None] = lambda _: None,
+) -> list[Trajectory]:
+    """One episode of each task, in which one model acts at every step; arguments as in `play`.
+
+    Args:
+        slots: episodes at once; halved where a GPU's memory does not suffice.
+        max_tokens: that a transcript may have; by default what `transcript_capacity` says.
+
+    Raises:
+        UserError: the model has positions for fewer tokens, or a first step does not fit.
+    """
+    capacity = transcript_capacity(model.config, max_tokens)
+    runs, done = [Run(task) for task in tasks], dict[int, Trajectory]()
+
+    def attempt(slots: int) -> list[Trajectory]:
+        streams = token_streams(model, slots, capacity)
+        agents, policy = {False: streams, True: streams}, SinglePrecision(high=True)
+        return play(runs, agents, prompter, policy, step_limit, action, temperature, advance=advance, done=done)
+
+    return halving(min(slots, len(tasks)), "episodes", attempt)
+
+
+def warn_of_outgrown(played: Sequence[Trajectory], capacity: int) -> None:
+    """Log how many episodes were cut off, if any."""
+    outgrown = sum(trajectory.outgrown for trajectory in played)
+    if outgrown:
+        log.warning(
+            "%d of %d episodes outgrew the %d tokens of a transcript (agent.max_transcript_tokens) and count as lost",
+            outgrown,
+            len(played),
+            capacity,
+        )
+
+
+class _Batch:
+    """The episodes that run now."""
+
+    def __init__(
+        self,
+        agents: Mapping[bool, TokenStreams],
+        prompter: Prompter,
+        policy: RoutingPolicy,
+        action: Literal["generate", "score"],
+        temperature: float,
+        seed: int,
+        clock: Clock,
+        known: Known | None,
+    ) -> None:
+        self.agents, self.prompter, self.policy, self.known = agents, prompter, policy, known
+        self.capacity = min(streams.capacity for streams in agents.values())
+        self.scores = action == "score"
+        self._compute = self._score if self.scores else self._generate
+        """(high, slots) -> the action of one precision for each slot."""
+        self.temperature, self.seed, self.clock = temperature, seed, clock
+        self.slots: dict[int, _Slot] = {}
+        self._guesses = NgramGuesses()
+        self._after: dict[int, Tensor] = {}
+        """Where low precision has read the transcript in this step: logits [vocabulary] after it."""
+
+    def start(self, slot: int, run: Run, step_limit: int) -> None:
+        episode = begin_episode(run.task)
+        opening = episode.reset()
+        moment = Moment(1, step_limit, episode.admissible_commands)
+        segment = self.prompter.opening(opening, run.task.instruction, moment)
+        self.slots[slot] = _Slot(run, episode, Trajectory(run, opening), segment)
+        needed = self._needed(self.slots[slot])
+        if needed > self.capacity:
+            raise UserError(
+                f"task {run.task.task_id}: its first step needs {needed} tokens, a transcript may have {self.capacity}: set"
+                " agent.max_transcript_tokens higher, or show less of a page (agent.prompt.page)"
+            )
+        for streams in self.agents.values():
+            streams.reset([slot])
+        self.policy.begin(slot, run)
+
+    def _needed(self, state: _Slot) -> int:
+        """Tokens of the transcript once the next step has been taken, at most."""
+        longest = self.prompter.prompt.max_action_tokens
+        if self.scores:
+            commands = state.episode.admissible_commands()
+            longest = max(longest, *(len(self.prompter.action(command)) for command in commands))
+        return len(state.transcript.tokens) + len(state.segment) + longest
+
+    def step(self, step_limit: int) -> list[int]:
+        """One step of every running episode; returns the slots whose episode has ended."""
+        slots = sorted(self.slots)
+        running = [self.slots[slot] for slot in slots]
+        for state in running:
+            state.transcript.append(state.segment)
+        peek = _BatchPeek(self, slots)
+        started = time.perf_counter()
+        decisions = self.policy.decide(slots, [state.segment for state in running], peek)
+        decided = time.perf_counter()
+        chosen: dict[int, Draft] = {}
+        for high in (False, True):
+            mine = [slot for slot, decision in zip(slots, decisions, strict=True) if decision.high == high]
+            if high in peek.drafted:
+                chosen |= {slot: draft for slot, draft in zip(slots, peek.drafted[high], strict=True) if slot in mine}
+            elif mine:
+                chosen |= dict(zip(mine, self.act(high, mine), strict=True))
+        for high in peek.drafted:
+            for slot, state in zip(slots, running, strict=True):
+                read = len(state.transcript.tokens)
+                state.read[high] = read
+                self.agents[high].truncate(slot, min(read, self.agents[high].lengths[slot]))
+        for slot in peek.asked_for_states:
+            self.slots[slot].read[False] = max(self.slots[slot].read[False], len(self.slots[slot].transcript.tokens))
+        self._after.clear()
+        acted = time.perf_counter()
+        ended = []
+        for slot, state, decision in zip(slots, running, decisions, strict=True):
+            taken = chosen[slot]
+            command = self.prompter.command(taken.action)
+            observation, reward, over = state.episode.step(command)
+            state.trajectory.steps.append(
+                Step(
+                    state.segment,
+                    taken.action,
+                    command,
+                    observation,
+                    decision.high,
+                    decision.probability,
+                    taken.processed,
+                    decision.drafted,
+                    decision.features,
+                    decision.forced,
+                )
+            )
+            state.transcript.append(taken.action)
+            self.policy.acted(slot, taken.action)
+            done = len(state.trajectory.steps)
+            if over or done >= step_limit:
+                state.trajectory.reward = reward
+                ended.append(slot)
+                continue
+            moment = Moment(done + 1, step_limit - done, state.episode.admissible_commands)
+            state.segment = self.prompter.turn(observation, state.run.task.instruction, moment)
+            if self._needed(state) > self.capacity:
+                state.trajectory.outgrown = True
+                ended.append(slot)
+        self.clock.router += decided - started
+        self.clock.agent += acted - decided
+        self.clock.environment += time.perf_counter() - acted
+        self.clock.durations.append(acted - started)
+        self.clock.steps += len(slots)
+        return ended
+
+    def read_states(self, slots: Sequence[int], layers: Sequence[int]) -> Tensor:
+        """`Peek.states`; what is read here is not read again by an action of this step."""
+
+        def read(new: list[int]) -> Sequence[NDArray[np.float32]]:
+            logits, states = self.agents[False].read(new, self._unread(False, new), layers)
+            self._after = dict(zip(new, logits, strict=True))
+            return list(states.cpu().numpy())
+
+        if self.known is None:
+            return torch.from_numpy(np.stack(read(list(slots))))
+        keys = {slot: (tuple(layers), self.slots[slot].transcript.digest()) for slot in slots}
+        rows = self.known.fill(self.known.states, keys, read)
+        return torch.from_numpy(np.stack(rows))
+
+    def act(self, high: bool, slots: list[int]) -> list[Draft]:
+        """The action of one precision for each slot."""
+        drafts = []
+        for slot, taken in zip(slots, self._actions(high, slots), strict=True):
+            state = self.slots[slot]
+            held = len(state.transcript.tokens)
+            drafts.append(Draft(taken.tokens, held - state.read[high] + taken.read, taken.margin))
+            state.read[high] = held + taken.kept
+        return drafts
+
+    def _actions(self, high: bool, slots: list[int]) -> list[KnownAction]:
+        """Looked up or computed."""
+        if self.known is None:
+            return self._compute(high, slots)
+        keys = {slot: (high, self.slots[slot].transcript.digest()) for slot in slots}
+        computed: list[int] = []
+
+        def compute(new: list[int]) -> list[KnownAction]:
+            computed.extend(new)
+            return self._compute(high, new)
+
+        actions = self.known.fill(self.known.actions, keys, compute)
+        self.known.asked += len(slots)
+        self.known.looked_up += len(slots) - len(computed)
+        return actions
+
+    def _unread(self, high: bool, slots: Sequence[int]) -> list[list[int]]:
+        lengths = self.agents[high].lengths
+        return [self.slots[slot].transcript.tokens[lengths[slot] :] for slot in slots]
+
+    def _generate(self, high: bool, slots: list[int]) -> list[KnownAction]:
+        """Token by token."""
+        most = self.prompter.prompt.max_action_tokens
+        transcripts = [self.slots[slot].transcript.tokens for slot in slots]
+        read = {} if high else {i: self._after[slot] for i, slot in enumerate(slots) if slot in self._after}
+        written = write(
+            self.agents[high],
+            slots,
+            self._unread(high, slots),
+            choose=lambda logits, places: self._choose(logits, [(slots[i], index) for i, index in places]),
+            observe=_leads,
+            guess=lambda i, tokens: self._guesses.guess(transcripts[i], tokens, most - len(tokens) - 1),
+            is_complete=self.prompter.is_complete,
+            known=read,
+        )
+        actions = []
+        for transcript, action in zip(transcripts, written, strict=True):
+            self._guesses.learn(transcript, action.tokens)
+            fed = len(action.tokens) - 1
+            actions.append(KnownAction(action.tokens, min(action.facts), read=fed, kept=fed))
+        return actions
+
+    def _score(self, high: bool, slots: list[int]) -> list[KnownAction]:
+        """The admissible command that is likeliest, or a draw by probability."""
+        streams = self.agents[high]
+        candidates = [
+            [self.prompter.action(command) for command in self.slots[slot].episode.admissible_commands()]
+            for slot in slots
+        ]
+        after = {} if high else {slot: self._after[slot] for slot in slots if slot in self._after}
+        if new := [slot for slot in slots if slot not in after]:
+            after |= dict(zip(new, streams.extend(new, self._unread(high, new)), strict=True))
+        first = torch.stack([after[slot] for slot in slots]).log_softmax(-1)
+        scores: list[list[float]] = [[] for _ in slots]
+        for k in range(max(len(commands) for commands in candidates)):
+            mine = [i for i in range(len(slots)) if k < len(candidates[i])]
+            begun = [candidates[i][k][:-1] for i in mine]
+            sizes = [len(tokens) for tokens in begun]
+            rest = streams.extend([slots[i] for i in mine], begun, sizes)
+            for i, rows in zip(mine, rest.split(sizes), strict=True):
+                command = candidates[i][k]
+                following = rows.log_softmax(-1).gather(-1, torch.tensor(command[1:], device=rows.device)[:, None])
+                scores[i].append(float(first[i, command[0]] + following.sum()))
+                streams.truncate(slots[i], len(self.slots[slots[i]].transcript.tokens))
+        actions = []
+        for slot, commands, of_commands in zip(slots, candidates, scores, strict=True):
+            values = torch.tensor([of_commands])
+            chosen = self._choose(values, [(slot, 0)])[0]
+            read = sum(len(command) - 1 for command in commands)
+            actions.append(KnownAction(commands[chosen], _leads(values)[0], read, kept=0))
+        return actions
+
+    def _choose(self, logits: Tensor, positions: list[tuple[int, int]]) -> list[int]:
+        """A token for each (slot, index in the action)."""
+        if self.temperature == 0:
+            return list(logits.argmax(-1).tolist())
+        draws = [seeded_generator(*self._key(slot), index).random() for slot, index in positions]
+        return drawn(logits / self.temperature, draws)
+
+    def _key(self, slot: int) -> tuple[object, ...]:
+        """What a draw for the slot's present step is seeded by, beside its index in the action."""
+        state = self.slots[slot]
+        return self.seed, state.run.task.task_id, state.run.member, len(state.trajectory.steps)
+
+
+class _BatchPeek:
+    """`Peek` into a batch, for one step."""
+
+    def __init__(self, batch: _Batch, slots: list[int]) -> None:
+        self._batch, self._slots = batch, slots
+        self.drafted: dict[bool, list[Draft]] = {}
+        self.asked_for_states: Sequence[int] = ()
+
+    def drafts(self, high: bool) -> list[Draft]:
+        if high not in self.drafted:
+            self.drafted[high] = self._batch.act(high, self._slots)
+        return self.drafted[high]
+
+    def states(self, slots: Sequence[int], layers: Sequence[int]) -> Tensor:
+        self.asked_for_states = slots
+        return self._batch.read_states(slots, layers)
+
+    def admissible_commands(self) -> list[Sequence[str]]:
+        return [self._batch.slots[slot].episode.admissible_commands() for slot in self._slots]
+
+
+def drawn(logits: Tensor, draws: Sequence[float]) -> list[int]:
+    """For each row of logits [n, choices] the choice that its draw, uniform in [0, 1), falls on: the first whose cumulative
+    probability (float64) is above it."""
+    cumulative = logits.softmax(-1).double().cumsum(-1)
+    levels = torch.tensor(draws, dtype=torch.double, device=logits.device)[:, None] * cumulative[:, -1:]
+    choices = torch.searchsorted(cumulative, levels, right=True).squeeze(-1)
+    return list(choices.clamp(max=logits.shape[-1] - 1).tolist())
+
+
+def _leads(logits: Tensor) -> list[float]:
+    """For each row of logits [n, choices], how far the likeliest choice leads the next, in probability; 1 if it is alone."""
+    if logits.shape[-1] == 1:
+        return [1.0] * len(logits)
+    best = (logits.topk(2, -1).values - logits.logsumexp(-1, keepdim=True)).exp()
+    return list((best[:, 0] - best[:, 1]).tolist())
+
+
+def seeded_generator(*key: object) -> np.random.Generator:
+    """A generator that depends on the key alone, never on what was drawn before."""
+    digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
+    return np.random.default_rng(int.from_bytes(digest[:8], "little"))

@@ -1,0 +1,317 @@
+"""Stage `sensitivity_dataset`: one row a step, with what both precisions would have done on the same prefix.
+
+Choices that the paper leaves open, and ours: the action distributions are compared along the high-precision greedy action
+(teacher forcing both precisions on its tokens), over every token of it up to and including its end, or (`sensitivity.tokens:
+command`) over those after its thought; a divergence of a step is the sum of the tokens' divergences over the full vocabulary.
+By the chain rule that is the part of the divergence between the two distributions over whole actions that lies on the path high
+precision takes.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import Literal, NamedTuple, TypeVar
+
+import polars as pl
+import torch
+from rich.progress import Progress
+from torch import Tensor
+
+from dmr_pipeline.agent.memory import in_pieces
+from dmr_pipeline.artifacts.stage import StageContext, StageResult
+from dmr_pipeline.errors import UserError
+from dmr_pipeline.precision.ladder import Ladder
+from dmr_pipeline.recipe import Sensitivity
+from dmr_pipeline.rollout.kv_cache.padded import TokenStreams
+from dmr_pipeline.rollout.parallel import deal, in_processes
+from dmr_pipeline.rollout.prompts import Prompter
+from dmr_pipeline.rollout.tables import read_all_trajectories
+from dmr_pipeline.rollout.writing import NgramGuesses, write
+
+T = TypeVar("T")
+
+STEPS = pl.Schema(
+    {
+        "episode_id": pl.String,
+        "task_id": pl.String,
+        "task_type": pl.String,
+        "policy": pl.String,
+        "turn": pl.Int64,
+        "kl_high_low": pl.Float64,
+        "kl_low_high": pl.Float64,
+        "js": pl.Float64,
+        "greedy_agree": pl.Boolean,
+        "entropy_low": pl.Float64,
+        "margin_low": pl.Float64,
+        "success": pl.Boolean,
+        "sensitive": pl.Boolean,
+    }
+)
+"""Divergences in nats. `entropy_low` (nats, summed) and `margin_low` (smallest gap between the two likeliest tokens'
+probabilities) are those of low precision along its own greedy action. `success` is the episode's outcome."""
+
+
+_MOST_LOGITS = 2**27
+"""Held at once, of one precision: 512 MB. A comparison holds those of whole actions."""
+
+
+class _Transcript(NamedTuple):
+    """Token ids of the segment and of the action of each step of an episode."""
+
+    name: str
+    segments: list[list[int]]
+    actions: list[list[int]]
+
+
+_Batch = Sequence[_Transcript]
+"""Episodes that are measured at once, the longest first."""
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Both precisions at one step."""
+
+    kl_high_low: float
+    kl_low_high: float
+    js: float
+    greedy_agree: bool
+    entropy_low: float
+    margin_low: float
+
+
+def sensitivity_dataset(context: StageContext) -> StageResult:
+    recipe = context.recipe
+    torch.set_num_threads(recipe.runtime.threads)
+    ladder = Ladder.load(context.inputs["quantized_checkpoints"], recipe)
+    given = read_all_trajectories(context.inputs, ladder.prompter, recipe.precisions.high, ladder.capacity)
+    with Progress() as progress:
+        bar = progress.add_task("divergence of the precisions", total=len(given.episodes))
+        rows = measure(ladder, given.episodes, given.steps, ladder.rows, lambda n: progress.advance(bar, n))
+    tau = threshold(rows, recipe.sensitivity)
+    table = label(rows, recipe.sensitivity, tau)
+    table.write_parquet(context.output / "steps.parquet")
+    late = pl.col("turn") >= 10
+    return StageResult(
+        summary={
+            "steps": len(table),
+            "ingested_steps": given.ingested_steps,
+            "tau": tau,
+            "direction": recipe.sensitivity.direction,
+            "label_share": round(float(table["sensitive"].mean()), 5),  # type: ignore[arg-type]
+            "greedy_disagreement": round(1 - float(table["greedy_agree"].mean()), 5),  # type: ignore[arg-type]
+            "mean_kl_high_low": round(float(table["kl_high_low"].mean()), 5),  # type: ignore[arg-type]
+            "label_share_before_turn_10": _share(table.filter(~late)),
+            "label_share_from_turn_10": _share(table.filter(late)),
+        }
+    )
+
+
+def measure(
+    ladder: Ladder,
+    episodes: pl.DataFrame,
+    steps: pl.DataFrame,
+    slots: int,
+    advance: Callable[[int], None] = lambda _: None,
+) -> pl.DataFrame:
+    """Divergences of every step of these trajectories: the columns of STEPS but `sensitive`, in the steps' order."""
+    counted, prompter = ladder.recipe.sensitivity.tokens, ladder.prompter
+    most = max(1, _MOST_LOGITS // (len(prompter.tokenizer) * prompter.prompt.max_action_tokens))
+    transcripts = steps.group_by("episode_id", maintain_order=True).agg("segment", "action")
+    context = episodes.select("episode_id", "task_id", "task_type", "policy", "success")
+    longest_first = transcripts.with_columns(turns=pl.col("segment").list.len()).sort(
+        ["turns", "episode_id"], descending=[True, False]
+    )
+
+    def compare_episodes(episodes: _Batch) -> list[tuple[object, ...]]:
+        rows: list[tuple[object, ...]] = []
+        streams, guesses = ladder.streams(len(episodes)), NgramGuesses()
+        for turn in range(len(episodes[0].segments)):
+            running = [i for i, episode in enumerate(episodes) if turn < len(episode.segments)]
+            for first in range(0, len(running), most):
+                live = running[first : first + most]
+                new = [(episodes[i].actions[turn - 1] if turn else []) + episodes[i].segments[turn] for i in live]
+                done = [episodes[i].actions[turn] for i in live]
+                compared = compare(streams, live, new, prompter, counted, done, guesses)
+                rows += [(episodes[i].name, turn, *vars(each).values()) for i, each in zip(live, compared, strict=True)]
+        return rows
+
+    def compare_batches(batches: Sequence[_Batch], advance: Callable[[int], None]) -> list[tuple[object, ...]]:
+        rows: list[tuple[object, ...]] = []
+        for batch in batches:
+            rows += in_pieces(batch, len(batch), "episodes", compare_episodes)
+            advance(len(batch))
+        return rows
+
+    # Lists, since polars does not survive the fork into several processes.
+    batches: list[_Batch] = [
+        [_Transcript(*columns) for columns in batch.select("episode_id", "segment", "action").iter_rows()]
+        for batch in longest_first.iter_slices(slots)
+    ]
+    rows = list(chain(*in_processes(compare_batches, deal(batches, ladder.processes), advance)))
+    columns = {name: STEPS[name] for name in ("episode_id", "turn", *Divergence.__dataclass_fields__)}
+    measured = pl.DataFrame(rows, schema=columns, orient="row").join(context, on="episode_id")
+    return (
+        steps.select("episode_id", "turn")
+        .join(measured, on=["episode_id", "turn"], how="left", maintain_order="left")
+        .select([name for name in STEPS if name != "sensitive"])
+    )
+
+
+def compare(
+    streams: Mapping[bool, TokenStreams],
+    slots: Sequence[int],
+    chunks: Sequence[list[int]],
+    prompter: Prompter,
+    tokens: Literal["action", "command"] = "action",
+    recorded: Sequence[list[int]] | None = None,
+    guesses: NgramGuesses | None = None,
+) -> list[Divergence]:
+    """Append the chunks to both precisions' streams, and compare what they would do next; the streams end there.
+
+    High precision writes its greedy action, and low precision is taken along it. Where low precision would write another
+    token, it is then taken back to that place and goes on alone, for its entropy and its margin.
+
+    Args:
+        tokens: of the actions, what is counted: all, or those after the thought. An action whose thought does not end has none.
+        recorded: what was done next, a good guess at what either would do. Not more than that: it changes no outcome.
+        guesses: used beside it, and taught.
+    """
+    recorded = recorded or [[] for _ in slots]
+    guesses = guesses or NgramGuesses()
+    most = prompter.prompt.max_action_tokens
+
+    def guess(i: int, written: list[int]) -> list[int]:
+        if recorded[i][: len(written)] == written:
+            return recorded[i][len(written) :]
+        return guesses.guess(chunks[i], written, most - len(written) - 1)
+
+    def greedy(logits: Tensor, _: object) -> list[int]:
+        return list(logits.argmax(-1).tolist())
+
+    starts = [streams[True].lengths[slot] + len(chunk) for slot, chunk in zip(slots, chunks, strict=True)]
+    high = write(streams[True], slots, chunks, greedy, list, guess, prompter.is_complete)
+    sizes = [len(action.tokens) for action in high]
+    along = [chunk + action.tokens[:-1] for chunk, action in zip(chunks, high, strict=True)]
+    low_logits = streams[False].extend(slots, along, sizes)
+    between = token_divergences(torch.stack([row for action in high for row in action.facts]), low_logits)
+    own, choices = own_numbers(low_logits), greedy(low_logits, None)
+
+    actions, numbers = [], []
+    for action, chosen, measured in zip(high, _split(choices, sizes), _split(own, sizes), strict=True):
+        apart = next((n for n, token in enumerate(chosen) if token != action.tokens[n]), len(chosen) - 1)
+        actions.append(chosen[: apart + 1])
+        numbers.append(measured[: apart + 1])
+    alone = [i for i in range(len(slots)) if not prompter.is_complete(actions[i])]
+    for i in alone:
+        streams[False].truncate(slots[i], starts[i] + len(actions[i]) - 1)
+    last = [actions[i][-1:] for i in alone]
+    begun = [actions[i] for i in alone]
+    rest = write(
+        streams[False],
+        [slots[i] for i in alone],
+        last,
+        greedy,
+        own_numbers,
+        lambda place, written: guess(alone[place], written),
+        prompter.is_complete,
+        begun=begun,
+    )
+    for i, written in zip(alone, rest, strict=True):
+        actions[i] = written.tokens
+        numbers[i] = numbers[i] + written.facts
+    for slot, chunk, start, action, low_action in zip(slots, chunks, starts, high, actions, strict=True):
+        for precision in (True, False):
+            streams[precision].truncate(slot, start)
+        for taught in (action.tokens, low_action):
+            guesses.learn(chunk, taught)
+
+    def counted_from(action: list[int]) -> int:
+        if tokens == "action" or prompter.prompt.thought_end is None:
+            return 0
+        return prompter.thought_length(action) or len(action)
+
+    found = []
+    for action, of_both, low_action, of_low in zip(high, _split(between, sizes), actions, numbers, strict=True):
+        high_from, low_from = counted_from(action.tokens), counted_from(low_action)
+        high_low, low_high, js = (max(0.0, math.fsum(column)) for column in _columns(of_both[high_from:], 3))
+        entropies, margins = _columns(of_low[low_from:], 2)
+        agree = action.tokens[high_from:] == low_action[low_from:]
+        found.append(Divergence(high_low, low_high, js, agree, math.fsum(entropies), min(margins, default=1.0)))
+    return found
+
+
+def token_divergences(high: Tensor, low: Tensor) -> list[tuple[float, float, float]]:
+    """KL(high||low), KL(low||high) and Jensen-Shannon divergence in nats of each row of logits [n, vocabulary]."""
+    p, q = high.double().log_softmax(-1), low.to(high.device).double().log_softmax(-1)
+    mixture = torch.logaddexp(p, q) - math.log(2)
+    js = (_kl(p, mixture) + _kl(q, mixture)) / 2
+    return list(zip(_kl(p, q).tolist(), _kl(q, p).tolist(), js.tolist(), strict=True))
+
+
+def own_numbers(logits: Tensor) -> list[tuple[float, float]]:
+    """Entropy in nats of each row of logits [n, vocabulary], and how far its likeliest token leads the next in probability."""
+    p = logits.double().log_softmax(-1)
+    best = p.exp().topk(2, dim=-1).values
+    return list(zip((-(p.exp() * p).sum(-1)).tolist(), (best[:, 0] - best[:, 1]).tolist(), strict=True))
+
+
+def threshold(rows: pl.DataFrame, section: Sensitivity) -> float:
+    """Tau in nats, given or a quantile of all steps."""
+    if section.tau is not None:
+        return section.tau
+    value = rows[divergence_column(section)].quantile(section.quantile or 0.0, interpolation="linear")
+    assert value is not None
+    return float(value)
+
+
+def label(rows: pl.DataFrame, section: Sensitivity, tau: float) -> pl.DataFrame:
+    """A step is sensitive where its divergence is at least tau (the paper's label) and, with `won_only` (ours), its
+    episode was won."""
+    sensitive = pl.col(divergence_column(section)) >= tau
+    return rows.with_columns(sensitive=sensitive & pl.col("success") if section.won_only else sensitive).select(
+        STEPS.names()
+    )
+
+
+def read_sensitivity(folder: Path) -> pl.DataFrame:
+    """The dataset, checked again on reading.
+
+    Raises:
+        UserError: other columns than it should have, missing values, NaN, or negative divergences.
+    """
+    path = folder / "steps.parquet"
+    table = pl.read_parquet(path)
+    if table.schema != STEPS:
+        raise UserError(f"{path}: its columns are {dict(table.schema)}, expected {dict(STEPS)}; make it anew")
+    numbers = table.select(pl.col(pl.Float64))
+    if sum(table.null_count().row(0)) or any(numbers.select(pl.all().is_nan().any()).row(0)):
+        raise UserError(f"{path}: missing values or NaN; make it anew")
+    if (table.select("kl_high_low", "kl_low_high", "js").min().transpose().to_series() < -1e-9).any():
+        raise UserError(f"{path}: negative divergences; make it anew")
+    return table
+
+
+def divergence_column(section: Sensitivity) -> str:
+    """The one of `STEPS` that the labels go by."""
+    return "js" if section.direction == "js" else f"kl_{section.direction}"
+
+
+def _kl(p: Tensor, q: Tensor) -> Tensor:
+    """KL divergence [n] of log-probabilities [n, vocabulary]."""
+    return (p.exp() * (p - q)).sum(-1)
+
+
+def _split(values: Iterable[T], sizes: Sequence[int]) -> list[list[T]]:
+    """The values in runs of these sizes."""
+    left = iter(values)
+    return [list(islice(left, size)) for size in sizes]
+
+
+def _columns(rows: Sequence[tuple[float, ...]], count: int) -> list[list[float]]:
+    return [[row[column] for row in rows] for column in range(count)]
+
+
+def _share(table: pl.DataFrame) -> float | None:
+    return round(float(table["sensitive"].mean()), 5) if len(table) else None  # type: ignore[arg-type]

@@ -1,0 +1,87 @@
+"""Training sequences for the agent: transcripts with the expert's action as target at every step."""
+
+import random
+from dataclasses import dataclass
+
+from dmr_pipeline.environments.base import Task
+from dmr_pipeline.environments.tasks import begin_episode, make_expert, take_look
+from dmr_pipeline.rollout.engine import Trajectory
+from dmr_pipeline.rollout.prompts import Moment, Prompter
+
+IGNORED = -100
+"""Target of a token that is not trained on (the value that torch's cross-entropy skips)."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One transcript. `targets[i]` is what should follow `tokens[i]`, or IGNORED."""
+
+    tokens: list[int]
+    targets: list[int]
+    steps: int
+
+
+class ExampleBuilder:
+    """Grows an example step by step.
+
+    Where the action taken is not the expert's, the expert's tokens are targets up to and including the first one that
+    differs: what would follow it is not in the transcript.
+    """
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.targets: list[int] = []
+        self.steps = 0
+
+    def step(self, segment: list[int], taken: list[int], expert: list[int]) -> None:
+        self.steps += 1
+        self.tokens += segment
+        self.targets += [IGNORED] * (len(segment) - 1)
+        agreed = 0
+        while agreed < min(len(taken), len(expert)) and taken[agreed] == expert[agreed]:
+            agreed += 1
+        labels = expert[: agreed + 1]
+        self.tokens += taken
+        self.targets += labels + [IGNORED] * (len(taken) + 1 - len(labels))
+        # The target after the last token taken belongs to the next segment's first token: never trained.
+        self.targets = [*self.targets[: len(self.tokens) - 1], IGNORED]
+
+    def build(self) -> Example:
+        return Example(self.tokens, self.targets, self.steps)
+
+
+def expert_example(task: Task, prompter: Prompter, step_limit: int, mistake_rate: float, rng: random.Random) -> Example:
+    """An episode in which the expert acts, but some steps are replaced by a random admissible one for it to repair."""
+    episode, expert, builder = begin_episode(task), make_expert(task), ExampleBuilder()
+    observation = episode.reset()
+    expert.observe(None, observation)
+    segment = prompter.opening(observation, task.instruction, Moment(1, step_limit, episode.admissible_commands))
+    for done in range(1, step_limit + 1):
+        wanted, thought = expert.act(), expert.think()
+        command = rng.choice(episode.admissible_commands()) if rng.random() < mistake_rate else wanted
+        builder.step(segment, prompter.action(command, thought), prompter.action(wanted, thought))
+        observation, _, over = episode.step(command)
+        if over:
+            break
+        expert.observe(command, observation)
+        moment = Moment(done + 1, step_limit - done, episode.admissible_commands)
+        segment = prompter.turn(observation, task.instruction, moment)
+    return builder.build()
+
+
+def look_example(task: Task, prompter: Prompter, rng: random.Random) -> Example:
+    """A random look as a transcript of its own; where it has no command, the thought alone is a target."""
+    look, builder = take_look(task, rng), ExampleBuilder()
+    action = prompter.thought(look.thought) if look.command is None else prompter.action(look.command, look.thought)
+    builder.step(prompter.opening(look.observation, look.instruction), action, action)
+    return builder.build()
+
+
+def relabelled_example(trajectory: Trajectory, prompter: Prompter) -> Example:
+    """The agent's own episode with the expert's actions as targets (DAgger, Ross et al., 2011)."""
+    expert, builder = make_expert(trajectory.run.task), ExampleBuilder()
+    expert.observe(None, trajectory.opening)
+    for step in trajectory.steps:
+        builder.step(step.segment, step.action, prompter.action(expert.act(), expert.think()))
+        expert.observe(step.command, step.observation)
+    return builder.build()

@@ -1,0 +1,322 @@
+"""Stage `agent`: the float LLM, brought along or trained here on the expert's actions.
+
+The training is behaviour cloning on expert episodes with some mistakes in them, then DAgger (Ross et al., 2011): the agent's
+own episodes with the expert's actions as targets. Loss on action tokens only. It resumes after a kill with the same result.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+
+import polars as pl
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+
+from dmr_pipeline.agent.checkpoint import load_causal_lm, resolve_device, save_causal_lm
+from dmr_pipeline.agent.logits import decoder_of, logits_of
+from dmr_pipeline.agent.memory import out_of_memory_names
+from dmr_pipeline.artifacts.resume import load_state, save_state
+from dmr_pipeline.artifacts.stage import StageContext, StageResult
+from dmr_pipeline.environments.base import Task
+from dmr_pipeline.environments.tasks import benchmark_texts, read_tasks
+from dmr_pipeline.errors import UserError
+from dmr_pipeline.recipe import TRAINED_TRANSCRIPT_TOKENS, Architecture, Games, Runtime, Training, WebShop
+from dmr_pipeline.rollout.engine import play_alone
+from dmr_pipeline.rollout.kv_cache.choice import transcript_capacity, way_of
+from dmr_pipeline.rollout.prompts import Prompter
+from dmr_pipeline.training.examples import IGNORED, Example, expert_example, look_example, relabelled_example
+from dmr_pipeline.training.vocabulary import exact_word_tokenizer, word_tokenizer
+
+_PIECE = {"cpu": 2500, "cuda": 12_000}
+"""Tokens in one forward and backward pass, padding included, by type of device: small ones suit a CPU's caches, a GPU is kept
+busy by few large ones."""
+_EMBEDDING_STD = 0.5
+_TRIES = 200
+"""Expert episodes that are played for one that is short, at most; with none among them there would be no end."""
+_KEPT_EPISODES = 4000
+"""The agent's own episodes that are kept for training; older ones, of a worse agent, are dropped."""
+
+
+def agent(context: StageContext) -> StageResult:
+    recipe, section = context.recipe, context.recipe.agent
+    device = resolve_device(recipe.runtime.device)
+    torch.set_num_threads(recipe.runtime.threads)
+    folder = context.output / "model"
+    if section.pretrained is not None:
+        source = section.pretrained
+        model, tokenizer = load_causal_lm(source.model, source.revision, torch.device("cpu"), stored_precision=True)
+        way_of(model)
+        transcript_capacity(model.config, section.max_transcript_tokens)
+        Prompter.of(tokenizer, section.prompt, model.generation_config)
+        save_causal_lm(model, tokenizer, folder, model.dtype)
+        return StageResult(summary={"source": source.model, "parameters": model.num_parameters()})
+    assert section.training is not None
+    dealt = context.inputs["benchmark_tasks"]
+    tasks = read_tasks(dealt, "agent_train")
+    # What WebShop's commands name has to come back to the letter.
+    new_tokenizer = exact_word_tokenizer if isinstance(recipe.benchmark, WebShop) else word_tokenizer
+    tokenizer = new_tokenizer(benchmark_texts(dealt, recipe.benchmark))
+    prompter = Prompter.of(tokenizer, section.prompt)
+    with out_of_memory_names("agent.training.architecture"):
+        model, log = train(
+            tasks,
+            prompter,
+            section.training,
+            recipe.benchmark,
+            recipe.runtime,
+            device,
+            context.scratch,
+            section.max_transcript_tokens,
+        )
+    save_causal_lm(model, tokenizer, folder, torch.float16)
+    log.write_parquet(context.output / "training.parquet")
+    validation = read_tasks(dealt, "validation")
+    model, _ = load_causal_lm(folder, None, device)
+    success = success_rate(model, validation, prompter, recipe.benchmark, recipe.runtime)
+    return StageResult(
+        summary={
+            "parameters": model.num_parameters(),
+            "updates": section.training.updates,
+            "validation_games": len(validation),
+            "validation_success": success,
+            "final_loss": round(log["loss"].tail(50).mean(), 5),  # type: ignore[arg-type]
+        }
+    )
+
+
+def new_model(architecture: Architecture, vocabulary: int, seed: int, positions: int | None = None) -> Qwen3ForCausalLM:
+    """A Qwen3-architecture causal LM with random weights, and positions for so many tokens (by default 4,096).
+
+    Embeddings are wide and not tied to the head: with narrow ones (0.02), which Adam soon drags into one common direction,
+    the words of a small vocabulary become too alike for attention to find one again.
+    """
+    torch.manual_seed(seed)
+    model = Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=vocabulary,
+            hidden_size=architecture.width,
+            num_hidden_layers=architecture.layers,
+            num_attention_heads=architecture.heads,
+            num_key_value_heads=architecture.key_value_heads,
+            head_dim=architecture.head_width,
+            intermediate_size=architecture.feed_forward,
+            max_position_embeddings=positions or TRAINED_TRANSCRIPT_TOKENS,
+            rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+            tie_word_embeddings=False,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+    )
+    torch.nn.init.normal_(model.get_input_embeddings().weight, std=_EMBEDDING_STD)
+    return model
+
+
+def success_rate(
+    model: PreTrainedModel, tasks: Sequence[Task], prompter: Prompter, benchmark: Games, runtime: Runtime
+) -> float:
+    """Share of tasks won when the model acts alone, greedily."""
+    played = play_alone(model, tasks, prompter, benchmark.step_limit, runtime.batch_episodes)
+    return sum(trajectory.success for trajectory in played) / len(played)
+
+
+@dataclass
+class _State:
+    """All that a resumed training needs."""
+
+    update: int
+    own: list[Example]
+    log: list[dict[str, float]]
+
+
+def train(
+    tasks: Sequence[Task],
+    prompter: Prompter,
+    training: Training,
+    benchmark: Games,
+    runtime: Runtime,
+    device: torch.device,
+    scratch: Path,
+    positions: int | None = None,
+) -> tuple[PreTrainedModel, pl.DataFrame]:
+    """Train a `new_model` with these positions from nothing, or from where a killed run stopped.
+
+    Every update draws from a generator seeded by (seed, update), so that a resumed run repeats an unbroken one.
+    """
+    model = new_model(training.architecture, len(prompter.tokenizer), training.seed, positions).to(device)
+    optimizers = make_optimizers(model, training)
+    state = _State(0, [], [])
+    saved = scratch / "training.pt"
+    content = load_state(saved, device)
+    if content is not None:
+        model.load_state_dict(content["model"])
+        for optimizer, saved_state in zip(optimizers, content["optimizers"], strict=True):
+            optimizer.load_state_dict(saved_state)
+        state = _State(content["update"], [Example(**example) for example in content["own"]], content["log"])
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, TextColumn("{task.fields[note]}")) as progress:
+        bar = progress.add_task("training the agent", total=training.updates, completed=state.update, note="")
+        while state.update < training.updates:
+            if state.update % training.dagger_every == 0:
+                _save(saved, model, optimizers, state)
+                if state.update >= training.dagger_from:
+                    own, success = collect_own(model, tasks, prompter, training, runtime, state.update)
+                    state.own = (state.own + own)[-_KEPT_EPISODES:]
+                    state.log.append({"update": state.update, "success": success})
+            rng = random.Random(f"agent-{training.seed}-{state.update}")
+            batch = _batch(tasks, prompter, training, benchmark, state, rng)
+            model.train()
+            model.zero_grad()
+            loss, accuracy = learn(model, batch, device)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = training.learning_rate * schedule(state.update, training)
+                optimizer.step()
+            state.update += 1
+            state.log.append({"update": state.update, "loss": loss, "accuracy": accuracy})
+            progress.update(bar, completed=state.update, note=_note(state.log))
+    log = pl.DataFrame(
+        state.log, schema={"update": pl.Int64, "loss": pl.Float64, "accuracy": pl.Float64, "success": pl.Float64}
+    )
+    return model.eval(), log
+
+
+def make_optimizers(model: PreTrainedModel, training: Training) -> list[torch.optim.Optimizer]:
+    """Muon (Jordan et al., 2024) for the layers' matrices, AdamW for embeddings, head and norms; one learning rate serves both.
+
+    Muon learns this task in a fraction of the updates that AdamW takes for it.
+    """
+    layers = [(name, p) for name, p in model.named_parameters() if ".layers." in name and p.ndim == 2]
+    matrices = [p for _, p in layers]
+    names = {name for name, _ in layers}
+    rest = [p for name, p in model.named_parameters() if name not in names]
+    return [
+        torch.optim.Muon(
+            matrices, lr=training.learning_rate, weight_decay=training.weight_decay, adjust_lr_fn="match_rms_adamw"
+        ),
+        torch.optim.AdamW(rest, lr=training.learning_rate, weight_decay=0.0, betas=(0.9, 0.98)),
+    ]
+
+
+def schedule(update: int, training: Training) -> float:
+    """Factor on the learning rate: linear warm-up, constant, linear decay to 0 over the last 30% of the updates."""
+    decay_from = 0.7 * training.updates
+    warm = min(1.0, (update + 1) / max(1, training.warmup_updates))
+    return warm * min(1.0, (training.updates - update) / (training.updates - decay_from))
+
+
+def learn(model: PreTrainedModel, batch: Sequence[Example], device: torch.device) -> tuple[float, float]:
+    """Add the gradient of the mean cross-entropy over the batch's trained positions.
+
+    The batch goes through in pieces of similar length, so that little of it is padding.
+
+    Returns:
+        The mean cross-entropy in nats, and the share of trained positions whose greedy token is the target.
+    """
+    trained = sum(target != IGNORED for example in batch for target in example.targets)
+    loss, right = 0.0, 0
+    for piece in pieces_of_similar_length(batch, _PIECE[device.type]):
+        logits, wanted = trained_logits(model, piece, device)
+        cross_entropy = torch.nn.functional.cross_entropy(logits, wanted, reduction="sum") / trained
+        cross_entropy.backward()
+        loss += cross_entropy.item()
+        right += int((logits.argmax(-1) == wanted).sum())
+    return loss, right / trained
+
+
+def pieces_of_similar_length(batch: Sequence[Example], most_tokens: int) -> list[list[Example]]:
+    """The batch by length, cut where a piece would hold more than `most_tokens` with its padding."""
+    pieces: list[list[Example]] = [[]]
+    for example in sorted(batch, key=lambda example: len(example.tokens)):
+        if pieces[-1] and (len(pieces[-1]) + 1) * len(example.tokens) > most_tokens:
+            pieces.append([])
+        pieces[-1].append(example)
+    return pieces
+
+
+def trained_logits(model: PreTrainedModel, examples: Sequence[Example], device: torch.device) -> tuple[Tensor, Tensor]:
+    """float32 logits [trained positions, vocabulary], example by example in order, and their targets."""
+    longest = max(len(example.tokens) for example in examples)
+    tokens = torch.zeros(len(examples), longest, dtype=torch.long)
+    targets = torch.full((len(examples), longest), IGNORED)
+    for row, example in enumerate(examples):
+        tokens[row, : len(example.tokens)] = torch.tensor(example.tokens)
+        targets[row, : len(example.targets)] = torch.tensor(example.targets)
+    # Padding is on the right and attention is causal: no mask is needed, and none keeps the fast attention path.
+    hidden = decoder_of(model)(input_ids=tokens.to(device), use_cache=False).last_hidden_state
+    trained = (targets != IGNORED).to(device)
+    return logits_of(model, hidden[trained]), targets.to(device)[trained]
+
+
+def collect_own(
+    model: PreTrainedModel,
+    tasks: Sequence[Task],
+    prompter: Prompter,
+    training: Training,
+    runtime: Runtime,
+    update: int,
+) -> tuple[list[Example], float]:
+    """The agent plays training tasks greedily; its transcripts come back with the expert's actions as targets."""
+    chosen = random.Random(f"dagger-{training.seed}-{update}").choices(tasks, k=training.dagger_episodes)
+    played = play_alone(model, chosen, prompter, training.dagger_steps, runtime.batch_episodes)
+    examples = [relabelled_example(trajectory, prompter) for trajectory in played]
+    return examples, sum(trajectory.success for trajectory in played) / len(played)
+
+
+def _batch(
+    tasks: Sequence[Task],
+    prompter: Prompter,
+    training: Training,
+    benchmark: Games,
+    state: _State,
+    rng: random.Random,
+) -> list[Example]:
+    """Looks alone at first; then a few looks, expert episodes and, once there are some, the agent's own episodes, these up
+    to a number of tokens, since a failing agent's are long."""
+    if state.update < training.looks_alone_until:
+        return [look_example(rng.choice(tasks), prompter, rng) for _ in range(training.looks_per_update)]
+    examples = [look_example(rng.choice(tasks), prompter, rng) for _ in range(training.looks_per_update // 4)]
+    tokens = 0
+    while state.own and tokens < training.dagger_tokens:
+        examples.append(rng.choice(state.own))
+        tokens += len(examples[-1].tokens)
+    wanted = len(examples) + training.episodes_per_update // (2 if state.own else 1)
+    longest = training.short_steps if state.update < training.short_until else benchmark.step_limit
+    tries = count(1)
+    while len(examples) < wanted:
+        if next(tries) > _TRIES * wanted:
+            raise UserError(
+                f"agent.training.short_steps: next to none of {_TRIES * wanted:,} expert episodes took {longest} steps or"
+                " fewer; give more steps, or set short_until to 0"
+            )
+        example = expert_example(rng.choice(tasks), prompter, benchmark.step_limit, training.mistake_rate, rng)
+        if example.steps <= longest:
+            examples.append(example)
+    return examples
+
+
+def _save(path: Path, model: PreTrainedModel, optimizers: Sequence[torch.optim.Optimizer], state: _State) -> None:
+    content = {
+        "model": model.state_dict(),
+        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+        "update": state.update,
+        "own": [vars(example) for example in state.own],
+        "log": state.log,
+    }
+    save_state(path, content)
+
+
+def _note(log: Sequence[dict[str, float]]) -> str:
+    losses = [row["loss"] for row in log[-50:] if "loss" in row]
+    success = [row["success"] for row in log if "success" in row]
+    return f"loss {sum(losses) / len(losses):.3f}" + (f", success {success[-1]:.2f}" if success else "")

@@ -1,0 +1,299 @@
+"""The gate, and the ladder's divergence from the float model."""
+
+import copy
+import gc
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import PreTrainedModel
+
+from dmr_pipeline.agent.checkpoint import load_causal_lm, save_causal_lm
+from dmr_pipeline.artifacts.stage import StageContext
+from dmr_pipeline.environments.alfworld.store import write_games
+from dmr_pipeline.errors import UserError
+from dmr_pipeline.precision import ladder, quantization
+from dmr_pipeline.precision.ladder import (
+    Ladder,
+    PolicyRuns,
+    RungFacts,
+    deal_by_game,
+    divergence_to_float,
+    expert_steps,
+    gate,
+    quantized_checkpoints,
+    read_ladder,
+)
+from dmr_pipeline.recipe import Architecture, Precisions, Recipe, Rung, load_recipe
+from dmr_pipeline.rollout.engine import Clock, Run, SinglePrecision, Trajectory
+from dmr_pipeline.router.baselines import Confidence, Disagreement, RandomMixing
+from dmr_pipeline.training.examples import IGNORED
+from dmr_pipeline.training.train import new_model
+from tests.agent.test_memory import fits
+from tests.rollout.test_engine import HIGH, LOW, PROMPTER, RUNS, STEPS, but_for_rounding, roll
+
+REPOSITORY = Path(__file__).parents[2]
+PRECISIONS = Precisions(
+    ladder=(Rung(name="float", weights="float"), Rung(name="int2", weights="int2")), high="float", low="int2"
+)
+
+
+def facts(name: str, success: float) -> RungFacts:
+    return RungFacts(
+        name=name, bytes=1, bits_per_weight=1, quantized_share=0, kl_to_float=0, greedy_disagreement=0,
+        validation_success=success, validation_steps=1, reloads_equal=True,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("high", "low", "passed"),
+    [(0.9, 0.6, True), (0.84, 0.5, False), (0.9, 0.75, False), (0.95, 0.4, False), (0.85, 0.65, True)],
+)
+def test_the_gate_asks_for_a_strong_high_and_a_useful_low(high: float, low: float, passed: bool) -> None:
+    found = gate([facts("float", high), facts("int2", low)], PRECISIONS)
+    assert found.passed is passed
+    assert found.gap == pytest.approx(high - low)
+    assert f"{high:.1%}" in found.verdict
+
+
+@torch.no_grad()
+def test_divergence_is_the_mean_over_steps_of_plain_forward_passes() -> None:
+    examples = expert_steps([run.task for run in RUNS[:3]], PROMPTER, 50, 4096)
+    total, different, tokens = 0.0, 0, 0
+    for example in examples:
+        at = [i for i, target in enumerate(example.targets) if target != IGNORED]
+        p, q = (model(torch.tensor([example.tokens])).logits[0, at].double().log_softmax(-1) for model in (HIGH, LOW))
+        total += float((p.exp() * (p - q)).sum())
+        different += int((p.argmax(-1) != q.argmax(-1)).sum())
+        tokens += len(at)
+    steps = sum(example.steps for example in examples)
+    divergence, disagreement = divergence_to_float(HIGH, LOW, examples, torch.device("cpu"))
+    assert divergence == pytest.approx(total / steps, rel=1e-4)
+    assert disagreement == pytest.approx(different / tokens, abs=0.01)
+    assert divergence_to_float(HIGH, HIGH, examples, torch.device("cpu")) == (0.0, 0.0)
+
+
+def ladder_recipe(ladder: list[dict[str, str]]) -> Recipe:
+    changes = {
+        "benchmark": {"splits": {"agent_train": 1, "router_train": 1, "validation": 1, "test": 1}, "step_limit": 3},
+        "precisions": {"ladder": ladder, "high": ladder[0]["name"], "low": ladder[-1]["name"], "kl_episodes": 1},
+        "runtime": {"device": "cpu", "threads": 1, "processes": 1},
+    }
+    return Recipe.model_validate(load_recipe("alfworld-tiny", REPOSITORY / "recipes").model_dump() | changes)
+
+
+LADDER = [{"name": name, "weights": name} for name in ("float", "int8", "int2")]
+
+
+@pytest.fixture
+def context(tmp_path: Path) -> StageContext:
+    """Of the stage, with an agent that knows nothing."""
+    architecture = Architecture(layers=2, width=64, heads=4, key_value_heads=2, head_width=16, feed_forward=96)
+    model = new_model(architecture, len(PROMPTER.tokenizer), 0)
+    save_causal_lm(model, PROMPTER.tokenizer, tmp_path / "agent" / "model", torch.float16)
+    (tmp_path / "benchmark_tasks").mkdir()
+    write_games([RUNS[0].task], tmp_path / "benchmark_tasks" / "validation.parquet")
+    inputs = {name: tmp_path / name for name in ("agent", "benchmark_tasks")}
+    return StageContext(ladder_recipe(LADDER), inputs, tmp_path / "quantized_checkpoints", tmp_path)
+
+
+@pytest.fixture
+def nothing_older() -> Iterator[None]:
+    """What is there already is no garbage and is not looked at, which would take seconds each time."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+def float_bytes() -> int:
+    """Of all float matrices that any model made in this test has as parameters."""
+    gc.collect()
+    # `type`, since quanto's packed weights call themselves Parameters too.
+    alive = [o for o in gc.get_objects() if type(o) is torch.nn.Parameter and o.ndim == 2 and o.is_floating_point()]
+    return sum({parameter.data_ptr(): parameter.nbytes for parameter in alive}.values())
+
+
+def test_beside_the_float_model_there_is_one_other_at_most(
+    context: StageContext, nothing_older: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, _ = load_causal_lm(context.inputs["agent"] / "model", None, torch.device("cpu"))
+    one = sum(parameter.nbytes for parameter in model.parameters() if parameter.ndim == 2)
+    del model
+    before, seen = float_bytes(), []
+
+    def watched(function: Callable) -> Callable:
+        def wrapper(*args: object, **kwargs: object) -> object:
+            seen.append(float_bytes() - before)
+            result = function(*args, **kwargs)
+            seen.append(float_bytes() - before)
+            return result
+
+        return wrapper
+
+    for name in (
+        "quantize_rung",
+        "save_rung",
+        "load_rung",
+        "rung_size",
+        "acting_model",
+        "divergence_to_float",
+        "play_alone",
+    ):
+        monkeypatch.setattr(ladder, name, watched(getattr(ladder, name)))
+    for name in ("_quantize", "load_model", "save_model"):
+        monkeypatch.setattr(quantization, name, watched(getattr(quantization, name)))
+    quantized_checkpoints(context)
+    assert len(seen) > 30
+    assert 1.99 * one <= max(seen) <= 2.01 * one
+    assert float_bytes() - before < 0.01 * one, "nothing is left afterwards"
+
+
+def test_facts_of_a_ladder(context: StageContext) -> None:
+    summary = quantized_checkpoints(context).summary
+    by_float, int8, int2 = summary["rungs"]
+    assert [rung["reloads_equal"] for rung in summary["rungs"]] == [True] * 3
+    assert by_float["kl_to_float"] == by_float["quantized_share"] == 0
+    assert int8["quantized_share"] == int2["quantized_share"] > 0.1
+    assert by_float["bits_per_weight"] == 32 > int8["bits_per_weight"] > int2["bits_per_weight"]
+    assert read_ladder(context.output).model_dump() == summary
+
+
+def test_weights_that_were_not_saved_as_they_were_are_noticed(
+    context: StageContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def save_changed(model: PreTrainedModel, folder: Path) -> None:
+        changed = copy.deepcopy(model)
+        with torch.no_grad():
+            changed.get_output_embeddings().weight[:, 0] += 1e-3
+        quantization.save_rung(changed, folder)
+
+    monkeypatch.setattr(ladder, "save_rung", save_changed)
+    only = context.recipe.precisions.model_copy(update={"ladder": context.recipe.precisions.ladder[:1], "low": "float"})
+    changed = replace(context, recipe=context.recipe.model_copy(update={"precisions": only}))
+    assert [rung["reloads_equal"] for rung in quantized_checkpoints(changed).summary["rungs"]] == [False]
+
+
+def test_a_ladder_of_another_version_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "ladder.json").write_text('{"rungs": []}')
+    with pytest.raises(UserError, match=r"ladder\.json is of another version"):
+        read_ladder(tmp_path)
+
+
+def test_every_rung_acts_until_one_of_the_models_own_eos_tokens(context: StageContext) -> None:
+    """Also one that is in the report alone: with other ends its texts would be others."""
+    folder = context.inputs["agent"] / "model"
+    model, tokenizer = load_causal_lm(folder, None, torch.device("cpu"))
+    model.generation_config.eos_token_id = [3, 7]
+    save_causal_lm(model, tokenizer, folder, torch.float16)
+    quantized_checkpoints(context)
+    ladders = [Ladder.load(context.output, context.recipe), Ladder.of_rung(context.output, context.recipe, "int8")]
+    for loaded in ladders:
+        assert {3, 7} <= loaded.prompter.eos
+    assert ladders[0].prompter.eos == ladders[1].prompter.eos
+
+
+def acting_ladder(processes: int, batch_episodes: int = 64) -> Ladder:
+    recipe = load_recipe("alfworld-tiny", REPOSITORY / "recipes")
+    changes = {
+        "benchmark": {**recipe.benchmark.model_dump(), "step_limit": STEPS},
+        "runtime": {"processes": processes, "batch_episodes": batch_episodes, "device": "cpu"},
+    }
+    recipe = Recipe.model_validate(recipe.model_dump() | changes)
+    return Ladder({True: HIGH, False: LOW}, {True: 2, False: 1}, 1.0, PROMPTER, torch.device("cpu"), recipe)
+
+
+GROUP = [Run(run.task, member) for member in range(2) for run in RUNS[:3]]
+PLAYS = (
+    (SinglePrecision(high=True), RUNS),
+    (RandomMixing(0.5, seed=3), GROUP),
+    (Confidence(0.9), RUNS[6:]),
+    (Disagreement(), RUNS[:2]),
+)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_policies_side_by_side_play_what_each_plays_alone(processes: int) -> None:
+    ladder, ended = acting_ladder(processes), [0] * len(PLAYS)
+    heard: list[tuple[int, list[Trajectory], Clock]] = []
+
+    def advance(index: int) -> Callable[[int], None]:
+        def add(count: int) -> None:
+            ended[index] += count
+
+        return add
+
+    plays = [PolicyRuns(policy, runs, advance(index)) for index, (policy, runs) in enumerate(PLAYS)]
+    ladder.play_each(plays, 0, lambda *found: heard.append(found))
+    assert [index for index, _, _ in heard] == list(range(len(PLAYS)))
+    assert ended == [len(runs) for _, runs in PLAYS]
+    for (policy, runs), (_, played, clock) in zip(PLAYS, heard, strict=True):
+        assert [trajectory.run for trajectory in played] == list(runs)
+        assert but_for_rounding(played) == but_for_rounding(acting_ladder(1).play(runs, policy, 0))
+        assert clock.steps == sum(len(trajectory.steps) for trajectory in played)
+        assert len(clock.durations) >= max(len(trajectory.steps) for trajectory in played)
+    assert heard[0][1] == roll(SinglePrecision(high=True)), "and what plain `rollout.play` plays"
+
+
+def test_a_policy_is_heard_of_while_the_next_one_plays(tmp_path: Path) -> None:
+    heard, file = [], tmp_path / "heard"
+
+    class BreaksOnceTheFirstIsHeardOf(SinglePrecision):
+        def begin(self, slot: int, run: Run) -> None:
+            deadline = time.monotonic() + 60
+            while not file.exists():
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            raise UserError("broken")
+
+    def on_played(index: int, played: list[Trajectory], clock: Clock) -> None:
+        heard.append((index, len(played)))
+        file.touch()
+
+    plays = [PolicyRuns(SinglePrecision(high=False), RUNS), PolicyRuns(BreaksOnceTheFirstIsHeardOf(high=True), RUNS)]
+    with pytest.raises(UserError, match="broken"):
+        acting_ladder(2).play_each(plays, 0, on_played)
+    assert heard == [(0, len(RUNS))]
+
+
+def test_each_policy_is_halved_for_itself_where_memory_does_not_suffice(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = [acting_ladder(1).play(runs, policy, 0) for policy, runs in PLAYS]
+    ran, heard = fits(monkeypatch, rows=2), []
+    plays = [PolicyRuns(policy, runs) for policy, runs in PLAYS]
+    acting_ladder(1).play_each(plays, 0, lambda _, played, __: heard.append(played))
+    assert [but_for_rounding(played) for played in heard] == [but_for_rounding(played) for played in expected]
+    assert max(ran) == 2
+
+
+@given(st.lists(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 3)), unique=True), max_size=4), st.integers(1, 5))
+def test_a_game_goes_to_one_process_under_every_policy(members: list[list[tuple[int, int]]], processes: int) -> None:
+    games = [RUNS[0].task.model_copy(update={"task_id": str(number)}) for number in range(10)]
+    plays = [[Run(games[game], member) for game, member in pairs] for pairs in members]
+    parts = deal_by_game(plays, processes)
+    assert 1 <= len(parts) <= processes
+    for index, runs in enumerate(plays):
+        assert sorted(i for part in parts for i in part[index]) == list(range(len(runs)))
+        assert all(part[index] == sorted(part[index]) for part in parts)
+    distinct = {game for pairs in members for game, _ in pairs}
+    places = {
+        (plays[n][i].task.task_id, place)
+        for place, part in enumerate(parts)
+        for n in range(len(plays))
+        for i in part[n]
+    }
+    if len(distinct) >= processes:
+        assert len(places) == len(distinct)
+        shares = [len({game for game, at in places if at == place}) for place in range(len(parts))]
+        assert len(parts) == processes
+        assert max(shares) - min(shares) <= 1
+
+
+def test_members_of_too_few_games_are_dealt_too() -> None:
+    group = [Run(RUNS[0].task, member) for member in range(8)]
+    assert deal_by_game([group], 3) == [[[0, 3, 6]], [[1, 4, 7]], [[2, 5]]]
+    assert deal_by_game([[]], 3) == [[[]]]

@@ -1,0 +1,304 @@
+"""Rollouts: exact switching between precisions, independent of how episodes are batched."""
+
+import copy
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import GenerationConfig
+
+from dmr_pipeline.environments.alfworld.generator import generate_game
+from dmr_pipeline.environments.alfworld.words import alfworld_texts
+from dmr_pipeline.environments.tasks import begin_episode
+from dmr_pipeline.errors import UserError
+from dmr_pipeline.recipe import Architecture, Prompt
+from dmr_pipeline.rollout.cost import episode_cost
+from dmr_pipeline.rollout.engine import (
+    Decision,
+    Peek,
+    Run,
+    SinglePrecision,
+    Trajectory,
+    drawn,
+    play,
+    play_alone,
+    warn_of_outgrown,
+)
+from dmr_pipeline.rollout.known import Known
+from dmr_pipeline.rollout.kv_cache.padded import Streams
+from dmr_pipeline.rollout.prompts import Prompter
+from dmr_pipeline.router.baselines import Confidence, Disagreement, RandomMixing
+from dmr_pipeline.training.train import new_model
+from dmr_pipeline.training.vocabulary import word_tokenizer
+
+PROMPTER = Prompter.of(word_tokenizer(alfworld_texts()), Prompt(max_action_tokens=6))
+ARCHITECTURE = Architecture(layers=2, width=32, heads=2, key_value_heads=1, head_width=16, feed_forward=32)
+HIGH = new_model(ARCHITECTURE, len(PROMPTER.tokenizer), 1).eval()
+with torch.no_grad():  # fresh weights repeat the token they read; these wander
+    for parameter in HIGH.parameters():
+        parameter += 0.3 * torch.randn_like(parameter)
+    LOW = copy.deepcopy(HIGH)
+    for parameter in LOW.parameters():
+        parameter += 0.01 * torch.randn_like(parameter)
+RUNS = [Run(generate_game(seed)[0]) for seed in range(7)]
+STEPS = 6
+
+
+def roll(policy, slots=7, action="generate", temperature=0.0, seed=0, runs=RUNS, known=None) -> list[Trajectory]:
+    agents = {True: Streams(HIGH, slots, 2048), False: Streams(LOW, slots, 2048)}
+    return play(runs, agents, PROMPTER, policy, STEPS, action, temperature, seed, known=known)
+
+
+def but_for_rounding(played: list[Trajectory]) -> list[Trajectory]:
+    """The same episodes, the policy's probabilities in full thousandths."""
+    return [replace(t, steps=[replace(s, probability=round(s.probability, 3)) for s in t.steps]) for t in played]
+
+
+def taken(played: list[Trajectory]) -> list[list[list[int]]]:
+    return [[step.action for step in trajectory.steps] for trajectory in played]
+
+
+def transcript(trajectory: Trajectory, turn: int) -> list[int]:
+    before = [step.segment + step.action for step in trajectory.steps[:turn]]
+    return [token for part in before for token in part] + trajectory.steps[turn].segment
+
+
+@torch.no_grad()
+def greedy_uncached(model, prefix: list[int]) -> list[int]:
+    action: list[int] = []
+    while len(action) < 6 and (not action or action[-1] != PROMPTER.action_end.token):
+        logits = model(torch.tensor([prefix + action])).logits[0, -1]
+        action.append(int(logits.argmax()))
+    return action
+
+
+def test_every_action_is_the_acting_precisions_own_without_any_cache() -> None:
+    played = roll(RandomMixing(0.5, seed=3))
+    assert {step.high for trajectory in played for step in trajectory.steps} == {True, False}
+    for trajectory in played:
+        for turn, step in enumerate(trajectory.steps):
+            model = HIGH if step.high else LOW
+            assert step.action == greedy_uncached(model, transcript(trajectory, turn))
+
+
+def test_an_action_ends_with_the_models_own_eos() -> None:
+    whole = next(
+        a for episode in taken(roll(SinglePrecision(high=True))) for a in episode if len(a) > 2 and a[1] != a[0]
+    )
+    stopping = Prompter.of(PROMPTER.tokenizer, PROMPTER.prompt, GenerationConfig(eos_token_id=whole[1]))
+    agents = {high: Streams(HIGH, 7, 2048) for high in (True, False)}
+    actions = [a for episode in taken(play(RUNS, agents, stopping, SinglePrecision(high=True), STEPS)) for a in episode]
+    assert whole[:2] in actions
+    assert all(whole[1] not in action[:-1] for action in actions)
+
+
+def test_the_disagreement_oracle_repeats_always_high() -> None:
+    oracle, high, low = roll(Disagreement()), roll(SinglePrecision(high=True)), roll(SinglePrecision(high=False))
+    assert taken(oracle) == taken(high)
+    assert taken(low) != taken(high)
+    ratios = [trajectory.high_ratio for trajectory in oracle]
+    assert 0 < sum(ratios) < len(ratios)
+
+
+@torch.no_grad()
+def test_the_cascade_acts_high_where_the_low_draft_was_unsure_and_pays_for_the_draft() -> None:
+    probabilities = [step.probability for t in roll(Confidence(2.0)) for step in t.steps]
+    threshold = (min(probabilities) + max(probabilities)) / 2
+    played = roll(Confidence(threshold), slots=3)
+    precisions = set()
+    for trajectory in played:
+        for turn, step in enumerate(trajectory.steps):
+            prefix = transcript(trajectory, turn)
+            draft = greedy_uncached(LOW, prefix)
+            leads = []
+            for i in range(len(draft)):
+                best = LOW(torch.tensor([prefix + draft[:i]])).logits[0, -1].softmax(-1).sort(descending=True).values
+                leads.append(float(best[0] - best[1]))
+            assert step.probability == pytest.approx(1 - min(leads), abs=1e-4)
+            assert step.high == (step.probability >= threshold)
+            assert step.action == (greedy_uncached(HIGH, prefix) if step.high else draft)
+            assert step.drafted == (len(draft) if step.high else 0)
+            precisions.add(step.high)
+        by_hand = sum(100 * (s.drafted or len(s.action)) + 1000 * len(s.action) * s.high for s in trajectory.steps)
+        assert episode_cost(trajectory, {True: 1000, False: 100}) == by_hand
+    assert precisions == {False, True}
+
+
+@pytest.mark.parametrize("slots", [1, 2, 5])
+def test_results_do_not_depend_on_the_number_of_slots(slots: int) -> None:
+    assert taken(roll(RandomMixing(0.5, seed=3), slots)) == taken(roll(RandomMixing(0.5, seed=3)))
+
+
+@pytest.mark.parametrize("action", ["generate", "score"])
+def test_what_is_looked_up_is_what_is_computed(action: str) -> None:
+    """Everything of an episode, the counts of tokens and passes too, under policies that meet each other's transcripts."""
+    policies = [
+        SinglePrecision(True),
+        Disagreement(),
+        RandomMixing(0.5, seed=3),
+        Confidence(0.9),
+        SinglePrecision(False),
+    ]
+    known = Known()
+    groups = [Run(run.task, member) for run in RUNS[:3] for member in range(3)]
+    for policy in policies:
+        computed = roll(copy.deepcopy(policy), action=action, runs=groups)
+        looked_up = roll(copy.deepcopy(policy), slots=4, action=action, runs=groups, known=known)
+        assert but_for_rounding(looked_up) == but_for_rounding(computed)
+    assert 0.5 < known.share < 1
+
+
+def test_what_is_known_needs_no_forward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = Known()
+    first = roll(SinglePrecision(True), known=known)
+    monkeypatch.setattr(Streams, "extend", lambda *_: pytest.fail("a forward pass"))
+    assert roll(SinglePrecision(True), known=known) == first
+
+
+def test_drawn_actions_are_never_looked_up() -> None:
+    known = Known()
+    members = [Run(RUNS[0].task, member) for member in range(6)]
+    drawn_actions = taken(roll(SinglePrecision(True), temperature=1.0, runs=members, known=known))
+    assert len({str(actions) for actions in drawn_actions}) == 6
+    assert not known.actions
+
+
+def test_drawn_actions_depend_on_the_seed_alone() -> None:
+    policy = SinglePrecision(high=True)
+    first = taken(roll(policy, temperature=1.0, seed=5))
+    assert first == taken(roll(policy, slots=2, temperature=1.0, seed=5))
+    assert first != taken(roll(policy, temperature=1.0, seed=6))
+
+
+def test_draws_follow_the_distribution() -> None:
+    logits = torch.tensor([[-torch.inf, 1.0, -2.0, 0.5, -torch.inf], [3.0, -torch.inf, 0.0, 0.0, 7.0]])
+    grid = 10_000
+    draws = [
+        (i + 0.5) / grid for i in range(grid)
+    ]  # equal parts of [0, 1): frequencies are probabilities but for 1 / grid
+    for row in logits:
+        found = torch.bincount(torch.tensor(drawn(row.expand(grid, -1), draws)), minlength=5) / grid
+        torch.testing.assert_close(found, torch.distributions.Categorical(logits=row).probs, atol=1.5 / grid, rtol=0)
+    assert drawn(logits, [0.0, 0.0]) == [1, 0]  # never what has no probability
+    assert drawn(logits, [1 - 2**-53, 1 - 2**-53]) == [3, 4]
+
+
+@given(st.integers(0, 1000))
+@settings(max_examples=30, deadline=None)
+def test_rows_are_drawn_each_by_its_own_draw(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    logits = torch.from_numpy(rng.normal(0, 3, (4, 50)).astype(np.float32))
+    draws = rng.random(4).tolist()
+    probabilities = logits.softmax(-1).double().numpy()
+    by_hand = [
+        next(i for i, level in enumerate(np.cumsum(row)) if level > draw * row.sum())
+        for row, draw in zip(probabilities, draws, strict=True)
+    ]
+    assert drawn(logits, draws) == by_hand
+
+
+@torch.no_grad()
+def test_scoring_takes_the_likeliest_admissible_command() -> None:
+    for trajectory in roll(SinglePrecision(high=True), action="score"):
+        episode = begin_episode(trajectory.run.task)
+        episode.reset()
+        for turn, step in enumerate(trajectory.steps):
+            prefix, scores = transcript(trajectory, turn), {}
+            for command in episode.admissible_commands():
+                action = PROMPTER.action(command)
+                logits = HIGH(torch.tensor([prefix + action])).logits[0].log_softmax(-1)
+                scores[command] = sum(float(logits[len(prefix) - 1 + i, token]) for i, token in enumerate(action))
+            assert step.command == max(scores, key=scores.__getitem__)
+            episode.step(step.command)
+
+
+def outgrowing(capacity: int, action="generate") -> list[Trajectory]:
+    streams = Streams(HIGH, 3, capacity)
+    return play(RUNS, {True: streams, False: streams}, PROMPTER, SinglePrecision(high=True), STEPS, action=action)
+
+
+def tokens_of(trajectory: Trajectory, turns: int) -> int:
+    return sum(len(step.segment) + len(step.action) for step in trajectory.steps[:turns])
+
+
+@pytest.mark.parametrize("action", ["generate", "score"])
+def test_an_episode_that_outgrows_its_transcript_ends_as_lost(action: str, caplog: pytest.LogCaptureFixture) -> None:
+    whole = roll(SinglePrecision(high=True), action=action)
+    capacity = max(len(trajectory.steps[0].segment) for trajectory in whole) + 60
+    cut = outgrowing(capacity, action)
+    assert {trajectory.outgrown for trajectory in cut} >= {True}
+    for short, long in zip(cut, whole, strict=True):
+        turns = len(short.steps)
+        assert [step.action for step in short.steps] == [step.action for step in long.steps[:turns]]
+        assert 0 < tokens_of(short, turns) <= capacity
+        if short.outgrown:
+            assert not short.success
+            assert short.reward == 0.0
+            room = PROMPTER.prompt.max_action_tokens if action == "generate" else 2  # the shortest command and its end
+            assert tokens_of(short, turns) + len(long.steps[turns].segment) + room > capacity - 20
+        else:
+            assert turns == len(long.steps)
+    warn_of_outgrown(cut, capacity)
+    outgrown = sum(trajectory.outgrown for trajectory in cut)
+    assert f"{outgrown} of 7 episodes outgrew the {capacity} tokens of a transcript" in caplog.text
+    caplog.clear()
+    warn_of_outgrown(whole, 2048)
+    assert not caplog.messages
+
+
+def test_the_last_step_that_fits_is_taken() -> None:
+    whole = roll(SinglePrecision(high=True))[:1]
+    needed = tokens_of(whole[0], 2) + len(whole[0].steps[2].segment) + PROMPTER.prompt.max_action_tokens
+    for capacity, steps in ((needed, 3), (needed - 1, 2)):
+        streams = Streams(HIGH, 1, capacity)
+        agents = {True: streams, False: streams}
+        assert len(play(RUNS[:1], agents, PROMPTER, SinglePrecision(high=True), 3)[0].steps) == steps
+
+
+def test_a_first_step_that_does_not_fit_is_refused() -> None:
+    with pytest.raises(
+        UserError, match=r"^task .*: its first step needs \d+ tokens, a transcript may have 20: set agent.max_tr"
+    ):
+        outgrowing(20)
+    with pytest.raises(UserError, match=r"a transcript may have 30"):
+        play_alone(HIGH, [RUNS[0].task], PROMPTER, STEPS, 1, max_tokens=30)
+
+
+def test_the_policy_hears_of_every_segment_and_action() -> None:
+    class Recorder:
+        def __init__(self) -> None:
+            self.heard: dict[str, list[int]] = {}
+            self.task_of: dict[int, str] = {}
+
+        def begin(self, slot: int, run: Run) -> None:
+            self.task_of[slot] = run.task.task_id
+            self.heard[run.task.task_id] = []
+
+        def decide(self, slots: list[int], segments: list[list[int]], peek: Peek) -> list[Decision]:
+            for slot, segment in zip(slots, segments, strict=True):
+                self.heard[self.task_of[slot]] += segment
+            return [Decision(True, 1.0) for _ in slots]
+
+        def acted(self, slot: int, action: list[int]) -> None:
+            self.heard[self.task_of[slot]] += action
+
+    recorder = Recorder()
+    for trajectory in roll(recorder, slots=3):
+        last = len(trajectory.steps) - 1
+        whole = transcript(trajectory, last) + trajectory.steps[last].action
+        assert recorder.heard[trajectory.run.task.task_id] == whole
+
+
+def test_cost_counts_a_forward_pass_for_each_generated_token() -> None:
+    trajectory = roll(RandomMixing(0.5, seed=3))[0]
+    by_hand = sum((1000 if step.high else 100) * len(step.action) + 7 for step in trajectory.steps)
+    assert episode_cost(trajectory, {True: 1000, False: 100}, router_bytes=7) == by_hand
+
+
+def test_processed_tokens_cover_the_transcript_once_for_a_single_precision() -> None:
+    for trajectory in roll(SinglePrecision(high=True)):
+        whole = sum(len(step.segment) + len(step.action) for step in trajectory.steps)
+        assert sum(step.processed for step in trajectory.steps) == whole - 1

@@ -1,0 +1,142 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dmr_pipeline.errors import UserError
+from dmr_pipeline.recipe import Runtime
+from dmr_pipeline.rollout.parallel import deal, gather, in_processes, processes_on
+
+
+@given(st.lists(st.integers()), st.integers(1, 6))
+def test_dealt_parts_are_even_and_come_back_in_order(items, processes):
+    parts = deal(items, processes)
+    assert len(parts) == max(1, min(processes, len(items)))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    assert gather(parts) == items
+
+
+def test_parts_are_worked_on_at_once_each_in_a_process_of_its_own():
+    started = time.time()
+
+    def work(part, advance):
+        time.sleep(1)
+        advance(len(part))
+        return os.getpid(), time.time(), sum(part)
+
+    told = []
+    results = in_processes(work, deal(range(10), 3), told.append)
+    pids, ends, sums = zip(*results, strict=True)
+    assert len({*pids, os.getpid()}) == 4
+    assert max(ends) - started < 2.5  # one after the other would take 3 s
+    assert sums == (0 + 3 + 6 + 9, 1 + 4 + 7, 2 + 5 + 8)
+    assert sorted(told) == [3, 3, 4]
+
+
+def test_what_processes_tell_is_heard_while_they_work_and_in_their_order(tmp_path: Path):
+    heard = []
+
+    def work(part, tell):
+        tell((part[0], {"first": "message"}))
+        deadline = time.time() + 30
+        while not (tmp_path / "heard").exists():  # made by the parent once it has heard
+            assert time.time() < deadline
+            time.sleep(0.01)
+        tell((part[0], 2))
+        return part[0]
+
+    def told(message):
+        heard.append(message)
+        (tmp_path / "heard").touch()
+
+    assert in_processes(work, [[0], [1]], told) == [0, 1]
+    for part in (0, 1):
+        assert [what for sender, what in heard if sender == part] == [{"first": "message"}, 2]
+
+
+def test_an_error_at_hearing_ends_the_processes():
+    def work(part, tell):
+        tell(part)
+        time.sleep(60)
+
+    def told(message):
+        raise UserError("no space left")
+
+    others, started = psutil.Process().children(), time.time()
+    with pytest.raises(UserError, match="no space left"):
+        in_processes(work, [[0], [1]], told)
+    assert time.time() - started < 30
+    assert psutil.Process().children() == others
+
+
+def test_a_single_part_stays_in_this_process():
+    assert in_processes(lambda part, _: os.getpid(), [[1, 2]]) == [os.getpid()]
+
+
+def test_an_error_comes_back_as_it_was_and_ends_the_others():
+    def work(part, advance):
+        if part[0] == 1:
+            raise UserError("stream too long")
+        time.sleep(60)
+
+    others, started = psutil.Process().children(), time.time()
+    with pytest.raises(UserError, match="stream too long") as caught:
+        in_processes(work, deal([0, 1], 2))
+    assert time.time() - started < 10
+    assert "in work" in caught.value.__notes__[0]  # where it happened
+    assert psutil.Process().children() == others
+
+
+def test_a_killed_process_is_an_error():
+    def work(part, advance):
+        if part[0] == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return part
+
+    with pytest.raises(RuntimeError, match=r"exit code -9 .* runtime\.processes"):
+        in_processes(work, deal([0, 1], 2))
+
+
+def test_processes_do_not_outlive_a_killed_parent(tmp_path: Path):
+    script = tmp_path / "parent.py"
+    script.write_text(
+        """
+import os, sys, time
+from dmr_pipeline.rollout.parallel import in_processes
+
+def work(part, advance):
+    print(os.getpid(), flush=True)
+    for _ in range(600):
+        time.sleep(0.1)
+        advance(1)
+
+in_processes(work, [[1], [2]])
+"""
+    )
+    parent = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    children = [psutil.Process(int(parent.stdout.readline())) for _ in range(2)]
+    parent.kill()
+    parent.wait()
+    _, alive = psutil.wait_procs(children, timeout=10)
+    assert not alive
+
+
+def test_there_is_one_process_on_a_gpu():
+    runtime = Runtime(processes=3)
+    assert processes_on(torch.device("cpu"), runtime) == 3
+    assert processes_on(torch.device("cuda"), runtime) == 1
+
+
+def test_threads_and_processes_exclude_each_other():
+    Runtime(threads=2, processes=1)
+    with pytest.raises(ValueError, match="do not survive a fork"):
+        Runtime(threads=2, processes=2)

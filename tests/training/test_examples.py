@@ -1,0 +1,147 @@
+"""Training sequences: the expert's actions are targets, wherever the transcript allows it."""
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dmr_pipeline.environments.alfworld.engine import AlfWorldEpisode
+from dmr_pipeline.environments.alfworld.generator import generate_game
+from dmr_pipeline.environments.alfworld.words import alfworld_texts
+from dmr_pipeline.environments.base import Look, Task
+from dmr_pipeline.recipe import GeneratedWebShop, Prompt, Recipe, Splits, load_recipe, problems_across
+from dmr_pipeline.rollout.engine import Run, Step, Trajectory
+from dmr_pipeline.rollout.prompts import Prompter
+from dmr_pipeline.training import examples
+from dmr_pipeline.training.examples import (
+    IGNORED,
+    Example,
+    ExampleBuilder,
+    expert_example,
+    look_example,
+    relabelled_example,
+)
+from dmr_pipeline.training.vocabulary import word_tokenizer
+
+
+def prompter() -> Prompter:
+    return Prompter.of(word_tokenizer(alfworld_texts()), Prompt())
+
+
+def taught(example: Example) -> list[list[int]]:
+    """Runs of consecutive targets."""
+    runs: list[list[int]] = [[]]
+    for target in example.targets:
+        if target == IGNORED:
+            runs.append([])
+        else:
+            runs[-1].append(target)
+    return [run for run in runs if run]
+
+
+def test_a_flawless_episode_teaches_exactly_the_experts_actions() -> None:
+    game, _ = generate_game(5)
+    p = prompter()
+    example = expert_example(game, p, 50, mistake_rate=0.0, rng=random.Random(0))
+    actions = taught(example)
+    assert len(actions) == example.steps
+    assert all(action[-1] == p.action_end.token for action in actions)
+    assert p.command(actions[0]).startswith("go to ")
+    for i, target in enumerate(example.targets):
+        if target != IGNORED:
+            assert target == example.tokens[i + 1]
+
+
+def test_a_mistake_is_not_taught_but_the_step_after_it_is() -> None:
+    builder = ExampleBuilder()
+    builder.step([1, 2], taken=[7, 8, 9], expert=[7, 5, 9])
+    builder.step([3], taken=[6, 9], expert=[6, 9])
+    assert builder.tokens == [1, 2, 7, 8, 9, 3, 6, 9]
+    #                         .  7  5  .  .  6  9  .
+    assert builder.targets == [IGNORED, 7, 5, IGNORED, IGNORED, 6, 9, IGNORED]
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.lists(st.integers(1, 9), min_size=1, max_size=6))
+def test_targets_are_the_experts_tokens_up_to_the_first_difference(taken: list[int], expert: list[int]) -> None:
+    builder = ExampleBuilder()
+    builder.step([0], taken, expert)
+    assert len(builder.targets) == len(builder.tokens)
+    shared = next(
+        (i for i, (a, b) in enumerate(zip(taken, expert, strict=False)) if a != b), min(len(taken), len(expert))
+    )
+    wanted = expert[: shared + 1]
+    got = [target for target in builder.targets if target != IGNORED]
+    assert got == wanted[: len(taken)]
+
+
+def test_the_tokenizer_knows_every_word_and_gives_commands_back() -> None:
+    p = prompter()
+    unknown = p.tokenizer.unk_token_id
+    for seed in range(30):
+        game, _ = generate_game(seed)
+        example = expert_example(game, p, 50, mistake_rate=0.3, rng=random.Random(seed))
+        assert unknown not in example.tokens
+    for command in ("take mug 1 from cabinet 13", "move soapbar 2 to toilet 1", "heat egg 1 with microwave 1", "look"):
+        assert p.command(p.action(command)) == command
+
+
+def test_a_look_teaches_whether_what_is_wanted_is_there_and_to_take_it() -> None:
+    thinker = Prompter.of(word_tokenizer(alfworld_texts()), Prompt(thought_end="<do>"))
+    game, rng, kinds = generate_game(3)[0], random.Random(0), set()
+    for _ in range(40):
+        example = look_example(game, thinker, rng)
+        page = thinker.tokenizer.decode(
+            [t for t, target in zip(example.tokens, example.targets, strict=True) if target == IGNORED]
+        )
+        task, shown = page.split("<obs>")
+        (target,) = taught(example)
+        thought, _, command = thinker.tokenizer.decode(target).partition(" <do>")
+        thing, number = thought.split()
+        assert f" {thing}" in task
+        kinds.add(number == "none")
+        if number == "none":
+            assert (command, f" {thing} " in shown) == ("", False)
+        else:
+            assert f" {thought} " in shown
+            assert command.startswith(f" take {thought} from ")
+            assert command.endswith(" <end>")
+    assert kinds == {True, False}
+
+
+def test_a_look_with_a_command_needs_no_thoughts_and_begins_as_an_episode_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    def take_look(task: Task, rng: random.Random) -> Look:
+        return Look("On the desk 1, you see a mug 2.", "find two mug", "take mug 2 from desk 1", "")
+
+    monkeypatch.setattr(examples, "take_look", take_look)
+    p = Prompter.of(
+        word_tokenizer(alfworld_texts()), Prompt(opening="<task> {task} <obs> {observation} <act>", turn="<obs>")
+    )
+    example = look_example(generate_game(3)[0], p, random.Random(0))
+    assert p.tokenizer.decode(example.tokens) == (
+        "<task> find two mug <obs> on desk 1 mug 2 <act> take mug 2 from desk 1 <end>"
+    )
+    assert [p.tokenizer.decode(target) for target in taught(example)] == ["take mug 2 from desk 1 <end>"]
+
+
+def test_an_episode_that_the_expert_played_teaches_what_the_experts_own_does() -> None:
+    game, p = generate_game(5)[0], prompter()
+    wanted = expert_example(game, p, 50, mistake_rate=0.0, rng=random.Random(0))
+    episode = AlfWorldEpisode(game)
+    played = Trajectory(Run(game), episode.reset())
+    segment = p.opening(played.opening, game.instruction)
+    for action in taught(wanted):
+        command = p.command(action)
+        observation, _, _ = episode.step(command)
+        played.steps.append(Step(segment, action, command, observation, high=True, probability=1.0, processed=0))
+        segment = p.turn(observation, game.instruction)
+    assert relabelled_example(played, p) == wanted
+
+
+def test_only_alfworlds_looks_need_thoughts() -> None:
+    recipe = load_recipe("alfworld-tiny").model_dump()
+    recipe["agent"]["prompt"]["thought_end"] = None
+    (problem,) = problems_across(dict(Recipe.model_validate(recipe)))
+    assert problem == "agent: ALFWorld's looks teach thoughts, so they need 'prompt.thought_end'"
+    recipe["benchmark"] = GeneratedWebShop(splits=Splits(agent_train=1, router_train=99, validation=200, test=1))
+    assert not list(problems_across(dict(Recipe.model_validate(recipe))))
