@@ -1,92 +1,24 @@
 """THE graph: the only place that knows which stage reads what. Dagster's assets and `dvc.yaml` are renderings of it.
 
-Each function imports its stage's module when it runs, so that reading the table costs nothing.
+A stage's function is the one of its name in the module of its name in `stages/`, imported when it runs, so that reading the table
+costs nothing.
 """
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from pkgutil import resolve_name
+from typing import Any
 
-from dmr_pipeline.artifacts.stage import Resources, Stage, StageContext, StageResult
-from dmr_pipeline.artifacts.store import artifact_folder
+from dmr_pipeline.artifacts.stage import Resources, Stage
 from dmr_pipeline.errors import UserError
 
 
-def _benchmark_tasks(context: StageContext) -> StageResult:
-    from dmr_pipeline.environments.tasks import benchmark_tasks
+def _later(function: str) -> Callable[..., Any]:
+    """A function by its place, "module:name", whose module is imported when it is called."""
 
-    return benchmark_tasks(context)
+    def call(*arguments: object) -> Any:  # noqa: ANN401 - whatever it returns
+        return resolve_name(f"dmr_pipeline.{function}")(*arguments)
 
-
-def _agent(context: StageContext) -> StageResult:
-    from dmr_pipeline.training.train import agent
-
-    return agent(context)
-
-
-def _quantized_checkpoints(context: StageContext) -> StageResult:
-    from dmr_pipeline.precision.ladder import quantized_checkpoints
-
-    return quantized_checkpoints(context)
-
-
-def _trajectories(context: StageContext) -> StageResult:
-    from dmr_pipeline.rollout.tables import trajectories
-
-    return trajectories(context)
-
-
-def _ingested_trajectories(context: StageContext) -> StageResult:
-    from dmr_pipeline.ingestion.inbox import ingested_trajectories
-
-    return ingested_trajectories(context)
-
-
-def _waiting_files(data_root: Path, recipe: str) -> Sequence[Path]:
-    from dmr_pipeline.ingestion.inbox import waiting_files
-
-    return waiting_files(data_root, recipe)
-
-
-def _file_away(data_root: Path, recipe: str) -> None:
-    from dmr_pipeline.ingestion.inbox import file_away
-
-    file_away(data_root, recipe)
-
-
-def _sensitivity_dataset(context: StageContext) -> StageResult:
-    from dmr_pipeline.router.labels import sensitivity_dataset
-
-    return sensitivity_dataset(context)
-
-
-def _kl_router(context: StageContext) -> StageResult:
-    from dmr_pipeline.router.kl import kl_router
-
-    return kl_router(context)
-
-
-def _grpo_router(context: StageContext) -> StageResult:
-    from dmr_pipeline.router.grpo import grpo_router
-
-    return grpo_router(context)
-
-
-def _evaluation_report(context: StageContext) -> StageResult:
-    from dmr_pipeline.evaluation.evaluate import evaluation_report
-
-    return evaluation_report(context)
-
-
-def _render_report(data_root: Path, recipe: str) -> None:
-    from dmr_pipeline.evaluation.report import render_beside
-
-    render_beside(artifact_folder("evaluation_report", recipe, data_root))
-
-
-def _released_router(context: StageContext) -> StageResult:
-    from dmr_pipeline.release.release import released_router
-
-    return released_router(context)
+    return call
 
 
 ONE_GPU = Resources(cpus=2, gpus=1, memory_gb=8)
@@ -97,7 +29,7 @@ STAGES: tuple[Stage, ...] = (
         inputs=(),
         sections=("benchmark",),
         code_version="2",
-        run=_benchmark_tasks,
+        run=_later("stages.benchmark_tasks:benchmark_tasks"),
         group="agent",
         kinds=frozenset({"python"}),
         description="Games and goals in four disjoint splits: agent_train, router_train, validation, test.",
@@ -111,7 +43,7 @@ STAGES: tuple[Stage, ...] = (
         inputs=("benchmark_tasks",),
         sections=("benchmark", "agent"),
         code_version="2",
-        run=_agent,
+        run=_later("stages.agent:agent"),
         group="agent",
         kinds=frozenset({"pytorch", "huggingface"}),
         description="The float LLM: trained here by behaviour cloning and DAgger, or brought along.",
@@ -129,7 +61,7 @@ STAGES: tuple[Stage, ...] = (
         inputs=("benchmark_tasks", "agent"),
         sections=("benchmark", "agent", "precisions"),
         code_version="3",
-        run=_quantized_checkpoints,
+        run=_later("stages.quantized_checkpoints:quantized_checkpoints"),
         group="agent",
         kinds=frozenset({"pytorch", "huggingface"}),
         description="The precision ladder of one float checkpoint, and the gate: is there a gap between high and low?",
@@ -145,7 +77,7 @@ STAGES: tuple[Stage, ...] = (
         inputs=("benchmark_tasks", "quantized_checkpoints"),
         sections=("benchmark", "agent", "precisions", "trajectories"),
         code_version="2",
-        run=_trajectories,
+        run=_later("stages.trajectories:trajectories"),
         group="labels",
         kinds=frozenset({"pytorch", "parquet"}),
         description="Episodes on the router_train games by the behaviour policies that the recipe names.",
@@ -161,7 +93,7 @@ STAGES: tuple[Stage, ...] = (
         inputs=("benchmark_tasks",),
         sections=("benchmark", "precisions"),
         code_version="2",
-        run=_ingested_trajectories,
+        run=_later("stages.ingested_trajectories:ingested_trajectories"),
         group="labels",
         kinds=frozenset({"parquet"}),
         description="Episodes that people dropped into data/incoming/<recipe>/, from an agent at work. It only grows.",
@@ -170,15 +102,15 @@ STAGES: tuple[Stage, ...] = (
             "`data/incoming/<recipe>/quarantine/`, the reason beside them."
         ),
         keeps_history=True,
-        waiting=_waiting_files,
-        after=_file_away,
+        waiting=_later("ingestion.inbox:waiting_files"),
+        after=_later("ingestion.inbox:file_away"),
     ),
     Stage(
         name="sensitivity_dataset",
         inputs=("quantized_checkpoints", "trajectories", "ingested_trajectories"),
         sections=("agent", "precisions", "sensitivity"),
         code_version="4",
-        run=_sensitivity_dataset,
+        run=_later("stages.sensitivity_dataset:sensitivity_dataset"),
         group="labels",
         kinds=frozenset({"pytorch", "parquet"}),
         description="One row a step: how far the precisions' action distributions diverge on a prefix, and the label.",
@@ -200,7 +132,7 @@ STAGES: tuple[Stage, ...] = (
         ),
         sections=("benchmark", "agent", "precisions", "sensitivity", "kl_router"),
         code_version="5",
-        run=_kl_router,
+        run=_later("stages.kl_router:kl_router"),
         group="router",
         kinds=frozenset({"pytorch", "huggingface"}),
         description="Stage 1 of the router: class-weighted cross-entropy on the sensitivity labels.",
@@ -217,7 +149,7 @@ STAGES: tuple[Stage, ...] = (
         inputs=("benchmark_tasks", "quantized_checkpoints", "kl_router"),
         sections=("benchmark", "agent", "precisions", "grpo_router"),
         code_version="3",
-        run=_grpo_router,
+        run=_later("stages.grpo_router:grpo_router"),
         group="router",
         kinds=frozenset({"pytorch", "huggingface"}),
         description="Stage 2 of the router: GRPO on success and cost.",
@@ -233,7 +165,7 @@ STAGES: tuple[Stage, ...] = (
         inputs=("benchmark_tasks", "quantized_checkpoints", "sensitivity_dataset", "kl_router", "grpo_router"),
         sections=("benchmark", "agent", "precisions", "grpo_router", "evaluation"),
         code_version="5",
-        run=_evaluation_report,
+        run=_later("stages.evaluation_report:evaluation_report"),
         group="evaluation",
         kinds=frozenset({"pytorch", "matplotlib"}),
         description="Every policy on the test games: success, high-precision ratio and cost, with intervals.",
@@ -243,14 +175,14 @@ STAGES: tuple[Stage, ...] = (
         ),
         pool="gpu",
         resources=ONE_GPU,
-        after=_render_report,
+        after=_later("evaluation.report:render_beside"),
     ),
     Stage(
         name="released_router",
         inputs=("benchmark_tasks", "quantized_checkpoints", "grpo_router"),
         sections=("benchmark", "agent", "precisions", "release"),
         code_version="1",
-        run=_released_router,
+        run=_later("stages.released_router:released_router"),
         group="router",
         kinds=frozenset({"pytorch", "huggingface"}),
         description="The router in use, and the history of releases: a new one takes its place only if it is not worse.",

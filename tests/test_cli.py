@@ -35,7 +35,8 @@ def dmr(*arguments: str) -> Result:
 
 @pytest.fixture(autouse=True)
 def fake_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    def render_beside(folder: Path) -> Path:
+    def render_beside(data_root: Path, recipe: str) -> Path:
+        folder = data_root / recipe / "evaluation_report"
         html = folder.with_name("report.html")
         html.write_text(folder.name)
         return html

@@ -17,8 +17,10 @@ from dmr_pipeline.artifacts.store import verify
 from dmr_pipeline.cli.common import console
 from dmr_pipeline.cli.router import router
 from dmr_pipeline.defs import runs
-from dmr_pipeline.release import release
-from dmr_pipeline.release.release import CANDIDATE, RELEASED, Candidate, read_releases, released_router
+from dmr_pipeline.release.comparison import CANDIDATE, RELEASED
+from dmr_pipeline.release.history import Candidate, read_releases
+from dmr_pipeline.stages import released_router as the_stage
+from dmr_pipeline.stages.released_router import released_router
 from dmr_pipeline.versioning import dvc_stages, lock_file
 from tests.conftest import enter_project
 from tests.evaluation.conftest import make_episodes
@@ -50,7 +52,7 @@ def enter(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = {"grpo_router": train, "released_router": released_router}
     stages = tuple(replace(stage, run=made.get(stage.name, stage.run)) for stage in pipeline.STAGES)
     monkeypatch.setattr(pipeline, "STAGES", stages)
-    monkeypatch.setattr(release, "play_both", play_both)
+    monkeypatch.setattr(the_stage, "play_both", play_both)
     monkeypatch.setattr(console, "_width", 120)
 
 

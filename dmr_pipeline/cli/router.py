@@ -19,7 +19,7 @@ from dmr_pipeline.cli.common import DEFAULT_RECIPE, RecipeOption, console, progr
 from dmr_pipeline.recipe import load_recipe
 
 if TYPE_CHECKING:
-    from dmr_pipeline.release.release import Decision, Releases
+    from dmr_pipeline.release.history import Decision, Releases
 
 STAGE = "released_router"
 
@@ -48,14 +48,14 @@ def history(recipe: RecipeOption = DEFAULT_RECIPE) -> None:
     )
 
 
-@router.command()
+@router.command("promote")
 @user_errors_exit_2
-def promote(recipe: RecipeOption = DEFAULT_RECIPE) -> None:
+def promote_by_hand(recipe: RecipeOption = DEFAULT_RECIPE) -> None:
     """Release the newly trained router, whatever a comparison says."""
-    from dmr_pipeline.release import release
+    from dmr_pipeline.stages.released_router import promote
 
     load_recipe(recipe)
-    _release(recipe, release.promote)
+    _release(recipe, promote)
 
 
 @router.command()
@@ -65,12 +65,13 @@ def rollback(
     to: Annotated[int | None, typer.Option(help="number of an earlier release; without it, the one before")] = None,
 ) -> None:
     """Release an earlier router again. Its files come from DVC's cache, or from its remote."""
-    from dmr_pipeline.release import release
+    from dmr_pipeline.release.history import earlier_release
+    from dmr_pipeline.stages.released_router import roll_back
 
     load_recipe(recipe)
-    earlier = release.earlier_release(_read_releases(recipe).decisions, to)
+    earlier = earlier_release(_read_releases(recipe).decisions, to)
     with _trained_router(recipe, earlier.router) as folder:
-        _release(recipe, partial(release.roll_back, to=earlier.number, router=folder))
+        _release(recipe, partial(roll_back, to=earlier.number, router=folder))
 
 
 def _release(recipe: str, run: Callable[[StageContext], StageResult]) -> None:
@@ -98,7 +99,7 @@ def _trained_router(recipe: str, wanted: str) -> Iterator[Path]:
 
 
 def _read_releases(recipe: str) -> "Releases":
-    from dmr_pipeline.release.release import read_releases
+    from dmr_pipeline.release.history import read_releases
 
     return read_releases(verify(artifact_folder(STAGE, recipe)).path)
 

@@ -235,7 +235,7 @@ def _render_report(recipe: str) -> tuple["Metrics", Path]:
 
     artifact = verify(artifact_folder("evaluation_report", recipe))
     dvc_objects.check(pipeline.find_stage("evaluation_report", pipeline.STAGES), recipe, artifact)
-    html = render_beside(artifact.path)
+    html = render_beside(DATA_ROOT, recipe)
     return read_metrics(artifact.path), html.resolve()
 
 

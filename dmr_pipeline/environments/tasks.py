@@ -1,21 +1,19 @@
-"""Stage `benchmark_tasks`: the tasks of the four splits, written once and read by every later stage; and what plays them."""
+"""The tasks of the four splits, and what plays them."""
 
 import random
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.progress import track
 
-from dmr_pipeline.artifacts.stage import StageContext, StageResult
 from dmr_pipeline.environments.alfworld.engine import AlfWorldEpisode
 from dmr_pipeline.environments.alfworld.expert import ExploringExpert
 from dmr_pipeline.environments.alfworld.game import Game
 from dmr_pipeline.environments.alfworld.generator import generate_game
 from dmr_pipeline.environments.alfworld.looks import look
 from dmr_pipeline.environments.alfworld.official import read_official
-from dmr_pipeline.environments.alfworld.store import read_games_file, write_games
+from dmr_pipeline.environments.alfworld.store import read_games_file
 from dmr_pipeline.environments.alfworld.words import alfworld_texts
 from dmr_pipeline.environments.base import Episode, Expert, Look, Task
 from dmr_pipeline.environments.webshop.engine import WebShopEpisode
@@ -24,11 +22,8 @@ from dmr_pipeline.environments.webshop.goals import ShoppingTask
 from dmr_pipeline.environments.webshop.looks import results_look
 from dmr_pipeline.environments.webshop.tasks import (
     SHOP_FOLDER,
-    deal_goals,
-    make_shop,
     read_shopping_tasks,
     webshop_texts,
-    write_goals,
 )
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.recipe import Games, GeneratedAlfWorld, OfficialAlfWorld, WebShop
@@ -38,37 +33,12 @@ _SEEDS_A_SPLIT = 10_000_000
 """Each split draws from a seed range of its own, so that no two share a game however large they are."""
 
 
-def benchmark_tasks(context: StageContext) -> StageResult:
-    benchmark = context.recipe.benchmark
-    if isinstance(benchmark, WebShop):
-        return _webshop_tasks(benchmark, context.output)
-    chosen = _official_games(benchmark) if isinstance(benchmark, OfficialAlfWorld) else _generated_games(benchmark)
-    summary = {}
-    for split, (games, facts) in chosen.items():
-        write_games(games, context.output / f"{split}.parquet")
-        summary[split] = _split_summary([game.task_type for game in games], facts)
-    return StageResult(summary=summary)
-
-
-def _webshop_tasks(benchmark: WebShop, output: Path) -> StageResult:
-    goals, facts = make_shop(benchmark, output)
-    summary: dict[str, Any] = {"goals": len(goals), **facts}
-    for split, (dealt, split_facts) in deal_goals(goals, benchmark, output).items():
-        write_goals(dealt, output / f"{split}.parquet")
-        summary[split] = _split_summary([goal.category for goal in dealt], split_facts)
-    return StageResult(summary=summary)
-
-
-def _split_summary(task_types: Sequence[str], facts: dict[str, Any]) -> dict[str, Any]:
-    return {"games": len(task_types), **facts, "by_task_type": dict(sorted(Counter(task_types).items()))}
-
-
 def split_seeds(benchmark: Games, split: str) -> range:
     start = (benchmark.seed * len(SPLITS) + SPLITS.index(split)) * _SEEDS_A_SPLIT
     return range(start, start + getattr(benchmark.splits, split))
 
 
-def _generated_games(benchmark: GeneratedAlfWorld) -> dict[str, tuple[list[Game], dict[str, Any]]]:
+def generated_games(benchmark: GeneratedAlfWorld) -> dict[str, tuple[list[Game], dict[str, Any]]]:
     made = {}
     for split in SPLITS:
         seeds = split_seeds(benchmark, split)
@@ -79,7 +49,7 @@ def _generated_games(benchmark: GeneratedAlfWorld) -> dict[str, tuple[list[Game]
     return made
 
 
-def _official_games(benchmark: OfficialAlfWorld) -> dict[str, tuple[list[Game], dict[str, Any]]]:
+def official_games(benchmark: OfficialAlfWorld) -> dict[str, tuple[list[Game], dict[str, Any]]]:
     """Raises: UserError: the games are not packed, or there are fewer than the splits ask for."""
     train, test = read_official("train"), read_official(benchmark.test_split)
     random.Random(f"alfworld-official-{benchmark.seed}").shuffle(train)

@@ -15,11 +15,12 @@ from dmr_pipeline.artifacts.store import MANIFEST, Manifest
 from dmr_pipeline.environments.base import Task
 from dmr_pipeline.evaluation.kept import KeptTables
 from dmr_pipeline.evaluation.metrics import EPISODES
-from dmr_pipeline.precision.ladder import Ladder, PolicyRuns, read_ladder
+from dmr_pipeline.precision.frontier import read_ladder
 from dmr_pipeline.recipe import Recipe
 from dmr_pipeline.rollout.cost import episode_cost
 from dmr_pipeline.rollout.engine import Clock, RoutingPolicy, Run, SinglePrecision, Trajectory
 from dmr_pipeline.rollout.known import Known
+from dmr_pipeline.rollout.playing import Ladder, PolicyRuns
 
 log = logging.getLogger(__name__)
 

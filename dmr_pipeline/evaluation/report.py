@@ -10,7 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from rich import box
 from rich.table import Table
 
-from dmr_pipeline.artifacts.store import run_record_beside, sidecar_path
+from dmr_pipeline.artifacts.store import artifact_folder, run_record_beside, sidecar_path
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.evaluation.results import Interval, Metrics, PairedComparison, PolicyMetrics
 
@@ -138,9 +138,10 @@ def console_table(metrics: Metrics) -> Table:
     return table
 
 
-def render_beside(folder: Path) -> Path:
+def render_beside(data_root: Path, recipe: str) -> Path:
     """The HTML report of `data/<recipe>/evaluation_report`, in the folder above: it shows measured times, so it is no part of
     the artefact."""
+    folder = artifact_folder("evaluation_report", recipe, data_root)
     html = folder.with_name("report.html")
     render_html(folder, sidecar_path(folder) if run_record_beside(folder) is not None else None, html)
     return html

@@ -17,19 +17,22 @@ from dmr_pipeline.artifacts.stage import StageContext
 from dmr_pipeline.environments.alfworld.engine import AlfWorldEpisode
 from dmr_pipeline.environments.alfworld.game import Game
 from dmr_pipeline.environments.alfworld.generator import generate_game
-from dmr_pipeline.environments.tasks import benchmark_tasks, split_seeds
+from dmr_pipeline.environments.tasks import split_seeds
 from dmr_pipeline.gpu_check.decoding import random_model
 from dmr_pipeline.gpu_check.record import Part, Skipped
 from dmr_pipeline.gpu_check.sizes import Shape, Sizes
-from dmr_pipeline.precision.ladder import Ladder, acting_model, quantized_checkpoints
+from dmr_pipeline.precision.acting import acting_model
 from dmr_pipeline.precision.quantization import dequantize, load_rung, quantize_rung, rung_size, save_rung
 from dmr_pipeline.recipe import Recipe, Rung, load_recipe
 from dmr_pipeline.rollout.engine import Clock, Run, SinglePrecision, Trajectory, play, play_alone
 from dmr_pipeline.rollout.kv_cache.padded import Streams
+from dmr_pipeline.rollout.playing import Ladder
 from dmr_pipeline.rollout.prompts import Prompter
 from dmr_pipeline.router.baselines import Disagreement, RandomMixing
 from dmr_pipeline.router.kl import ROUTER_FOLDER
 from dmr_pipeline.router.model import new_router, save_router
+from dmr_pipeline.stages.benchmark_tasks import benchmark_tasks
+from dmr_pipeline.stages.quantized_checkpoints import quantized_checkpoints
 
 RECIPE = "alfworld-tiny"
 RUNGS = (
@@ -202,7 +205,7 @@ def speed(agent: TinyAgent, part: Part) -> None:
 
 def two_grpo_updates(agent: TinyAgent, part: Part) -> None:
     """The stages from the games to the router, with an untrained probe in the place of stage 1's."""
-    from dmr_pipeline.router.grpo import grpo_router  # trl and all that it needs, which the other parts do without
+    from dmr_pipeline.stages.grpo_router import grpo_router
 
     part.units = {"ratio": "share of steps", "divergence": "nats a decision"}
     number = agent.sizes.grpo_games

@@ -1,4 +1,4 @@
-"""Stage `ingested_trajectories`: episodes that an agent logged at work, dropped as files into `data/incoming/<recipe>/`.
+"""Episodes that an agent logged at work, dropped as files into `data/incoming/<recipe>/`.
 
 A file is known by its content (sha256), never by its name or time, and is taken in whole or not at all. It moves once: a bad
 one into `quarantine/`, the reasons beside it; a good one into `ingested/`, after the artefact that holds it was published. So a
@@ -12,7 +12,6 @@ import hashlib
 import json
 import logging
 import os
-import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,6 @@ from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
-from dmr_pipeline.artifacts.stage import StageContext, StageResult
 from dmr_pipeline.artifacts.store import artifact_folder, incoming_folder, run_record_beside
 from dmr_pipeline.environments.task_ids import KnownGames
 from dmr_pipeline.environments.task_types import task_types
@@ -179,51 +177,7 @@ class Rules:
         )
 
 
-def ingested_trajectories(context: StageContext) -> StageResult:
-    """Takes in what was dropped since the artefact before; counts in the summary are without the episodes left out."""
-    rules = Rules.of(context.recipe, context.inputs["benchmark_tasks"])
-    folder = context.output / EPISODES_FOLDER
-    folder.mkdir()
-    episodes = [] if context.previous is None else _read_stored(context.previous)
-    for path in [] if context.previous is None else _stored_files(context.previous):
-        shutil.copyfile(path, folder / path.name)
-    ids = {episode.episode_id for episode in episodes}
-    not_moved: dict[str, str] = {}
-    for file in [] if context.incoming is None else _dropped(context.incoming):
-        stored = folder / f"{file.digest}.parquet"
-        if stored.exists():
-            continue
-        new, problems = _read_dropped(file, rules, ids)
-        if problems:
-            trouble = _quarantine(file, problems)
-            if trouble is not None:
-                not_moved[file.digest] = f"{trouble}; it was refused: {_shortened(problems)}"
-        elif new:
-            _store(new, stored)
-            episodes += new
-            ids |= {episode.episode_id for episode in new}
-            log.info("%s: %d episodes", printable(file.path), len(new))
-            if (warning := rules.strangers(new)) is not None:
-                log.warning("%s: %s", printable(file.path), warning)
-    left_out = {
-        episode.episode_id: why for episode in episodes if (why := next(rules.objections(episode), None)) is not None
-    }
-    if left_out:
-        log.warning("%d of %d ingested episodes are left out, see %s", len(left_out), len(episodes), LEFT_OUT_FILE)
-    text = json.dumps(left_out, indent=2, sort_keys=True) + "\n"
-    (context.output / LEFT_OUT_FILE).write_text(text, encoding="utf-8")
-    used = [episode for episode in episodes if episode.episode_id not in left_out]
-    return StageResult(
-        summary={
-            "files": len(_stored_files(context.output)),
-            "episodes": len(used),
-            "steps": sum(len(episode.steps) for episode in used),
-        },
-        measured={NOT_MOVED: not_moved} if not_moved else {},
-    )
-
-
-def _dropped(incoming: Path) -> list[Dropped]:
+def dropped_files(incoming: Path) -> list[Dropped]:
     make_way(incoming)
     dropped, left = look(incoming)
     for reason in left:
@@ -231,7 +185,7 @@ def _dropped(incoming: Path) -> list[Dropped]:
     return dropped
 
 
-def _read_dropped(file: Dropped, rules: Rules, earlier: Collection[str]) -> tuple[list[LoggedEpisode], list[str]]:
+def read_dropped(file: Dropped, rules: Rules, earlier: Collection[str]) -> tuple[list[LoggedEpisode], list[str]]:
     """As `read_episodes`; nothing of either where the file is gone, or is being written."""
     if file.refusal is not None:
         return [], [f"{file.path.name}: {file.refusal}"]
@@ -248,7 +202,7 @@ def _read_dropped(file: Dropped, rules: Rules, earlier: Collection[str]) -> tupl
     return read_episodes(file.path, content, rules, earlier)
 
 
-def _quarantine(file: Dropped, problems: Sequence[str]) -> str | None:
+def put_in_quarantine(file: Dropped, problems: Sequence[str]) -> str | None:
     """Why the file cannot be moved, in a few words; None where it was.
 
     Raises:
@@ -260,14 +214,14 @@ def _quarantine(file: Dropped, problems: Sequence[str]) -> str | None:
         if error.errno in FULL:
             raise
         trouble = f"it cannot be moved into {QUARANTINE_FOLDER}/ ({error.strerror or printable(error)})"
-        log.warning("%s: %s; it was refused: %s", printable(file.path), trouble, _shortened(problems))
+        log.warning("%s: %s; it was refused: %s", printable(file.path), trouble, shortened(problems))
         return trouble
     more = f" (and {len(problems) - 1} more, see {printable(reasons)})" if len(problems) > 1 else ""
     log.warning("%s: quarantined: %s%s", printable(file.path), printable(problems[0]), more)
     return None
 
 
-def _shortened(problems: Sequence[str]) -> str:
+def shortened(problems: Sequence[str]) -> str:
     return printable(problems[0]) + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else "")
 
 
@@ -342,12 +296,12 @@ def read_ingested(folder: Path) -> list[LoggedEpisode]:
         UserError: an episode does not follow the schema, or its id is there twice.
     """
     left_out = json.loads((folder / LEFT_OUT_FILE).read_text(encoding="utf-8"))
-    return [episode for episode in _read_stored(folder) if episode.episode_id not in left_out]
+    return [episode for episode in read_stored(folder) if episode.episode_id not in left_out]
 
 
 def stored_ids(folder: Path) -> set[str]:
     """Ids of all episodes that the artefact holds, those left out too."""
-    return {episode.episode_id for episode in _read_stored(folder)}
+    return {episode.episode_id for episode in read_stored(folder)}
 
 
 def read_episodes(
@@ -421,7 +375,7 @@ def _described(found: Mapping[str, Any]) -> str:
     return f"{field}{' '.join(found['msg'].split())}"
 
 
-def _store(episodes: Sequence[LoggedEpisode], path: Path) -> None:
+def store_episodes(episodes: Sequence[LoggedEpisode], path: Path) -> None:
     """One row an episode. Equal episodes give equal bytes. Where no step has a probability, there is no column of them."""
     import pyarrow as pa
     import pyarrow.parquet
@@ -441,11 +395,11 @@ def _store(episodes: Sequence[LoggedEpisode], path: Path) -> None:
     pyarrow.parquet.write_table(table, path, compression="zstd")
 
 
-def _read_stored(artefact: Path) -> list[LoggedEpisode]:
+def read_stored(artefact: Path) -> list[LoggedEpisode]:
     """Raises: UserError: an episode does not follow the schema, or its id is there twice."""
     remedy = f"get it back with `dmr restore {STAGE} --recipe {artefact.parent.name}`"
     episodes: dict[str, LoggedEpisode] = {}
-    for path in _stored_files(artefact):
+    for path in stored_files(artefact):
         for row in parquet_rows(path.read_bytes(), limit=None):
             try:
                 episode = _parse(row)
@@ -457,13 +411,13 @@ def _read_stored(artefact: Path) -> list[LoggedEpisode]:
     return list(episodes.values())
 
 
-def _stored_files(artefact: Path) -> list[Path]:
+def stored_files(artefact: Path) -> list[Path]:
     return sorted((artefact / EPISODES_FOLDER).glob("*.parquet"))
 
 
 def _held(data_root: Path, recipe: str) -> set[str]:
     """sha256 of every dropped file that the published artefact holds."""
-    return {path.stem for path in _stored_files(artifact_folder(STAGE, recipe, data_root))}
+    return {path.stem for path in stored_files(artifact_folder(STAGE, recipe, data_root))}
 
 
 def _not_moved(data_root: Path, recipe: str) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Stage `grpo_router`: stage 2 of the router, GRPO (Shao et al., 2024) on success and cost.
+"""Stage 2 of the router: GRPO (Shao et al., 2024) on success and cost.
 
 A group is several episodes of one game by the router that samples; each is credited with its reward minus the group's
 mean. The paper's reward is success - lambda * cost; the default, success * (1 - lambda * cost), is ours: cheap failure
@@ -7,19 +7,17 @@ weights; keep those that are best on validation games, acting at a threshold of 
 if the recipe names one. The training resumes after a kill with the same result.
 """
 
-import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
-import torch
 from numpy.typing import NDArray
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from scipy.optimize import brentq
@@ -28,27 +26,21 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
-from dmr_pipeline.agent.memory import out_of_memory_names
 from dmr_pipeline.artifacts.resume import discard, load_state, save_state
-from dmr_pipeline.artifacts.stage import StageContext, StageResult
 from dmr_pipeline.artifacts.store import hash_files
 from dmr_pipeline.environments.base import Task
-from dmr_pipeline.environments.tasks import read_tasks
 from dmr_pipeline.errors import UserError
-from dmr_pipeline.precision.ladder import Ladder
 from dmr_pipeline.recipe import GrpoRouter
 from dmr_pipeline.rollout.cost import episode_cost, reward
-from dmr_pipeline.rollout.engine import Clock, Run, Trajectory, seeded_generator
+from dmr_pipeline.rollout.engine import Run, Trajectory, seeded_generator
 from dmr_pipeline.rollout.known import Known
+from dmr_pipeline.rollout.playing import Ladder
 from dmr_pipeline.router.baselines import RandomMixing
 from dmr_pipeline.router.grpo_trainer import Rollout, RoutingTrainer
-from dmr_pipeline.router.kl import ROUTER_FOLDER, calibrate_threshold, play_games
 from dmr_pipeline.router.model import (
     Router,
     RouterSettings,
-    load_router,
     routing_margins,
-    save_router,
     sequence_of_trajectory,
     with_features,
 )
@@ -80,48 +72,6 @@ SESSION = "session.pt"
 
 _BATCH = 16
 """Episodes in one forward pass of the router at its start."""
-
-
-def grpo_router(context: StageContext) -> StageResult:
-    started = time.perf_counter()
-    recipe, section = context.recipe, context.recipe.grpo_router
-    torch.set_num_threads(recipe.runtime.threads)
-    ladder = Ladder.load(context.inputs["quantized_checkpoints"], recipe)
-    games = read_tasks(context.inputs["benchmark_tasks"], "router_train")
-    validation = read_tasks(context.inputs["benchmark_tasks"], "validation", section.validation_games)
-    stage_1 = context.inputs["kl_router"] / ROUTER_FOLDER
-
-    def load() -> Router:
-        return load_router(stage_1, ladder.device, ladder.models[False])
-
-    start = load()
-    scorer = Scorer(ladder, start.weight_bytes)
-    settings = tempered_settings(start, scorer, validation, context.scratch)
-    start = replace(start, settings=settings)
-    session = Session(replace(load(), settings=settings), start, scorer, games, validation)
-    with out_of_memory_names("grpo_router.group_size"):
-        train(session, section, context.scratch)
-    chosen = replace(load(), settings=settings)  # again, since trl leaves marks in the config
-    chosen.model.load_state_dict(session.best_weights)
-    log = session.log()
-    summary = summarize(log, session.best_update, settings)
-    if section.target_ratio is not None:
-        policy = routing_policy(chosen, ladder.slots(len(validation)))
-        played = play_games(validation, policy, ladder, section.seed, "router at threshold 0.5", Clock())
-        probabilities = np.array([s.probability for trajectory in played for s in trajectory.steps if not s.forced])
-        chosen, point, _ = calibrate_threshold(
-            chosen, probabilities, section.target_ratio, validation, ladder, section.seed, Clock(), Known()
-        )
-        summary |= {
-            "target_ratio": section.target_ratio,
-            "threshold": point.threshold,
-            "calibrated_validation_success": round(point.success, 6),
-            "calibrated_validation_ratio": round(point.high_ratio, 6),
-        }
-    save_router(chosen, context.output / ROUTER_FOLDER)
-    log.write_parquet(context.output / "training.parquet")
-    measured = {"seconds": time.perf_counter() - started, "share_of_validation_actions_looked_up": session.known.share}
-    return StageResult(summary=summary, measured=measured)
 
 
 @dataclass(frozen=True)
@@ -321,21 +271,6 @@ def last_checkpoint(folder: Path) -> Checkpoint | None:
 
 def _trainers_files(checkpoint: Path) -> dict[str, str]:
     return {relpath: md5 for relpath, md5 in hash_files(checkpoint).items() if Path(relpath).stem != Path(SESSION).stem}
-
-
-def summarize(log: pl.DataFrame, chosen_update: int, settings: RouterSettings) -> dict[str, Any]:
-    names = ("validation_reward", "validation_success", "validation_ratio", "validation_cost")
-    chosen, learned = log.filter(update=chosen_update).row(0, named=True), log.filter(pl.col("update") > 0)
-    return {
-        "updates": log["update"].max(),
-        "chosen_update": chosen_update,
-        **{name: round(chosen[name], 6) for name in names},
-        **{f"start_{name}": round(log[name][0], 6) for name in names},
-        "start_offset": settings.offset,
-        "tied_groups": round(float(np.mean(learned["tied_groups"].to_numpy())), 6),
-        "last_ratio": round(learned["ratio"][-1], 6),
-        "last_divergence": round(learned["divergence"][-1], 6),
-    }
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Stage `sensitivity_dataset`: one row a step, with what both precisions would have done on the same prefix.
+"""Labels of steps: how far the precisions' action distributions diverge on the same prefix.
 
 Choices that the paper leaves open, and ours: the action distributions are compared along the high-precision greedy action
 (teacher forcing both precisions on its tokens), over every token of it up to and including its end, or (`sensitivity.tokens:
@@ -16,18 +16,15 @@ from typing import Literal, NamedTuple, TypeVar
 
 import polars as pl
 import torch
-from rich.progress import Progress
 from torch import Tensor
 
 from dmr_pipeline.agent.memory import in_pieces
-from dmr_pipeline.artifacts.stage import StageContext, StageResult
 from dmr_pipeline.errors import UserError
-from dmr_pipeline.precision.ladder import Ladder
 from dmr_pipeline.recipe import Sensitivity
 from dmr_pipeline.rollout.kv_cache.padded import TokenStreams
 from dmr_pipeline.rollout.parallel import deal, in_processes
+from dmr_pipeline.rollout.playing import Ladder
 from dmr_pipeline.rollout.prompts import Prompter
-from dmr_pipeline.rollout.tables import read_all_trajectories
 from dmr_pipeline.rollout.writing import NgramGuesses, write
 
 T = TypeVar("T")
@@ -79,33 +76,6 @@ class Divergence:
     greedy_agree: bool
     entropy_low: float
     margin_low: float
-
-
-def sensitivity_dataset(context: StageContext) -> StageResult:
-    recipe = context.recipe
-    torch.set_num_threads(recipe.runtime.threads)
-    ladder = Ladder.load(context.inputs["quantized_checkpoints"], recipe)
-    given = read_all_trajectories(context.inputs, ladder.prompter, recipe.precisions.high, ladder.capacity)
-    with Progress() as progress:
-        bar = progress.add_task("divergence of the precisions", total=len(given.episodes))
-        rows = measure(ladder, given.episodes, given.steps, ladder.rows, lambda n: progress.advance(bar, n))
-    tau = threshold(rows, recipe.sensitivity)
-    table = label(rows, recipe.sensitivity, tau)
-    table.write_parquet(context.output / "steps.parquet")
-    late = pl.col("turn") >= 10
-    return StageResult(
-        summary={
-            "steps": len(table),
-            "ingested_steps": given.ingested_steps,
-            "tau": tau,
-            "direction": recipe.sensitivity.direction,
-            "label_share": round(float(table["sensitive"].mean()), 5),  # type: ignore[arg-type]
-            "greedy_disagreement": round(1 - float(table["greedy_agree"].mean()), 5),  # type: ignore[arg-type]
-            "mean_kl_high_low": round(float(table["kl_high_low"].mean()), 5),  # type: ignore[arg-type]
-            "label_share_before_turn_10": _share(table.filter(~late)),
-            "label_share_from_turn_10": _share(table.filter(late)),
-        }
-    )
 
 
 def measure(
@@ -311,7 +281,3 @@ def _split(values: Iterable[T], sizes: Sequence[int]) -> list[list[T]]:
 
 def _columns(rows: Sequence[tuple[float, ...]], count: int) -> list[list[float]]:
     return [[row[column] for row in rows] for column in range(count)]
-
-
-def _share(table: pl.DataFrame) -> float | None:
-    return round(float(table["sensitive"].mean()), 5) if len(table) else None  # type: ignore[arg-type]

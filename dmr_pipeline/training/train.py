@@ -1,4 +1,4 @@
-"""Stage `agent`: the float LLM, brought along or trained here on the expert's actions.
+"""Training the float LLM on the expert's actions.
 
 The training is behaviour cloning on expert episodes with some mistakes in them, then DAgger (Ross et al., 2011): the agent's
 own episodes with the expert's actions as targets. Loss on action tokens only. It resumes after a kill with the same result.
@@ -16,20 +16,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
-from dmr_pipeline.agent.checkpoint import load_causal_lm, resolve_device, save_causal_lm
 from dmr_pipeline.agent.logits import decoder_of, logits_of
-from dmr_pipeline.agent.memory import out_of_memory_names
 from dmr_pipeline.artifacts.resume import load_state, save_state
-from dmr_pipeline.artifacts.stage import StageContext, StageResult
 from dmr_pipeline.environments.base import Task
-from dmr_pipeline.environments.tasks import benchmark_texts, read_tasks
 from dmr_pipeline.errors import UserError
-from dmr_pipeline.recipe import TRAINED_TRANSCRIPT_TOKENS, Architecture, Games, Runtime, Training, WebShop
+from dmr_pipeline.recipe import TRAINED_TRANSCRIPT_TOKENS, Architecture, Games, Runtime, Training
 from dmr_pipeline.rollout.engine import play_alone
-from dmr_pipeline.rollout.kv_cache.choice import transcript_capacity, way_of
 from dmr_pipeline.rollout.prompts import Prompter
 from dmr_pipeline.training.examples import IGNORED, Example, expert_example, look_example, relabelled_example
-from dmr_pipeline.training.vocabulary import exact_word_tokenizer, word_tokenizer
 
 _PIECE = {"cpu": 2500, "cuda": 12_000}
 """Tokens in one forward and backward pass, padding included, by type of device: small ones suit a CPU's caches, a GPU is kept
@@ -39,53 +33,6 @@ _TRIES = 200
 """Expert episodes that are played for one that is short, at most; with none among them there would be no end."""
 _KEPT_EPISODES = 4000
 """The agent's own episodes that are kept for training; older ones, of a worse agent, are dropped."""
-
-
-def agent(context: StageContext) -> StageResult:
-    recipe, section = context.recipe, context.recipe.agent
-    device = resolve_device(recipe.runtime.device)
-    torch.set_num_threads(recipe.runtime.threads)
-    folder = context.output / "model"
-    if section.pretrained is not None:
-        source = section.pretrained
-        model, tokenizer = load_causal_lm(source.model, source.revision, torch.device("cpu"), stored_precision=True)
-        way_of(model)
-        transcript_capacity(model.config, section.max_transcript_tokens)
-        Prompter.of(tokenizer, section.prompt, model.generation_config)
-        save_causal_lm(model, tokenizer, folder, model.dtype)
-        return StageResult(summary={"source": source.model, "parameters": model.num_parameters()})
-    assert section.training is not None
-    dealt = context.inputs["benchmark_tasks"]
-    tasks = read_tasks(dealt, "agent_train")
-    # What WebShop's commands name has to come back to the letter.
-    new_tokenizer = exact_word_tokenizer if isinstance(recipe.benchmark, WebShop) else word_tokenizer
-    tokenizer = new_tokenizer(benchmark_texts(dealt, recipe.benchmark))
-    prompter = Prompter.of(tokenizer, section.prompt)
-    with out_of_memory_names("agent.training.architecture"):
-        model, log = train(
-            tasks,
-            prompter,
-            section.training,
-            recipe.benchmark,
-            recipe.runtime,
-            device,
-            context.scratch,
-            section.max_transcript_tokens,
-        )
-    save_causal_lm(model, tokenizer, folder, torch.float16)
-    log.write_parquet(context.output / "training.parquet")
-    validation = read_tasks(dealt, "validation")
-    model, _ = load_causal_lm(folder, None, device)
-    success = success_rate(model, validation, prompter, recipe.benchmark, recipe.runtime)
-    return StageResult(
-        summary={
-            "parameters": model.num_parameters(),
-            "updates": section.training.updates,
-            "validation_games": len(validation),
-            "validation_success": success,
-            "final_loss": round(log["loss"].tail(50).mean(), 5),  # type: ignore[arg-type]
-        }
-    )
 
 
 def new_model(architecture: Architecture, vocabulary: int, seed: int, positions: int | None = None) -> Qwen3ForCausalLM:

@@ -10,10 +10,10 @@ from polars.testing import assert_frame_equal
 
 from dmr_pipeline.agent.memory import halving, in_pieces, out_of_memory_names
 from dmr_pipeline.errors import UserError
-from dmr_pipeline.precision.ladder import Ladder
 from dmr_pipeline.recipe import Recipe, load_recipe
 from dmr_pipeline.rollout.engine import Trajectory, play_alone
 from dmr_pipeline.rollout.kv_cache.packed import PackedStreams
+from dmr_pipeline.rollout.playing import Ladder
 from dmr_pipeline.rollout.tables import to_frames
 from dmr_pipeline.router.baselines import RandomMixing
 from dmr_pipeline.router.labels import measure

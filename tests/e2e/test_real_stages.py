@@ -11,10 +11,10 @@ import pytest
 from dmr_pipeline import pipeline
 from dmr_pipeline.artifacts.store import artifact_folder, verify
 from dmr_pipeline.environments.tasks import read_tasks
-from dmr_pipeline.precision.ladder import Ladder
 from dmr_pipeline.recipe import load_recipe
 from dmr_pipeline.rollout.cost import episode_cost
 from dmr_pipeline.rollout.engine import Run, SinglePrecision
+from dmr_pipeline.rollout.playing import Ladder
 from tests.fake_project import make_project
 
 RECIPE_YAML = """\

@@ -17,18 +17,20 @@ from dmr_pipeline.artifacts.stage import StageContext
 from dmr_pipeline.artifacts.store import MANIFEST, Manifest, hash_files
 from dmr_pipeline.environments.alfworld.generator import generate_game
 from dmr_pipeline.environments.alfworld.store import write_games
-from dmr_pipeline.evaluation import evaluate
-from dmr_pipeline.evaluation.evaluate import evaluation_report
 from dmr_pipeline.evaluation.play import acting_facts
-from dmr_pipeline.precision.ladder import LADDER_FILE, Ladder, PolicyRuns, quantized_checkpoints
+from dmr_pipeline.precision.frontier import LADDER_FILE
 from dmr_pipeline.recipe import Recipe, load_recipe
 from dmr_pipeline.rollout.engine import Clock, SinglePrecision, Trajectory
 from dmr_pipeline.rollout.known import Known
+from dmr_pipeline.rollout.playing import Ladder, PolicyRuns
 from dmr_pipeline.router.baselines import Confidence, Disagreement, RandomMixing
 from dmr_pipeline.router.kl import ROUTER_FOLDER
 from dmr_pipeline.router.labels import STEPS
 from dmr_pipeline.router.model import save_router
 from dmr_pipeline.router.policies import LmRouter
+from dmr_pipeline.stages import evaluation_report as evaluate
+from dmr_pipeline.stages.evaluation_report import evaluation_report
+from dmr_pipeline.stages.quantized_checkpoints import quantized_checkpoints
 from tests.router.test_model import TOKENIZER, random_model, random_router
 
 REPOSITORY = Path(__file__).parents[2]

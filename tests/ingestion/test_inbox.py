@@ -40,19 +40,20 @@ from dmr_pipeline.ingestion.inbox import (
     LoggedEpisode,
     Rules,
     file_away,
-    ingested_trajectories,
     lying_files,
     misplaced_files,
     read_episodes,
     read_ingested,
     waiting_files,
 )
+from dmr_pipeline.ingestion.tables import INGESTED, ingested_tables, read_all_trajectories
 from dmr_pipeline.recipe import Prompt, Recipe
 from dmr_pipeline.rollout.engine import Trajectory, play
 from dmr_pipeline.rollout.kv_cache.padded import Streams
 from dmr_pipeline.rollout.prompts import Prompter
-from dmr_pipeline.rollout.tables import INGESTED, ingested_tables, read_all_trajectories, to_frames
+from dmr_pipeline.rollout.tables import to_frames
 from dmr_pipeline.router.baselines import RandomMixing
+from dmr_pipeline.stages.ingested_trajectories import ingested_trajectories
 from dmr_pipeline.training.examples import expert_example
 from tests.fake_project import RECIPE_YAML, REPOSITORY, fake_run
 from tests.rollout.test_engine import HIGH, LOW, PROMPTER, RUNS

@@ -17,21 +17,14 @@ from dmr_pipeline.agent.checkpoint import load_causal_lm, save_causal_lm
 from dmr_pipeline.artifacts.stage import StageContext
 from dmr_pipeline.environments.alfworld.store import write_games
 from dmr_pipeline.errors import UserError
-from dmr_pipeline.precision import ladder, quantization
-from dmr_pipeline.precision.ladder import (
-    Ladder,
-    PolicyRuns,
-    RungFacts,
-    deal_by_game,
-    divergence_to_float,
-    expert_steps,
-    gate,
-    quantized_checkpoints,
-    read_ladder,
-)
+from dmr_pipeline.precision import quantization
+from dmr_pipeline.precision.frontier import RungFacts, gate, read_ladder
 from dmr_pipeline.recipe import Architecture, Precisions, Recipe, Rung, load_recipe
 from dmr_pipeline.rollout.engine import Clock, Run, SinglePrecision, Trajectory
+from dmr_pipeline.rollout.playing import Ladder, PolicyRuns, deal_by_game
 from dmr_pipeline.router.baselines import Confidence, Disagreement, RandomMixing
+from dmr_pipeline.stages import quantized_checkpoints as stage
+from dmr_pipeline.stages.quantized_checkpoints import divergence_to_float, expert_steps, quantized_checkpoints
 from dmr_pipeline.training.examples import IGNORED
 from dmr_pipeline.training.train import new_model
 from tests.agent.test_memory import fits
@@ -145,7 +138,7 @@ def test_beside_the_float_model_there_is_one_other_at_most(
         "divergence_to_float",
         "play_alone",
     ):
-        monkeypatch.setattr(ladder, name, watched(getattr(ladder, name)))
+        monkeypatch.setattr(stage, name, watched(getattr(stage, name)))
     for name in ("_quantize", "load_model", "save_model"):
         monkeypatch.setattr(quantization, name, watched(getattr(quantization, name)))
     quantized_checkpoints(context)
@@ -173,7 +166,7 @@ def test_weights_that_were_not_saved_as_they_were_are_noticed(
             changed.get_output_embeddings().weight[:, 0] += 1e-3
         quantization.save_rung(changed, folder)
 
-    monkeypatch.setattr(ladder, "save_rung", save_changed)
+    monkeypatch.setattr(stage, "save_rung", save_changed)
     only = context.recipe.precisions.model_copy(update={"ladder": context.recipe.precisions.ladder[:1], "low": "float"})
     changed = replace(context, recipe=context.recipe.model_copy(update={"precisions": only}))
     assert [rung["reloads_equal"] for rung in quantized_checkpoints(changed).summary["rungs"]] == [False]

@@ -15,9 +15,9 @@ from dmr_pipeline.environments.alfworld.generator import generate_game
 from dmr_pipeline.environments.alfworld.words import alfworld_texts
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.ingestion.inbox import LoggedEpisode
+from dmr_pipeline.ingestion.tables import ingested_tables
 from dmr_pipeline.recipe import Agent, PageView, Prompt, load_recipe
 from dmr_pipeline.rollout.prompts import Moment, Prompter, shown, truncation_policy
-from dmr_pipeline.rollout.tables import ingested_tables
 from dmr_pipeline.training.vocabulary import word_tokenizer
 from tests.agent.tokenizers import Kind, chat_tokenizer
 

@@ -17,18 +17,22 @@ from dmr_pipeline.agent.checkpoint import save_causal_lm
 from dmr_pipeline.artifacts.resume import save_state
 from dmr_pipeline.artifacts.stage import StageContext, StageResult
 from dmr_pipeline.artifacts.store import hash_files
-from dmr_pipeline.environments.tasks import benchmark_tasks, read_tasks
+from dmr_pipeline.environments.tasks import read_tasks
 from dmr_pipeline.errors import UserError
-from dmr_pipeline.precision.ladder import Ladder, quantized_checkpoints
 from dmr_pipeline.recipe import Recipe, load_recipe
 from dmr_pipeline.rollout.cost import episode_cost
 from dmr_pipeline.rollout.engine import Run, Trajectory
+from dmr_pipeline.rollout.playing import Ladder
 from dmr_pipeline.router import grpo
-from dmr_pipeline.router.grpo import LOG, Scorer, Session, divergence, game_order, grpo_router, offset_for
+from dmr_pipeline.router.grpo import LOG, Scorer, Session, divergence, game_order, offset_for
 from dmr_pipeline.router.grpo_trainer import Rollout
 from dmr_pipeline.router.kl import ROUTER_FOLDER
 from dmr_pipeline.router.model import load_router, save_router
 from dmr_pipeline.router.policies import LmRouter
+from dmr_pipeline.stages import grpo_router as the_stage
+from dmr_pipeline.stages.benchmark_tasks import benchmark_tasks
+from dmr_pipeline.stages.grpo_router import grpo_router
+from dmr_pipeline.stages.quantized_checkpoints import quantized_checkpoints
 from tests.router.test_model import CPU, TOKENIZER, random_model, random_router
 
 REPOSITORY = Path(__file__).parents[2]
@@ -220,6 +224,6 @@ def test_a_training_that_does_not_fit_a_gpu_names_its_knob(
     def out_of_memory(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(grpo, "train", out_of_memory)
+    monkeypatch.setattr(the_stage, "train", out_of_memory)
     with pytest.raises(UserError, match=r"make grpo_router\.group_size smaller"):
         run_stage(artefacts, tmp_path)

@@ -17,17 +17,16 @@ from dmr_pipeline.artifacts.stage import StageContext
 from dmr_pipeline.environments.alfworld.engine import AlfWorldEpisode
 from dmr_pipeline.environments.alfworld.expert import ExploringExpert
 from dmr_pipeline.environments.alfworld.generator import generate_game
-from dmr_pipeline.environments.tasks import benchmark_tasks, read_tasks
+from dmr_pipeline.environments.tasks import read_tasks
 from dmr_pipeline.errors import UserError
-from dmr_pipeline.ingestion.inbox import ingested_trajectories
-from dmr_pipeline.precision.ladder import Ladder, quantized_checkpoints
 from dmr_pipeline.recipe import KlRouter, Lora, Pretrained, Prompt, Recipe, RouterModel, load_recipe
+from dmr_pipeline.rollout.playing import Ladder
 from dmr_pipeline.rollout.prompts import Prompter
-from dmr_pipeline.rollout.tables import read_trajectories, trajectories
+from dmr_pipeline.rollout.tables import read_trajectories
 from dmr_pipeline.router import kl
 from dmr_pipeline.router.calibration import auroc
-from dmr_pipeline.router.kl import class_weights, kl_router, labels_of_steps, play_games, routing_loss, train
-from dmr_pipeline.router.labels import label, measure, read_sensitivity, sensitivity_dataset, threshold
+from dmr_pipeline.router.kl import class_weights, labels_of_steps, play_games, routing_loss, train
+from dmr_pipeline.router.labels import label, measure, read_sensitivity, threshold
 from dmr_pipeline.router.model import (
     Router,
     RoutingSequence,
@@ -39,6 +38,13 @@ from dmr_pipeline.router.model import (
     save_router,
 )
 from dmr_pipeline.router.policies import LmRouter
+from dmr_pipeline.stages import kl_router as the_stage
+from dmr_pipeline.stages.benchmark_tasks import benchmark_tasks
+from dmr_pipeline.stages.ingested_trajectories import ingested_trajectories
+from dmr_pipeline.stages.kl_router import kl_router
+from dmr_pipeline.stages.quantized_checkpoints import quantized_checkpoints
+from dmr_pipeline.stages.sensitivity_dataset import sensitivity_dataset
+from dmr_pipeline.stages.trajectories import trajectories
 from tests.router.test_model import ARCHITECTURE, CPU, TOKENIZER, make_llm, random_model
 
 Labelled = tuple[list[RoutingSequence], list[list[bool]]]
@@ -334,6 +340,6 @@ def test_a_training_that_does_not_fit_a_gpu_names_its_knob(
     def out_of_memory(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(kl, "train", out_of_memory)
+    monkeypatch.setattr(the_stage, "train", out_of_memory)
     with pytest.raises(UserError, match=r"make kl_router\.batch_episodes smaller"):
         run_stage(recipe, inputs, tmp_path)

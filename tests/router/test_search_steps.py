@@ -15,12 +15,12 @@ from dmr_pipeline.environments.alfworld.engine import AlfWorldEpisode
 from dmr_pipeline.environments.alfworld.generator import generate_game
 from dmr_pipeline.environments.tasks import read_tasks
 from dmr_pipeline.errors import UserError
-from dmr_pipeline.evaluation.evaluate import search_entries
-from dmr_pipeline.precision.ladder import Ladder
+from dmr_pipeline.evaluation.policies import search_entries
 from dmr_pipeline.recipe import Prompt, Recipe
 from dmr_pipeline.rollout.cost import episode_cost
 from dmr_pipeline.rollout.engine import RoutingPolicy, Run, Trajectory, play
 from dmr_pipeline.rollout.kv_cache.padded import Streams
+from dmr_pipeline.rollout.playing import Ladder
 from dmr_pipeline.rollout.prompts import Prompter
 from dmr_pipeline.rollout.tables import read_trajectories
 from dmr_pipeline.router.baselines import RandomMixing

@@ -12,6 +12,7 @@ from dmr_pipeline.environments.alfworld.words import alfworld_texts
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.recipe import Architecture, GeneratedAlfWorld, Prompt, Runtime, Splits, Training, load_recipe
 from dmr_pipeline.rollout.prompts import Prompter
+from dmr_pipeline.stages import agent as stage
 from dmr_pipeline.training import train as module
 from dmr_pipeline.training.examples import IGNORED, Example
 from dmr_pipeline.training.train import learn, make_optimizers, new_model, schedule, train
@@ -128,10 +129,10 @@ def test_a_training_that_does_not_fit_a_gpu_names_its_knob(tmp_path: Path, monke
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     recipe = load_recipe("alfworld-tiny", Path(__file__).parents[2] / "recipes")
-    monkeypatch.setattr(module, "read_tasks", lambda folder, split: [])
-    monkeypatch.setattr(module, "train", out_of_memory)
+    monkeypatch.setattr(stage, "read_tasks", lambda folder, split: [])
+    monkeypatch.setattr(stage, "train", out_of_memory)
     with pytest.raises(UserError, match=r"make agent\.training\.architecture smaller"):
-        module.agent(StageContext(recipe, {"benchmark_tasks": tmp_path}, tmp_path, tmp_path))
+        stage.agent(StageContext(recipe, {"benchmark_tasks": tmp_path}, tmp_path, tmp_path))
 
 
 def test_games_that_are_never_short_end_the_training_in_one_line(tmp_path: Path) -> None:

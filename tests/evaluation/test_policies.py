@@ -3,8 +3,9 @@ from pathlib import Path
 
 import polars as pl
 
-from dmr_pipeline.evaluation.evaluate import benchmark_notes, choose_headline, outgrown_notes
+from dmr_pipeline.evaluation.policies import choose_headline
 from dmr_pipeline.recipe import load_recipe
+from dmr_pipeline.stages.evaluation_report import benchmark_notes, outgrown_notes
 
 
 def test_notes_say_of_a_shop_where_its_catalogue_and_nouns_come_from(tmp_path: Path) -> None:

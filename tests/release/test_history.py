@@ -18,29 +18,25 @@ from scipy import stats
 
 from dmr_pipeline.artifacts.stage import StageContext, StageResult
 from dmr_pipeline.artifacts.store import MANIFEST, Manifest, folder_hash, hash_files
-from dmr_pipeline.environments.tasks import benchmark_tasks
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.evaluation import play
 from dmr_pipeline.evaluation.play import Entry
-from dmr_pipeline.precision.ladder import Ladder, quantized_checkpoints
 from dmr_pipeline.recipe import Recipe, Release, load_recipe
-from dmr_pipeline.release import release
-from dmr_pipeline.release.release import (
-    CANDIDATE,
-    RELEASED,
+from dmr_pipeline.release.comparison import CANDIDATE, RELEASED, Comparison, compare_routers
+from dmr_pipeline.release.history import (
     Candidate,
-    Comparison,
     Decision,
-    compare_routers,
     decide,
     earlier_release,
     in_use,
-    promote,
     read_releases,
-    released_router,
-    roll_back,
 )
+from dmr_pipeline.rollout.playing import Ladder
 from dmr_pipeline.router.model import HIGH, LOW, Router, RouterSettings, save_router
+from dmr_pipeline.stages import released_router as the_stage
+from dmr_pipeline.stages.benchmark_tasks import benchmark_tasks
+from dmr_pipeline.stages.quantized_checkpoints import quantized_checkpoints
+from dmr_pipeline.stages.released_router import promote, released_router, roll_back
 from tests.evaluation.conftest import make_episodes
 from tests.fake_project import RECIPE_YAML, REPOSITORY
 
@@ -205,7 +201,7 @@ class World:
         previous = self.released if self.released.exists() else None
         recipe = FAKE.model_copy(update={"release": rule})
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(release, "play_both", self.play)
+            patch.setattr(the_stage, "play_both", self.play)
             result = stage(StageContext(recipe, {"grpo_router": grpo_router}, output, self.folder, previous))
         shutil.rmtree(self.released, ignore_errors=True)
         output.rename(self.released)
@@ -594,7 +590,7 @@ def test_actions_are_drawn_by_the_releases_seed(
     router = real_router(tmp_path / "router", real_inputs["quantized_checkpoints"], 0.5)
     recipe = real_recipe().model_copy(update={"release": Release(seed=7)})
     context = StageContext(recipe, real_inputs | {"grpo_router": router}, tmp_path, tmp_path)
-    played = release.play_both(context, router, Candidate.of(router))
+    played = the_stage.play_both(context, router, Candidate.of(router))
     assert played["policy"].to_list() == [RELEASED, CANDIDATE]
     assert seeds == [7]
 
@@ -607,4 +603,4 @@ def test_a_router_of_precisions_that_are_gone_is_not_played(real_inputs: dict[st
     inputs = real_inputs | {"grpo_router": router, "quantized_checkpoints": checkpoints}
     context = StageContext(real_recipe(), inputs, tmp_path, tmp_path)
     with pytest.raises(UserError, match=r"trained for another precision ladder than .*dmr run alfworld-tiny"):
-        release.play_both(replace(context, previous=router), router, Candidate.of(router))
+        the_stage.play_both(replace(context, previous=router), router, Candidate.of(router))

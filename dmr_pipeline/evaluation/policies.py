@@ -1,0 +1,170 @@
+"""The policies of the report, on the test games; the headline router is chosen on validation."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import chain
+
+import numpy as np
+import polars as pl
+from pydantic import JsonValue
+from rich.progress import Progress
+
+from dmr_pipeline.environments.base import Task
+from dmr_pipeline.evaluation.kept import KeptTables
+from dmr_pipeline.evaluation.play import Entry, evaluate
+from dmr_pipeline.recipe import GrpoRouter
+from dmr_pipeline.rollout.cost import reward
+from dmr_pipeline.rollout.engine import Clock, RoutingPolicy, Run, SinglePrecision, Trajectory
+from dmr_pipeline.rollout.known import Known
+from dmr_pipeline.rollout.playing import Ladder
+from dmr_pipeline.router.baselines import Confidence, Disagreement, RandomMixing
+from dmr_pipeline.router.calibration import OperatingPoint, find_threshold
+from dmr_pipeline.router.model import Router
+from dmr_pipeline.router.policies import routing_policy
+from dmr_pipeline.router.search_steps import opens_at_search_bar
+
+ROUTERS = ("kl_router", "grpo_router")
+HEADLINE_RATIO = 0.40
+"""High-precision ratio on validation that the headline router should stay under: the larger of the paper's budgets K."""
+
+
+def play_test(
+    ladder: Ladder,
+    routers: Mapping[str, Router],
+    files: Mapping[str, JsonValue],
+    cascade: Confidence,
+    games: Sequence[Task],
+    progress: Progress,
+    kept: KeptTables,
+    known: Known,
+) -> list[pl.DataFrame]:
+    """Rows of all policies but the rungs alone, in the report's order. Arguments as of `router_entries` and `evaluate`."""
+    slots = ladder.slots(len(games))
+    compared = entries(routers, files, cascade, slots)
+    if opens_at_search_bar(games[0]):
+        compared += search_entries(routers, files, slots)
+    # These first: the others come by many of their transcripts.
+    in_turn = sorted(compared, key=lambda entry: entry.name not in ("always_high", "always_low", "disagreement"))
+    played = evaluate(in_turn, ladder, games, progress, kept=kept, known=known)
+    section = ladder.recipe.evaluation
+    mixes = {name: random_mix(name, played[name], section.seed, section.random_draws) for name in routers}
+    played |= evaluate(list(mixes.values()), ladder, games, progress, kept=kept, known=known)
+    names = [[entry.name] + ([mixes[entry.name].name] if entry.name in mixes else []) for entry in compared]
+    return [played[name] for name in chain(*names)]
+
+
+def entries(
+    routers: Mapping[str, Router], files: Mapping[str, JsonValue], cascade: Confidence, slots: int
+) -> list[Entry]:
+    """Policies to evaluate, but for random mixing. Arguments as of `router_entries`."""
+    return [
+        Entry("always_high", "single", SinglePrecision(high=True)),
+        Entry("always_low", "single", SinglePrecision(high=False)),
+        Entry("confidence", "baseline", cascade, {"threshold": cascade.threshold}),
+        *router_entries(routers, files, slots),
+        Entry("disagreement", "oracle", Disagreement()),
+    ]
+
+
+def router_entries(routers: Mapping[str, Router], files: Mapping[str, JsonValue], slots: int) -> list[Entry]:
+    """
+    Args:
+        files: name of a router -> what it was loaded from, by content.
+        slots: episodes at once.
+    """
+    return [
+        Entry(name, "router", routing_policy(router, slots), {"router": files[name]}, router_bytes=router.weight_bytes)
+        for name, router in routers.items()
+    ]
+
+
+def search_entries(routers: Mapping[str, Router], files: Mapping[str, JsonValue], slots: int) -> list[Entry]:
+    """What forcing search steps does: each router with it switched, its threshold as it is; and searches alone at high
+    precision, which needs no router. Arguments as of `router_entries`."""
+    compared = [Entry("search_only", "baseline", RandomMixing(0.0, 0, force_search=True))]
+    for name, router in routers.items():
+        forced = router.settings.force_search
+        switched = replace(router, settings=router.settings.model_copy(update={"force_search": not forced}))
+        compared.append(
+            Entry(
+                f"{name}{'-' if forced else '+'}search",
+                "ablation",
+                routing_policy(switched, slots),
+                {"router": files[name]},
+                router_bytes=router.weight_bytes,
+            )
+        )
+    return compared
+
+
+def random_mix(router: str, played: pl.DataFrame, seed: int, draws: int) -> Entry:
+    """Random mixing at the ratio at which a router has played."""
+    ratio = _ratio(played)
+    parameters: dict[str, JsonValue] = {"ratio": ratio, "seed": seed}
+    return Entry(f"random@{router}", "random", RandomMixing(ratio, seed), parameters, draws)
+
+
+def confidence_cascade(
+    ladder: Ladder, games: Sequence[Task], progress: Progress, kept: KeptTables, known: Known
+) -> Confidence:
+    """At the threshold that gives the recipe's ratio in closed loop on validation games."""
+    section, runs = ladder.recipe.evaluation, [Run(game) for game in games]
+    bar = progress.add_task("confidence on validation", total=None)
+
+    def play(threshold: float) -> list[Trajectory]:
+        policy = Confidence(threshold)
+        return ladder.play(runs, policy, section.seed, advance=lambda n: progress.advance(bar, n), known=known)
+
+    facts: dict[str, JsonValue] = {"confidence_ratio": section.confidence_ratio, "confidence_games": len(games)}
+    found = kept.read(**facts)
+    if found is None:
+        alone = np.array([step.probability for trajectory in play(math.inf) for step in trajectory.steps])
+        point, _ = find_threshold(lambda t: OperatingPoint.of(t, play(t)), alone, section.confidence_ratio)
+        found = pl.DataFrame({"threshold": [point.threshold]})
+        kept.write(found, **facts)
+    progress.update(bar, total=1, completed=1)
+    return Confidence(found["threshold"].item())
+
+
+def choose_headline(played: Mapping[str, pl.DataFrame], section: GrpoRouter) -> tuple[str, dict[str, dict[str, float]]]:
+    """The router with the higher mean reward of stage 2, which weighs success and cost as the recipe does, among those whose
+    ratio is within HEADLINE_RATIO (all, if none's is). This rule is ours.
+
+    Args:
+        played: router -> rows of `metrics.EPISODES` on validation games.
+
+    Returns:
+        Beside its name, what each router does on these games.
+    """
+    found: dict[str, dict[str, float]] = {}
+    for name, frame in played.items():
+        rewards = [reward(won, cost, section) for won, cost in frame.select("success", "cost").iter_rows()]
+        found[name] = {
+            "stage_2_reward": round(float(np.mean(rewards)), 6),
+            "success": round(float(frame["success"].mean()), 6),  # type: ignore[arg-type]
+            "high_ratio": round(_ratio(frame), 6),
+            "cost": round(float(frame["cost"].mean()), 6),  # type: ignore[arg-type]
+        }
+    within = [name for name in found if found[name]["high_ratio"] <= HEADLINE_RATIO] or list(found)
+    return max(within, key=lambda name: found[name]["stage_2_reward"]), found
+
+
+def seconds_per_step(policy: RoutingPolicy, ladder: Ladder, games: Sequence[Task]) -> dict[str, JsonValue]:
+    """One episode at a time, as an interactive agent runs: mean and p95 of a step, and the router's share of it."""
+    seconds: list[float] = []
+    router = 0.0
+    for game in games:
+        clock = Clock()
+        ladder.play([Run(game)], policy, ladder.recipe.evaluation.seed, clock)
+        seconds += clock.durations
+        router += clock.router
+    return {
+        "mean": float(np.mean(seconds)),
+        "p95": float(np.quantile(seconds, 0.95)),
+        "router_share": router / sum(seconds),
+    }
+
+
+def _ratio(episodes: pl.DataFrame) -> float:
+    return float(episodes["high_steps"].sum()) / float(episodes["steps"].sum())

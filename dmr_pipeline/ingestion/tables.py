@@ -1,0 +1,113 @@
+"""All that is learned from: the played episodes and, as tables of the same kind, the ingested ones."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import polars as pl
+
+from dmr_pipeline.ingestion.inbox import LoggedEpisode, read_ingested
+from dmr_pipeline.rollout.prompts import Moment, Prompter
+from dmr_pipeline.rollout.tables import EPISODES, STEPS, read_trajectories
+
+log = logging.getLogger(__name__)
+
+INGESTED = "ingested"
+"""Policy of the episodes that an agent logged at work."""
+
+
+@dataclass(frozen=True)
+class AllTrajectories:
+    """What is learned from: the played episodes, then the ingested ones."""
+
+    episodes: pl.DataFrame
+    steps: pl.DataFrame
+    ingested_steps: int
+    """Steps that were ingested, also those of episodes that are too long for the agent and in neither table."""
+
+
+def read_all_trajectories(inputs: Mapping[str, Path], prompter: Prompter, high: str, capacity: int) -> AllTrajectories:
+    """The union of the inputs `trajectories` and `ingested_trajectories`, both checked again on reading.
+
+    Args:
+        high: the high rung's name.
+        capacity: tokens that a transcript may have.
+
+    Raises:
+        UserError: one of the artefacts is not what it should be.
+    """
+    episodes, steps = read_trajectories(inputs["trajectories"])
+    logged = read_ingested(inputs["ingested_trajectories"])
+    more_episodes, more_steps = ingested_tables(logged, prompter, high, capacity)
+    return AllTrajectories(
+        pl.concat([episodes, more_episodes], rechunk=True),
+        pl.concat([steps, more_steps], rechunk=True),
+        sum(len(episode.steps) for episode in logged),
+    )
+
+
+def ingested_tables(
+    logged: Sequence[LoggedEpisode], prompter: Prompter, high: str, capacity: int
+) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Logged episodes as tables of the schemas above, tokenized as if the agent had played them.
+
+    A step counts as high where the rung `high` acted. Episodes whose transcript leaves the agent no room are left out, with a
+    warning, and all of them where templates name what logs do not tell. `probability` is what was logged, else 1 or 0 by what
+    acted; what forward passes read is not logged, so `processed` is 0.
+    """
+    episodes, steps, too_long = [], [], 0
+    if logged and (untold := prompter.named & {"steps_left", "admissible_commands"}):
+        log.warning(
+            "%d ingested episodes are left out: logs do not tell {%s}, which agent.prompt names",
+            len(logged),
+            min(untold),
+        )
+        logged = []
+    for episode in logged:
+        segments, actions = _tokens(episode, prompter)
+        if sum(map(len, segments + actions)) + prompter.prompt.max_action_tokens > capacity:
+            too_long += 1
+            continue
+        episode_id = f"{INGESTED}/{episode.episode_id}"
+        acted = [step.precision == high for step in episode.steps]
+        reward = float(episode.success) if episode.reward is None else episode.reward
+        episodes.append(
+            (
+                episode_id,
+                episode.task_id,
+                episode.task_type,
+                INGESTED,
+                0,
+                episode.observation,
+                episode.success,
+                reward,
+                len(acted),
+                sum(acted),
+            )
+        )
+        steps += [
+            (
+                episode_id,
+                turn,
+                step.command,
+                step.observation,
+                acted[turn],
+                float(acted[turn]) if step.probability is None else step.probability,
+                *tokens,
+                0,
+            )
+            for turn, (step, *tokens) in enumerate(zip(episode.steps, segments, actions, strict=True))
+        ]
+    if too_long:
+        log.warning("%d ingested episodes are left out: too long for the agent's %d tokens", too_long, capacity)
+    return pl.DataFrame(episodes, schema=EPISODES, orient="row"), pl.DataFrame(steps, schema=STEPS, orient="row")
+
+
+def _tokens(episode: LoggedEpisode, prompter: Prompter) -> tuple[list[list[int]], list[list[int]]]:
+    """Segment and action of each step."""
+    shown = [step.observation for step in episode.steps[:-1]]
+    opening = prompter.opening(episode.observation, episode.task)
+    turns = (prompter.turn(seen, episode.task, Moment(step)) for step, seen in enumerate(shown, start=2))
+    segments = [opening, *turns]
+    return segments, [prompter.action(step.command, step.thought) for step in episode.steps]

@@ -1,0 +1,230 @@
+"""Episodes of the two rungs that a router chooses from, many policies side by side in several processes."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from dmr_pipeline.agent.checkpoint import load_tokenizer, resolve_device
+from dmr_pipeline.agent.memory import halving
+from dmr_pipeline.precision.acting import load_acting
+from dmr_pipeline.precision.frontier import read_ladder
+from dmr_pipeline.recipe import Recipe
+from dmr_pipeline.rollout.engine import Clock, RoutingPolicy, Run, Trajectory, play, warn_of_outgrown
+from dmr_pipeline.rollout.known import Known
+from dmr_pipeline.rollout.kv_cache.choice import rows_that_fit, token_streams, transcript_capacity
+from dmr_pipeline.rollout.kv_cache.padded import TokenStreams
+from dmr_pipeline.rollout.parallel import in_processes, processes_on
+from dmr_pipeline.rollout.prompts import Prompter
+
+
+@dataclass(frozen=True)
+class PolicyRuns:
+    """A policy and the episodes that it is to play."""
+
+    policy: RoutingPolicy
+    """Each process has a copy of its own; what it remembers of the episodes is lost."""
+    runs: Sequence[Run]
+    advance: Callable[[int], None] = lambda _: None
+    """Called with the number of episodes that have just ended (progress)."""
+
+
+@dataclass(frozen=True)
+class _Ended:
+    """Episodes of one of several `PolicyRuns` have ended in a process."""
+
+    index: int
+    count: int
+
+
+@dataclass(frozen=True)
+class _Share:
+    """What a process has played of one of several `PolicyRuns`."""
+
+    index: int
+    played: dict[int, Trajectory]
+    """By their index in the runs."""
+    clock: Clock
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """The two rungs that the router chooses from, loaded for acting."""
+
+    models: Mapping[bool, PreTrainedModel]
+    """Precision is high -> the model that acts."""
+    weight_bytes: Mapping[bool, int]
+    """Precision is high -> bytes of weights that one forward pass at batch 1 reads."""
+    always_high_cost: float
+    """Bytes read in a mean always-high episode on validation games: the unit of cost."""
+    prompter: Prompter
+    device: torch.device
+    recipe: Recipe
+
+    @classmethod
+    def load(cls, checkpoints: Path, recipe: Recipe) -> "Ladder":
+        """From the folder of the stage `quantized_checkpoints`."""
+        return cls._of_rungs(checkpoints, recipe, recipe.precisions.high, recipe.precisions.low)
+
+    @classmethod
+    def of_rung(cls, checkpoints: Path, recipe: Recipe, rung: str) -> "Ladder":
+        """As `load`, with one rung in the place of both, so that it acts whatever a policy says."""
+        return cls._of_rungs(checkpoints, recipe, rung, rung)
+
+    @classmethod
+    def _of_rungs(cls, checkpoints: Path, recipe: Recipe, high: str, low: str) -> "Ladder":
+        device = resolve_device(recipe.runtime.device)
+        loaded = {rung: load_acting(checkpoints / rung, device) for rung in dict.fromkeys((high, low))}
+        models = {True: loaded[high][0], False: loaded[low][0]}
+        sizes = {True: loaded[high][1], False: loaded[low][1]}
+        tokenizer = load_tokenizer(checkpoints / "tokenizer")
+        prompter = Prompter.of(tokenizer, recipe.agent.prompt, models[True].generation_config)
+        return cls(models, sizes, read_ladder(checkpoints).always_high_cost, prompter, device, recipe)
+
+    @property
+    def processes(self) -> int:
+        """Processes in which episodes are played at once."""
+        return processes_on(self.device, self.recipe.runtime)
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that a transcript may have."""
+        return transcript_capacity(self.models[True].config, self.recipe.agent.max_transcript_tokens)
+
+    @cached_property
+    def rows(self) -> int:
+        """Episodes that a process may act on at once: as the recipe says, or as many as there is memory for."""
+        models = list({id(model): model for model in self.models.values()}.values())
+        return rows_that_fit(models, self.capacity, self.recipe.runtime.batch_episodes, self.processes)
+
+    def slots(self, runs: int) -> int:
+        """Episodes that are acted on at once in one process, of so many."""
+        return min(self.rows, runs)
+
+    def play(
+        self,
+        runs: Sequence[Run],
+        policy: RoutingPolicy,
+        seed: int,
+        clock: Clock | None = None,
+        advance: Callable[[int], None] = lambda _: None,
+        known: Known | None = None,
+    ) -> list[Trajectory]:
+        """`rollout.play` with these two precisions and the recipe's way of acting, in the recipe's number of processes.
+
+        Args:
+            policy: each process has a copy of its own; what it remembers of the episodes is lost.
+            seed: of the actions.
+            clock: gets the seconds of all processes.
+            known: what may be looked up, by and by what is found; by default what this call itself finds.
+        """
+        found: list[Trajectory] = []
+
+        def keep(_: int, played: list[Trajectory], spent: Clock) -> None:
+            found.extend(played)
+            if clock is not None:
+                clock.add(spent)
+
+        self.play_each([PolicyRuns(policy, runs, advance)], seed, keep, known)
+        return found
+
+    def play_each(
+        self,
+        plays: Sequence[PolicyRuns],
+        seed: int,
+        on_played: Callable[[int, list[Trajectory], Clock], None],
+        known: Known | None = None,
+    ) -> None:
+        """As `play`, several policies one after another: a process that has played its share of one goes on with the next,
+        so that all are busy to the end. A game is played by the same process under every policy.
+
+        Args:
+            seed: of the actions.
+            on_played: called here as soon as one of `plays` is finished everywhere, in their order: its index, its
+                trajectories in the order of its runs, and the seconds that all processes spent on it.
+            known: what may be looked up, by and by what is found; by default what this call itself finds.
+        """
+        known = known if known is not None else Known()
+        rows = self.rows  # the same in all processes
+        parts = deal_by_game([play.runs for play in plays], self.processes)
+
+        def play_part(part: Sequence[Sequence[int]], tell: Callable[[_Ended | _Share], None]) -> Known:
+            mine = known.copied()
+            for index, runs in enumerate(part):
+                tell(self._play_share(index, plays[index], runs, rows, seed, tell, mine))
+            return mine.since(known)
+
+        waiting = [len(parts)] * len(plays)
+        found: list[dict[int, Trajectory]] = [{} for _ in plays]
+        clocks = [Clock() for _ in plays]
+
+        def told(message: _Ended | _Share) -> None:
+            index = message.index
+            if isinstance(message, _Ended):
+                plays[index].advance(message.count)
+                return
+            found[index] |= message.played
+            clocks[index].add(message.clock)
+            waiting[index] -= 1
+            if not waiting[index]:
+                played = [found[index].pop(i) for i in range(len(plays[index].runs))]
+                warn_of_outgrown(played, self.capacity)
+                on_played(index, played, clocks[index])
+
+        for found_there in in_processes(play_part, parts, told):
+            known.add(found_there)
+
+    def _play_share(
+        self,
+        index: int,
+        plays: PolicyRuns,
+        mine: Sequence[int],
+        rows: int,
+        seed: int,
+        tell: Callable[[_Ended | _Share], None],
+        known: Known,
+    ) -> _Share:
+        """One process's share of the runs, by their indices."""
+        spent, done = Clock(), dict[int, Trajectory]()
+
+        def attempt(slots: int) -> list[Trajectory]:
+            return play(
+                [plays.runs[i] for i in mine],
+                self.streams(slots),
+                self.prompter,
+                plays.policy,
+                self.recipe.benchmark.step_limit,
+                self.recipe.agent.action,
+                self.recipe.agent.temperature,
+                seed,
+                spent,
+                lambda count: tell(_Ended(index, count)),
+                done,
+                known if self.recipe.runtime.reuse_actions else None,
+            )
+
+        played = halving(min(rows, len(mine)), "episodes", attempt) if mine else []
+        return _Share(index, dict(zip(mine, played, strict=True)), spent)
+
+    def streams(self, slots: int) -> dict[bool, TokenStreams]:
+        """Fresh token streams of both precisions."""
+        return {high: token_streams(model, slots, self.capacity) for high, model in self.models.items()}
+
+
+def deal_by_game(plays: Sequence[Sequence[Run]], processes: int) -> list[list[list[int]]]:
+    """For each process, the indices of the runs that it is to play of each of `plays`; none has nothing to do, but for the
+    only one of no runs. Games go to the processes in turn, and all runs of a game to the same one; where there are too few
+    games for that, the members of a game are dealt as if they were games.
+    """
+    by_game = len({run.task.task_id for runs in plays for run in runs}) >= processes
+    units = [[(run.task.task_id, 0 if by_game else run.member) for run in runs] for runs in plays]
+    numbers = {unit: number for number, unit in enumerate(dict.fromkeys(chain.from_iterable(units)))}
+    count = max(1, min(processes, len(numbers)))
+    return [
+        [[i for i, unit in enumerate(row) if numbers[unit] % count == process] for row in units]
+        for process in range(count)
+    ]

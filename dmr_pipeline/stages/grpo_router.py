@@ -1,0 +1,82 @@
+"""Stage `grpo_router`: stage 2 of the router, GRPO on success and cost (see router/grpo.py)."""
+
+import time
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import polars as pl
+import torch
+
+from dmr_pipeline.agent.memory import out_of_memory_names
+from dmr_pipeline.artifacts.stage import StageContext, StageResult
+from dmr_pipeline.environments.tasks import read_tasks
+from dmr_pipeline.rollout.engine import Clock
+from dmr_pipeline.rollout.known import Known
+from dmr_pipeline.rollout.playing import Ladder
+from dmr_pipeline.router.grpo import Scorer, Session, tempered_settings, train
+from dmr_pipeline.router.kl import ROUTER_FOLDER, calibrate_threshold, play_games
+from dmr_pipeline.router.model import (
+    Router,
+    RouterSettings,
+    load_router,
+    save_router,
+)
+from dmr_pipeline.router.policies import routing_policy
+
+
+def grpo_router(context: StageContext) -> StageResult:
+    started = time.perf_counter()
+    recipe, section = context.recipe, context.recipe.grpo_router
+    torch.set_num_threads(recipe.runtime.threads)
+    ladder = Ladder.load(context.inputs["quantized_checkpoints"], recipe)
+    games = read_tasks(context.inputs["benchmark_tasks"], "router_train")
+    validation = read_tasks(context.inputs["benchmark_tasks"], "validation", section.validation_games)
+    stage_1 = context.inputs["kl_router"] / ROUTER_FOLDER
+
+    def load() -> Router:
+        return load_router(stage_1, ladder.device, ladder.models[False])
+
+    start = load()
+    scorer = Scorer(ladder, start.weight_bytes)
+    settings = tempered_settings(start, scorer, validation, context.scratch)
+    start = replace(start, settings=settings)
+    session = Session(replace(load(), settings=settings), start, scorer, games, validation)
+    with out_of_memory_names("grpo_router.group_size"):
+        train(session, section, context.scratch)
+    chosen = replace(load(), settings=settings)  # again, since trl leaves marks in the config
+    chosen.model.load_state_dict(session.best_weights)
+    log = session.log()
+    summary = summarize(log, session.best_update, settings)
+    if section.target_ratio is not None:
+        policy = routing_policy(chosen, ladder.slots(len(validation)))
+        played = play_games(validation, policy, ladder, section.seed, "router at threshold 0.5", Clock())
+        probabilities = np.array([s.probability for trajectory in played for s in trajectory.steps if not s.forced])
+        chosen, point, _ = calibrate_threshold(
+            chosen, probabilities, section.target_ratio, validation, ladder, section.seed, Clock(), Known()
+        )
+        summary |= {
+            "target_ratio": section.target_ratio,
+            "threshold": point.threshold,
+            "calibrated_validation_success": round(point.success, 6),
+            "calibrated_validation_ratio": round(point.high_ratio, 6),
+        }
+    save_router(chosen, context.output / ROUTER_FOLDER)
+    log.write_parquet(context.output / "training.parquet")
+    measured = {"seconds": time.perf_counter() - started, "share_of_validation_actions_looked_up": session.known.share}
+    return StageResult(summary=summary, measured=measured)
+
+
+def summarize(log: pl.DataFrame, chosen_update: int, settings: RouterSettings) -> dict[str, Any]:
+    names = ("validation_reward", "validation_success", "validation_ratio", "validation_cost")
+    chosen, learned = log.filter(update=chosen_update).row(0, named=True), log.filter(pl.col("update") > 0)
+    return {
+        "updates": log["update"].max(),
+        "chosen_update": chosen_update,
+        **{name: round(chosen[name], 6) for name in names},
+        **{f"start_{name}": round(log[name][0], 6) for name in names},
+        "start_offset": settings.offset,
+        "tied_groups": round(float(np.mean(learned["tied_groups"].to_numpy())), 6),
+        "last_ratio": round(learned["ratio"][-1], 6),
+        "last_divergence": round(learned["divergence"][-1], 6),
+    }

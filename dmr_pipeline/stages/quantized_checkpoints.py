@@ -1,0 +1,169 @@
+"""Stage `quantized_checkpoints`: the precision ladder of one float checkpoint, measured."""
+
+import json
+import logging
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from rich.progress import Progress
+from transformers import PreTrainedModel
+
+from dmr_pipeline.agent.checkpoint import load_causal_lm, resolve_device
+from dmr_pipeline.agent.memory import in_pieces
+from dmr_pipeline.artifacts.stage import StageContext, StageResult
+from dmr_pipeline.environments.base import Task
+from dmr_pipeline.environments.tasks import read_tasks
+from dmr_pipeline.errors import UserError
+from dmr_pipeline.precision.acting import acting_model
+from dmr_pipeline.precision.frontier import LADDER_FILE, LadderFacts, RungFacts, gate
+from dmr_pipeline.precision.quantization import RungSize, load_rung, quantize_rung, rung_size, save_rung
+from dmr_pipeline.recipe import Recipe, Rung
+from dmr_pipeline.rollout.cost import episode_cost
+from dmr_pipeline.rollout.engine import Trajectory, play_alone, warn_of_outgrown
+from dmr_pipeline.rollout.kv_cache.choice import rows_that_fit, transcript_capacity
+from dmr_pipeline.rollout.parallel import deal, gather, in_processes, processes_on
+from dmr_pipeline.rollout.prompts import Prompter
+from dmr_pipeline.training.examples import Example, expert_example
+from dmr_pipeline.training.train import trained_logits
+
+log = logging.getLogger(__name__)
+
+
+def quantized_checkpoints(context: StageContext) -> StageResult:
+    recipe = context.recipe
+    device = resolve_device(recipe.runtime.device)
+    torch.set_num_threads(recipe.runtime.threads)
+    float_model, tokenizer = load_causal_lm(context.inputs["agent"] / "model", None, device)
+    tokenizer.save_pretrained(context.output / "tokenizer")
+    prompter = Prompter.of(tokenizer, recipe.agent.prompt, float_model.generation_config)
+    games = read_tasks(context.inputs["benchmark_tasks"], "validation")
+    capacity = transcript_capacity(float_model.config, recipe.agent.max_transcript_tokens)
+    examples = expert_steps(games[: recipe.precisions.kl_episodes], prompter, recipe.benchmark.step_limit, capacity)
+    facts, cost = [], 0.0
+    with Progress() as progress:
+        bar = progress.add_task("precision ladder", total=len(recipe.precisions.ladder) * len(games))
+        for rung in recipe.precisions.ladder:
+            progress.update(bar, description=f"{rung.name} plays validation games")
+            acting, size, equal = _make_rung(float_model, rung, context.output / rung.name, examples, device)
+            divergence, disagreement = divergence_to_float(float_model, acting, examples, device)
+            played = _play_validation(acting, games, prompter, recipe, device, lambda n: progress.advance(bar, n))
+            del acting  # before the next one is made
+            facts.append(
+                RungFacts(
+                    name=rung.name,
+                    bytes=size.bytes,
+                    bits_per_weight=round(size.bits_per_weight, 4),
+                    quantized_share=round(size.quantized_share, 4),
+                    kl_to_float=round(divergence, 6),
+                    greedy_disagreement=round(disagreement, 6),
+                    validation_success=_mean([t.success for t in played]),
+                    validation_steps=_mean([len(t.steps) for t in played]),
+                    reloads_equal=equal,
+                )
+            )
+            if rung.name == recipe.precisions.high:
+                cost = mean_cost(played, size.bytes)
+    ladder = LadderFacts(rungs=facts, gate=gate(facts, recipe.precisions), always_high_cost=cost)
+    text = json.dumps(ladder.model_dump(), indent=2) + "\n"
+    (context.output / LADDER_FILE).write_text(text, encoding="utf-8")
+    return StageResult(summary=ladder.model_dump())
+
+
+@torch.no_grad()
+def _make_rung(
+    float_model: PreTrainedModel, rung: Rung, folder: Path, examples: Sequence[Example], device: torch.device
+) -> tuple[PreTrainedModel, RungSize, bool]:
+    """Save a rung and load it again. Beside the float model there is never more than one other as large.
+
+    Returns:
+        What acts, the size of the weights, and whether the loaded ones give the saved ones' logits, bit by bit.
+    """
+    quantized = quantize_rung(float_model, rung, lambda model: trained_logits(model, examples, device))
+    save_rung(quantized, folder)
+    saved_logits, _ = trained_logits(quantized, examples[:1], device)
+    del quantized
+    model = load_rung(folder, device)
+    equal = torch.equal(saved_logits, trained_logits(model, examples[:1], device)[0])
+    size = rung_size(model)
+    return float_model if rung.weights == "float" else acting_model(model, device), size, equal
+
+
+def _play_validation(
+    model: PreTrainedModel,
+    games: Sequence[Task],
+    prompter: Prompter,
+    recipe: Recipe,
+    device: torch.device,
+    advance: Callable[[int], None],
+) -> list[Trajectory]:
+    """One episode of each game by one rung."""
+    capacity = transcript_capacity(model.config, recipe.agent.max_transcript_tokens)
+    processes = processes_on(device, recipe.runtime)
+    rows = rows_that_fit([model], capacity, recipe.runtime.batch_episodes, processes)
+
+    def play_part(part: Sequence[Task], advance: Callable[[int], None]) -> list[Trajectory]:
+        return play_alone(
+            model,
+            part,
+            prompter,
+            recipe.benchmark.step_limit,
+            rows,
+            recipe.agent.action,
+            recipe.agent.temperature,
+            capacity,
+            advance,
+        )
+
+    played = gather(in_processes(play_part, deal(games, processes), advance))
+    warn_of_outgrown(played, capacity)
+    return played
+
+
+def expert_steps(games: Sequence[Task], prompter: Prompter, step_limit: int, capacity: int) -> list[Example]:
+    """The expert's flawless episodes, its actions as targets; those of more tokens than the capacity are left out.
+
+    Raises:
+        UserError: none is left.
+    """
+    whole = [expert_example(game, prompter, step_limit, mistake_rate=0.0, rng=random.Random(0)) for game in games]
+    fitting = [example for example in whole if len(example.tokens) <= capacity]
+    if not fitting:
+        shortest = min(len(example.tokens) for example in whole)
+        raise UserError(
+            f"none of the expert's {len(whole)} episodes fits into a transcript of {capacity} tokens (the shortest has"
+            f" {shortest}): set agent.max_transcript_tokens higher, or choose a model with more positions"
+        )
+    if len(fitting) < len(whole):
+        log.warning(
+            "%d of the expert's episodes are left out: longer than %d tokens", len(whole) - len(fitting), capacity
+        )
+    return fitting
+
+
+@torch.no_grad()
+def divergence_to_float(
+    float_model: PreTrainedModel, model: PreTrainedModel, examples: Sequence[Example], device: torch.device
+) -> tuple[float, float]:
+    """Mean KL(float || model) of the expert's steps, in nats an action, and the share of tokens that are chosen otherwise."""
+
+    def compare(piece: Sequence[Example]) -> list[tuple[float, int, int, int]]:
+        p, wanted = trained_logits(float_model, piece, device)
+        q, _ = trained_logits(model, piece, device)
+        log_p, log_q = p.double().log_softmax(-1), q.double().log_softmax(-1)
+        total = float((log_p.exp() * (log_p - log_q)).sum())
+        different = int((p.argmax(-1) != q.argmax(-1)).sum())
+        return [(total, different, len(wanted), sum(example.steps for example in piece))]
+
+    compared = in_pieces(examples, 8, "expert episodes", compare)
+    total, different, tokens, steps = (sum(column) for column in zip(*compared, strict=True))
+    return total / steps, different / tokens
+
+
+def mean_cost(played: Sequence[Trajectory], weight_bytes: int) -> float:
+    return _mean([episode_cost(trajectory, {True: weight_bytes, False: weight_bytes}) for trajectory in played])
+
+
+def _mean(values: Sequence[float]) -> float:
+    return round(sum(values) / len(values), 6)

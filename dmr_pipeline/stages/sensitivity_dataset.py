@@ -1,0 +1,42 @@
+"""Stage `sensitivity_dataset`: one row a step, with what both precisions would have done on the same prefix (see
+router/labels.py)."""
+
+import polars as pl
+import torch
+from rich.progress import Progress
+
+from dmr_pipeline.artifacts.stage import StageContext, StageResult
+from dmr_pipeline.ingestion.tables import read_all_trajectories
+from dmr_pipeline.rollout.playing import Ladder
+from dmr_pipeline.router.labels import label, measure, threshold
+
+
+def sensitivity_dataset(context: StageContext) -> StageResult:
+    recipe = context.recipe
+    torch.set_num_threads(recipe.runtime.threads)
+    ladder = Ladder.load(context.inputs["quantized_checkpoints"], recipe)
+    given = read_all_trajectories(context.inputs, ladder.prompter, recipe.precisions.high, ladder.capacity)
+    with Progress() as progress:
+        bar = progress.add_task("divergence of the precisions", total=len(given.episodes))
+        rows = measure(ladder, given.episodes, given.steps, ladder.rows, lambda n: progress.advance(bar, n))
+    tau = threshold(rows, recipe.sensitivity)
+    table = label(rows, recipe.sensitivity, tau)
+    table.write_parquet(context.output / "steps.parquet")
+    late = pl.col("turn") >= 10
+    return StageResult(
+        summary={
+            "steps": len(table),
+            "ingested_steps": given.ingested_steps,
+            "tau": tau,
+            "direction": recipe.sensitivity.direction,
+            "label_share": round(float(table["sensitive"].mean()), 5),  # type: ignore[arg-type]
+            "greedy_disagreement": round(1 - float(table["greedy_agree"].mean()), 5),  # type: ignore[arg-type]
+            "mean_kl_high_low": round(float(table["kl_high_low"].mean()), 5),  # type: ignore[arg-type]
+            "label_share_before_turn_10": _share(table.filter(~late)),
+            "label_share_from_turn_10": _share(table.filter(late)),
+        }
+    )
+
+
+def _share(table: pl.DataFrame) -> float | None:
+    return round(float(table["sensitive"].mean()), 5) if len(table) else None  # type: ignore[arg-type]
