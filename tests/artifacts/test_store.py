@@ -157,7 +157,7 @@ import os, signal, sys
 from pathlib import Path
 from dmr_pipeline.artifacts.store import materialize_stage
 from dmr_pipeline.recipe import load_recipe
-from tests.test_artifacts import stage, write
+from tests.artifacts.test_store import stage, write
 
 moment = int(sys.argv[1])
 def die(): os.kill(os.getpid(), signal.SIGKILL)
