@@ -9,6 +9,7 @@ from dmr_pipeline.environments import tasks
 from dmr_pipeline.environments.alfworld.generator import generate_game
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.recipe import OfficialAlfWorld, Splits, load_recipe
+from dmr_pipeline.stages.benchmark_tasks import benchmark_tasks
 
 GAMES = {"train": [generate_game(seed)[0] for seed in range(12)], "valid_seen": [generate_game(99)[0]]}
 
@@ -19,7 +20,7 @@ def deal(monkeypatch: pytest.MonkeyPatch, output: Path, seed: int = 0, **splits:
     benchmark = OfficialAlfWorld(seed=seed, splits=Splits(**sizes))
     recipe = load_recipe("alfworld-tiny-official").model_copy(update={"benchmark": benchmark})
     output.mkdir()
-    tasks.benchmark_tasks(StageContext(recipe, {}, output, output))
+    benchmark_tasks(StageContext(recipe, {}, output, output))
     return {split: [game.task_id for game in tasks.read_tasks(output, split)] for split in tasks.SPLITS}
 
 

@@ -3,8 +3,8 @@ from pathlib import Path
 import pytest
 
 from dmr_pipeline.artifacts.stage import StageContext, StageResult
-from dmr_pipeline.environments import tasks
 from dmr_pipeline.recipe import GeneratedWebShop, Splits, WebShop, load_recipe
+from dmr_pipeline.stages.benchmark_tasks import benchmark_tasks
 
 BENCHMARK = GeneratedWebShop(splits=Splits(agent_train=50, router_train=20, validation=100, test=20), products=600)
 
@@ -13,7 +13,7 @@ def make_tasks(benchmark: WebShop, output: Path) -> StageResult:
     """Run the stage `benchmark_tasks`."""
     output.mkdir()
     recipe = load_recipe("webshop-tiny").model_copy(update={"benchmark": benchmark})
-    return tasks.benchmark_tasks(StageContext(recipe, {}, output, output))
+    return benchmark_tasks(StageContext(recipe, {}, output, output))
 
 
 @pytest.fixture(scope="session")
