@@ -67,7 +67,8 @@ def evaluate(
         bar = progress.add_task(entry.name + note, total=total, completed=total - len(draws) * len(games))
         if draws:
             missing.append((entry, draws))
-            runs = [Run(game, draw) for draw in draws for game in games]
+            # The draws of a game at the same time: they begin alike, and what one has read the others copy.
+            runs = [Run(game, draw) for game in games for draw in draws]
             plays.append(PolicyRuns(entry.policy, runs, partial(progress.advance, bar)))
 
     def on_played(index: int, played: list[Trajectory], _: Clock) -> None:

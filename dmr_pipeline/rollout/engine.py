@@ -25,6 +25,7 @@ from dmr_pipeline.environments.base import Episode, Task
 from dmr_pipeline.environments.tasks import begin_episode
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.rollout.known import Known, KnownAction, Transcript
+from dmr_pipeline.rollout.kv_cache.catching_up import catch_up
 from dmr_pipeline.rollout.kv_cache.choice import token_streams, transcript_capacity
 from dmr_pipeline.rollout.kv_cache.padded import TokenStreams
 from dmr_pipeline.rollout.prompts import Moment, Prompter
@@ -214,7 +215,8 @@ def play(
     `runs` and do not depend on how many slots there are (but for rounding).
 
     Args:
-        agents: precision is high -> its token streams; both may be the same object where one precision acts alone.
+        agents: precision is high -> its token streams; both may be the same object where one precision acts alone. What they
+            hold of other episodes need not be read again.
         action: `generate` writes it token by token; `score` chooses among the admissible commands by their probability,
             each scored in full, the end included.
         temperature: 0 acts greedily; otherwise tokens (or commands) are drawn, seeded by (seed, task, member, turn).
@@ -325,8 +327,6 @@ class _Batch:
                 f"task {run.task.task_id}: its first step needs {needed} tokens, a transcript may have {self.capacity}: set"
                 " agent.max_transcript_tokens higher, or show less of a page (agent.prompt.page)"
             )
-        for streams in self.agents.values():
-            streams.reset([slot])
         self.policy.begin(slot, run)
 
     def _needed(self, state: _Slot) -> int:
@@ -355,10 +355,8 @@ class _Batch:
             elif mine:
                 chosen |= dict(zip(mine, self.act(high, mine), strict=True))
         for high in peek.drafted:
-            for slot, state in zip(slots, running, strict=True):
-                read = len(state.transcript.tokens)
-                state.read[high] = read
-                self.agents[high].truncate(slot, min(read, self.agents[high].lengths[slot]))
+            for state in running:
+                state.read[high] = len(state.transcript.tokens)
         for slot in peek.asked_for_states:
             self.slots[slot].read[False] = max(self.slots[slot].read[False], len(self.slots[slot].transcript.tokens))
         self._after.clear()
@@ -442,8 +440,11 @@ class _Batch:
         return actions
 
     def _unread(self, high: bool, slots: Sequence[int]) -> list[list[int]]:
-        lengths = self.agents[high].lengths
-        return [self.slots[slot].transcript.tokens[lengths[slot] :] for slot in slots]
+        """Tokens of each transcript that its stream is still to read; none where it was read in this step."""
+        new = [slot for slot in slots if high or slot not in self._after]
+        left = catch_up(self.agents[high], new, [self.slots[slot].transcript.tokens for slot in new])
+        chunks = dict(zip(new, left, strict=True))
+        return [chunks.get(slot, []) for slot in slots]
 
     def _generate(self, high: bool, slots: list[int]) -> list[KnownAction]:
         """Token by token."""

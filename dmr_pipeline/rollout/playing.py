@@ -153,9 +153,9 @@ class Ladder:
         parts = deal_by_game([play.runs for play in plays], self.processes)
 
         def play_part(part: Sequence[Sequence[int]], tell: Callable[[_Ended | _Share], None]) -> Known:
-            mine = known.copied()
+            mine, streams = known.copied(), dict[int, dict[bool, TokenStreams]]()
             for index, runs in enumerate(part):
-                tell(self._play_share(index, plays[index], runs, rows, seed, tell, mine))
+                tell(self._play_share(index, plays[index], runs, rows, seed, tell, mine, streams))
             return mine.since(known)
 
         waiting = [len(parts)] * len(plays)
@@ -187,14 +187,23 @@ class Ladder:
         seed: int,
         tell: Callable[[_Ended | _Share], None],
         known: Known,
+        streams: dict[int, dict[bool, TokenStreams]],
     ) -> _Share:
-        """One process's share of the runs, by their indices."""
+        """One process's share of the runs, by their indices.
+
+        Args:
+            streams: number of slots -> those of the policy before, which hold what it has read; replaced where the number is
+                another.
+        """
         spent, done = Clock(), dict[int, Trajectory]()
 
         def attempt(slots: int) -> list[Trajectory]:
+            if slots not in streams:
+                streams.clear()
+                streams[slots] = self.streams(slots)
             return play(
                 [plays.runs[i] for i in mine],
-                self.streams(slots),
+                streams[slots],
                 self.prompter,
                 plays.policy,
                 self.recipe.benchmark.step_limit,

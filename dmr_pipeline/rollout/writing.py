@@ -100,7 +100,7 @@ def write(
     written: list[Written[T]] = [Written(list(tokens)) for tokens in (begun or [[]] * len(slots))]
     unread = [list(chunk) for chunk in chunks]
     ends = [
-        streams.lengths[slot] + len(chunk) - len(w.tokens)
+        len(streams.texts[slot]) + len(chunk) - len(w.tokens)
         for slot, chunk, w in zip(slots, chunks, written, strict=True)
     ]
     """Tokens of each stream before what is written."""

@@ -160,7 +160,7 @@ def compare(
     def greedy(logits: Tensor, _: object) -> list[int]:
         return list(logits.argmax(-1).tolist())
 
-    starts = [streams[True].lengths[slot] + len(chunk) for slot, chunk in zip(slots, chunks, strict=True)]
+    starts = [len(streams[True].texts[slot]) + len(chunk) for slot, chunk in zip(slots, chunks, strict=True)]
     high = write(streams[True], slots, chunks, greedy, list, guess, prompter.is_complete)
     sizes = [len(action.tokens) for action in high]
     along = [chunk + action.tokens[:-1] for chunk, action in zip(chunks, high, strict=True)]

@@ -21,6 +21,7 @@ from dmr_pipeline.precision import quantization
 from dmr_pipeline.precision.frontier import RungFacts, gate, read_ladder
 from dmr_pipeline.recipe import Architecture, Precisions, Recipe, Rung, load_recipe
 from dmr_pipeline.rollout.engine import Clock, Run, SinglePrecision, Trajectory
+from dmr_pipeline.rollout.kv_cache.packed import PackedStreams
 from dmr_pipeline.rollout.playing import Ladder, PolicyRuns, deal_by_game
 from dmr_pipeline.router.baselines import Confidence, Disagreement, RandomMixing
 from dmr_pipeline.stages import quantized_checkpoints as stage
@@ -191,11 +192,16 @@ def test_every_rung_acts_until_one_of_the_models_own_eos_tokens(context: StageCo
     assert ladders[0].prompter.eos == ladders[1].prompter.eos
 
 
-def acting_ladder(processes: int, batch_episodes: int = 64) -> Ladder:
+def acting_ladder(processes: int, batch_episodes: int = 64, reuse_actions: bool = True) -> Ladder:
     recipe = load_recipe("alfworld-tiny", REPOSITORY / "recipes")
     changes = {
         "benchmark": {**recipe.benchmark.model_dump(), "step_limit": STEPS},
-        "runtime": {"processes": processes, "batch_episodes": batch_episodes, "device": "cpu"},
+        "runtime": {
+            "processes": processes,
+            "batch_episodes": batch_episodes,
+            "device": "cpu",
+            "reuse_actions": reuse_actions,
+        },
     }
     recipe = Recipe.model_validate(recipe.model_dump() | changes)
     return Ladder({True: HIGH, False: LOW}, {True: 2, False: 1}, 1.0, PROMPTER, torch.device("cpu"), recipe)
@@ -231,6 +237,25 @@ def test_policies_side_by_side_play_what_each_plays_alone(processes: int) -> Non
         assert clock.steps == sum(len(trajectory.steps) for trajectory in played)
         assert len(clock.durations) >= max(len(trajectory.steps) for trajectory in played)
     assert heard[0][1] == roll(SinglePrecision(high=True)), "and what plain `rollout.play` plays"
+
+
+def test_a_policy_goes_on_with_the_streams_of_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    forward, read = PackedStreams._forward, [0]
+
+    def counted(self, slots, chunks, *rest):
+        read[-1] += sum(map(len, chunks))
+        return forward(self, slots, chunks, *rest)
+
+    def on_played(_: int, played: list[Trajectory], __: Clock) -> None:
+        heard.append(played)
+        read.append(0)
+
+    monkeypatch.setattr(PackedStreams, "_forward", counted)
+    ladder, heard = acting_ladder(1, reuse_actions=False), list[list[Trajectory]]()
+    ladder.play_each([PolicyRuns(SinglePrecision(True), RUNS)] * 2, 0, on_played)
+    assert heard[0] == heard[1]
+    segments = sum(len(step.segment) for trajectory in heard[0] for step in trajectory.steps)
+    assert read[0] - read[1] > 0.2 * segments
 
 
 def test_a_policy_is_heard_of_while_the_next_one_plays(tmp_path: Path) -> None:

@@ -158,6 +158,48 @@ def test_what_is_known_needs_no_forward_pass(monkeypatch: pytest.MonkeyPatch) ->
     assert roll(SinglePrecision(True), known=known) == first
 
 
+def tokens_read(
+    monkeypatch: pytest.MonkeyPatch, policy, runs: list[Run], agents, known: Known | None = None
+) -> tuple[list[Trajectory], int]:
+    """What is played, and the tokens of its forward passes."""
+    extend, count = Streams.extend, 0
+
+    def counted(self, slots, chunks, counts=None):
+        nonlocal count
+        count += sum(map(len, chunks))
+        return extend(self, slots, chunks, counts)
+
+    with monkeypatch.context() as context:
+        context.setattr(Streams, "extend", counted)
+        return play(runs, agents, PROMPTER, policy, STEPS, known=known), count
+
+
+def test_a_transcript_that_another_slot_has_read_is_not_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither one of an episode that has ended, nor by how the precisions take turns; costs are as if all had been read."""
+
+    def of_each_precision(slots: int) -> dict[bool, Streams]:
+        return {True: Streams(HIGH, slots, 2048), False: Streams(LOW, slots, 2048)}
+
+    members = [Run(RUNS[0].task, member) for member in range(8)]
+    mixing, known = RandomMixing(0.5, seed=3), Known()
+    alone = [tokens_read(monkeypatch, mixing, [member], of_each_precision(1), known) for member in members]
+    read_alone = sum(read for _, read in alone)
+    for slots in (2, 8):
+        played, read = tokens_read(monkeypatch, mixing, members, of_each_precision(slots), Known())
+        assert played == [trajectory for played, _ in alone for trajectory in played]
+        assert read < read_alone - len(played[0].steps[0].segment)
+
+
+def test_streams_may_come_from_other_episodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What they hold already is not read again."""
+    agents, policy = {True: Streams(HIGH, 7, 2048), False: Streams(LOW, 7, 2048)}, SinglePrecision(True)
+    first, read = tokens_read(monkeypatch, policy, RUNS, agents)
+    again, read_again = tokens_read(monkeypatch, policy, RUNS, agents)
+    others, _ = tokens_read(monkeypatch, policy, RUNS[::-1], agents)
+    assert first == again == others[::-1]
+    assert read - read_again > 0.2 * sum(len(step.segment) - 1 for trajectory in first for step in trajectory.steps)
+
+
 def test_drawn_actions_are_never_looked_up() -> None:
     known = Known()
     members = [Run(RUNS[0].task, member) for member in range(6)]

@@ -62,7 +62,7 @@ calls = st.lists(
         st.tuples(st.sampled_from(["extend", "everywhere"]), st.dictionaries(st.integers(0, 4), chunk, min_size=1)),
         st.tuples(st.just("truncate"), st.tuples(st.integers(0, 4), st.floats(0, 1))),
         st.tuples(st.just("reset"), st.lists(st.integers(0, 4), max_size=2)),
-        st.tuples(st.just("copy"), st.tuples(st.integers(0, 4), st.sets(st.integers(0, 4), max_size=3))),
+        st.tuples(st.just("copy"), st.tuples(st.integers(0, 4), st.integers(0, 4), st.floats(0, 1))),
     ),
     min_size=2,
     max_size=12,
@@ -93,10 +93,10 @@ def test_any_interleaving_equals_plain_forward_passes(kind: type, model: PreTrai
                 for slot in argument:
                     texts[slot] = []
             case "copy":
-                source, targets = argument
-                streams.copy(source, sorted(targets))
-                for slot in targets:
-                    texts[slot] = texts[source]
+                source, target, share = argument
+                length = int(share * len(texts[source]))
+                streams.copy(source, target, length)
+                texts[target] = texts[source][:length]
         assert streams.lengths == [len(text) for text in texts]
 
 

@@ -61,9 +61,10 @@ def assert_random_calls_equal_plain_forward_passes(model: PreTrainedModel, toler
             texts[slots[0]] = texts[slots[0]][: rng.randint(0, len(texts[slots[0]]))]
             streams.truncate(slots[0], len(texts[slots[0]]))
         elif call == "copy":
-            streams.copy(slots[0], slots[1:])
+            length = rng.randint(0, len(texts[slots[0]]))
             for slot in slots[1:]:
-                texts[slot] = list(texts[slots[0]])
+                streams.copy(slots[0], slot, length)
+                texts[slot] = texts[slots[0]][:length]
         elif call == "reset":
             streams.reset(slots[:1])
             texts[slots[0]] = []

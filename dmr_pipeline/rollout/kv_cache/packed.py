@@ -19,7 +19,13 @@ from torch.nn.functional import rms_norm, scaled_dot_product_attention
 from transformers import PreTrainedModel
 
 from dmr_pipeline.agent.logits import decoder_of
-from dmr_pipeline.rollout.kv_cache.padded import SMALLEST_STORAGE, Lengths, attention_windows, refuse_bad_calls
+from dmr_pipeline.rollout.kv_cache.padded import (
+    SMALLEST_STORAGE,
+    Texts,
+    attention_windows,
+    refuse_bad_calls,
+    refuse_bad_cut,
+)
 
 FAMILY = ("llama", "mistral", "qwen2", "qwen3")
 """Model types whose layers are those of `_Layer`."""
@@ -58,7 +64,7 @@ class _Group:
     position; None where all see all."""
 
 
-class PackedStreams(Lengths):
+class PackedStreams(Texts):
     """`TokenStreams` of a model of FAMILY. A slot's number is its row in the cache.
 
     Args:
@@ -92,14 +98,12 @@ class PackedStreams(Lengths):
         self._reserve(min(capacity, SMALLEST_STORAGE))
 
     @torch.no_grad()
-    def copy(self, source: int, targets: Sequence[int]) -> None:
-        """Make each target slot a copy of the source slot."""
-        length = self.lengths[source]
-        for slot in targets:
-            if slot != source:
-                for stored in self._stored:
-                    stored[:, slot, :, :length] = stored[:, source, :, :length]
-                self.lengths[slot] = length
+    def copy(self, source: int, target: int, length: int) -> None:
+        """As `Streams.copy`."""
+        refuse_bad_cut(source, self.texts[source], length)
+        for stored in self._stored:
+            stored[:, target, :, :length] = stored[:, source, :, :length]
+        self.texts[target] = self.texts[source][:length]
 
     @torch.no_grad()
     def extend(
@@ -135,14 +139,14 @@ class PackedStreams(Lengths):
         Returns:
             The decoder's hidden states at those tokens, in the order of the chunks, and the outputs of these layers there.
         """
-        refuse_bad_calls(self.lengths, self.capacity, slots, chunks)
+        refuse_bad_calls(self.texts, self.capacity, slots, chunks)
         device = self.model.device
         order = sorted(range(len(slots)), key=lambda i: slots[i])
         rows, sizes = [slots[i] for i in order], [len(chunks[i]) for i in order]
-        starts, ends = [self.lengths[row] for row in rows], list(accumulate(sizes))
-        for row, size in zip(rows, sizes, strict=True):
-            self.lengths[row] += size
-        self._reserve(max(self.lengths[row] for row in rows))
+        starts, ends = [len(self.texts[row]) for row in rows], list(accumulate(sizes))
+        for slot, chunk in zip(slots, chunks, strict=True):
+            self.texts[slot] += chunk
+        self._reserve(max(len(self.texts[row]) for row in rows))
         end_of = dict(zip(order, ends, strict=True))
         picked = [end_of[i] - count + t for i, count in enumerate(wanted) for t in range(count)]
         # One copy to the device for all that a pass needs to know of its tokens.
@@ -255,7 +259,7 @@ class PackedStreams(Lengths):
         self._positions = (
             self.capacity if device.type == "cpu" else min(max(positions, 2 * self._positions), self.capacity)
         )
-        shape = (2, len(self.lengths), first.key_value_heads, self._positions, first.head_width)
+        shape = (2, len(self.texts), first.key_value_heads, self._positions, first.head_width)
         for number in range(len(self._layers)):
             new = _zeros(shape, dtype) if device.type == "cpu" else torch.zeros(shape, dtype=dtype, device=device)
             if number < len(self._stored):

@@ -34,6 +34,11 @@ class TokenStreams(Protocol):
     """Whether a sequence that is cut goes on from there, and nothing is read again."""
 
     @property
+    def texts(self) -> Sequence[list[int]]:
+        """Token ids in each slot, not to be changed from outside."""
+        ...
+
+    @property
     def lengths(self) -> list[int]:
         """Tokens in each slot."""
         ...
@@ -42,7 +47,7 @@ class TokenStreams(Protocol):
 
     def truncate(self, slot: int, length: int) -> None: ...
 
-    def copy(self, source: int, targets: Sequence[int]) -> None: ...
+    def copy(self, source: int, target: int, length: int) -> None: ...
 
     def extend(
         self, slots: Sequence[int], chunks: Sequence[Sequence[int]], counts: Sequence[int] | None = None
@@ -101,8 +106,8 @@ class _RowCache(Cache):
                 tensor[targets, :, :positions] = tensor[sources, :, :positions]
 
 
-class Lengths:
-    """How long each sequence is, for streams that are cut by forgetting their ends.
+class Texts:
+    """What each sequence holds, for streams that are cut by forgetting their ends.
 
     Args:
         slots: number of sequences.
@@ -113,22 +118,26 @@ class Lengths:
 
     def __init__(self, slots: int, capacity: int) -> None:
         self.capacity = capacity
-        self.lengths = [0] * slots
+        self.texts: list[list[int]] = [[] for _ in range(slots)]
+        """Token ids in each slot."""
+
+    @property
+    def lengths(self) -> list[int]:
         """Tokens in each slot."""
+        return [len(text) for text in self.texts]
 
     def reset(self, slots: Sequence[int]) -> None:
         """Empty these slots."""
         for slot in slots:
-            self.lengths[slot] = 0
+            self.texts[slot].clear()
 
     def truncate(self, slot: int, length: int) -> None:
         """Keep the first `length` tokens of a slot."""
-        if not 0 <= length <= self.lengths[slot]:
-            raise ValueError(f"slot {slot} has {self.lengths[slot]} tokens, it cannot be cut to {length}")
-        self.lengths[slot] = length
+        refuse_bad_cut(slot, self.texts[slot], length)
+        del self.texts[slot][length:]
 
 
-class Streams(Lengths):
+class Streams(Texts):
     """A batch of token sequences that only grow at their ends (or are cut there).
 
     A slot is the caller's name for a sequence, 0 to `slots` - 1. Inside, the sequences of a call are moved to the first
@@ -159,13 +168,11 @@ class Streams(Lengths):
         self._row_of = list(range(slots))
         self._slot_at = list(range(slots))
 
-    def copy(self, source: int, targets: Sequence[int]) -> None:
-        """Make each target slot a copy of the source slot."""
-        self._cache.copy_rows(
-            [self._row_of[source]] * len(targets), [self._row_of[slot] for slot in targets], self.lengths[source]
-        )
-        for slot in targets:
-            self.lengths[slot] = self.lengths[source]
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Put the first `length` tokens of the source slot in the place of what the target slot holds."""
+        refuse_bad_cut(source, self.texts[source], length)
+        self._cache.copy_rows([self._row_of[source]], [self._row_of[target]], length)
+        self.texts[target] = self.texts[source][:length]
 
     @torch.no_grad()
     def extend(
@@ -205,7 +212,7 @@ class Streams(Lengths):
         self, slots: Sequence[int], chunks: Sequence[Sequence[int]], layers: Sequence[int] = ()
     ) -> list[Tensor]:
         """Append the chunks; last hidden states [len(chunk), width] of each, beside them the outputs of these layers."""
-        refuse_bad_calls(self.lengths, self.capacity, slots, chunks)
+        refuse_bad_calls(self.texts, self.capacity, slots, chunks)
         cut = _first_pass([len(chunk) for chunk in chunks])
         hidden = self._forward(slots, [chunk[:cut] for chunk in chunks], layers)
         rest = [index for index, chunk in enumerate(chunks) if len(chunk) > cut]
@@ -226,15 +233,15 @@ class Streams(Lengths):
         by_row = [chunk_at[row] for row in range(len(slots))]
         tokens = torch.tensor([[*chunk, *[0] * (width - len(chunk))] for chunk in by_row], device=device)
         sizes = torch.tensor([[len(chunk)] for chunk in by_row], device=device)
-        starts = torch.tensor([[self.lengths[slot]] for slot in self._slot_at[: len(slots)]], device=device)
+        starts = torch.tensor([[len(self.texts[slot])] for slot in self._slot_at[: len(slots)]], device=device)
         steps = torch.arange(width, device=device)
         positions = starts + steps
         rows, indices = (steps < sizes).nonzero(as_tuple=True)
         for slot, chunk in zip(slots, chunks, strict=True):
-            self.lengths[slot] += len(chunk)
+            self.texts[slot] += chunk
 
         cache = self._cache
-        cache.read = max(self.lengths[slot] for slot in slots)
+        cache.read = max(len(self.texts[slot]) for slot in slots)
         cache.reserve(cache.read)
         cache.write = (rows, indices, positions[rows, indices])
         masks = {kind: self._mask(positions, window) for kind, window in self._windows.items()}
@@ -272,7 +279,7 @@ class Streams(Lengths):
         if not inside:
             return
         first, second = inside + outside, outside + inside
-        used = max(self.lengths[self._slot_at[row]] for row in first)
+        used = max(len(self.texts[self._slot_at[row]]) for row in first)
         self._cache.copy_rows(first, second, used)
         moved = [self._slot_at[row] for row in first]
         for slot, row in zip(moved, second, strict=True):
@@ -301,14 +308,14 @@ def attention_windows(config: PreTrainedConfig) -> dict[str, int | None] | None:
 
 
 def refuse_bad_calls(
-    lengths: Sequence[int], capacity: int, slots: Sequence[int], chunks: Sequence[Sequence[int]]
+    texts: Sequence[Sequence[int]], capacity: int, slots: Sequence[int], chunks: Sequence[Sequence[int]]
 ) -> None:
     """
     Raises:
         UserError: a sequence would outgrow the capacity.
         ValueError: a slot is named twice, or a chunk is empty.
     """
-    longest = max(lengths[slot] + len(chunk) for slot, chunk in zip(slots, chunks, strict=True))
+    longest = max(len(texts[slot]) + len(chunk) for slot, chunk in zip(slots, chunks, strict=True))
     if longest > capacity:
         raise UserError(
             f"a token sequence would grow to {longest} tokens, but its stream holds {capacity}: set"
@@ -316,6 +323,12 @@ def refuse_bad_calls(
         )
     if len(set(slots)) < len(slots) or not all(chunks):
         raise ValueError("slots must be distinct and chunks not empty")
+
+
+def refuse_bad_cut(slot: int, text: Sequence[int], length: int) -> None:
+    """Raises: ValueError: a slot that holds this text cannot be cut to so many tokens."""
+    if not 0 <= length <= len(text):
+        raise ValueError(f"slot {slot} has {len(text)} tokens, it cannot be cut to {length}")
 
 
 def _first_pass(lengths: list[int]) -> int:

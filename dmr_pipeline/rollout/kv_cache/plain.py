@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from dmr_pipeline.agent.logits import decoder_of, logits_of
-from dmr_pipeline.rollout.kv_cache.padded import refuse_bad_calls
+from dmr_pipeline.rollout.kv_cache.padded import refuse_bad_calls, refuse_bad_cut
 
 
 @dataclass
@@ -37,8 +37,10 @@ class _Text:
         if self.kept_cached > length:
             self.kept, self.kept_cached = None, 0
 
-    def copied(self) -> "_Text":
-        return _Text(list(self.tokens), copy.deepcopy(self.cache), self.cached, self.kept, self.kept_cached)
+    def copied(self, length: int) -> "_Text":
+        text = _Text(list(self.tokens), copy.deepcopy(self.cache), self.cached, self.kept, self.kept_cached)
+        text.cut(length)
+        return text
 
 
 class PlainStreams:
@@ -60,6 +62,11 @@ class PlainStreams:
         self._cache_name = "cache_params" if "cache_params" in known else "past_key_values"
 
     @property
+    def texts(self) -> list[list[int]]:
+        """Token ids in each slot."""
+        return [text.tokens for text in self._texts]
+
+    @property
     def lengths(self) -> list[int]:
         """Tokens in each slot."""
         return [len(text.tokens) for text in self._texts]
@@ -71,22 +78,20 @@ class PlainStreams:
 
     def truncate(self, slot: int, length: int) -> None:
         """Keep the first `length` tokens of a slot."""
-        if not 0 <= length <= self.lengths[slot]:
-            raise ValueError(f"slot {slot} has {self.lengths[slot]} tokens, it cannot be cut to {length}")
+        refuse_bad_cut(slot, self._texts[slot].tokens, length)
         self._texts[slot].cut(length)
 
-    def copy(self, source: int, targets: Sequence[int]) -> None:
-        """Make each target slot a copy of the source slot."""
-        for slot in targets:
-            if slot != source:
-                self._texts[slot] = self._texts[source].copied()
+    def copy(self, source: int, target: int, length: int) -> None:
+        """As `Streams.copy`."""
+        refuse_bad_cut(source, self._texts[source].tokens, length)
+        self._texts[target] = self._texts[source].copied(length)
 
     @torch.no_grad()
     def extend(
         self, slots: Sequence[int], chunks: Sequence[Sequence[int]], counts: Sequence[int] | None = None
     ) -> Tensor:
         """As `Streams.extend`."""
-        refuse_bad_calls(self.lengths, self.capacity, slots, chunks)
+        refuse_bad_calls(self.texts, self.capacity, slots, chunks)
         parts = zip(slots, chunks, counts or [1] * len(slots), strict=True)
         hidden = [self._hidden(slot, chunk, keep=count == 1)[-count:] for slot, chunk, count in parts]
         return logits_of(self.model, torch.cat(hidden))
@@ -96,7 +101,7 @@ class PlainStreams:
         self, slots: Sequence[int], chunks: Sequence[Sequence[int]], layers: Sequence[int]
     ) -> tuple[Tensor, Tensor]:
         """As `Streams.read`."""
-        refuse_bad_calls(self.lengths, self.capacity, slots, chunks)
+        refuse_bad_calls(self.texts, self.capacity, slots, chunks)
         parts = zip(slots, chunks, strict=True)
         last = torch.cat([self._hidden(slot, chunk, layers)[-1:] for slot, chunk in parts])
         return logits_of(self.model, last[:, : self._width]), last[:, self._width :].float()
