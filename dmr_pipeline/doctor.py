@@ -197,13 +197,13 @@ def postgres_server() -> Finding:
 
 
 def alfworld_data() -> Finding:
-    from dmr_pipeline.environments.alfworld.official import PACK_FOLDER
+    from dmr_pipeline.environments.alfworld.official.packing import PACK_FOLDER
 
     return _official_data("ALFWorld", PACK_FOLDER, "json_2.1.1/")
 
 
 def webshop_data() -> Finding:
-    from dmr_pipeline.environments.webshop.official import PACK_FOLDER
+    from dmr_pipeline.environments.webshop.official.packing import PACK_FOLDER
 
     return _official_data("WebShop", PACK_FOLDER, "items_shuffle*.json")
 
@@ -243,7 +243,7 @@ def compilers() -> Finding:
 
 
 def alfworld_engine() -> Finding:
-    from dmr_pipeline.environments.alfworld.stock import is_installed
+    from dmr_pipeline.environments.alfworld.official.engine import is_installed
 
     if is_installed():
         return Finding("official ALFWorld engine", True, f"alfworld {version('alfworld')}")

@@ -3,9 +3,10 @@
 import typer
 
 from dmr_pipeline.cli import stages
+from dmr_pipeline.cli.bench import bench
 from dmr_pipeline.cli.data import data
 from dmr_pipeline.cli.doctor import doctor
-from dmr_pipeline.cli.environments import bench, env
+from dmr_pipeline.cli.environments import env
 from dmr_pipeline.cli.provenance import provenance
 from dmr_pipeline.cli.recipe import recipe
 from dmr_pipeline.cli.router import router

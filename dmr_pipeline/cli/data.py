@@ -14,9 +14,9 @@ from dmr_pipeline.cli.common import console, user_errors_exit_2
 from dmr_pipeline.errors import UserError
 
 if TYPE_CHECKING:
-    from dmr_pipeline.environments.alfworld.official import Pack
-    from dmr_pipeline.environments.webshop.official import Named
-    from dmr_pipeline.environments.webshop.official import Pack as WebShopPack
+    from dmr_pipeline.environments.alfworld.official.packing import Pack
+    from dmr_pipeline.environments.webshop.official.packing import Pack as WebShopPack
+    from dmr_pipeline.environments.webshop.official.reading import Named
 
 data = typer.Typer(help="Get the official data of a benchmark.", no_args_is_help=True)
 
@@ -41,7 +41,7 @@ def alfworld(
 
     A download that was cut is resumed by the same command.
     """
-    from dmr_pipeline.environments.alfworld import official
+    from dmr_pipeline.environments.alfworld.official import packing as official
 
     if source is None:
         address = url or official.ARCHIVE_URL
@@ -71,7 +71,7 @@ def alfworld(
 
 
 def _show_pack(packed: "Pack") -> None:
-    from dmr_pipeline.environments.alfworld.official import OFFICIAL_GAMES, PACK_FOLDER
+    from dmr_pipeline.environments.alfworld.official.packing import OFFICIAL_GAMES, PACK_FOLDER
 
     table = Table(title="official ALFWorld games", box=box.SIMPLE)
     for column in ("split", "games", "official", "skipped"):
@@ -133,12 +133,13 @@ def webshop(
 
     All that is left out is counted, and the first few are named.
     """
-    from dmr_pipeline.environments.webshop import official
+    from dmr_pipeline.environments.webshop.official import packing as official
+    from dmr_pipeline.environments.webshop.official import reading
 
     if source is None:
         size = size or "small"
         if url is None:
-            links = ", ".join(f"{name}: {official.LINKS[name]}" for name in official.FILES[size])
+            links = ", ".join(f"{name}: {reading.LINKS[name]}" for name in reading.FILES[size])
             raise UserError(
                 "no WebShop files: open the authors' links in a browser or with gdown, put the files into a folder, and name it "
                 f"with --from or $WEBSHOP_DATA ({links})"
@@ -168,7 +169,8 @@ def _checksums(options: list[str]) -> dict[str, str]:
 
 
 def _show_shop(packed: "WebShopPack") -> None:
-    from dmr_pipeline.environments.webshop.official import FILES, PACK_FOLDER
+    from dmr_pipeline.environments.webshop.official.packing import PACK_FOLDER
+    from dmr_pipeline.environments.webshop.official.reading import FILES
 
     contents, files = packed.contents, FILES[packed.name]
     for name, digest in contents.sources.items():

@@ -7,19 +7,19 @@ from typing import Any
 
 from rich.progress import track
 
+from dmr_pipeline.environments.alfworld.demonstrations import look
 from dmr_pipeline.environments.alfworld.engine import AlfWorldEpisode
 from dmr_pipeline.environments.alfworld.expert import ExploringExpert
 from dmr_pipeline.environments.alfworld.game import Game
 from dmr_pipeline.environments.alfworld.generator import generate_game
-from dmr_pipeline.environments.alfworld.looks import look
-from dmr_pipeline.environments.alfworld.official import read_official
+from dmr_pipeline.environments.alfworld.official.packing import read_official
 from dmr_pipeline.environments.alfworld.store import read_games_file
 from dmr_pipeline.environments.alfworld.words import alfworld_texts
 from dmr_pipeline.environments.base import Episode, Expert, Look, Task
+from dmr_pipeline.environments.webshop.demonstrations import results_look
 from dmr_pipeline.environments.webshop.engine import WebShopEpisode
 from dmr_pipeline.environments.webshop.expert import ShoppingExpert
 from dmr_pipeline.environments.webshop.goals import ShoppingTask
-from dmr_pipeline.environments.webshop.looks import results_look
 from dmr_pipeline.environments.webshop.tasks import (
     SHOP_FOLDER,
     read_shopping_tasks,

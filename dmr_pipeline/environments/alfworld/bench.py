@@ -13,8 +13,8 @@ import psutil
 
 from dmr_pipeline.environments.alfworld.engine import AlfWorldEpisode
 from dmr_pipeline.environments.alfworld.game import Game, read_game
-from dmr_pipeline.environments.alfworld.stock import StockEpisode
-from dmr_pipeline.environments.alfworld.verify import GAMES_A_PROCESS
+from dmr_pipeline.environments.alfworld.official.engine import StockEpisode
+from dmr_pipeline.environments.alfworld.official.verify import GAMES_A_PROCESS
 from dmr_pipeline.environments.vector import TextVectorEnv
 
 _REPEATS = 20

@@ -14,7 +14,7 @@ from dmr_pipeline.environments.webshop.expert import ShoppingExpert
 from dmr_pipeline.environments.webshop.generator import generate_products
 from dmr_pipeline.environments.webshop.goals import PUBLISHED_SPLITS, Goal, Goals, ShoppingTask
 from dmr_pipeline.environments.webshop.nouns import DESCRIPTIONS, NounTagger, installed_tagger
-from dmr_pipeline.environments.webshop.official import official_shop
+from dmr_pipeline.environments.webshop.official.packing import official_shop
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.recipe import GeneratedWebShop, OfficialWebShop, WebShop
 

@@ -4,7 +4,7 @@ import os
 import sys
 from pathlib import Path
 
-from dmr_pipeline.environments.alfworld.stock import is_installed
+from dmr_pipeline.environments.alfworld.official.engine import is_installed
 
 _DATA = os.environ.get("ALFWORLD_DATA", "")
 OFFICIAL = sorted((Path(_DATA) / "json_2.1.1" / "valid_seen").glob("*/*/game.tw-pddl")) if _DATA else []

@@ -7,12 +7,12 @@ from collections import Counter
 
 import pytest
 
-from dmr_pipeline.environments.alfworld import likeness
 from dmr_pipeline.environments.alfworld.engine import AlfWorldEpisode
 from dmr_pipeline.environments.alfworld.expert import ExploringExpert, Wish, read_sentence
 from dmr_pipeline.environments.alfworld.game import Game
 from dmr_pipeline.environments.alfworld.generator import SENTENCES, expert_wins, generate_game
 from dmr_pipeline.environments.alfworld.household import count_household, household, room_of, search_order
+from dmr_pipeline.environments.alfworld.official import distributions as likeness
 
 GAMES = [generate_game(seed)[0] for seed in range(300)]
 

@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 
-from dmr_pipeline.environments.alfworld import verify
 from dmr_pipeline.environments.alfworld.engine import AlfWorldEpisode
-from dmr_pipeline.environments.alfworld.export import write_game
 from dmr_pipeline.environments.alfworld.game import Game, Thing
-from dmr_pipeline.environments.alfworld.stock import StockEpisode
+from dmr_pipeline.environments.alfworld.official import verify
+from dmr_pipeline.environments.alfworld.official.engine import StockEpisode
+from dmr_pipeline.environments.alfworld.official.export import write_game
 from dmr_pipeline.environments.alfworld.store import to_json
-from tests.environments.alfworld.test_export import ODD_GAMES, generated
+from tests.environments.alfworld.official.test_export import ODD_GAMES, generated
 
 RECORD = Path(__file__).with_name("official_engine.json")
 EPISODES: list[dict[str, Any]] = json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.is_file() else []

@@ -11,8 +11,8 @@ from dmr_pipeline.environments.alfworld.engine import AlfWorldEpisode, State
 from dmr_pipeline.environments.alfworld.expert import ExploringExpert
 from dmr_pipeline.environments.alfworld.game import Game, Goal, Receptacle, Thing, read_game
 from dmr_pipeline.environments.alfworld.generator import generate_game
+from dmr_pipeline.environments.alfworld.official.verify import read_walkthrough
 from dmr_pipeline.environments.alfworld.planner import Plan, shortest_plan
-from dmr_pipeline.environments.alfworld.verify import read_walkthrough
 from tests.environments.alfworld.left_out import OFFICIAL, no_official_games
 
 _STATES = 6_000

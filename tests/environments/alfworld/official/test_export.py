@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from dmr_pipeline.environments.alfworld import export
-from dmr_pipeline.environments.alfworld.export import write_game
 from dmr_pipeline.environments.alfworld.game import Game, read_game
 from dmr_pipeline.environments.alfworld.generator import generate_game
-from dmr_pipeline.environments.alfworld.stock import StockEpisode
-from dmr_pipeline.environments.alfworld.verify import compare, read_walkthrough, replay
+from dmr_pipeline.environments.alfworld.official import export
+from dmr_pipeline.environments.alfworld.official.engine import StockEpisode
+from dmr_pipeline.environments.alfworld.official.export import write_game
+from dmr_pipeline.environments.alfworld.official.verify import compare, read_walkthrough, replay
 from dmr_pipeline.errors import UserError
 from tests.environments.alfworld.left_out import OFFICIAL, no_official_engine, no_official_games
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dmr_pipeline.environments.webshop import json_members
-from dmr_pipeline.environments.webshop.json_members import read_members
+from dmr_pipeline.environments.webshop.official import json_members
+from dmr_pipeline.environments.webshop.official.json_members import read_members
 
 loads = partial(json.loads, parse_int=float)
 values = st.recursive(

@@ -1,15 +1,13 @@
-"""The authors' catalogue: their files read by WebShop's own rules, and packed as a shop without prices.
+"""The authors' files, read by WebShop's own rules.
 
-The rules are those of WebShop's `load_products` (princeton-nlp/WebShop, web_agent_site/engine/engine.py). `$WEBSHOP_DATA` names
-the folder with the files.
+The rules are those of WebShop's `load_products` (princeton-nlp/WebShop, web_agent_site/engine/engine.py).
 """
 
 import codecs
 import hashlib
 import math
 import re
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from sys import intern
 from typing import Annotated, Any, Literal, NamedTuple
@@ -17,10 +15,8 @@ from typing import Annotated, Any, Literal, NamedTuple
 import rich.progress
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
-from dmr_pipeline.artifacts.store import disk_full_is_user_error, hash_files, locked, new_folder, publish, recover
-from dmr_pipeline.download import download
-from dmr_pipeline.environments.webshop.catalogue import HumanInstruction, Product, price_tag, write_shop
-from dmr_pipeline.environments.webshop.json_members import read_members
+from dmr_pipeline.environments.webshop.catalogue import HumanInstruction, Product, price_tag
+from dmr_pipeline.environments.webshop.official.json_members import read_members
 from dmr_pipeline.errors import UserError
 
 Size = Literal["small", "full"]
@@ -42,6 +38,8 @@ FILES: dict[Size, Files] = {
     "small": Files("items_shuffle_1000.json", "items_ins_v2_1000.json", "items_human_ins.json"),
     "full": Files("items_shuffle.json", "items_ins_v2.json", "items_human_ins.json"),
 }
+
+
 LINKS = {
     "items_shuffle_1000.json": "https://drive.google.com/uc?id=1EgHdxQ_YxqIQlvvq5iKlCrkEKR6-j0Ib",
     "items_ins_v2_1000.json": "https://drive.google.com/uc?id=1IduG0xl544V_A_jv3tHXC0kyFi7PnyBu",
@@ -50,21 +48,30 @@ LINKS = {
     "items_human_ins.json": "https://drive.google.com/uc?id=14Kb5SPBk_jfdLZ_CDBNitW98QLDlKR5O",
 }
 """Of the authors, from their setup.sh; for a browser or gdown, since Google Drive does not answer with the files themselves."""
-PACK_FOLDER = Path("data/official/webshop")
-DOWNLOAD_FOLDER = PACK_FOLDER.with_name("webshop.download")
-CODE_VERSION = "1"
-"""To be raised where `read_products`, `Product` or the search index changes: a pack of another version holds another shop."""
+
+
 NO_PRICE = 100.0
 """Dollars. What WebShop asks for a product whose price is missing."""
+
+
 NO_ATTRIBUTES = ("DUMMY_ATTR",)
 """What WebShop gives a product whose attributes are missing."""
+
+
 _BLOCK_BYTES = 1 << 20
+
+
 _NAMED = 5
+
+
 _NO_NUMBER = re.compile(r"[^\d.]")
+
 
 Drop = Literal["bad asin", "repeated", "bad field", "bad price"]
 """Why a product is left out: its asin is not ten capital letters and digits; a sound product had it before; another field is
 missing or of a wrong type; its price is not a number."""
+
+
 Unused = Literal["malformed", "no product", "no attributes"]
 """Why an instruction is not used. What is malformed may have held one."""
 
@@ -109,24 +116,6 @@ class Contents(BaseModel):
 
     def drop(self, reason: Drop, name: str) -> None:
         self.dropped.setdefault(reason, Named()).add(name)
-
-
-class Pack(BaseModel):
-    """What `pack.json` says."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    code_version: str
-    name: Size
-    url: str | None
-    """Of the folder that the files were downloaded from; None where they came from a folder on disk."""
-    contents: Contents
-    files: dict[str, str]
-    """Path in the pack (posix) -> md5."""
-
-    @property
-    def products(self) -> int:
-        return self.contents.products
 
 
 def _whole(text: str) -> str:
@@ -178,88 +167,6 @@ class _Extra(NamedTuple):
     attributes: tuple[str, ...] = NO_ATTRIBUTES
     instruction: str | None = None
     instruction_attributes: tuple[str, ...] = ()
-
-
-def official_shop(folder: Path = PACK_FOLDER) -> tuple[Path, Pack]:
-    """The folder of the packed catalogue, which lacks only what `write_terms` writes, and what is in it.
-
-    Raises:
-        UserError: it is missing, damaged, or was made by another code version.
-    """
-    recover(folder)
-    try:
-        packed = Pack.model_validate_json((folder / "pack.json").read_bytes())
-    except FileNotFoundError as error:
-        raise UserError(f"{folder} is missing: run `dmr data webshop`") from error
-    except ValidationError as error:
-        raise UserError(f"{folder / 'pack.json'} is damaged: run `dmr data webshop`") from error
-    if packed.code_version != CODE_VERSION:
-        raise UserError(f"{folder} has code version {packed.code_version}, not {CODE_VERSION}: run `dmr data webshop`")
-    files = hash_files(folder)
-    for path in sorted(packed.files.keys() | files.keys() - {"pack.json"}):
-        if packed.files.get(path) != files.get(path):
-            raise UserError(f"{folder / path} is damaged: run `dmr data webshop`")
-    return folder, packed
-
-
-def download_files(
-    url: str, size: Size = "small", sha256: Mapping[str, str] | None = None, folder: Path = DOWNLOAD_FOLDER
-) -> Path:
-    """Download the files of a catalogue, `<url>/<name>` each.
-
-    Args:
-        sha256: of files, by name.
-
-    Returns:
-        The folder they are in.
-
-    Raises:
-        UserError: a checksum is of no file of the catalogue, or a download failed (the message says how).
-    """
-    sums = dict(sha256 or {})
-    if unknown := sums.keys() - set(FILES[size]):
-        raise UserError(f"{min(unknown)} is not a file of the {size} catalogue: it has {', '.join(FILES[size])}")
-    # A folder for each URL: what is left of another URL's download is not taken for this one's.
-    url = url.rstrip("/")
-    target = folder / hashlib.sha256(url.encode()).hexdigest()[:8]
-    for name in FILES[size]:
-        download(f"{url}/{name}", target / name, sums.get(name))
-    return target
-
-
-def pack(folder: Path, output: Path = PACK_FOLDER, size: Size | None = None, url: str | None = None) -> Pack:
-    """Pack the authors' files that `folder` holds: `products.parquet`, `index/` and `pack.json`. Takes about 1 ms a product.
-
-    The old pack at `output` stays until the new one is complete. Equal files give equal packs everywhere.
-
-    Args:
-        size: which catalogue; None for the full one where its products are there, else the small one.
-        url: that they were downloaded from.
-
-    Raises:
-        UserError: as `read_products`; or a file is missing, or the disk is full.
-    """
-    name = size or ("full" if (folder / FILES["full"].products).is_file() else "small")
-    files = FILES[name]
-    for file in (files.products, files.attributes):
-        if not (folder / file).is_file():
-            raise UserError(
-                f"{folder} has no {file}: name another folder with --from or $WEBSHOP_DATA; "
-                f"the authors have the file at {LINKS[file]}"
-            )
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with disk_full_is_user_error(output, output.parent), locked(output):
-        new = new_folder(output)
-        shutil.rmtree(new, ignore_errors=True)
-        try:
-            contents = Contents()
-            write_shop(read_products(folder, files, contents), new)
-            packed = Pack(code_version=CODE_VERSION, name=name, url=url, contents=contents, files=hash_files(new))
-            (new / "pack.json").write_text(packed.model_dump_json(indent=2) + "\n", encoding="utf-8")
-            publish(new, output)
-        finally:
-            shutil.rmtree(new, ignore_errors=True)
-    return packed
 
 
 def read_products(folder: Path, files: Files, contents: Contents) -> Iterator[Product]:

@@ -11,9 +11,9 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from dmr_pipeline.cli import app
-from dmr_pipeline.environments.webshop import verify
 from dmr_pipeline.environments.webshop.engine import WebShopEpisode
 from dmr_pipeline.environments.webshop.goals import Goal, ShoppingTask
+from dmr_pipeline.environments.webshop.official import verify
 from dmr_pipeline.errors import UserError
 from tests.environments.webshop.left_out import WEBSHOP_DATA, no_webshop_files
 

@@ -11,10 +11,12 @@ import pytest
 from typer.testing import CliRunner
 
 from dmr_pipeline.cli import app
-from dmr_pipeline.environments.alfworld import bench, stock, verify
+from dmr_pipeline.environments.alfworld import bench
 from dmr_pipeline.environments.alfworld.engine import NOTHING, AlfWorldEpisode
 from dmr_pipeline.environments.alfworld.game import read_game
 from dmr_pipeline.environments.alfworld.generator import generate_game
+from dmr_pipeline.environments.alfworld.official import engine as stock
+from dmr_pipeline.environments.alfworld.official import verify
 from dmr_pipeline.environments.alfworld.store import to_json
 from dmr_pipeline.errors import UserError
 from tests.environments.alfworld.left_out import OFFICIAL, no_official_engine, no_official_games

@@ -17,9 +17,15 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from dmr_pipeline.cli import app
-from dmr_pipeline.environments.alfworld import official
 from dmr_pipeline.environments.alfworld.game import read_game
-from dmr_pipeline.environments.alfworld.official import OFFICIAL_GAMES, PACK_FOLDER, download_games, pack, read_official
+from dmr_pipeline.environments.alfworld.official import packing as official
+from dmr_pipeline.environments.alfworld.official.packing import (
+    OFFICIAL_GAMES,
+    PACK_FOLDER,
+    download_games,
+    pack,
+    read_official,
+)
 from dmr_pipeline.errors import UserError
 from tests.environments.alfworld.test_official import PROBLEM
 

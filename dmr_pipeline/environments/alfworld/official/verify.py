@@ -10,7 +10,7 @@ from pathlib import Path
 
 from dmr_pipeline.environments.alfworld.engine import KNIVES, AlfWorldEpisode
 from dmr_pipeline.environments.alfworld.game import Game, read_game
-from dmr_pipeline.environments.alfworld.stock import StockEpisode
+from dmr_pipeline.environments.alfworld.official.engine import StockEpisode
 from dmr_pipeline.errors import UserError
 
 GAMES_A_PROCESS = 25

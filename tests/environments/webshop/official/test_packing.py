@@ -20,19 +20,10 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner, Result
 
 from dmr_pipeline.cli import app
-from dmr_pipeline.environments.webshop import official
 from dmr_pipeline.environments.webshop.catalogue import HumanInstruction, Product, open_shop, write_terms
-from dmr_pipeline.environments.webshop.official import (
-    DOWNLOAD_FOLDER,
-    FILES,
-    LINKS,
-    PACK_FOLDER,
-    Contents,
-    official_shop,
-    pack,
-    parse_pricing,
-    read_products,
-)
+from dmr_pipeline.environments.webshop.official import packing as official
+from dmr_pipeline.environments.webshop.official.packing import DOWNLOAD_FOLDER, PACK_FOLDER, official_shop, pack
+from dmr_pipeline.environments.webshop.official.reading import FILES, LINKS, Contents, parse_pricing, read_products
 from dmr_pipeline.errors import UserError
 
 SMALL = FILES["small"]

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
 from dmr_pipeline.environments.webshop.catalogue import Shop, draw_prices, open_shop, read_pricing, write_terms
 from dmr_pipeline.environments.webshop.engine import BACK, NEXT, PAGE_SIZE, PREVIOUS, WebShopEpisode
 from dmr_pipeline.environments.webshop.goals import Goal, Goals, ShoppingTask
-from dmr_pipeline.environments.webshop.official import pack
+from dmr_pipeline.environments.webshop.official.packing import pack
 from dmr_pipeline.environments.webshop.reward import TYPE_SCORES, matched_share
 from dmr_pipeline.errors import UserError
 
