@@ -1,5 +1,6 @@
 """What every benchmark offers to the agent, the router and the evaluation."""
 
+import random
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -20,6 +21,18 @@ class Task(Protocol):
     @property
     def instruction(self) -> str:
         """The task sentence, without the observation around it."""
+        ...
+
+    def episode(self) -> "Episode":
+        """A new episode of it."""
+        ...
+
+    def expert(self) -> "Expert":
+        """The teacher of agents that are trained here."""
+        ...
+
+    def demonstration(self, rng: random.Random) -> "Demonstration":
+        """A single step of a task like it, drawn at random."""
         ...
 
 
@@ -68,8 +81,8 @@ class Expert(Protocol):
 
 
 @dataclass(frozen=True)
-class Look:
-    """One observation by itself and what the expert makes of it: a lesson shorter than an episode."""
+class Demonstration:
+    """A single step: one observation by itself and what the expert makes of it, a lesson shorter than an episode."""
 
     observation: str
     instruction: str

@@ -7,19 +7,12 @@ from typing import Any
 
 from rich.progress import track
 
-from dmr_pipeline.environments.alfworld.demonstrations import look
-from dmr_pipeline.environments.alfworld.engine import AlfWorldEpisode
-from dmr_pipeline.environments.alfworld.expert import ExploringExpert
 from dmr_pipeline.environments.alfworld.game import Game
 from dmr_pipeline.environments.alfworld.generator import generate_game
 from dmr_pipeline.environments.alfworld.official.packing import read_official
 from dmr_pipeline.environments.alfworld.store import read_games_file
 from dmr_pipeline.environments.alfworld.words import alfworld_texts
-from dmr_pipeline.environments.base import Episode, Expert, Look, Task
-from dmr_pipeline.environments.webshop.demonstrations import results_look
-from dmr_pipeline.environments.webshop.engine import WebShopEpisode
-from dmr_pipeline.environments.webshop.expert import ShoppingExpert
-from dmr_pipeline.environments.webshop.goals import ShoppingTask
+from dmr_pipeline.environments.base import Task
 from dmr_pipeline.environments.webshop.tasks import (
     SHOP_FOLDER,
     read_shopping_tasks,
@@ -71,33 +64,6 @@ def read_tasks(folder: Path, split: str, limit: int | None = None) -> Sequence[T
     if (folder / SHOP_FOLDER).is_dir():
         return read_shopping_tasks(folder, split, limit)
     return read_games_file(folder / f"{split}.parquet", limit)
-
-
-def begin_episode(task: Task) -> Episode:
-    """An episode in the environment that the task belongs to."""
-    if isinstance(task, Game):
-        return AlfWorldEpisode(task)
-    if isinstance(task, ShoppingTask):
-        return WebShopEpisode(task)
-    raise TypeError(f"no environment plays {type(task).__name__}")
-
-
-def make_expert(task: Task) -> Expert:
-    """The teacher of agents that are trained here."""
-    if isinstance(task, Game):
-        return ExploringExpert(task.instruction)
-    if isinstance(task, ShoppingTask):
-        return ShoppingExpert(task)
-    raise TypeError(f"no expert plays {type(task).__name__}")
-
-
-def take_look(task: Task, rng: random.Random) -> Look:
-    """A single observation, and what the expert makes of it."""
-    if isinstance(task, Game):
-        return look(task, rng)
-    if isinstance(task, ShoppingTask):
-        return results_look(task, rng)
-    raise TypeError(f"no looks into {type(task).__name__}")
 
 
 def benchmark_texts(folder: Path, benchmark: Games) -> list[str]:

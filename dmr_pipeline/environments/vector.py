@@ -16,7 +16,6 @@ from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
 from dmr_pipeline.environments.base import Episode, Task
-from dmr_pipeline.environments.tasks import begin_episode
 
 _TEXT = Text(max_length=100_000, min_length=0, charset=frozenset(string.printable))
 
@@ -69,7 +68,7 @@ class TextVectorEnv(VectorEnv[tuple[str, ...], Sequence[str], Any]):
         if seed is not None:
             super().reset(seed=seed)
             self._queue = []
-        self._episodes = [begin_episode(self.tasks[self._deal(slot)]) for slot in range(self.num_envs)]
+        self._episodes = [self.tasks[self._deal(slot)].episode() for slot in range(self.num_envs)]
         self._steps[:] = 0
         self._ended[:] = False
         return tuple(episode.first_observation() for episode in self._episodes), self._infos(self._ended)
@@ -88,7 +87,7 @@ class TextVectorEnv(VectorEnv[tuple[str, ...], Sequence[str], Any]):
         terminations = np.zeros(self.num_envs, dtype=np.bool_)
         for slot, (command, starts) in enumerate(zip(actions, self._ended.tolist(), strict=True)):
             if starts:
-                self._episodes[slot] = begin_episode(self.tasks[self._deal(slot)])
+                self._episodes[slot] = self.tasks[self._deal(slot)].episode()
                 self._steps[slot] = 0
                 observations.append(self._episodes[slot].first_observation())
             else:
@@ -113,10 +112,10 @@ class TextVectorEnv(VectorEnv[tuple[str, ...], Sequence[str], Any]):
         if len(state.slots) != self.num_envs:
             raise ValueError(f"a state of {len(state.slots)} slots, but the environment has {self.num_envs}")
         if not self._episodes:
-            self._episodes = [begin_episode(self.tasks[slot.task]) for slot in state.slots]
+            self._episodes = [self.tasks[slot.task].episode() for slot in state.slots]
         for i, slot in enumerate(state.slots):
             if slot.task != self._task[i]:
-                self._episodes[i] = begin_episode(self.tasks[slot.task])
+                self._episodes[i] = self.tasks[slot.task].episode()
             self._task[i], self._steps[i], self._ended[i] = slot.task, slot.steps, slot.ended
             self._episodes[i].state = slot.episode
         self._queue = list(state.queue)

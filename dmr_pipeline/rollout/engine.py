@@ -22,7 +22,6 @@ from transformers import PreTrainedModel
 
 from dmr_pipeline.agent.memory import halving
 from dmr_pipeline.environments.base import Episode, Task
-from dmr_pipeline.environments.tasks import begin_episode
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.rollout.known import Known, KnownAction, Transcript
 from dmr_pipeline.rollout.kv_cache.catching_up import catch_up
@@ -316,7 +315,7 @@ class _Batch:
         """Where low precision has read the transcript in this step: logits [vocabulary] after it."""
 
     def start(self, slot: int, run: Run, step_limit: int) -> None:
-        episode = begin_episode(run.task)
+        episode = run.task.episode()
         opening = episode.reset()
         moment = Moment(1, step_limit, episode.admissible_commands)
         segment = self.prompter.opening(opening, run.task.instruction, moment)

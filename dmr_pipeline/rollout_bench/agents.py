@@ -11,7 +11,7 @@ from transformers import LlamaConfig, PreTrainedModel
 
 from dmr_pipeline.agent.checkpoint import load_causal_lm, load_tokenizer, random_causal_lm
 from dmr_pipeline.environments.base import Task
-from dmr_pipeline.environments.tasks import begin_episode, make_expert, read_tasks
+from dmr_pipeline.environments.tasks import read_tasks
 from dmr_pipeline.recipe import load_recipe
 from dmr_pipeline.rollout.engine import play_alone
 from dmr_pipeline.rollout.kv_cache.choice import token_streams, transcript_capacity
@@ -94,7 +94,7 @@ def _play_by_generate(writer: Generate, task: Task, prompter: Prompter, step_lim
     """Actions of one episode."""
     capacity = transcript_capacity(writer.model.config, None)
     writer.begin()
-    episode = begin_episode(task)
+    episode = task.episode()
     moment = Moment(1, step_limit, episode.admissible_commands)
     transcript = prompter.opening(episode.reset(), task.instruction, moment)
     actions: list[list[int]] = []
@@ -168,7 +168,7 @@ class RandomLlama:
 
 def _seen_by_expert(task: Task, prompter: Prompter, steps: int) -> list[list[int]]:
     """The segment that an agent would read before each of the expert's first steps."""
-    episode, expert = begin_episode(task), make_expert(task)
+    episode, expert = task.episode(), task.expert()
     observation = episode.reset()
     expert.observe(None, observation)
     segments = [prompter.opening(observation, task.instruction)]

@@ -6,7 +6,6 @@ learns nothing from them in stage 2. Whether their divergence is high is decided
 """
 
 from dmr_pipeline.environments.base import Task
-from dmr_pipeline.environments.tasks import begin_episode
 from dmr_pipeline.rollout.engine import Peek
 
 SEARCH = "search["
@@ -20,6 +19,6 @@ def at_search_bar(peek: Peek) -> list[bool]:
 
 def opens_at_search_bar(task: Task) -> bool:
     """Whether there is one on the task's first page."""
-    episode = begin_episode(task)
+    episode = task.episode()
     episode.reset()
     return any(command.startswith(SEARCH) for command in episode.admissible_commands())

@@ -4,7 +4,6 @@ import random
 from dataclasses import dataclass
 
 from dmr_pipeline.environments.base import Task
-from dmr_pipeline.environments.tasks import begin_episode, make_expert, take_look
 from dmr_pipeline.rollout.engine import Trajectory
 from dmr_pipeline.rollout.prompts import Moment, Prompter
 
@@ -52,7 +51,7 @@ class ExampleBuilder:
 
 def expert_example(task: Task, prompter: Prompter, step_limit: int, mistake_rate: float, rng: random.Random) -> Example:
     """An episode in which the expert acts, but some steps are replaced by a random admissible one for it to repair."""
-    episode, expert, builder = begin_episode(task), make_expert(task), ExampleBuilder()
+    episode, expert, builder = task.episode(), task.expert(), ExampleBuilder()
     observation = episode.reset()
     expert.observe(None, observation)
     segment = prompter.opening(observation, task.instruction, Moment(1, step_limit, episode.admissible_commands))
@@ -69,17 +68,17 @@ def expert_example(task: Task, prompter: Prompter, step_limit: int, mistake_rate
     return builder.build()
 
 
-def look_example(task: Task, prompter: Prompter, rng: random.Random) -> Example:
-    """A random look as a transcript of its own; where it has no command, the thought alone is a target."""
-    look, builder = take_look(task, rng), ExampleBuilder()
-    action = prompter.thought(look.thought) if look.command is None else prompter.action(look.command, look.thought)
-    builder.step(prompter.opening(look.observation, look.instruction), action, action)
+def demonstration_example(task: Task, prompter: Prompter, rng: random.Random) -> Example:
+    """A single-step demonstration as a transcript of its own; where it has no command, the thought alone is a target."""
+    shown, builder = task.demonstration(rng), ExampleBuilder()
+    action = prompter.thought(shown.thought) if shown.command is None else prompter.action(shown.command, shown.thought)
+    builder.step(prompter.opening(shown.observation, shown.instruction), action, action)
     return builder.build()
 
 
 def relabelled_example(trajectory: Trajectory, prompter: Prompter) -> Example:
     """The agent's own episode with the expert's actions as targets (DAgger, Ross et al., 2011)."""
-    expert, builder = make_expert(trajectory.run.task), ExampleBuilder()
+    expert, builder = trajectory.run.task.expert(), ExampleBuilder()
     expert.observe(None, trajectory.opening)
     for step in trajectory.steps:
         builder.step(step.segment, step.action, prompter.action(expert.act(), expert.think()))

@@ -23,7 +23,7 @@ from dmr_pipeline.errors import UserError
 from dmr_pipeline.recipe import TRAINED_TRANSCRIPT_TOKENS, Architecture, Games, Runtime, Training
 from dmr_pipeline.rollout.engine import play_alone
 from dmr_pipeline.rollout.prompts import Prompter
-from dmr_pipeline.training.examples import IGNORED, Example, expert_example, look_example, relabelled_example
+from dmr_pipeline.training.examples import IGNORED, Example, demonstration_example, expert_example, relabelled_example
 
 _PIECE = {"cpu": 2500, "cuda": 12_000}
 """Tokens in one forward and backward pass, padding included, by type of device: small ones suit a CPU's caches, a GPU is kept
@@ -228,11 +228,11 @@ def _batch(
     state: _State,
     rng: random.Random,
 ) -> list[Example]:
-    """Looks alone at first; then a few looks, expert episodes and, once there are some, the agent's own episodes, these up
-    to a number of tokens, since a failing agent's are long."""
+    """Single-step demonstrations alone at first; then a few of them, expert episodes and, once there are some, the agent's own
+    episodes, these up to a number of tokens, since a failing agent's are long."""
     if state.update < training.looks_alone_until:
-        return [look_example(rng.choice(tasks), prompter, rng) for _ in range(training.looks_per_update)]
-    examples = [look_example(rng.choice(tasks), prompter, rng) for _ in range(training.looks_per_update // 4)]
+        return [demonstration_example(rng.choice(tasks), prompter, rng) for _ in range(training.looks_per_update)]
+    examples = [demonstration_example(rng.choice(tasks), prompter, rng) for _ in range(training.looks_per_update // 4)]
     tokens = 0
     while state.own and tokens < training.dagger_tokens:
         examples.append(rng.choice(state.own))

@@ -9,6 +9,7 @@ import torch
 from polars.testing import assert_frame_equal
 
 from dmr_pipeline.agent.memory import halving, in_pieces, out_of_memory_names
+from dmr_pipeline.environments.alfworld.game import Game
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.recipe import Recipe, load_recipe
 from dmr_pipeline.rollout.engine import Trajectory, play_alone
@@ -79,10 +80,8 @@ def test_what_breaks_off_inside_a_forward_pass_leaves_nothing_behind(monkeypatch
 def test_episodes_that_have_ended_are_not_played_again(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = play_alone(HIGH, GAMES, PROMPTER, STEPS, 2)
     begun: list[str] = []
-    begin = "dmr_pipeline.rollout.engine.begin_episode"
-    from dmr_pipeline.environments.tasks import begin_episode
-
-    monkeypatch.setattr(begin, lambda task: begun.append(task.task_id) or begin_episode(task))
+    begin = Game.episode
+    monkeypatch.setattr(Game, "episode", lambda game: begun.append(game.task_id) or begin(game))
     fits(monkeypatch, rows=1, after_calls=60)  # the first two episodes have ended by then, and others run
     ended: list[int] = []
     played = play_alone(HIGH, GAMES, PROMPTER, STEPS, 2, advance=ended.append)

@@ -12,7 +12,6 @@ from transformers import GenerationConfig
 
 from dmr_pipeline.environments.alfworld.generator import generate_game
 from dmr_pipeline.environments.alfworld.words import alfworld_texts
-from dmr_pipeline.environments.tasks import begin_episode
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.recipe import Architecture, Prompt
 from dmr_pipeline.rollout.cost import episode_cost
@@ -245,7 +244,7 @@ def test_rows_are_drawn_each_by_its_own_draw(seed: int) -> None:
 @torch.no_grad()
 def test_scoring_takes_the_likeliest_admissible_command() -> None:
     for trajectory in roll(SinglePrecision(high=True), action="score"):
-        episode = begin_episode(trajectory.run.task)
+        episode = trajectory.run.task.episode()
         episode.reset()
         for turn, step in enumerate(trajectory.steps):
             prefix, scores = transcript(trajectory, turn), {}

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from dmr_pipeline.environments.alfworld.generator import generate_game
-from dmr_pipeline.environments.tasks import begin_episode
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.recipe import KlRouter, Probe, Prompt, Recipe, RouterModel, load_recipe, problems_across
 from dmr_pipeline.rollout.cost import episode_cost
@@ -106,7 +105,7 @@ def test_slots_do_not_matter_and_the_threshold_decides_where_nothing_is_drawn() 
 def test_scored_actions_are_the_likeliest_after_what_was_read() -> None:
     prompter, precisions = Prompter.of(TOKENIZER, Prompt()), set()
     for trajectory in play_with(new_probe(scale=3.0), action="score"):
-        episode = begin_episode(trajectory.run.task)
+        episode = trajectory.run.task.episode()
         episode.reset()
         for step, prefix in zip(trajectory.steps, transcripts(trajectory), strict=True):
             model, scores = HIGH if step.high else LOW, {}

@@ -12,6 +12,7 @@ import torch
 from scipy.special import expit
 
 from dmr_pipeline.environments.alfworld.engine import AlfWorldEpisode
+from dmr_pipeline.environments.alfworld.game import Game
 from dmr_pipeline.environments.alfworld.generator import generate_game
 from dmr_pipeline.environments.tasks import read_tasks
 from dmr_pipeline.errors import UserError
@@ -63,8 +64,7 @@ class Shop(AlfWorldEpisode):
 
 @pytest.fixture
 def shop(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("rollout.engine", "router.search_steps"):
-        monkeypatch.setattr(f"dmr_pipeline.{module}.begin_episode", Shop)
+    monkeypatch.setattr(Game, "episode", lambda game: Shop(game))
 
 
 def play_with(policy: RoutingPolicy, slots: int = 3) -> list[Trajectory]:

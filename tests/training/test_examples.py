@@ -7,19 +7,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dmr_pipeline.environments.alfworld.engine import AlfWorldEpisode
+from dmr_pipeline.environments.alfworld.game import Game
 from dmr_pipeline.environments.alfworld.generator import generate_game
 from dmr_pipeline.environments.alfworld.words import alfworld_texts
-from dmr_pipeline.environments.base import Look, Task
+from dmr_pipeline.environments.base import Demonstration
 from dmr_pipeline.recipe import GeneratedWebShop, Prompt, Recipe, Splits, load_recipe, problems_across
 from dmr_pipeline.rollout.engine import Run, Step, Trajectory
 from dmr_pipeline.rollout.prompts import Prompter
-from dmr_pipeline.training import examples
 from dmr_pipeline.training.examples import (
     IGNORED,
     Example,
     ExampleBuilder,
+    demonstration_example,
     expert_example,
-    look_example,
     relabelled_example,
 )
 from dmr_pipeline.training.vocabulary import word_tokenizer
@@ -90,7 +90,7 @@ def test_a_look_teaches_whether_what_is_wanted_is_there_and_to_take_it() -> None
     thinker = Prompter.of(word_tokenizer(alfworld_texts()), Prompt(thought_end="<do>"))
     game, rng, kinds = generate_game(3)[0], random.Random(0), set()
     for _ in range(40):
-        example = look_example(game, thinker, rng)
+        example = demonstration_example(game, thinker, rng)
         page = thinker.tokenizer.decode(
             [t for t, target in zip(example.tokens, example.targets, strict=True) if target == IGNORED]
         )
@@ -110,14 +110,14 @@ def test_a_look_teaches_whether_what_is_wanted_is_there_and_to_take_it() -> None
 
 
 def test_a_look_with_a_command_needs_no_thoughts_and_begins_as_an_episode_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    def take_look(task: Task, rng: random.Random) -> Look:
-        return Look("On the desk 1, you see a mug 2.", "find two mug", "take mug 2 from desk 1", "")
+    def shown(game: Game, rng: random.Random) -> Demonstration:
+        return Demonstration("On the desk 1, you see a mug 2.", "find two mug", "take mug 2 from desk 1", "")
 
-    monkeypatch.setattr(examples, "take_look", take_look)
+    monkeypatch.setattr(Game, "demonstration", shown)
     p = Prompter.of(
         word_tokenizer(alfworld_texts()), Prompt(opening="<task> {task} <obs> {observation} <act>", turn="<obs>")
     )
-    example = look_example(generate_game(3)[0], p, random.Random(0))
+    example = demonstration_example(generate_game(3)[0], p, random.Random(0))
     assert p.tokenizer.decode(example.tokens) == (
         "<task> find two mug <obs> on desk 1 mug 2 <act> take mug 2 from desk 1 <end>"
     )

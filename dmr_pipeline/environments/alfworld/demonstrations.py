@@ -1,4 +1,4 @@
-"""Single looks into a receptacle, for an agent to learn whether what it wants is there."""
+"""Single observations of a receptacle, for an agent to learn whether what it wants is there."""
 
 import random
 
@@ -6,10 +6,10 @@ from dmr_pipeline.environments.alfworld.engine import listing
 from dmr_pipeline.environments.alfworld.game import Game
 from dmr_pipeline.environments.alfworld.generator import SENTENCES
 from dmr_pipeline.environments.alfworld.household import household
-from dmr_pipeline.environments.base import Look
+from dmr_pipeline.environments.base import Demonstration
 
 
-def look(game: Game, rng: random.Random) -> Look:
+def receptacle_shown(game: Game, rng: random.Random) -> Demonstration:
     """One look into a receptacle with random contents, and the thought that follows: is what is wanted there, and which?
 
     Whether a word of the task stands in an observation is what the agent finds hardest to learn, and an episode asks it but a
@@ -25,6 +25,6 @@ def look(game: Game, rng: random.Random) -> Look:
     )
     observation = f"On the {receptacle.name}, you see {listing(names)}."
     if wanted not in shown:  # where to go next cannot be known from one look
-        return Look(observation, instruction, None, f"{wanted} none")
+        return Demonstration(observation, instruction, None, f"{wanted} none")
     thing = names[shown.index(wanted)]
-    return Look(observation, instruction, f"take {thing} from {receptacle.name}", thing)
+    return Demonstration(observation, instruction, f"take {thing} from {receptacle.name}", thing)

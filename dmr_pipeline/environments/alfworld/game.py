@@ -5,15 +5,21 @@ ids, and numbers within a type are given out from the highest down, so that a li
 """
 
 import json
+import random
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, PlainSerializer, ValidationError
 
+from dmr_pipeline.environments.base import Demonstration
 from dmr_pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    from dmr_pipeline.environments.alfworld.engine import AlfWorldEpisode
+    from dmr_pipeline.environments.alfworld.expert import ExploringExpert
 
 TaskType = Literal[
     "pick_and_place_simple",
@@ -111,6 +117,23 @@ class Game(_Fact):
     """Names of the places, for `arrival` at one."""
     help: str | None = HELP
     """What `help` says; None where the game has no such command (before ALFWorld 0.4)."""
+
+    # What plays games imports them, so it is imported when it is asked for.
+
+    def episode(self) -> "AlfWorldEpisode":
+        from dmr_pipeline.environments.alfworld.engine import AlfWorldEpisode
+
+        return AlfWorldEpisode(self)
+
+    def expert(self) -> "ExploringExpert":
+        from dmr_pipeline.environments.alfworld.expert import ExploringExpert
+
+        return ExploringExpert(self.instruction)
+
+    def demonstration(self, rng: random.Random) -> Demonstration:
+        from dmr_pipeline.environments.alfworld.demonstrations import receptacle_shown
+
+        return receptacle_shown(self, rng)
 
 
 def engine_order(identifiers: Iterable[str]) -> list[tuple[str, str]]:

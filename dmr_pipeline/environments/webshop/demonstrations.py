@@ -2,7 +2,7 @@
 
 import random
 
-from dmr_pipeline.environments.base import Look
+from dmr_pipeline.environments.base import Demonstration
 from dmr_pipeline.environments.webshop.engine import PAGE_SIZE, State, WebShopEpisode
 from dmr_pipeline.environments.webshop.expert import ShoppingExpert
 from dmr_pipeline.environments.webshop.goals import ShoppingTask
@@ -11,7 +11,7 @@ _SAME_KIND = 6
 """Products of the wanted kind that a page has at most, besides the one that is wanted."""
 
 
-def results_look(task: ShoppingTask, rng: random.Random) -> Look:
+def results_shown(task: ShoppingTask, rng: random.Random) -> Demonstration:
     """A page of products drawn at random, the goal's own among them, and the click on the first that may do.
 
     A search puts that one first most of the time, so that episodes alone teach little of reading titles.
@@ -27,4 +27,4 @@ def results_look(task: ShoppingTask, rng: random.Random) -> Look:
     episode, expert = WebShopEpisode(task), ShoppingExpert(task)
     episode.state = State("results", tuple(page))
     chosen = next(row for row in page if row == own or expert.may_satisfy(row))
-    return Look(episode.observation(), task.instruction, f"click[{shop.product(chosen).asin.lower()}]", "")
+    return Demonstration(episode.observation(), task.instruction, f"click[{shop.product(chosen).asin.lower()}]", "")

@@ -6,11 +6,16 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import overload
+from typing import TYPE_CHECKING, overload
 
 from pydantic import BaseModel, ConfigDict
 
+from dmr_pipeline.environments.base import Demonstration
 from dmr_pipeline.environments.webshop.catalogue import Product, Shop
+
+if TYPE_CHECKING:
+    from dmr_pipeline.environments.webshop.engine import WebShopEpisode
+    from dmr_pipeline.environments.webshop.expert import ShoppingExpert
 
 PUBLISHED_SPLITS = {"test": slice(0, 500), "eval": slice(500, 1500), "train": slice(1500, None)}
 """Of the shuffled goals."""
@@ -62,6 +67,23 @@ class ShoppingTask:
     @property
     def instruction(self) -> str:
         return self.goal.instruction
+
+    # What shops for goals imports them, so it is imported when it is asked for.
+
+    def episode(self) -> "WebShopEpisode":
+        from dmr_pipeline.environments.webshop.engine import WebShopEpisode
+
+        return WebShopEpisode(self)
+
+    def expert(self) -> "ShoppingExpert":
+        from dmr_pipeline.environments.webshop.expert import ShoppingExpert
+
+        return ShoppingExpert(self)
+
+    def demonstration(self, rng: random.Random) -> Demonstration:
+        from dmr_pipeline.environments.webshop.demonstrations import results_shown
+
+        return results_shown(self, rng)
 
 
 class Goals(Sequence[Goal]):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from dmr_pipeline.cli import app
-from dmr_pipeline.environments.tasks import read_tasks, take_look
+from dmr_pipeline.environments.tasks import read_tasks
 from dmr_pipeline.environments.webshop.engine import State, WebShopEpisode
 from dmr_pipeline.environments.webshop.expert import ShoppingExpert
 from dmr_pipeline.environments.webshop.goals import ShoppingTask
@@ -69,7 +69,7 @@ def test_a_goal_that_its_own_product_does_not_satisfy_is_told(tasks: list[Shoppi
 def test_a_look_is_a_page_and_a_click_that_may_do(tasks: list[ShoppingTask]) -> None:
     rng, places = random.Random(0), []
     for task in tasks[:30]:
-        look = take_look(task, rng)
+        look = task.demonstration(rng)
         assert look.command is not None
         asin = look.command.removeprefix("click[").removesuffix("]")
         row = task.shop.row(asin)
