@@ -378,7 +378,7 @@ def _build(
     log.info("%s: started", stage.name)
     started, clock = datetime.now(UTC), time.perf_counter()
     try:
-        with _recorded_log() as lines:
+        with recorded_log() as lines:
             result = stage.run(context)
         seconds = time.perf_counter() - clock
         files = hash_files(output)
@@ -403,14 +403,14 @@ def _build(
             seconds=round(seconds, 3),
             git=git_state(),
             python=platform.python_version(),
-            libraries={name: _installed_version(name) for name in RECORDED_LIBRARIES},
+            libraries={name: installed_version(name) for name in RECORDED_LIBRARIES},
             machine=this_machine(),
-            device=_device(context.recipe.runtime),
+            device=this_device(context.recipe.runtime),
             runtime=context.recipe.runtime,
             measured=dict(result.measured),
             log=lines,
         )
-        _write_sidecar(folder, record)
+        write_run_record(folder, record)
         publish(output, folder)
     finally:
         shutil.rmtree(output, ignore_errors=True)
@@ -499,7 +499,7 @@ def _is_disk_full(error: BaseException, data_root: Path) -> bool:
 
 
 @contextmanager
-def _recorded_log() -> Iterator[list[str]]:
+def recorded_log() -> Iterator[list[str]]:
     """Collect what the package logs meanwhile."""
     lines: list[str] = []
 
@@ -517,13 +517,13 @@ def _recorded_log() -> Iterator[list[str]]:
         package.removeHandler(recorder)
 
 
-def _write_sidecar(folder: Path, record: RunRecord) -> None:
+def write_run_record(folder: Path, record: RunRecord) -> None:
     part = folder.with_name(f".{folder.name}.run.json.part")
     part.write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
     part.replace(sidecar_path(folder))
 
 
-def _installed_version(name: str) -> str | None:
+def installed_version(name: str) -> str | None:
     import importlib.metadata  # with all that reads e-mails
 
     try:
@@ -545,7 +545,7 @@ def _cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
-def _device(runtime: Runtime) -> Device:
+def this_device(runtime: Runtime) -> Device:
     """The GPU where this process has computed on it. Who has not imported torch has not."""
     torch = sys.modules.get("torch")
     if torch is not None and runtime.device != "cpu" and torch.cuda.is_initialized():
