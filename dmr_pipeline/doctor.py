@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from dmr_pipeline.artifacts.store import DATA_ROOT
+from dmr_pipeline.artifacts.folders import DATA_ROOT
 
 LOW_DISK_BYTES = 5e9
 """Less is worth a warning: an LLM of 2 B parameters with its precision ladder takes about as much."""

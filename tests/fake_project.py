@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 from dmr_pipeline import pipeline
+from dmr_pipeline.artifacts.manifest import hash_files
 from dmr_pipeline.artifacts.stage import Stage, StageContext, StageResult
-from dmr_pipeline.artifacts.store import hash_files
 from dmr_pipeline.evaluation.results import POLICIES
 from dmr_pipeline.recipe import RECIPE_FOLDER, Recipe, Splits, load_recipe, recipe_names
 from dmr_pipeline.versioning import dvc_stages

@@ -18,8 +18,8 @@ from rich.table import Table
 from typer.testing import CliRunner, Result
 
 from dmr_pipeline import pipeline
+from dmr_pipeline.artifacts.manifest import verify
 from dmr_pipeline.artifacts.stage import StageContext, StageResult
-from dmr_pipeline.artifacts.store import verify
 from dmr_pipeline.cli import app
 from dmr_pipeline.cli.stages import stage_states
 from dmr_pipeline.errors import UserError

@@ -12,8 +12,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from dmr_pipeline import pipeline
+from dmr_pipeline.artifacts.manifest import verify
 from dmr_pipeline.artifacts.stage import StageContext, StageResult
-from dmr_pipeline.artifacts.store import verify
 from dmr_pipeline.cli.common import console
 from dmr_pipeline.cli.router import router
 from dmr_pipeline.defs import runs

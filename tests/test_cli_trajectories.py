@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from dmr_pipeline import pipeline
-from dmr_pipeline.artifacts.store import materialize_stage
+from dmr_pipeline.artifacts.materialize import materialize_stage
 from dmr_pipeline.cli import app, stages
 from dmr_pipeline.cli.trajectories import trajectories
 from dmr_pipeline.ingestion.inbox import EXAMPLE

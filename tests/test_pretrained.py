@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 
 from dmr_pipeline import pipeline, pretrained
-from dmr_pipeline.artifacts.store import MANIFEST, artifact_folder, materialize_stage, provenance, verify
+from dmr_pipeline.artifacts.folders import artifact_folder
+from dmr_pipeline.artifacts.manifest import MANIFEST, verify
+from dmr_pipeline.artifacts.materialize import materialize_stage
+from dmr_pipeline.artifacts.provenance import provenance
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.pretrained import content_hash, pretrained_folders
 from dmr_pipeline.recipe import Recipe

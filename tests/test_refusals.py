@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from dmr_pipeline import pipeline
-from dmr_pipeline.artifacts.store import artifact_folder, verify
+from dmr_pipeline.artifacts.folders import artifact_folder
+from dmr_pipeline.artifacts.manifest import verify
 from dmr_pipeline.defs import runs
 from dmr_pipeline.errors import UserError, causes, refusal
 from dmr_pipeline.recipe import Recipe

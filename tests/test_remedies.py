@@ -12,7 +12,8 @@ import pytest
 from typer.testing import Result
 
 from dmr_pipeline import pipeline
-from dmr_pipeline.artifacts.store import MANIFEST, artifact_folder, sidecar_path, verify
+from dmr_pipeline.artifacts.folders import artifact_folder, sidecar_path
+from dmr_pipeline.artifacts.manifest import MANIFEST, verify
 from dmr_pipeline.cli.stages import stage_states
 from dmr_pipeline.recipe import Recipe, load_recipe
 from dmr_pipeline.versioning import lock_file

@@ -11,8 +11,8 @@ import pytest
 from ruamel.yaml import YAML
 
 from dmr_pipeline import pipeline
+from dmr_pipeline.artifacts.materialize import materialize_stage
 from dmr_pipeline.artifacts.stage import StageContext, StageResult
-from dmr_pipeline.artifacts.store import materialize_stage
 from dmr_pipeline.evaluation.metrics import compute_metrics
 from dmr_pipeline.recipe import Recipe
 from dmr_pipeline.versioning import dvc_stages

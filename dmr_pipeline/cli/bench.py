@@ -64,7 +64,7 @@ def bench_gpu(
     against the dequantized product; two GRPO updates; batches that do not fit are halved; decoding at the shapes of Qwen3-1.7B
     and 4B with random weights, against the memory's bandwidth. Exits with 1 where a part fails; the others run all the same.
     """
-    from dmr_pipeline.artifacts.store import DATA_ROOT
+    from dmr_pipeline.artifacts.folders import DATA_ROOT
     from dmr_pipeline.gpu_check.run import check_gpu
 
     with progress_lines():
@@ -95,7 +95,7 @@ def bench_rollout(
     stands the one of a committed baseline. Exits with 1 where an action is not the one that `generate` writes.
     """
     os.environ.setdefault("TQDM_DELAY", "1")  # transformers' bars of less than a second are noise
-    from dmr_pipeline.artifacts.store import DATA_ROOT
+    from dmr_pipeline.artifacts.folders import DATA_ROOT
     from dmr_pipeline.rollout_bench import record as records
     from dmr_pipeline.rollout_bench import run
 
@@ -197,7 +197,7 @@ def _bench_alfworld(games: Path, sample: int, steps: int) -> None:
 def _bench_webshop(products: int, data: Path | None) -> None:
     from functools import partial
 
-    from dmr_pipeline.artifacts.store import disk_full_is_user_error
+    from dmr_pipeline.artifacts.full_disk import disk_full_is_user_error
     from dmr_pipeline.environments.webshop import bench as benchmark
     from dmr_pipeline.environments.webshop.official.packing import pack
 

@@ -13,8 +13,9 @@ from rich import box
 from rich.table import Table
 
 from dmr_pipeline import pipeline
+from dmr_pipeline.artifacts.folders import artifact_folder
+from dmr_pipeline.artifacts.manifest import folder_hash, hash_files, verify
 from dmr_pipeline.artifacts.stage import StageContext, StageResult
-from dmr_pipeline.artifacts.store import artifact_folder, folder_hash, hash_files, verify
 from dmr_pipeline.cli.common import DEFAULT_RECIPE, RecipeOption, console, progress_lines, user_errors_exit_2
 from dmr_pipeline.recipe import load_recipe
 

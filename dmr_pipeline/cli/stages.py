@@ -12,15 +12,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from dmr_pipeline import pipeline
-from dmr_pipeline.artifacts.store import (
-    DATA_ROOT,
-    Artifact,
-    artifact_folder,
-    provenance,
-    run_record_beside,
-    sidecar_path,
-    verify,
-)
+from dmr_pipeline.artifacts.folders import DATA_ROOT, artifact_folder, sidecar_path
+from dmr_pipeline.artifacts.manifest import Artifact, verify
+from dmr_pipeline.artifacts.provenance import provenance
+from dmr_pipeline.artifacts.run_record import run_record_beside
 from dmr_pipeline.cli.common import (
     DEFAULT_RECIPE,
     RecipeArgument,

@@ -9,7 +9,8 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from dmr_pipeline.artifacts.store import artifact_folder, verify
+from dmr_pipeline.artifacts.folders import artifact_folder
+from dmr_pipeline.artifacts.manifest import verify
 from dmr_pipeline.cli.common import DEFAULT_RECIPE, RecipeOption, console, errors, print_error, user_errors_exit_2
 from dmr_pipeline.errors import UserError, printable
 from dmr_pipeline.recipe import load_recipe

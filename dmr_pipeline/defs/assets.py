@@ -7,8 +7,9 @@ from typing import Any
 import dagster as dg
 from pydantic import Field
 
+from dmr_pipeline.artifacts.manifest import Artifact
+from dmr_pipeline.artifacts.materialize import materialize_stage
 from dmr_pipeline.artifacts.stage import Stage
-from dmr_pipeline.artifacts.store import Artifact, materialize_stage
 from dmr_pipeline.defs import exchange
 from dmr_pipeline.defs.describe import describe
 from dmr_pipeline.defs.faults import RETRIES, as_dagster_failures

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 
 import dagster as dg
 
-from dmr_pipeline.artifacts.store import DATA_ROOT, MANIFEST, Manifest, artifact_folder
+from dmr_pipeline.artifacts.folders import DATA_ROOT, artifact_folder
+from dmr_pipeline.artifacts.manifest import MANIFEST, Manifest
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.recipe import Recipe, load_recipe, recipe_names
 

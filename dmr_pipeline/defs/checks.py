@@ -12,7 +12,8 @@ import dagster as dg
 import polars as pl
 from pydantic import JsonValue
 
-from dmr_pipeline.artifacts.store import Artifact, Manifest, artifact_folder, verify
+from dmr_pipeline.artifacts.folders import artifact_folder
+from dmr_pipeline.artifacts.manifest import Artifact, Manifest, verify
 from dmr_pipeline.defs import exchange
 from dmr_pipeline.defs.assets import recipe_partitions
 from dmr_pipeline.defs.describe import typed

@@ -9,7 +9,9 @@ from typing import Any, TypeGuard
 import dagster as dg
 from pydantic import JsonValue
 
-from dmr_pipeline.artifacts.store import Artifact, Materialized, read_run_record
+from dmr_pipeline.artifacts.manifest import Artifact
+from dmr_pipeline.artifacts.materialize import Materialized
+from dmr_pipeline.artifacts.run_record import read_run_record
 
 MAIN_TABLES = ("steps.parquet", "episodes.parquet", "training.parquet")
 """The table that stands for an artefact in the catalogue: the first of these that it has."""

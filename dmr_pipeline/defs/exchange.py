@@ -6,8 +6,9 @@ from pathlib import Path
 
 import dagster as dg
 
+from dmr_pipeline.artifacts.folders import artifact_folder
+from dmr_pipeline.artifacts.manifest import Artifact, verify
 from dmr_pipeline.artifacts.stage import Stage
-from dmr_pipeline.artifacts.store import Artifact, artifact_folder, verify
 from dmr_pipeline.defs.versions import recorded_version
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.recipe import Recipe

@@ -17,8 +17,9 @@ from dagster._core.instance.ref import InstanceRef  # the public API cannot over
 from filelock import FileLock
 
 from dmr_pipeline import interrupts
+from dmr_pipeline.artifacts.folders import artifact_folder
+from dmr_pipeline.artifacts.manifest import verify
 from dmr_pipeline.artifacts.stage import Stage
-from dmr_pipeline.artifacts.store import artifact_folder, verify
 from dmr_pipeline.defs import exchange
 from dmr_pipeline.defs.assets import build_assets
 from dmr_pipeline.defs.checks import build_checks

@@ -11,7 +11,7 @@ import polars as pl
 from pydantic import JsonValue
 from rich.progress import Progress
 
-from dmr_pipeline.artifacts.store import MANIFEST, Manifest
+from dmr_pipeline.artifacts.manifest import MANIFEST, Manifest
 from dmr_pipeline.environments.base import Task
 from dmr_pipeline.evaluation.kept import KeptTables
 from dmr_pipeline.evaluation.metrics import EPISODES

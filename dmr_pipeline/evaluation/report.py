@@ -10,7 +10,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from rich import box
 from rich.table import Table
 
-from dmr_pipeline.artifacts.store import artifact_folder, run_record_beside, sidecar_path
+from dmr_pipeline.artifacts.folders import artifact_folder, sidecar_path
+from dmr_pipeline.artifacts.run_record import run_record_beside
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.evaluation.results import Interval, Metrics, PairedComparison, PolicyMetrics
 

@@ -19,7 +19,8 @@ from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
-from dmr_pipeline.artifacts.store import artifact_folder, incoming_folder, run_record_beside
+from dmr_pipeline.artifacts.folders import artifact_folder, incoming_folder
+from dmr_pipeline.artifacts.run_record import run_record_beside
 from dmr_pipeline.environments.task_ids import KnownGames
 from dmr_pipeline.environments.task_types import task_types
 from dmr_pipeline.errors import FULL, UserError, printable

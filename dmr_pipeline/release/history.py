@@ -17,7 +17,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
-from dmr_pipeline.artifacts.store import MANIFEST, Manifest, folder_hash, hash_files
+from dmr_pipeline.artifacts.manifest import MANIFEST, Manifest, folder_hash, hash_files
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.recipe import Release
 from dmr_pipeline.release.comparison import Comparison, Record, _cost_limit, keeps_cost, keeps_success

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from dmr_pipeline.artifacts.store import GitState, Machine
+from dmr_pipeline.artifacts.run_record import GitState, Machine
 
 BASELINE_FILE = Path(__file__).with_name("baseline.json")
 

@@ -17,8 +17,8 @@ import psutil
 import torch
 import transformers
 
+from dmr_pipeline.artifacts.run_record import git_state, this_machine
 from dmr_pipeline.artifacts.stage import StageContext
-from dmr_pipeline.artifacts.store import git_state, this_machine
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.interrupts import SIGNALS
 from dmr_pipeline.peak_memory import peak_bytes

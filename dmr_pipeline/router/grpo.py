@@ -26,8 +26,8 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
+from dmr_pipeline.artifacts.manifest import hash_files
 from dmr_pipeline.artifacts.resume import discard, load_state, save_state
-from dmr_pipeline.artifacts.store import hash_files
 from dmr_pipeline.environments.base import Task
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.recipe import GrpoRouter

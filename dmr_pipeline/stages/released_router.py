@@ -6,8 +6,8 @@ from pathlib import Path
 
 import polars as pl
 
+from dmr_pipeline.artifacts.manifest import folder_hash, hash_files
 from dmr_pipeline.artifacts.stage import StageContext, StageResult
-from dmr_pipeline.artifacts.store import folder_hash, hash_files
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.recipe import Evaluation
 from dmr_pipeline.release.comparison import CANDIDATE, RELEASED, compare_routers

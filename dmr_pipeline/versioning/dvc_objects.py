@@ -13,9 +13,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dmr_pipeline.artifacts import store as artifacts
+from dmr_pipeline.artifacts import manifest
+from dmr_pipeline.artifacts.folders import (
+    DATA_ROOT,
+    artifact_folder,
+    locked,
+    new_folder,
+    publish,
+    recover,
+    sidecar_path,
+)
+from dmr_pipeline.artifacts.full_disk import disk_full_is_user_error
+from dmr_pipeline.artifacts.manifest import Artifact, hash_files, remedies, verify
+from dmr_pipeline.artifacts.run_record import run_record_beside
 from dmr_pipeline.artifacts.stage import Stage
-from dmr_pipeline.artifacts.store import DATA_ROOT, Artifact, artifact_folder, hash_files
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.versioning import dvc_stages, lock_file
 from dmr_pipeline.versioning.dvc_project import in_git, repository
@@ -42,10 +53,10 @@ def restore(folder_hash: str, target: Path, remote: str | None = None) -> None:
     Raises:
         UserError: an object is neither in the cache nor in the remote, is damaged in the remote, or the disk is full.
     """
-    with artifacts.disk_full_is_user_error(target, target.parent):
+    with disk_full_is_user_error(target, target.parent):
         target.parent.mkdir(parents=True, exist_ok=True)
-        with artifacts.locked(target):
-            if target.is_dir() and artifacts.folder_hash(hash_files(target)) == folder_hash:
+        with locked(target):
+            if target.is_dir() and manifest.folder_hash(hash_files(target)) == folder_hash:
                 return
             with repository() as repo:
                 _checkout(repo, _load(repo, folder_hash, remote), target)
@@ -124,7 +135,7 @@ def damage(stage: Stage, recipe: str, artifact: Artifact, entries: Entries) -> s
     """
     entry = entries.get(dvc_stages.stage_address(stage, recipe))
     recorded = None if entry is None else _output_hash(entry, stage, recipe)
-    run = artifacts.run_record_beside(artifact.path)
+    run = run_record_beside(artifact.path)
     built = None if run is None else run.hash
     if artifact.hash in (recorded, built) or (recorded is None and built is None):
         return None
@@ -136,7 +147,7 @@ def damage(stage: Stage, recipe: str, artifact: Artifact, entries: Entries) -> s
     expected = f"{lock_file.LOCK_FILE} records {recorded}" if recorded else f"its run record says {built}"
     return (
         f"{artifact.path} is {artifact.hash}, but {expected}: a file of it, perhaps its manifest, was changed, or came damaged"
-        f" out of DVC's cache: {artifacts.remedies(artifact.path)}"
+        f" out of DVC's cache: {remedies(artifact.path)}"
     )
 
 
@@ -157,7 +168,7 @@ def ensure_history(
     if not stage.keeps_history:
         return None
     folder = artifact_folder(stage.name, recipe, data_root)
-    artifacts.recover(folder)
+    recover(folder)
     entries = lock_file.read_entries()
     address = dvc_stages.stage_address(stage, recipe)
     lost = address not in entries
@@ -179,7 +190,7 @@ def ensure_history(
 
 def _is_damaged(stage: Stage, recipe: str, folder: Path, entries: Entries) -> bool:
     try:
-        return damage(stage, recipe, artifacts.verify(folder), entries) is not None
+        return damage(stage, recipe, verify(folder), entries) is not None
     except UserError:
         return True
 
@@ -207,12 +218,12 @@ def _restore_from_git(folder: Path) -> None:
     if not names:
         anew = f"`dmr materialize {folder.name} --recipe {folder.parent.name} --force`"
         raise UserError(f"Git has no {folder}: make it with {anew}")
-    with artifacts.disk_full_is_user_error(folder, folder.parent):
+    with disk_full_is_user_error(folder, folder.parent):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with artifacts.locked(folder), tempfile.TemporaryDirectory(dir=folder.parent, prefix=".restored-") as scratch:
+        with locked(folder), tempfile.TemporaryDirectory(dir=folder.parent, prefix=".restored-") as scratch:
             prefix = f"{Path(scratch).resolve()}/"
             _git("checkout-index", "-z", "--stdin", f"--prefix={prefix}", stdin=names)
-            artifacts.publish(Path(scratch, _git("rev-parse", "--show-prefix").strip(), folder), folder)
+            publish(Path(scratch, _git("rev-parse", "--show-prefix").strip(), folder), folder)
 
 
 def _git(*arguments: str, stdin: str | None = None) -> str:
@@ -300,11 +311,11 @@ def _checkout(repo: "Repo", tree: "Tree", target: Path) -> None:
     from dvc.fs import localfs
     from dvc_data.hashfile.checkout import checkout
 
-    folder = artifacts.new_folder(target)
+    folder = new_folder(target)
     shutil.rmtree(folder, ignore_errors=True)
     try:
         checkout(str(folder.absolute()), localfs, tree, repo.cache.local)
-        artifacts.sidecar_path(target).unlink(missing_ok=True)
-        artifacts.publish(folder, target)
+        sidecar_path(target).unlink(missing_ok=True)
+        publish(folder, target)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

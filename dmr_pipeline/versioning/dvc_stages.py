@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from dmr_pipeline import interrupts
+from dmr_pipeline.artifacts.folders import DATA_ROOT, artifact_folder
+from dmr_pipeline.artifacts.manifest import MANIFEST, Artifact
 from dmr_pipeline.artifacts.stage import Stage
-from dmr_pipeline.artifacts.store import DATA_ROOT, MANIFEST, Artifact, artifact_folder
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.hashing import file_md5
 from dmr_pipeline.recipe import RECIPE_FOLDER

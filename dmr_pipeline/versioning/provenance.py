@@ -6,7 +6,9 @@ from pathlib import Path
 
 from pydantic import JsonValue
 
-from dmr_pipeline.artifacts.store import MANIFEST, Artifact, RunRecord, artifact_folder, read_run_record, verify
+from dmr_pipeline.artifacts.folders import artifact_folder
+from dmr_pipeline.artifacts.manifest import MANIFEST, Artifact, verify
+from dmr_pipeline.artifacts.run_record import RunRecord, read_run_record
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.pipeline import STAGES
 from dmr_pipeline.versioning import dvc_objects

@@ -4,8 +4,9 @@ import warnings
 import pytest
 
 from dmr_pipeline import pipeline
+from dmr_pipeline.artifacts.materialize import materialize_stage
+from dmr_pipeline.artifacts.provenance import provenance
 from dmr_pipeline.artifacts.stage import DeclaredSections, Stage, StageContext, StageResult
-from dmr_pipeline.artifacts.store import materialize_stage, provenance
 from dmr_pipeline.recipe import UNHASHED_SECTIONS, Evaluation, Recipe
 
 SECTIONS = Recipe.model_fields.keys() - {"name"}

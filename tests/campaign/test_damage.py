@@ -14,16 +14,10 @@ import pytest
 import torch
 
 from dmr_pipeline import pipeline
+from dmr_pipeline.artifacts.folders import artifact_folder, sidecar_path
+from dmr_pipeline.artifacts.manifest import MANIFEST, Artifact, hash_files, verify
+from dmr_pipeline.artifacts.materialize import materialize_stage
 from dmr_pipeline.artifacts.resume import load_state, save_state
-from dmr_pipeline.artifacts.store import (
-    MANIFEST,
-    Artifact,
-    artifact_folder,
-    hash_files,
-    materialize_stage,
-    sidecar_path,
-    verify,
-)
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.recipe import Recipe, load_recipe
 from dmr_pipeline.versioning import dvc_objects, dvc_stages, lock_file

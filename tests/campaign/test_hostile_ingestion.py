@@ -28,7 +28,7 @@ import yaml
 from typer.testing import CliRunner
 
 from dmr_pipeline import pipeline
-from dmr_pipeline.artifacts.store import materialize_stage
+from dmr_pipeline.artifacts.materialize import materialize_stage
 from dmr_pipeline.cli import app
 from dmr_pipeline.ingestion.inbox import EXAMPLE, file_away, lying_files, waiting_files
 from dmr_pipeline.ingestion.incoming import FILE_LIMIT

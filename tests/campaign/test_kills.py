@@ -18,7 +18,8 @@ import psutil
 import pytest
 
 from dmr_pipeline import pipeline
-from dmr_pipeline.artifacts.store import artifact_folder, incoming_folder, verify
+from dmr_pipeline.artifacts.folders import artifact_folder, incoming_folder
+from dmr_pipeline.artifacts.manifest import verify
 from dmr_pipeline.ingestion.inbox import EXAMPLE
 from dmr_pipeline.interrupts import LINE
 from dmr_pipeline.recipe import Recipe
@@ -38,11 +39,11 @@ FILING = "dmr_pipeline.ingestion.inbox:file_away"
 AIMS = (
     "dmr_pipeline.versioning.lock_file:record",
     ANYTHING,
-    "dmr_pipeline.artifacts.store:publish",
+    "dmr_pipeline.artifacts.folders:publish",
     FILING,
     "dmr_pipeline.versioning.dvc_stages:commit",
     ANYTHING,
-    "dmr_pipeline.artifacts.store:_build",
+    "dmr_pipeline.artifacts.materialize:_build",
 )
 """Functions in whose midst a kill could do most harm; each second round is killed at any moment."""
 

@@ -6,8 +6,9 @@ import polars as pl
 import pytest
 
 from dmr_pipeline import pipeline
+from dmr_pipeline.artifacts.folders import artifact_folder
+from dmr_pipeline.artifacts.manifest import verify
 from dmr_pipeline.artifacts.stage import Stage, StageContext, StageResult
-from dmr_pipeline.artifacts.store import artifact_folder, verify
 from dmr_pipeline.definitions import defs
 from dmr_pipeline.defs import runs
 from dmr_pipeline.errors import UserError

@@ -9,8 +9,9 @@ import pytest
 from dagster._core.test_utils import create_run_for_test
 
 from dmr_pipeline import pipeline
+from dmr_pipeline.artifacts.folders import artifact_folder
+from dmr_pipeline.artifacts.manifest import verify
 from dmr_pipeline.artifacts.stage import Stage, StageContext, StageResult
-from dmr_pipeline.artifacts.store import artifact_folder, verify
 from dmr_pipeline.definitions import defs
 from dmr_pipeline.defs import runs
 from dmr_pipeline.defs.automation import ATTEMPTS, INGEST_TAG, RETRAIN_TAG, new_trajectories, weekly_retraining

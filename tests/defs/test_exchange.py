@@ -10,7 +10,8 @@ import pytest
 from typer.testing import CliRunner
 
 from dmr_pipeline import pipeline
-from dmr_pipeline.artifacts.store import artifact_folder, hash_files, verify
+from dmr_pipeline.artifacts.folders import artifact_folder
+from dmr_pipeline.artifacts.manifest import hash_files, verify
 from dmr_pipeline.cli import app
 from dmr_pipeline.defs import runs
 from dmr_pipeline.errors import UserError

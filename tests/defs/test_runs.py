@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from dmr_pipeline import pipeline
-from dmr_pipeline.artifacts.store import artifact_folder
+from dmr_pipeline.artifacts.folders import artifact_folder
 from dmr_pipeline.defs import runs
 from dmr_pipeline.recipe import Recipe
 from tests.fake_project import RECIPE, REPOSITORY

@@ -13,7 +13,8 @@ import dagster as dg
 import pytest
 import yaml
 
-from dmr_pipeline.artifacts.store import artifact_folder, verify
+from dmr_pipeline.artifacts.folders import artifact_folder
+from dmr_pipeline.artifacts.manifest import verify
 from dmr_pipeline.doctor import postgres_server
 from dmr_pipeline.versioning import dvc_stages
 from tests.fake_project import RECIPE, REPOSITORY, fake_stages, make_project

@@ -11,8 +11,8 @@ import polars as pl
 from PIL import Image
 
 from dmr_pipeline import definitions, pipeline
+from dmr_pipeline.artifacts.manifest import verify
 from dmr_pipeline.artifacts.stage import Stage, StageContext, StageResult
-from dmr_pipeline.artifacts.store import verify
 from dmr_pipeline.ingestion.inbox import STAGE as INGESTION
 from tests.fake_project import fake_run, fake_stages
 

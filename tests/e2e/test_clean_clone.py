@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from dmr_pipeline import pipeline
-from dmr_pipeline.artifacts.store import artifact_folder, verify
+from dmr_pipeline.artifacts.folders import artifact_folder
+from dmr_pipeline.artifacts.manifest import verify
 from tests.e2e.test_real_stages import RECIPE_YAML
 from tests.fake_project import make_project
 

@@ -7,7 +7,10 @@ import torch
 
 from dmr_pipeline import pipeline
 from dmr_pipeline.agent.checkpoint import load_causal_lm
-from dmr_pipeline.artifacts.store import artifact_folder, materialize_stage, provenance, verify
+from dmr_pipeline.artifacts.folders import artifact_folder
+from dmr_pipeline.artifacts.manifest import verify
+from dmr_pipeline.artifacts.materialize import materialize_stage
+from dmr_pipeline.artifacts.provenance import provenance
 from dmr_pipeline.environments.tasks import read_tasks
 from dmr_pipeline.recipe import load_recipe
 from dmr_pipeline.rollout.engine import play_alone

@@ -19,7 +19,8 @@ import yaml
 from dagster._core.definitions.run_request import InstigatorType  # not exported
 from dagster._core.scheduler.instigation import InstigatorTick
 
-from dmr_pipeline.artifacts.store import artifact_folder, incoming_folder, verify
+from dmr_pipeline.artifacts.folders import artifact_folder, incoming_folder
+from dmr_pipeline.artifacts.manifest import verify
 from dmr_pipeline.defs import runs
 from dmr_pipeline.defs.automation import UNFINISHED
 from dmr_pipeline.ingestion.inbox import EXAMPLE, STAGE

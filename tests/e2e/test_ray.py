@@ -16,7 +16,9 @@ from tempfile import TemporaryDirectory
 import dagster as dg
 import pytest
 
-from dmr_pipeline.artifacts.store import artifact_folder, materialize_stage, verify
+from dmr_pipeline.artifacts.folders import artifact_folder
+from dmr_pipeline.artifacts.manifest import verify
+from dmr_pipeline.artifacts.materialize import materialize_stage
 from dmr_pipeline.defs.versions import recorded_version
 from dmr_pipeline.recipe import load_recipe
 from dmr_pipeline.versioning import dvc_stages

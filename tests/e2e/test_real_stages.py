@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from dmr_pipeline import pipeline
-from dmr_pipeline.artifacts.store import artifact_folder, verify
+from dmr_pipeline.artifacts.folders import artifact_folder
+from dmr_pipeline.artifacts.manifest import verify
 from dmr_pipeline.environments.tasks import read_tasks
 from dmr_pipeline.recipe import load_recipe
 from dmr_pipeline.rollout.cost import episode_cost

@@ -9,7 +9,8 @@ from pathlib import Path
 import dagster as dg
 import pytest
 
-from dmr_pipeline.artifacts.store import artifact_folder, verify
+from dmr_pipeline.artifacts.folders import artifact_folder
+from dmr_pipeline.artifacts.manifest import verify
 from dmr_pipeline.defs.automation import UNFINISHED
 from tests.e2e.location import PICTURE_SIZE, SPOILT
 from tests.e2e.test_daemon import enter_dagster_project, running, wait_until

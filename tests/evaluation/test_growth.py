@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from dmr_pipeline.agent.checkpoint import save_causal_lm
+from dmr_pipeline.artifacts.manifest import MANIFEST, Manifest, hash_files
 from dmr_pipeline.artifacts.stage import StageContext
-from dmr_pipeline.artifacts.store import MANIFEST, Manifest, hash_files
 from dmr_pipeline.environments.alfworld.generator import generate_game
 from dmr_pipeline.environments.alfworld.store import write_games
 from dmr_pipeline.evaluation.play import acting_facts

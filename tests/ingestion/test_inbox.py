@@ -24,9 +24,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dmr_pipeline import pipeline
-from dmr_pipeline.artifacts import store as artifacts
+from dmr_pipeline.artifacts import materialize
+from dmr_pipeline.artifacts.manifest import hash_files, verify
+from dmr_pipeline.artifacts.materialize import Materialized, materialize_stage
 from dmr_pipeline.artifacts.stage import StageContext, StageResult
-from dmr_pipeline.artifacts.store import Materialized, materialize_stage, verify
 from dmr_pipeline.environments.alfworld.engine import AlfWorldEpisode
 from dmr_pipeline.environments.alfworld.expert import ExploringExpert
 from dmr_pipeline.environments.alfworld.game import TaskType
@@ -281,7 +282,7 @@ def test_both_formats_hold_the_same_and_so_does_the_artefact(
         (folders["incoming"] / "x.jsonl").write_bytes(jsonl(*episodes))
         ingested_trajectories(StageContext(RECIPE, {"benchmark_tasks": games}, scratch=tmp_path, **folders))
         assert read_ingested(output) == by_json
-        made.append(artifacts.hash_files(output))
+        made.append(hash_files(output))
     assert made[0] == made[1]
 
 
@@ -638,7 +639,7 @@ def power_for(operations: int) -> Iterator[Power]:
         patch.setattr(Path, "write_text", torn(Path.write_text, 0))
         patch.setattr(shutil, "copyfile", torn(shutil.copyfile, 1))
         patch.setattr(pyarrow.parquet, "write_table", torn(pyarrow.parquet.write_table, 1))
-        patch.setattr(artifacts, "git_state", lambda: None)  # takes longer than all the rest
+        patch.setattr(materialize, "git_state", lambda: None)  # takes longer than all the rest
         yield power
 
 
@@ -740,7 +741,7 @@ CHILD = """
 import os, signal, sys
 from pathlib import Path
 from dmr_pipeline import pipeline
-from dmr_pipeline.artifacts.store import materialize_stage
+from dmr_pipeline.artifacts.materialize import materialize_stage
 from dmr_pipeline.recipe import load_recipe
 
 moment, renames, rename = int(sys.argv[1]), 0, Path.rename

@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from dmr_pipeline.artifacts.manifest import MANIFEST, Manifest, folder_hash, hash_files
 from dmr_pipeline.artifacts.stage import StageContext, StageResult
-from dmr_pipeline.artifacts.store import MANIFEST, Manifest, folder_hash, hash_files
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.evaluation import play
 from dmr_pipeline.evaluation.play import Entry

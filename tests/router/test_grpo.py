@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from scipy.special import expit
 
 from dmr_pipeline.agent.checkpoint import save_causal_lm
+from dmr_pipeline.artifacts.manifest import hash_files
 from dmr_pipeline.artifacts.resume import save_state
 from dmr_pipeline.artifacts.stage import StageContext, StageResult
-from dmr_pipeline.artifacts.store import hash_files
 from dmr_pipeline.environments.tasks import read_tasks
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.recipe import Recipe, load_recipe

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from dmr_pipeline import pipeline
-from dmr_pipeline.artifacts.store import MANIFEST, artifact_folder, hash_files, verify
+from dmr_pipeline.artifacts.folders import artifact_folder
+from dmr_pipeline.artifacts.manifest import MANIFEST, hash_files, verify
 from dmr_pipeline.defs import runs
 from dmr_pipeline.recipe import Recipe
 from dmr_pipeline.versioning import dvc_objects

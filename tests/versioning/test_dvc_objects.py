@@ -10,17 +10,10 @@ import pytest
 from ruamel.yaml import YAML
 
 from dmr_pipeline import pipeline
+from dmr_pipeline.artifacts.folders import artifact_folder, sidecar_path
+from dmr_pipeline.artifacts.manifest import MANIFEST, Artifact, folder_hash, hash_files, verify
+from dmr_pipeline.artifacts.materialize import materialize_stage
 from dmr_pipeline.artifacts.stage import Stage
-from dmr_pipeline.artifacts.store import (
-    MANIFEST,
-    Artifact,
-    artifact_folder,
-    folder_hash,
-    hash_files,
-    materialize_stage,
-    sidecar_path,
-    verify,
-)
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.recipe import Recipe
 from dmr_pipeline.versioning import dvc_objects, dvc_stages

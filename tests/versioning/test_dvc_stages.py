@@ -9,7 +9,9 @@ import yaml
 from dvc.repo import Repo
 
 from dmr_pipeline import pipeline
-from dmr_pipeline.artifacts.store import artifact_folder, materialize_stage, verify
+from dmr_pipeline.artifacts.folders import artifact_folder
+from dmr_pipeline.artifacts.manifest import verify
+from dmr_pipeline.artifacts.materialize import materialize_stage
 from dmr_pipeline.definitions import defs
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.recipe import RECIPE_FOLDER, Recipe, recipe_names

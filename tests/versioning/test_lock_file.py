@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from dmr_pipeline import pipeline
-from dmr_pipeline.artifacts.store import artifact_folder, materialize_stage, verify
+from dmr_pipeline.artifacts.folders import artifact_folder
+from dmr_pipeline.artifacts.manifest import verify
+from dmr_pipeline.artifacts.materialize import materialize_stage
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.recipe import Recipe
 from dmr_pipeline.versioning import dvc_objects, dvc_stages, lock_file
@@ -41,7 +43,8 @@ def test_what_is_recorded_is_what_dvc_commit_writes(finished_project: Recipe):
 KILLED = """
 import os, signal, sys
 from dmr_pipeline import pipeline
-from dmr_pipeline.artifacts.store import artifact_folder, verify
+from dmr_pipeline.artifacts.folders import artifact_folder
+from dmr_pipeline.artifacts.manifest import verify
 from dmr_pipeline.versioning import dvc_stages
 from tests.fake_project import fake_stages
 event, count = sys.argv[1], int(sys.argv[2])

@@ -13,14 +13,10 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from dmr_pipeline import pipeline
-from dmr_pipeline.artifacts.store import (
-    MANIFEST,
-    artifact_folder,
-    materialize_stage,
-    read_run_record,
-    sidecar_path,
-    verify,
-)
+from dmr_pipeline.artifacts.folders import artifact_folder, sidecar_path
+from dmr_pipeline.artifacts.manifest import MANIFEST, verify
+from dmr_pipeline.artifacts.materialize import materialize_stage
+from dmr_pipeline.artifacts.run_record import read_run_record
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.recipe import Recipe, Runtime
 from dmr_pipeline.versioning.provenance import trace

@@ -17,7 +17,8 @@ import polars as pl
 from pydantic import BaseModel, ConfigDict, ValidationError
 from rich.progress import track
 
-from dmr_pipeline.artifacts.store import disk_full_is_user_error, locked, new_folder, publish, recover
+from dmr_pipeline.artifacts.folders import locked, new_folder, publish, recover
+from dmr_pipeline.artifacts.full_disk import disk_full_is_user_error
 from dmr_pipeline.download import download
 from dmr_pipeline.environments.alfworld.game import Game, TaskType, read_game
 from dmr_pipeline.environments.alfworld.store import read_games_file, write_games

@@ -7,7 +7,9 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from dmr_pipeline.artifacts.store import disk_full_is_user_error, hash_files, locked, new_folder, publish, recover
+from dmr_pipeline.artifacts.folders import locked, new_folder, publish, recover
+from dmr_pipeline.artifacts.full_disk import disk_full_is_user_error
+from dmr_pipeline.artifacts.manifest import hash_files
 from dmr_pipeline.download import download
 from dmr_pipeline.environments.webshop.catalogue import write_shop
 from dmr_pipeline.environments.webshop.official.reading import FILES, LINKS, Contents, Size, read_products

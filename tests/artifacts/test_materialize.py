@@ -1,8 +1,8 @@
 import contextlib
-import hashlib
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,14 +13,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from dvc_data.hashfile.hash_info import HashInfo
-from dvc_data.hashfile.tree import Tree
-from hypothesis import given
-from hypothesis import strategies as st
 
-from dmr_pipeline.artifacts import store as artifacts
+from dmr_pipeline.artifacts.folders import sidecar_path
+from dmr_pipeline.artifacts.manifest import MANIFEST, folder_hash, hash_files, verify
+from dmr_pipeline.artifacts.materialize import materialize_stage
 from dmr_pipeline.artifacts.stage import Stage, StageContext, StageResult
-from dmr_pipeline.artifacts.store import MANIFEST, folder_hash, hash_files, materialize_stage, sidecar_path, verify
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.recipe import Recipe
 from tests.fake_project import REPOSITORY
@@ -44,21 +41,6 @@ def stage(run: Run, name: str = "one", inputs: tuple[str, ...] = (), **changes: 
 
 def leftovers(recipe: Recipe) -> list[str]:
     return [path.name for path in Path("data", recipe.name).iterdir() if path.name.startswith(".") and path.is_dir()]
-
-
-names = st.text(
-    st.characters(codec="utf-8", exclude_characters="/\x00", exclude_categories=("Cs",)), min_size=1, max_size=5
-)
-
-
-@given(st.dictionaries(st.lists(names, min_size=1, max_size=3).map("/".join), st.binary(max_size=3), max_size=6))
-def test_folder_hash_is_dvcs(contents: dict[str, bytes]):
-    files = {relpath: hashlib.md5(content).hexdigest() for relpath, content in contents.items()}
-    tree = Tree()
-    for relpath, md5 in files.items():
-        tree.add(tuple(relpath.split("/")), None, HashInfo("md5", md5))
-    tree.digest()
-    assert tree.hash_info.value == folder_hash(files)
 
 
 def test_artefact_holds_its_files_and_where_they_come_from(project: Recipe):
@@ -155,9 +137,9 @@ def test_damaged_committed_artefact_is_not_silently_made_again(project: Recipe):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from dmr_pipeline.artifacts.store import materialize_stage
+from dmr_pipeline.artifacts.materialize import materialize_stage
 from dmr_pipeline.recipe import load_recipe
-from tests.artifacts.test_store import stage, write
+from tests.artifacts.test_materialize import stage, write
 
 moment = int(sys.argv[1])
 def die(): os.kill(os.getpid(), signal.SIGKILL)
@@ -232,7 +214,7 @@ def test_full_disk_is_one_clear_error_and_the_old_artefact_stays(
     if run is hidden_full_disk:
         with pytest.raises(RuntimeError):  # while there is space, the failure is what it says
             materialize_stage(stage(run), project, force=True)
-        monkeypatch.setattr(artifacts.shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
     with pytest.raises(UserError, match="no space left"):
         materialize_stage(stage(run), project, force=True)
     assert verify(old.path) == old
