@@ -21,6 +21,7 @@ from torch import Tensor
 from dmr_pipeline.agent.memory import in_pieces
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.recipe import Sensitivity
+from dmr_pipeline.rollout.kv_cache.catching_up import catch_up
 from dmr_pipeline.rollout.kv_cache.padded import TokenStreams
 from dmr_pipeline.rollout.parallel import deal, in_processes
 from dmr_pipeline.rollout.playing import Ladder
@@ -97,13 +98,15 @@ def measure(
     def compare_episodes(episodes: _Batch) -> list[tuple[object, ...]]:
         rows: list[tuple[object, ...]] = []
         streams, guesses = ladder.streams(len(episodes)), NgramGuesses()
+        texts: list[list[int]] = [[] for _ in episodes]
         for turn in range(len(episodes[0].segments)):
             running = [i for i, episode in enumerate(episodes) if turn < len(episode.segments)]
             for first in range(0, len(running), most):
                 live = running[first : first + most]
-                new = [(episodes[i].actions[turn - 1] if turn else []) + episodes[i].segments[turn] for i in live]
+                for i in live:
+                    texts[i] += (episodes[i].actions[turn - 1] if turn else []) + episodes[i].segments[turn]
                 done = [episodes[i].actions[turn] for i in live]
-                compared = compare(streams, live, new, prompter, counted, done, guesses)
+                compared = compare(streams, live, [texts[i] for i in live], prompter, counted, done, guesses)
                 rows += [(episodes[i].name, turn, *vars(each).values()) for i, each in zip(live, compared, strict=True)]
         return rows
 
@@ -132,13 +135,13 @@ def measure(
 def compare(
     streams: Mapping[bool, TokenStreams],
     slots: Sequence[int],
-    chunks: Sequence[list[int]],
+    texts: Sequence[list[int]],
     prompter: Prompter,
     tokens: Literal["action", "command"] = "action",
     recorded: Sequence[list[int]] | None = None,
     guesses: NgramGuesses | None = None,
 ) -> list[Divergence]:
-    """Append the chunks to both precisions' streams, and compare what they would do next; the streams end there.
+    """Let both precisions read the texts, and compare what they would do next. Their streams are left with what they did.
 
     High precision writes its greedy action, and low precision is taken along it. Where low precision would write another
     token, it is then taken back to that place and goes on alone, for its entropy and its margin.
@@ -155,15 +158,15 @@ def compare(
     def guess(i: int, written: list[int]) -> list[int]:
         if recorded[i][: len(written)] == written:
             return recorded[i][len(written) :]
-        return guesses.guess(chunks[i], written, most - len(written) - 1)
+        return guesses.guess(texts[i], written, most - len(written) - 1)
 
     def greedy(logits: Tensor, _: object) -> list[int]:
         return list(logits.argmax(-1).tolist())
 
-    starts = [len(streams[True].texts[slot]) + len(chunk) for slot, chunk in zip(slots, chunks, strict=True)]
-    high = write(streams[True], slots, chunks, greedy, list, guess, prompter.is_complete)
+    high = write(streams[True], slots, catch_up(streams[True], slots, texts), greedy, list, guess, prompter.is_complete)
     sizes = [len(action.tokens) for action in high]
-    along = [chunk + action.tokens[:-1] for chunk, action in zip(chunks, high, strict=True)]
+    unread = catch_up(streams[False], slots, texts)
+    along = [left + action.tokens[:-1] for left, action in zip(unread, high, strict=True)]
     low_logits = streams[False].extend(slots, along, sizes)
     between = token_divergences(torch.stack([row for action in high for row in action.facts]), low_logits)
     own, choices = own_numbers(low_logits), greedy(low_logits, None)
@@ -175,7 +178,7 @@ def compare(
         numbers.append(measured[: apart + 1])
     alone = [i for i in range(len(slots)) if not prompter.is_complete(actions[i])]
     for i in alone:
-        streams[False].truncate(slots[i], starts[i] + len(actions[i]) - 1)
+        streams[False].truncate(slots[i], len(texts[i]) + len(actions[i]) - 1)
     last = [actions[i][-1:] for i in alone]
     begun = [actions[i] for i in alone]
     rest = write(
@@ -191,11 +194,9 @@ def compare(
     for i, written in zip(alone, rest, strict=True):
         actions[i] = written.tokens
         numbers[i] = numbers[i] + written.facts
-    for slot, chunk, start, action, low_action in zip(slots, chunks, starts, high, actions, strict=True):
-        for precision in (True, False):
-            streams[precision].truncate(slot, start)
+    for text, action, low_action in zip(texts, high, actions, strict=True):
         for taught in (action.tokens, low_action):
-            guesses.learn(chunk, taught)
+            guesses.learn(text, taught)
 
     def counted_from(action: list[int]) -> int:
         if tokens == "action" or prompter.prompt.thought_end is None:
