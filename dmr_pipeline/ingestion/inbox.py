@@ -322,8 +322,8 @@ def read_episodes(
     problems = [] if rows else [f"{path.name}: it holds no episodes"]
     for place, row in rows:
         try:
-            episode = _parse(row)
-        except _NoEpisode as error:
+            episode = parse_episode(row)
+        except NoEpisode as error:
             problems += [f"{path.name}: {place}: {problem}" for problem in error.problems]
             continue
         found = list(rules.objections(episode))
@@ -336,7 +336,7 @@ def read_episodes(
     return list(episodes.values()), problems
 
 
-class _NoEpisode(Exception):
+class NoEpisode(Exception):
     """What is wrong with a row, a line each."""
 
     def __init__(self, problems: list[str]) -> None:
@@ -357,17 +357,17 @@ def _rows(suffix: str, content: bytes) -> Sequence[tuple[str, Any]]:
     raise UserError("use .jsonl or .parquet")
 
 
-def _parse(row: Any) -> LoggedEpisode:  # noqa: ANN401 - a line of JSON, or what a row of Parquet holds
-    """Raises: _NoEpisode: which one, and all that is wrong with it."""
+def parse_episode(row: Any) -> LoggedEpisode:  # noqa: ANN401 - a line of JSON, or what a row of Parquet holds
+    """Raises: NoEpisode: which one, and all that is wrong with it."""
     try:
         value = json_value(row) if isinstance(row, bytes) else row
     except UserError as error:
-        raise _NoEpisode([str(error)]) from error
+        raise NoEpisode([str(error)]) from error
     try:
         return LoggedEpisode.model_validate(value)
     except ValidationError as error:
         named = f"episode {value['episode_id']!r}: " if isinstance(value, dict) and value.get("episode_id") else ""
-        raise _NoEpisode([f"{named}{_described(found)}" for found in error.errors(include_url=False)]) from error
+        raise NoEpisode([f"{named}{_described(found)}" for found in error.errors(include_url=False)]) from error
 
 
 def _described(found: Mapping[str, Any]) -> str:
@@ -403,8 +403,8 @@ def read_stored(artefact: Path) -> list[LoggedEpisode]:
     for path in stored_files(artefact):
         for row in parquet_rows(path.read_bytes(), limit=None):
             try:
-                episode = _parse(row)
-            except _NoEpisode as error:
+                episode = parse_episode(row)
+            except NoEpisode as error:
                 raise UserError(f"{path}: {error}; {remedy}") from error
             if episode.episode_id in episodes:
                 raise UserError(f"{path}: episode {episode.episode_id!r} is in another file too; {remedy}")
