@@ -14,7 +14,7 @@ from dmr_pipeline import pipeline
 from dmr_pipeline.artifacts.materialize import materialize_stage
 from dmr_pipeline.cli import app, stages
 from dmr_pipeline.cli.trajectories import trajectories
-from dmr_pipeline.ingestion.inbox import EXAMPLE
+from dmr_pipeline.ingestion.schema import EXAMPLE
 from dmr_pipeline.recipe import Recipe
 from tests.fake_project import RECIPE, fake_run
 

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from dmr_pipeline.environments.task_ids import KnownGames
-from dmr_pipeline.ingestion.inbox import LoggedEpisode, Rules, read_episodes
+from dmr_pipeline.ingestion.rules import Rules, read_episodes
+from dmr_pipeline.ingestion.schema import LoggedEpisode
 from tests.fake_project import REPOSITORY
 
 SCRIPT = REPOSITORY / "examples" / "convert_chat_trajectories.py"

@@ -16,7 +16,7 @@ from dmr_pipeline.errors import UserError, printable
 from dmr_pipeline.recipe import load_recipe
 
 if TYPE_CHECKING:
-    from dmr_pipeline.ingestion.inbox import LoggedEpisode
+    from dmr_pipeline.ingestion.schema import LoggedEpisode
 
 trajectories = typer.Typer(
     help="Check new trajectories before they are dropped into data/incoming/RECIPE/.", no_args_is_help=True
@@ -26,7 +26,7 @@ trajectories = typer.Typer(
 @trajectories.command()
 def schema() -> None:
     """Print the JSON schema of an episode; on stderr, an example as a line of NAME.jsonl."""
-    from dmr_pipeline.ingestion.inbox import EXAMPLE, LoggedEpisode
+    from dmr_pipeline.ingestion.schema import EXAMPLE, LoggedEpisode
 
     typer.echo(json.dumps(LoggedEpisode.model_json_schema(), indent=2))
     typer.echo("\nAn episode is a line of NAME.jsonl, or a row of NAME.parquet. Such a line:\n", err=True)
@@ -39,8 +39,9 @@ def validate(
     file: Annotated[Path, typer.Argument(help="NAME.jsonl or NAME.parquet")], recipe: RecipeOption = DEFAULT_RECIPE
 ) -> None:
     """Say what a file of episodes holds; or, with exit code 2, everything that is wrong with it."""
-    from dmr_pipeline.ingestion.inbox import STAGE, Rules, read_episodes, stored_ids
     from dmr_pipeline.ingestion.incoming import read
+    from dmr_pipeline.ingestion.rules import Rules, read_episodes
+    from dmr_pipeline.ingestion.stored import STAGE, stored_ids
 
     loaded = load_recipe(recipe)
     if not file.is_file():

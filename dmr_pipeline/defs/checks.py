@@ -104,7 +104,7 @@ def trajectories_are_complete(folder: Path, manifest: Manifest, recipe: Recipe) 
 
 def ingested_episodes_are_complete(folder: Path, manifest: Manifest, recipe: Recipe) -> Finding:
     from dmr_pipeline.defs.expectations import validate_trajectory_episodes
-    from dmr_pipeline.ingestion.inbox import read_ingested
+    from dmr_pipeline.ingestion.stored import read_ingested
 
     try:
         episodes = read_ingested(folder)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import polars as pl
 
-from dmr_pipeline.ingestion.inbox import LoggedEpisode, read_ingested
+from dmr_pipeline.ingestion.schema import LoggedEpisode
+from dmr_pipeline.ingestion.stored import read_ingested
 from dmr_pipeline.rollout.prompts import Moment, Prompter
 from dmr_pipeline.rollout.tables import EPISODES, STEPS, read_trajectories
 

@@ -6,19 +6,9 @@ import shutil
 
 from dmr_pipeline.artifacts.stage import StageContext, StageResult
 from dmr_pipeline.errors import printable
-from dmr_pipeline.ingestion.inbox import (
-    EPISODES_FOLDER,
-    LEFT_OUT_FILE,
-    NOT_MOVED,
-    Rules,
-    dropped_files,
-    put_in_quarantine,
-    read_dropped,
-    read_stored,
-    shortened,
-    store_episodes,
-    stored_files,
-)
+from dmr_pipeline.ingestion.inbox import NOT_MOVED, dropped_files, put_in_quarantine, read_dropped, shortened
+from dmr_pipeline.ingestion.rules import Rules
+from dmr_pipeline.ingestion.stored import EPISODES_FOLDER, LEFT_OUT_FILE, read_stored, store_episodes, stored_files
 
 log = logging.getLogger(__name__)
 

@@ -30,8 +30,9 @@ from typer.testing import CliRunner
 from dmr_pipeline import pipeline
 from dmr_pipeline.artifacts.materialize import materialize_stage
 from dmr_pipeline.cli import app
-from dmr_pipeline.ingestion.inbox import EXAMPLE, file_away, lying_files, waiting_files
+from dmr_pipeline.ingestion.inbox import file_away, lying_files, waiting_files
 from dmr_pipeline.ingestion.incoming import FILE_LIMIT
+from dmr_pipeline.ingestion.schema import EXAMPLE
 from dmr_pipeline.recipe import Recipe
 from tests.campaign.deadline import Hang, at_most_seconds
 from tests.fake_project import RECIPE, RECIPE_YAML, fake_run

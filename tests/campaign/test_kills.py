@@ -20,7 +20,7 @@ import pytest
 from dmr_pipeline import pipeline
 from dmr_pipeline.artifacts.folders import artifact_folder, incoming_folder
 from dmr_pipeline.artifacts.manifest import verify
-from dmr_pipeline.ingestion.inbox import EXAMPLE
+from dmr_pipeline.ingestion.schema import EXAMPLE
 from dmr_pipeline.interrupts import LINE
 from dmr_pipeline.recipe import Recipe
 from dmr_pipeline.versioning import dvc_stages

@@ -15,7 +15,7 @@ from dmr_pipeline.artifacts.stage import Stage, StageContext, StageResult
 from dmr_pipeline.definitions import defs
 from dmr_pipeline.defs import runs
 from dmr_pipeline.defs.automation import ATTEMPTS, INGEST_TAG, RETRAIN_TAG, new_trajectories, weekly_retraining
-from dmr_pipeline.ingestion.inbox import EXAMPLE
+from dmr_pipeline.ingestion.schema import EXAMPLE
 from dmr_pipeline.recipe import Recipe
 from tests.fake_project import RECIPE, SUMMARIES, fake_run
 

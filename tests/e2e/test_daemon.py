@@ -23,7 +23,8 @@ from dmr_pipeline.artifacts.folders import artifact_folder, incoming_folder
 from dmr_pipeline.artifacts.manifest import verify
 from dmr_pipeline.defs import runs
 from dmr_pipeline.defs.automation import UNFINISHED
-from dmr_pipeline.ingestion.inbox import EXAMPLE, STAGE
+from dmr_pipeline.ingestion.schema import EXAMPLE
+from dmr_pipeline.ingestion.stored import STAGE
 from dmr_pipeline.recipe import RECIPE_FOLDER
 from dmr_pipeline.versioning import dvc_stages
 from tests.e2e.location import stages

@@ -36,17 +36,10 @@ from dmr_pipeline.environments.task_ids import KnownGames
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.ingestion import inbox as ingestion
 from dmr_pipeline.ingestion import incoming
-from dmr_pipeline.ingestion.inbox import (
-    EXAMPLE,
-    LoggedEpisode,
-    Rules,
-    file_away,
-    lying_files,
-    misplaced_files,
-    read_episodes,
-    read_ingested,
-    waiting_files,
-)
+from dmr_pipeline.ingestion.inbox import file_away, lying_files, misplaced_files, waiting_files
+from dmr_pipeline.ingestion.rules import Rules, read_episodes
+from dmr_pipeline.ingestion.schema import EXAMPLE, LoggedEpisode
+from dmr_pipeline.ingestion.stored import read_ingested
 from dmr_pipeline.ingestion.tables import INGESTED, ingested_tables, read_all_trajectories
 from dmr_pipeline.recipe import Prompt, Recipe
 from dmr_pipeline.rollout.engine import Trajectory, play

@@ -14,7 +14,7 @@ from dmr_pipeline.environments.alfworld.expert import ExploringExpert
 from dmr_pipeline.environments.alfworld.generator import generate_game
 from dmr_pipeline.environments.alfworld.words import alfworld_texts
 from dmr_pipeline.errors import UserError
-from dmr_pipeline.ingestion.inbox import LoggedEpisode
+from dmr_pipeline.ingestion.schema import LoggedEpisode
 from dmr_pipeline.ingestion.tables import ingested_tables
 from dmr_pipeline.recipe import Agent, PageView, Prompt, load_recipe
 from dmr_pipeline.rollout.prompts import Moment, Prompter, shown, truncation_policy
