@@ -46,6 +46,20 @@ def _put_back(folder: Path) -> None:
         old.rename(folder)
 
 
+@contextmanager
+def published(folder: Path) -> Iterator[Path]:
+    """A new, empty folder that takes the place of `folder` once the block is left; nothing stays of it where the block
+    raises. For who holds the lock of `folder`."""
+    new = folder.with_name(f".{folder.name}.new")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir()
+    try:
+        yield new
+        publish(new, folder)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
 def publish(output: Path, folder: Path) -> None:
     """Two renames, since no portable one replaces a folder that is not empty; `recover` mends a kill between them."""
     old = _old_folder(folder)
@@ -54,10 +68,6 @@ def publish(output: Path, folder: Path) -> None:
         folder.rename(old)
     output.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def new_folder(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.new")
 
 
 def _old_folder(folder: Path) -> Path:

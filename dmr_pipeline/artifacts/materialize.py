@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from dmr_pipeline.artifacts.folders import DATA_ROOT, artifact_folder, incoming_folder, locked, new_folder, publish
+from dmr_pipeline.artifacts.folders import DATA_ROOT, artifact_folder, incoming_folder, locked, publish, published
 from dmr_pipeline.artifacts.full_disk import disk_full_is_user_error
 from dmr_pipeline.artifacts.manifest import MANIFEST, Artifact, Manifest, folder_hash, hash_files, verify
 from dmr_pipeline.artifacts.provenance import Provenance, provenance
@@ -82,16 +82,19 @@ def materialize_stage(
             else:
                 scratch = _scratch_folder(data_root, wanted)
                 kept, anew = _kept_folder(data_root, wanted), scratch / "kept"
-                context = StageContext(
-                    DeclaredSections.of(recipe, stage.sections),
-                    {name: artifact.path for name, artifact in inputs.items()},
-                    new_folder(folder),
-                    scratch,
-                    _history(folder, accept) if stage.keeps_history else None,
-                    incoming_folder(recipe.name, data_root),
-                    anew if force else kept,
-                )
-                built = _build(stage, context, wanted, folder, run_id, expected)
+                with published(folder) as output:
+                    context = StageContext(
+                        DeclaredSections.of(recipe, stage.sections),
+                        {name: artifact.path for name, artifact in inputs.items()},
+                        output,
+                        scratch,
+                        _history(folder, accept) if stage.keeps_history else None,
+                        incoming_folder(recipe.name, data_root),
+                        anew if force else kept,
+                    )
+                    record = _build(stage, context, wanted, folder, run_id, expected)
+                log.info("%s: done in %.1f s", stage.name, record.seconds)
+                built = verify(folder)
                 if force and anew.is_dir():
                     kept.parent.mkdir(exist_ok=True)
                     publish(anew, kept)
@@ -136,51 +139,45 @@ def _history(folder: Path, accept: Callable[[Artifact], None]) -> Path | None:
 
 def _build(
     stage: Stage, context: StageContext, wanted: Provenance, folder: Path, run_id: str | None, expected: str | None
-) -> Artifact:
+) -> RunRecord:
+    """Let the stage write, and add its manifest; the record of the run goes beside the artefact that is to be."""
     output = context.output
-    shutil.rmtree(output, ignore_errors=True)
-    output.mkdir()
     log.info("%s: started", stage.name)
     started, clock = datetime.now(UTC), time.perf_counter()
-    try:
-        with recorded_log() as lines:
-            result = stage.run(context)
-        seconds = time.perf_counter() - clock
-        files = hash_files(output)
-        pickles = [relpath for relpath in files if Path(relpath).suffix in PICKLE_SUFFIXES]
-        if pickles:
-            raise UserError(
-                f"{folder}: an artefact holds no pickles, found {', '.join(pickles)}: use safetensors, Parquet or JSON"
-            )
-        manifest = Manifest(**vars(wanted), files=files, summary=dict(result.summary))
-        (output / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
-        made = folder_hash({**files, MANIFEST: file_md5(output / MANIFEST)})
-        if expected not in (None, made):
-            raise UserError(
-                f"{folder} is missing, and its history, recorded as {expected}, must not start anew: `dmr restore {stage.name}"
-                f" --recipe {context.recipe.name}` says what it lacks; or give it up by removing that entry of dvc.lock"
-            )
-        record = RunRecord(
-            hash=made,
-            run_id=run_id,
-            started=started.replace(microsecond=0),
-            finished=datetime.now(UTC).replace(microsecond=0),
-            seconds=round(seconds, 3),
-            git=git_state(),
-            python=platform.python_version(),
-            libraries={name: installed_version(name) for name in RECORDED_LIBRARIES},
-            machine=this_machine(),
-            device=this_device(context.recipe.runtime),
-            runtime=context.recipe.runtime,
-            measured=dict(result.measured),
-            log=lines,
+    with recorded_log() as lines:
+        result = stage.run(context)
+    seconds = time.perf_counter() - clock
+    files = hash_files(output)
+    pickles = [relpath for relpath in files if Path(relpath).suffix in PICKLE_SUFFIXES]
+    if pickles:
+        raise UserError(
+            f"{folder}: an artefact holds no pickles, found {', '.join(pickles)}: use safetensors, Parquet or JSON"
         )
-        write_run_record(folder, record)
-        publish(output, folder)
-    finally:
-        shutil.rmtree(output, ignore_errors=True)
-    log.info("%s: done in %.1f s", stage.name, seconds)
-    return verify(folder)
+    manifest = Manifest(**vars(wanted), files=files, summary=dict(result.summary))
+    (output / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+    made = folder_hash({**files, MANIFEST: file_md5(output / MANIFEST)})
+    if expected not in (None, made):
+        raise UserError(
+            f"{folder} is missing, and its history, recorded as {expected}, must not start anew: `dmr restore {stage.name}"
+            f" --recipe {context.recipe.name}` says what it lacks; or give it up by removing that entry of dvc.lock"
+        )
+    record = RunRecord(
+        hash=made,
+        run_id=run_id,
+        started=started.replace(microsecond=0),
+        finished=datetime.now(UTC).replace(microsecond=0),
+        seconds=round(seconds, 3),
+        git=git_state(),
+        python=platform.python_version(),
+        libraries={name: installed_version(name) for name in RECORDED_LIBRARIES},
+        machine=this_machine(),
+        device=this_device(context.recipe.runtime),
+        runtime=context.recipe.runtime,
+        measured=dict(result.measured),
+        log=lines,
+    )
+    write_run_record(folder, record)
+    return record
 
 
 def _scratch_folder(data_root: Path, wanted: Provenance) -> Path:

@@ -10,14 +10,15 @@ from typing import Any
 
 import torch
 
+from dmr_pipeline.atomic import replaced
+
 log = logging.getLogger(__name__)
 
 
 def save_state(path: Path, state: Mapping[str, Any]) -> None:
     """Args: state: tensors, numbers, strings, and lists, tuples and dictionaries of them."""
-    part = path.with_suffix(".part")
-    torch.save(dict(state), part)
-    part.replace(path)
+    with replaced(path) as part:
+        torch.save(dict(state), part)
 
 
 def load_state(path: Path, device: torch.device | str = "cpu") -> dict[str, Any] | None:

@@ -14,6 +14,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, JsonValue, Validation
 
 from dmr_pipeline.artifacts.folders import sidecar_path
 from dmr_pipeline.artifacts.manifest import Artifact
+from dmr_pipeline.atomic import replaced
 from dmr_pipeline.recipe import Runtime
 
 log = logging.getLogger(__name__)
@@ -118,9 +119,8 @@ def recorded_log() -> Iterator[list[str]]:
 
 
 def write_run_record(folder: Path, record: RunRecord) -> None:
-    part = folder.with_name(f".{folder.name}.run.json.part")
-    part.write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    part.replace(sidecar_path(folder))
+    with replaced(sidecar_path(folder)) as part:
+        part.write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 
 def installed_version(name: str) -> str | None:

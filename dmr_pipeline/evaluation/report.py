@@ -12,6 +12,7 @@ from rich.table import Table
 
 from dmr_pipeline.artifacts.folders import artifact_folder, sidecar_path
 from dmr_pipeline.artifacts.run_record import run_record_beside
+from dmr_pipeline.atomic import replaced
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.evaluation.results import Interval, Metrics, PairedComparison, PolicyMetrics
 
@@ -194,9 +195,8 @@ def render_html(folder: Path, sidecar: Path | None, html: Path) -> None:
         )
     )
     html.parent.mkdir(parents=True, exist_ok=True)
-    part = html.with_name(f".{html.name}.part")
-    part.write_text(page, encoding="utf-8")
-    part.replace(html)
+    with replaced(html) as part:
+        part.write_text(page, encoding="utf-8")
 
 
 def _against_rungs(metrics: Metrics) -> list[str]:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dmr_pipeline.atomic import replaced
 from dmr_pipeline.errors import UserError, printable
 
 INGESTED_FOLDER = "ingested"
@@ -134,9 +135,8 @@ def quarantine(file: Dropped, problems: Sequence[str]) -> Path:
     folder = file.path.parent / QUARANTINE_FOLDER
     folder.mkdir(exist_ok=True)
     reason = folder / f"{_filed_name(file)}.reason.txt"
-    part = reason.with_name(f".{reason.name}.part")
-    part.write_text("".join(f"{printable(problem)}\n" for problem in problems), encoding="utf-8")
-    part.replace(reason)
+    with replaced(reason) as part:
+        part.write_text("".join(f"{printable(problem)}\n" for problem in problems), encoding="utf-8")
     try:
         move(file, folder)
     except OSError:

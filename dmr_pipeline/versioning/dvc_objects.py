@@ -5,7 +5,6 @@ where objects are touched.
 """
 
 import logging
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Collection, Iterator, Mapping
@@ -18,8 +17,8 @@ from dmr_pipeline.artifacts.folders import (
     DATA_ROOT,
     artifact_folder,
     locked,
-    new_folder,
     publish,
+    published,
     recover,
     sidecar_path,
 )
@@ -311,11 +310,6 @@ def _checkout(repo: "Repo", tree: "Tree", target: Path) -> None:
     from dvc.fs import localfs
     from dvc_data.hashfile.checkout import checkout
 
-    folder = new_folder(target)
-    shutil.rmtree(folder, ignore_errors=True)
-    try:
+    with published(target) as folder:
         checkout(str(folder.absolute()), localfs, tree, repo.cache.local)
         sidecar_path(target).unlink(missing_ok=True)
-        publish(folder, target)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from dmr_pipeline.atomic import replaced
 from dmr_pipeline.errors import UserError, printable
 from dmr_pipeline.versioning.dvc_project import dvc_at_rest
 
@@ -165,9 +166,7 @@ def _run(*git: str) -> bool:
 
 
 def _replace(path: Path, content: bytes) -> None:
-    part = path.with_name(f"{path.name}.part")
-    with part.open("wb") as file:
+    with replaced(path) as part, part.open("wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-    part.replace(path)

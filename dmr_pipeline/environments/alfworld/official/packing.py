@@ -17,7 +17,7 @@ import polars as pl
 from pydantic import BaseModel, ConfigDict, ValidationError
 from rich.progress import track
 
-from dmr_pipeline.artifacts.folders import locked, new_folder, publish, recover
+from dmr_pipeline.artifacts.folders import locked, published, recover
 from dmr_pipeline.artifacts.full_disk import disk_full_is_user_error
 from dmr_pipeline.download import download
 from dmr_pipeline.environments.alfworld.game import Game, TaskType, read_game
@@ -144,20 +144,13 @@ def pack(folder: Path, output: Path = PACK_FOLDER, archive: Archive | None = Non
             "name another folder with --from, or give none and unset $ALFWORLD_DATA to download the games"
         )
     output.parent.mkdir(parents=True, exist_ok=True)
-    with disk_full_is_user_error(output, output.parent), locked(output):
-        new = new_folder(output)
-        shutil.rmtree(new, ignore_errors=True)
-        new.mkdir()
-        try:
-            packed = Pack(
-                code_version=CODE_VERSION,
-                splits={split: _pack_split(split, files, new) for split, files in splits.items() if files},
-                archive=archive,
-            )
-            (new / "pack.json").write_text(packed.model_dump_json(indent=2) + "\n", encoding="utf-8")
-            publish(new, output)
-        finally:
-            shutil.rmtree(new, ignore_errors=True)
+    with disk_full_is_user_error(output, output.parent), locked(output), published(output) as new:
+        packed = Pack(
+            code_version=CODE_VERSION,
+            splits={split: _pack_split(split, files, new) for split, files in splits.items() if files},
+            archive=archive,
+        )
+        (new / "pack.json").write_text(packed.model_dump_json(indent=2) + "\n", encoding="utf-8")
     return packed
 
 

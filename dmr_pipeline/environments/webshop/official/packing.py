@@ -1,13 +1,12 @@
 """The authors' catalogue, downloaded or taken from the folder that `$WEBSHOP_DATA` names, packed as a shop without prices."""
 
 import hashlib
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from dmr_pipeline.artifacts.folders import locked, new_folder, publish, recover
+from dmr_pipeline.artifacts.folders import locked, published, recover
 from dmr_pipeline.artifacts.full_disk import disk_full_is_user_error
 from dmr_pipeline.artifacts.manifest import hash_files
 from dmr_pipeline.download import download
@@ -107,15 +106,9 @@ def pack(folder: Path, output: Path = PACK_FOLDER, size: Size | None = None, url
                 f"the authors have the file at {LINKS[file]}"
             )
     output.parent.mkdir(parents=True, exist_ok=True)
-    with disk_full_is_user_error(output, output.parent), locked(output):
-        new = new_folder(output)
-        shutil.rmtree(new, ignore_errors=True)
-        try:
-            contents = Contents()
-            write_shop(read_products(folder, files, contents), new)
-            packed = Pack(code_version=CODE_VERSION, name=name, url=url, contents=contents, files=hash_files(new))
-            (new / "pack.json").write_text(packed.model_dump_json(indent=2) + "\n", encoding="utf-8")
-            publish(new, output)
-        finally:
-            shutil.rmtree(new, ignore_errors=True)
+    with disk_full_is_user_error(output, output.parent), locked(output), published(output) as new:
+        contents = Contents()
+        write_shop(read_products(folder, files, contents), new)
+        packed = Pack(code_version=CODE_VERSION, name=name, url=url, contents=contents, files=hash_files(new))
+        (new / "pack.json").write_text(packed.model_dump_json(indent=2) + "\n", encoding="utf-8")
     return packed
