@@ -19,9 +19,10 @@ from pathlib import Path
 from string import Formatter
 from typing import Annotated, Any, Literal, get_type_hints
 
-from pydantic import Discriminator, Field, Tag, TypeAdapter, ValidationError
-from pydantic_core import ErrorDetails
+from pydantic import BeforeValidator, Field, SerializeAsAny, TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails, PydanticCustomError
 
+from dmr_pipeline import benchmarks
 from dmr_pipeline.errors import UserError, printable
 from dmr_pipeline.recipe_fields import (
     Batch,
@@ -75,89 +76,21 @@ class Games(Section):
     environment: str = Field(description="the benchmark, and who made its games: generated here, or the official ones")
 
 
-class AlfWorld(Games):
-    """ALFWorld, whoever made the games."""
-
-    step_limit: StepLimit = Field(50, description="steps an episode may take; 50 is ALFWorld's norm, ExpeL used 20")
-
-
-class GeneratedAlfWorld(AlfWorld):
-    """ALFWorld games made by the generator; each split draws its games from a seed range of its own."""
-
-    environment: Literal["alfworld"] = "alfworld"
-
-
-class OfficialAlfWorld(AlfWorld):
-    """The official games, packed by `dmr data alfworld`. The official train split, shuffled, gives agent_train, router_train and
-    validation; the test games are those of an official validation split."""
-
-    environment: Literal["alfworld-official"] = "alfworld-official"
-    test_split: Literal["valid_seen", "valid_unseen"] = Field(
-        "valid_seen", description="rooms that the train split has (140 games), or others (134 games)"
-    )
-
-    def problems(self) -> Iterator[tuple[str, str]]:
-        games, there = self.splits, {"valid_seen": 140, "valid_unseen": 134}[self.test_split]
-        if games.test > there:
-            yield "splits.test", f"{games.test:,} games, but official {self.test_split} has {there}"
-        if (train := games.agent_train + games.router_train + games.validation) > 3553:
-            yield (
-                "splits",
-                f"agent_train, router_train and validation ask for {train:,} games, official train has 3,553",
-            )
+def _of_its_benchmark(content: Any) -> Section:  # noqa: ANN401 - what a recipe file holds
+    """The section of the benchmark that is named; of generated ALFWorld games where none is."""
+    if isinstance(content, Section):
+        return content
+    name = str(content.get("environment", DEFAULT_BENCHMARK)) if isinstance(content, dict) else DEFAULT_BENCHMARK
+    try:
+        benchmark = benchmarks.find(name)
+    except KeyError as error:
+        known = ", ".join(map(repr, benchmarks.names()))
+        raise PydanticCustomError("unknown_benchmark", "one of {known}", {"known": known, "name": name}) from error
+    section: Section = benchmark.section.model_validate(content)
+    return section
 
 
-class WebShop(Games):
-    """WebShop, whoever made the catalogue. Splits are as published: of the shuffled goals, test has its games from 0 to 499,
-    validation from 500 to 1,499, agent_train and router_train from the rest."""
-
-    step_limit: StepLimit = Field(15, description="steps an episode may take; 15 is the norm for LLM agents")
-
-    def problems(self) -> Iterator[tuple[str, str]]:
-        for split, there in (("test", 500), ("validation", 1000)):
-            if (wanted := getattr(self.splits, split)) > there:
-                yield f"splits.{split}", f"{wanted:,} games, but WebShop's published split has {there:,}"
-
-
-class GeneratedWebShop(WebShop):
-    """Goals in a catalogue made by the generator."""
-
-    environment: Literal["webshop"] = "webshop"
-    products: Annotated[int, Field(gt=0), at_most(2_000_000, "WebShop itself has 1.18 million")] = Field(
-        1000,
-        description="products in the generated catalogue",
-    )
-
-
-class OfficialWebShop(WebShop):
-    """Goals in the official catalogue, packed by `dmr data webshop`."""
-
-    environment: Literal["webshop-official"] = "webshop-official"
-    goals: Literal["synthetic", "human"] = Field(
-        "synthetic", description="synthetic: one for each combination of a product's options; human: people's own words"
-    )
-    price_seed: Seed = Field(1, description="of the prices, which WebShop draws unseeded")
-    nouns: Literal["installed", "spacy", "alphabetic"] = Field(
-        "installed",
-        description="nouns of titles, for the reward: spaCy's en_core_web_sm as in WebShop, or every word of letters;"
-        " installed: spaCy where its model is installed. The report says which",
-    )
-
-
-def _environment(benchmark: Any) -> str:  # noqa: ANN401 - what a recipe file holds, or a section
-    """Generated ALFWorld games where none is named."""
-    if isinstance(benchmark, dict):
-        return str(benchmark.get("environment", "alfworld"))
-    return benchmark.environment if isinstance(benchmark, Games) else "alfworld"
-
-
-Benchmark = Annotated[
-    Annotated[GeneratedAlfWorld, Tag("alfworld")]
-    | Annotated[OfficialAlfWorld, Tag("alfworld-official")]
-    | Annotated[GeneratedWebShop, Tag("webshop")]
-    | Annotated[OfficialWebShop, Tag("webshop-official")],
-    Discriminator(_environment),
-]
+DEFAULT_BENCHMARK = "alfworld"
 
 
 class Architecture(Section):
@@ -707,7 +640,7 @@ class Runtime(Section):
 
 class Recipe(Section):
     name: str
-    benchmark: Benchmark
+    benchmark: Annotated[SerializeAsAny[Games], BeforeValidator(_of_its_benchmark)]
     agent: Agent
     precisions: Precisions
     trajectories: Trajectories
@@ -764,8 +697,9 @@ def _reference_model(kl_router: KlRouter, grpo_router: GrpoRouter) -> Iterator[s
 
 def _thoughts_of_looks(benchmark: Games, agent: Agent) -> Iterator[str]:
     thinks = agent.prompt.thought_end is not None
-    if isinstance(benchmark, AlfWorld) and agent.training and agent.training.looks_per_update and not thinks:
-        yield "agent: ALFWorld's looks teach thoughts, so they need 'prompt.thought_end'"
+    teaches_thoughts = benchmarks.find(benchmark.environment).demonstrations_think
+    if teaches_thoughts and agent.training and agent.training.looks_per_update and not thinks:
+        yield f"agent: the looks of {benchmark.environment} teach thoughts, so they need 'prompt.thought_end'"
 
 
 def _short_games(agent: Agent) -> Iterator[str]:
@@ -882,15 +816,15 @@ def _section_readers() -> dict[str, TypeAdapter[Section]]:
 
 
 def _lines(error: ErrorDetails) -> Iterator[str]:
-    """One a problem; the path is that of the YAML text, without the benchmark's tag."""
-    loc = [part for i, part in enumerate(error["loc"]) if not (i == 1 and error["loc"][0] == "benchmark")]
+    """One a problem; the path is that of the YAML text."""
+    loc = error["loc"]
     if error["type"] == "problems":
         for field, text in error["ctx"]["problems"]:
             yield f"{'.'.join([*map(_key, loc), *([field] if field else [])])}: {short(text)}"
         return
-    if error["type"] == "union_tag_invalid":  # pydantic's own message names a function of ours
+    if error["type"] == "unknown_benchmark":
         said = error["ctx"]
-        yield f"benchmark.environment: Input should be one of {said['expected_tags']} (it is {_shown(said['tag'])})"
+        yield f"benchmark.environment: Input should be one of {said['known']} (it is {_shown(said['name'])})"
         return
     given = "" if error["type"] in ("missing", "extra_forbidden") else f" (it is {_shown(error['input'])})"
     yield f"{'.'.join(map(_key, loc)) or 'recipe'}: {short(error['msg'])}{given}"

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from dmr_pipeline.environments.alfworld.benchmark import GeneratedGames
 from dmr_pipeline.environments.task_ids import KnownGames
 from dmr_pipeline.ingestion.rules import Rules, read_episodes
 from dmr_pipeline.ingestion.schema import LoggedEpisode
@@ -24,7 +25,7 @@ GAME = "json_2.1.1/train/pick_and_place_simple-Apple-None-SideTable-21/trial_T20
 ROOM = "You are in the middle of a room. Looking quickly around you, you see a fridge 1, and a sidetable 1."
 TASK = "put some apple on sidetable."
 CLOSED, EMPTY = "You arrive at fridge 1. The fridge 1 is closed.", "You open the fridge 1. In it, you see nothing."
-RULES = Rules(("pick_and_place_simple",), ("float", "int2"), 50, KnownGames("alfworld", {}))
+RULES = Rules(("pick_and_place_simple",), ("float", "int2"), 50, KnownGames(GeneratedGames, {}))
 
 
 def conversation(first: str, second: str, agent: str, world: str, who: str, what: str) -> list[dict[str, Any]]:

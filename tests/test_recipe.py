@@ -178,7 +178,7 @@ ALFWORLD: list[tuple[str, dict[str, object], str]] = [
      "agent.pretrained.revision: String should match pattern"),
     ("scored-thoughts", {"agent.action": "score"},
      "agent.action: an agent that thinks first must generate its actions"),
-    ("thoughtless-looks", {"agent.prompt.thought_end": LEFT_OUT}, "agent: ALFWorld's looks teach thoughts"),
+    ("thoughtless-looks", {"agent.prompt.thought_end": LEFT_OUT}, "agent: the looks of alfworld teach thoughts"),
     ("empty-hide", {"agent.prompt.page": {"hide": [""]}},
      "agent.prompt.page.hide.0: String should have at least 1 character"),
     # The ladder.

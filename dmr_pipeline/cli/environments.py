@@ -211,25 +211,30 @@ def experts_webshop(
 
     from rich.progress import track
 
+    from dmr_pipeline.environments.benchmark import benchmark_of
+    from dmr_pipeline.environments.webshop.benchmark import ShoppingBenchmark
     from dmr_pipeline.environments.webshop.catalogue import open_shop
     from dmr_pipeline.environments.webshop.expert import shop_as_expert
     from dmr_pipeline.environments.webshop.goals import PUBLISHED_SPLITS, ShoppingTask
-    from dmr_pipeline.environments.webshop.tasks import SHOP_FOLDER, make_shop
-    from dmr_pipeline.recipe import WebShop, load_recipe
+    from dmr_pipeline.environments.webshop.tasks import SHOP_FOLDER
+    from dmr_pipeline.recipe import load_recipe
 
-    benchmark = load_recipe(recipe).benchmark
-    if not isinstance(benchmark, WebShop):
-        raise UserError(f"{recipe}: its benchmark is {benchmark.environment}, name a WebShop recipe")
+    settings = load_recipe(recipe).benchmark
+    match benchmark_of(settings):
+        case ShoppingBenchmark() as benchmark:
+            pass
+        case _:
+            raise UserError(f"{recipe}: its benchmark is {settings.environment}, name a WebShop recipe")
     with TemporaryDirectory() as folder:
-        all_goals, facts = make_shop(benchmark, Path(folder))
+        all_goals, facts = benchmark.make_shop(Path(folder))
         shop = open_shop(Path(folder) / SHOP_FOLDER)
         chosen = all_goals[PUBLISHED_SPLITS[split]][:goals]
-        played = [shop_as_expert(ShoppingTask(goal, shop), benchmark.step_limit) for goal in track(chosen, "shopping")]
+        played = [shop_as_expert(ShoppingTask(goal, shop), settings.step_limit) for goal in track(chosen, "shopping")]
     rewards, steps = zip(*played, strict=True)
     full = sum(reward == 1.0 for reward in rewards) / len(rewards)
     console.print(f"{facts['catalogue']}; nouns: {facts['nouns']}", soft_wrap=True)
     console.print(
         f"shopping expert: full reward for {full:.1%} of {len(rewards)} {split} goals in "
-        f"{benchmark.step_limit} steps, score {100 * mean(rewards):.1f}, {mean(steps):.1f} steps on average",
+        f"{settings.step_limit} steps, score {100 * mean(rewards):.1f}, {mean(steps):.1f} steps on average",
         soft_wrap=True,
     )

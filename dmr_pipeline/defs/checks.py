@@ -18,7 +18,7 @@ from dmr_pipeline.defs import exchange
 from dmr_pipeline.defs.assets import recipe_partitions
 from dmr_pipeline.defs.describe import typed
 from dmr_pipeline.defs.versions import recorded_version
-from dmr_pipeline.environments.task_types import task_types
+from dmr_pipeline.environments.benchmark import benchmark_of
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.pipeline import STAGES, find_stage
 from dmr_pipeline.recipe import Recipe, load_recipe
@@ -98,7 +98,7 @@ def trajectories_are_complete(folder: Path, manifest: Manifest, recipe: Recipe) 
     steps, episodes = (pl.read_parquet(folder / f"{name}.parquet") for name in ("steps", "episodes"))
     return _expectations(
         steps=validate_trajectory_steps(steps),
-        episodes=validate_trajectory_episodes(episodes, task_types(recipe.benchmark)),
+        episodes=validate_trajectory_episodes(episodes, benchmark_of(recipe.benchmark).task_types),
     )
 
 
@@ -113,7 +113,7 @@ def ingested_episodes_are_complete(folder: Path, manifest: Manifest, recipe: Rec
     if not episodes:
         return Finding([], {"expectations": 0})
     table = pl.DataFrame([(e.episode_id, e.task_type) for e in episodes], ["episode_id", "task_type"], orient="row")
-    return _expectations(episodes=validate_trajectory_episodes(table, task_types(recipe.benchmark)))
+    return _expectations(episodes=validate_trajectory_episodes(table, benchmark_of(recipe.benchmark).task_types))
 
 
 def labels_are_sane(folder: Path, manifest: Manifest, recipe: Recipe) -> Finding:
@@ -121,7 +121,9 @@ def labels_are_sane(folder: Path, manifest: Manifest, recipe: Recipe) -> Finding
 
     steps = pl.read_parquet(folder / "steps.parquet")
     return _expectations(
-        steps=validate_sensitivity_steps(steps, task_types(recipe.benchmark), recipe.sensitivity.label_share)
+        steps=validate_sensitivity_steps(
+            steps, benchmark_of(recipe.benchmark).task_types, recipe.sensitivity.label_share
+        )
     )
 
 

@@ -10,7 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
+from typing import Any
 from urllib.parse import unquote
+
+from dmr_pipeline.environments.benchmark import Benchmark
 
 HELD_OUT_SPLITS = ("validation", "test")
 """Of a recipe: what is chosen is chosen on the one, what is reported is measured on the other."""
@@ -19,22 +22,13 @@ _HELD_OUT_NAMES = frozenset(
     | {"validation", "valid", "dev", "eval", "test"}
 )
 """What ALFWorld, WebShop and their users call splits that nobody trains on."""
-_TRIAL = re.compile(r"trial_t\d{8}_\d{6}_\d+")
-"""The part of an official ALFWorld game's name that no other game has."""
-_GENERATED = re.compile(r"generated[\W_]*0*(\d{1,18})|^0*(\d{1,18})$")
-_GOALS = (
-    re.compile(r"(?:goal|fixed|webshop)[\W_]*0*(\d{1,18})"),
-    re.compile(r"(?:session|task|index|idx)[\W_]*0*(\d{1,18})|(?:^|/)(\d{1,18})(?=/|$)"),
-)
-"""Ways to name a WebShop goal; the second, which could be another number, only where the first is not there."""
 
 
 @dataclass(frozen=True)
 class KnownGames:
     """The games of a recipe's four splits."""
 
-    environment: str
-    """The recipe's `benchmark.environment`."""
+    benchmark: type[Benchmark[Any]]
     splits: Mapping[str, str]
     """Task id -> split. Empty where the stage `benchmark_tasks` has not been made."""
 
@@ -43,7 +37,7 @@ class KnownGames:
 
         Case, slashes of either kind, percent signs of URLs, and what stands around `<task>/<trial>` or a goal's number make no
         difference. A name that has the name of a held-out split as a part of its path is refused whatever else it says, and so
-        is a WebShop goal outside of the published training split: the recipe need not have drawn the game.
+        is one that the benchmark itself holds out (`Benchmark.held_out`): the recipe need not have drawn the game.
         """
         names = self._names(task_id)
         for name in names:
@@ -55,8 +49,8 @@ class KnownGames:
             if re.sub(r"[\s-]", "_", part) in _HELD_OUT_NAMES:
                 return f"its game {task_id} is held out, in a split called {part}"
         for name in names:
-            if self._is_webshop and (published := _published_split(name)) not in ("train", None):
-                return f"its game {task_id} is held out, in WebShop's published split {published}"
+            if (where := self.benchmark.held_out(name)) is not None:
+                return f"its game {task_id} is held out, in {where}"
         return None
 
     def is_known(self, task_id: str) -> bool:
@@ -66,22 +60,16 @@ class KnownGames:
     @cached_property
     def _games(self) -> dict[str, str]:
         """Normalised name -> task id."""
-        return {name: game for game in self.splits for name in ("/".join(_parts(game)), *_TRIAL.findall(_text(game)))}
-
-    @property
-    def _is_webshop(self) -> bool:
-        return self.environment.startswith("webshop")
+        names: dict[str, str] = {}
+        for game in self.splits:
+            name = "/".join(_parts(game))
+            names |= dict.fromkeys([name, *self.benchmark.names_in(name)], game)
+        return names
 
     def _names(self, task_id: str) -> list[str]:
         """Normalised names of every game that the id may mean."""
         parts = _parts(task_id)
-        names = [*parts, *("/".join(pair) for pair in pairwise(parts))]
-        text = "/".join(parts)
-        if self._is_webshop:
-            found = next((numbers for way in _GOALS if (numbers := way.findall(text))), [])
-            return names + [f"goal-{int(''.join(number))}" for number in found]
-        generated = [f"generated/{int(''.join(number))}" for number in _GENERATED.findall(text)]
-        return names + generated + _TRIAL.findall(text)
+        return [*parts, *("/".join(pair) for pair in pairwise(parts)), *self.benchmark.names_in("/".join(parts))]
 
 
 def _text(task_id: str) -> str:
@@ -92,14 +80,3 @@ def _text(task_id: str) -> str:
 
 def _parts(task_id: str) -> list[str]:
     return [part for part in map(str.strip, _text(task_id).split("/")) if part not in ("", ".")]
-
-
-def _published_split(name: str) -> str | None:
-    """Of a goal called `goal-<index>`."""
-    from dmr_pipeline.environments.webshop.goals import PUBLISHED_SPLITS
-
-    number = re.fullmatch(r"goal-(\d{1,18})", name)
-    if number is None:
-        return None
-    index = int(number[1])
-    return next(split for split, part in PUBLISHED_SPLITS.items() if part.start <= index < (part.stop or index + 1))

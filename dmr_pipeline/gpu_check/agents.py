@@ -17,7 +17,7 @@ from dmr_pipeline.artifacts.stage import StageContext
 from dmr_pipeline.environments.alfworld.engine import AlfWorldEpisode
 from dmr_pipeline.environments.alfworld.game import Game
 from dmr_pipeline.environments.alfworld.generator import generate_game
-from dmr_pipeline.environments.tasks import split_seeds
+from dmr_pipeline.environments.benchmark import split_seeds
 from dmr_pipeline.gpu_check.decoding import random_model
 from dmr_pipeline.gpu_check.record import Part, Skipped
 from dmr_pipeline.gpu_check.sizes import Shape, Sizes

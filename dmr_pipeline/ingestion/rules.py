@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dmr_pipeline.environments.benchmark import benchmark_of
 from dmr_pipeline.environments.task_ids import KnownGames
-from dmr_pipeline.environments.task_types import task_types
 from dmr_pipeline.errors import UserError, printable
 from dmr_pipeline.ingestion.incoming import (
     FILE_LIMIT,
@@ -30,11 +30,12 @@ class Rules:
     @classmethod
     def of(cls, recipe: Recipe, benchmark_tasks: Path | None) -> "Rules":
         """Args: benchmark_tasks: that stage's folder; without it no game is known to be held out but by its split's name."""
+        benchmark = benchmark_of(recipe.benchmark)
         return cls(
-            task_types(recipe.benchmark),
+            benchmark.task_types,
             tuple(rung.name for rung in recipe.precisions.ladder),
             recipe.benchmark.step_limit,
-            KnownGames(recipe.benchmark.environment, {} if benchmark_tasks is None else _games(benchmark_tasks)),
+            KnownGames(type(benchmark), {} if benchmark_tasks is None else _games(benchmark_tasks)),
         )
 
     def objections(self, episode: LoggedEpisode) -> Iterator[str]:

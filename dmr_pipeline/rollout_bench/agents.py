@@ -11,7 +11,7 @@ from transformers import LlamaConfig, PreTrainedModel
 
 from dmr_pipeline.agent.checkpoint import load_causal_lm, load_tokenizer, random_causal_lm
 from dmr_pipeline.environments.base import Task
-from dmr_pipeline.environments.tasks import read_tasks
+from dmr_pipeline.environments.benchmark import benchmark_of
 from dmr_pipeline.recipe import load_recipe
 from dmr_pipeline.rollout.engine import play_alone
 from dmr_pipeline.rollout.kv_cache.choice import token_streams, transcript_capacity
@@ -73,7 +73,8 @@ class TinyAgent:
         recipe = load_recipe(self.recipe)
         model, tokenizer = load_causal_lm(self.model_folder, None, CPU)
         prompter = Prompter.of(tokenizer, recipe.agent.prompt, model.generation_config)
-        tasks, limit = read_tasks(self.tasks, SPLIT), recipe.benchmark.step_limit
+        tasks = benchmark_of(recipe.benchmark).read_tasks(self.tasks, SPLIT)
+        limit = recipe.benchmark.step_limit
 
         def play_in_slots(episodes: Sequence[int], at_once: int) -> Actions:
             played = play_alone(model, [tasks[number] for number in episodes], prompter, limit, at_once)
@@ -131,7 +132,8 @@ class RandomLlama:
         model = self.model()
         recipe = load_recipe(self.reader.recipe)
         prompter = Prompter.of(load_tokenizer(self.reader.model_folder), recipe.agent.prompt)
-        seen = (_seen_by_expert(task, prompter, self.steps) for task in read_tasks(self.reader.tasks, SPLIT))
+        tasks = benchmark_of(recipe.benchmark).read_tasks(self.reader.tasks, SPLIT)
+        seen = (_seen_by_expert(task, prompter, self.steps) for task in tasks)
         transcripts = [segments for segments in seen if len(segments) == self.steps]
 
         def write_in_slots(episodes: Sequence[int], at_once: int) -> Actions:

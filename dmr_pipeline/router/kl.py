@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from dmr_pipeline.artifacts.resume import load_state, save_state
 from dmr_pipeline.environments.base import Task
+from dmr_pipeline.environments.webshop.benchmark import SEARCH
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.recipe import KlRouter, Lora, Recipe
 from dmr_pipeline.rollout.engine import Clock, RoutingPolicy, Run, Trajectory
@@ -44,7 +45,6 @@ from dmr_pipeline.router.model import (
     with_features,
 )
 from dmr_pipeline.router.policies import routing_policy
-from dmr_pipeline.router.search_steps import SEARCH
 
 ROUTER_FOLDER = "router"
 _VALIDATION_MIX = 0.5

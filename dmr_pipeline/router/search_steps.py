@@ -6,10 +6,8 @@ learns nothing from them in stage 2. Whether their divergence is high is decided
 """
 
 from dmr_pipeline.environments.base import Task
+from dmr_pipeline.environments.webshop.benchmark import SEARCH
 from dmr_pipeline.rollout.engine import Peek
-
-SEARCH = "search["
-"""What the command of a search starts with."""
 
 
 def at_search_bar(peek: Peek) -> list[bool]:

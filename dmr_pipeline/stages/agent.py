@@ -5,8 +5,7 @@ import torch
 from dmr_pipeline.agent.checkpoint import load_causal_lm, resolve_device, save_causal_lm
 from dmr_pipeline.agent.memory import out_of_memory_names
 from dmr_pipeline.artifacts.stage import StageContext, StageResult
-from dmr_pipeline.environments.tasks import benchmark_texts, read_tasks
-from dmr_pipeline.recipe import WebShop
+from dmr_pipeline.environments.benchmark import benchmark_of
 from dmr_pipeline.rollout.kv_cache.choice import transcript_capacity, way_of
 from dmr_pipeline.rollout.prompts import Prompter
 from dmr_pipeline.training.train import success_rate, train
@@ -27,11 +26,10 @@ def agent(context: StageContext) -> StageResult:
         save_causal_lm(model, tokenizer, folder, model.dtype)
         return StageResult(summary={"source": source.model, "parameters": model.num_parameters()})
     assert section.training is not None
-    dealt = context.inputs["benchmark_tasks"]
-    tasks = read_tasks(dealt, "agent_train")
-    # What WebShop's commands name has to come back to the letter.
-    new_tokenizer = exact_word_tokenizer if isinstance(recipe.benchmark, WebShop) else word_tokenizer
-    tokenizer = new_tokenizer(benchmark_texts(dealt, recipe.benchmark))
+    benchmark, dealt = benchmark_of(recipe.benchmark), context.inputs["benchmark_tasks"]
+    tasks = benchmark.read_tasks(dealt, "agent_train")
+    new_tokenizer = exact_word_tokenizer if benchmark.exact_words else word_tokenizer
+    tokenizer = new_tokenizer(benchmark.texts(dealt))
     prompter = Prompter.of(tokenizer, section.prompt)
     with out_of_memory_names("agent.training.architecture"):
         model, log = train(
@@ -46,7 +44,7 @@ def agent(context: StageContext) -> StageResult:
         )
     save_causal_lm(model, tokenizer, folder, torch.float16)
     log.write_parquet(context.output / "training.parquet")
-    validation = read_tasks(dealt, "validation")
+    validation = benchmark.read_tasks(dealt, "validation")
     model, _ = load_causal_lm(folder, None, device)
     success = success_rate(model, validation, prompter, recipe.benchmark, recipe.runtime)
     return StageResult(

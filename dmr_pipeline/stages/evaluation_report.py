@@ -10,7 +10,7 @@ from pydantic import JsonValue
 from rich.progress import Progress
 
 from dmr_pipeline.artifacts.stage import StageContext, StageResult
-from dmr_pipeline.environments.tasks import read_tasks
+from dmr_pipeline.environments.benchmark import benchmark_of
 from dmr_pipeline.evaluation.kept import KeptTables
 from dmr_pipeline.evaluation.metrics import compute_metrics
 from dmr_pipeline.evaluation.play import acting_facts, content, evaluate, rung_alone
@@ -43,8 +43,9 @@ from dmr_pipeline.router.policies import routing_policy
 def evaluation_report(context: StageContext) -> StageResult:
     recipe = context.recipe
     torch.set_num_threads(recipe.runtime.threads)
-    test = read_tasks(context.inputs["benchmark_tasks"], "test")
-    validation = read_tasks(context.inputs["benchmark_tasks"], "validation")
+    benchmark = benchmark_of(recipe.benchmark)
+    test = benchmark.read_tasks(context.inputs["benchmark_tasks"], "test")
+    validation = benchmark.read_tasks(context.inputs["benchmark_tasks"], "validation")
     checkpoints, high, low = context.inputs["quantized_checkpoints"], recipe.precisions.high, recipe.precisions.low
     tables = KeptTables(context.kept or context.scratch, {"games": content(context.inputs["benchmark_tasks"])})
     on_validation, on_test = (tables.under(split=split) for split in ("validation", "test"))
@@ -163,7 +164,7 @@ def report_context(
             " the headline router by the reward of stage 2.",
             "The paper's numbers come from other agents, games and precisions; nothing here is a reproduction of them.",
             f"What the agent reads: {truncation_policy(recipe.agent.prompt.page)}.",
-            *benchmark_notes(context.inputs["benchmark_tasks"]),
+            *benchmark_of(recipe.benchmark).notes(_summary(context.inputs["benchmark_tasks"])),
             *more_notes,
         ],
     }
@@ -176,13 +177,6 @@ def outgrown_notes(episodes: pl.DataFrame) -> list[str]:
         return []
     counts = ", ".join(f"{policy} {count}" for policy, count in lost.iter_rows())
     return [f"Episodes that outgrew the transcript (agent.max_transcript_tokens) and count as lost: {counts}."]
-
-
-def benchmark_notes(benchmark_tasks: Path) -> list[str]:
-    """What the stage of this folder tells of a shop."""
-    summary = _summary(benchmark_tasks)
-    words = {"catalogue": "Catalogue of the shop", "nouns": "Nouns of the titles, which rewards compare"}
-    return [f"{words[fact]}: {summary[fact]}." for fact in words if fact in summary]
 
 
 def _summary(folder: Path) -> dict[str, JsonValue]:

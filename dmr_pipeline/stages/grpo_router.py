@@ -10,7 +10,7 @@ import torch
 
 from dmr_pipeline.agent.memory import out_of_memory_names
 from dmr_pipeline.artifacts.stage import StageContext, StageResult
-from dmr_pipeline.environments.tasks import read_tasks
+from dmr_pipeline.environments.benchmark import benchmark_of
 from dmr_pipeline.rollout.engine import Clock
 from dmr_pipeline.rollout.known import Known
 from dmr_pipeline.rollout.playing import Ladder
@@ -30,8 +30,10 @@ def grpo_router(context: StageContext) -> StageResult:
     recipe, section = context.recipe, context.recipe.grpo_router
     torch.set_num_threads(recipe.runtime.threads)
     ladder = Ladder.load(context.inputs["quantized_checkpoints"], recipe)
-    games = read_tasks(context.inputs["benchmark_tasks"], "router_train")
-    validation = read_tasks(context.inputs["benchmark_tasks"], "validation", section.validation_games)
+    games = benchmark_of(recipe.benchmark).read_tasks(context.inputs["benchmark_tasks"], "router_train")
+    validation = benchmark_of(recipe.benchmark).read_tasks(
+        context.inputs["benchmark_tasks"], "validation", section.validation_games
+    )
     stage_1 = context.inputs["kl_router"] / ROUTER_FOLDER
 
     def load() -> Router:

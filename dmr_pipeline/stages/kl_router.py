@@ -7,7 +7,7 @@ from scipy.special import expit
 
 from dmr_pipeline.agent.memory import out_of_memory_names
 from dmr_pipeline.artifacts.stage import StageContext, StageResult
-from dmr_pipeline.environments.tasks import read_tasks
+from dmr_pipeline.environments.benchmark import benchmark_of
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.ingestion.tables import read_all_trajectories
 from dmr_pipeline.rollout.engine import Clock
@@ -64,7 +64,9 @@ def kl_router(context: StageContext) -> StageResult:
         router, log = train(router, sequences, labels, section, context.scratch)
     router = with_settings(router, force_search=searches.get("search_forced", False))
 
-    games = read_tasks(context.inputs["benchmark_tasks"], "validation", section.validation_games)
+    games = benchmark_of(recipe.benchmark).read_tasks(
+        context.inputs["benchmark_tasks"], "validation", section.validation_games
+    )
     validation = validate(router, games, ladder, recipe, tau)
     sensitive = validation["sensitive"].to_numpy()
     if sensitive.all() or not sensitive.any():

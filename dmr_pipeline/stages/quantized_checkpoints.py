@@ -14,7 +14,7 @@ from dmr_pipeline.agent.checkpoint import load_causal_lm, resolve_device
 from dmr_pipeline.agent.memory import in_pieces
 from dmr_pipeline.artifacts.stage import StageContext, StageResult
 from dmr_pipeline.environments.base import Task
-from dmr_pipeline.environments.tasks import read_tasks
+from dmr_pipeline.environments.benchmark import benchmark_of
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.precision.acting import acting_model
 from dmr_pipeline.precision.frontier import LADDER_FILE, LadderFacts, RungFacts, gate
@@ -38,7 +38,7 @@ def quantized_checkpoints(context: StageContext) -> StageResult:
     float_model, tokenizer = load_causal_lm(context.inputs["agent"] / "model", None, device)
     tokenizer.save_pretrained(context.output / "tokenizer")
     prompter = Prompter.of(tokenizer, recipe.agent.prompt, float_model.generation_config)
-    games = read_tasks(context.inputs["benchmark_tasks"], "validation")
+    games = benchmark_of(recipe.benchmark).read_tasks(context.inputs["benchmark_tasks"], "validation")
     capacity = transcript_capacity(float_model.config, recipe.agent.max_transcript_tokens)
     examples = expert_steps(games[: recipe.precisions.kl_episodes], prompter, recipe.benchmark.step_limit, capacity)
     facts, cost = [], 0.0

@@ -90,7 +90,7 @@ def play_both(context: StageContext, released: Path, candidate: Candidate) -> pl
     import torch
     from rich.progress import Progress
 
-    from dmr_pipeline.environments.tasks import read_tasks
+    from dmr_pipeline.environments.benchmark import benchmark_of
     from dmr_pipeline.evaluation.play import Entry, evaluate
     from dmr_pipeline.rollout.playing import Ladder
     from dmr_pipeline.router.kl import ROUTER_FOLDER
@@ -107,7 +107,7 @@ def play_both(context: StageContext, released: Path, candidate: Candidate) -> pl
     # `evaluate` draws actions (at a temperature) by the evaluation's seed, of which this stage knows nothing.
     recipe = context.recipe.model_copy(update={"evaluation": Evaluation(seed=rule.seed)})
     ladder = Ladder.load(checkpoints, recipe)
-    games = read_tasks(context.inputs["benchmark_tasks"], "validation", rule.games)
+    games = benchmark_of(recipe.benchmark).read_tasks(context.inputs["benchmark_tasks"], "validation", rule.games)
     entries = []
     for name, artefact in ((RELEASED, released), (CANDIDATE, context.inputs["grpo_router"])):
         router = load_router(artefact / ROUTER_FOLDER, ladder.device, ladder.models[False])

@@ -7,7 +7,7 @@ import torch
 from rich.progress import Progress
 
 from dmr_pipeline.artifacts.stage import StageContext, StageResult
-from dmr_pipeline.environments.tasks import read_tasks
+from dmr_pipeline.environments.benchmark import benchmark_of
 from dmr_pipeline.rollout.engine import Clock, RoutingPolicy, Run, SinglePrecision, Trajectory
 from dmr_pipeline.rollout.known import Known
 from dmr_pipeline.rollout.playing import Ladder, PolicyRuns
@@ -19,7 +19,10 @@ def trajectories(context: StageContext) -> StageResult:
     recipe = context.recipe
     torch.set_num_threads(recipe.runtime.threads)
     ladder = Ladder.load(context.inputs["quantized_checkpoints"], recipe)
-    runs = [Run(game) for game in read_tasks(context.inputs["benchmark_tasks"], "router_train")]
+    runs = [
+        Run(game)
+        for game in benchmark_of(recipe.benchmark).read_tasks(context.inputs["benchmark_tasks"], "router_train")
+    ]
     clock, frames, summary = Clock(), [], {}
 
     def on_played(index: int, played: list[Trajectory], spent: Clock) -> None:

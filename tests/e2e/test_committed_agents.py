@@ -11,7 +11,7 @@ from dmr_pipeline.artifacts.folders import artifact_folder
 from dmr_pipeline.artifacts.manifest import verify
 from dmr_pipeline.artifacts.materialize import materialize_stage
 from dmr_pipeline.artifacts.provenance import provenance
-from dmr_pipeline.environments.tasks import read_tasks
+from dmr_pipeline.environments.benchmark import benchmark_of
 from dmr_pipeline.recipe import load_recipe
 from dmr_pipeline.rollout.engine import play_alone
 from dmr_pipeline.rollout.prompts import Prompter
@@ -32,7 +32,7 @@ def test_a_committed_agent_is_current_and_wins(name: str, tmp_path: Path) -> Non
     assert sum(path.stat().st_size for path in agent.path.rglob("*") if path.is_file()) < 10e6
 
     model, tokenizer = load_causal_lm(agent.path / "model", None, torch.device("cpu"))
-    games = read_tasks(tasks.path, "validation", GAMES)
+    games = benchmark_of(recipe.benchmark).read_tasks(tasks.path, "validation", GAMES)
     prompter = Prompter.of(tokenizer, recipe.agent.prompt)
     played = play_alone(model, games, prompter, recipe.benchmark.step_limit, GAMES)
     won = sum(trajectory.success for trajectory in played)

@@ -11,7 +11,7 @@ import pytest
 from dmr_pipeline import pipeline
 from dmr_pipeline.artifacts.folders import artifact_folder
 from dmr_pipeline.artifacts.manifest import verify
-from dmr_pipeline.environments.tasks import read_tasks
+from dmr_pipeline.environments.benchmark import benchmark_of
 from dmr_pipeline.recipe import load_recipe
 from dmr_pipeline.rollout.cost import episode_cost
 from dmr_pipeline.rollout.engine import Run, SinglePrecision
@@ -90,7 +90,7 @@ def assert_the_rung_acted_alone(cost: float) -> None:
     ladder = Ladder.load(
         artifact_folder("quantized_checkpoints", "micro"), recipe.model_copy(update={"precisions": precisions})
     )
-    games = read_tasks(artifact_folder("benchmark_tasks", "micro"), "test")
+    games = benchmark_of(recipe.benchmark).read_tasks(artifact_folder("benchmark_tasks", "micro"), "test")
     played = ladder.play([Run(game) for game in games], SinglePrecision(high=False), seed=0)
     spent = [episode_cost(trajectory, ladder.weight_bytes) / ladder.always_high_cost for trajectory in played]
     assert cost == pytest.approx(sum(spent) / len(spent), abs=1e-6)

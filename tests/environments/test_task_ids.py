@@ -1,14 +1,16 @@
 import pytest
 
+from dmr_pipeline.environments.alfworld.benchmark import GeneratedGames, OfficialGames
 from dmr_pipeline.environments.task_ids import KnownGames
+from dmr_pipeline.environments.webshop.benchmark import GeneratedShop
 
 SIMPLE, TRIAL = "pick_and_place_simple-Mug-None-Desk-308", "trial_T20190909_044715_250790"
 OTHER = "trial_T20190906_182353_418140"
 ALFWORLD = KnownGames(
-    "alfworld-official", {f"{SIMPLE}/{TRIAL}": "test", f"{SIMPLE}/{OTHER}": "router_train", "look/dev-1": "validation"}
+    OfficialGames, {f"{SIMPLE}/{TRIAL}": "test", f"{SIMPLE}/{OTHER}": "router_train", "look/dev-1": "validation"}
 )
-GENERATED = KnownGames("alfworld", {"generated/20000000": "validation", "generated/10000000": "router_train"})
-WEBSHOP = KnownGames("webshop", {"goal-17": "test", "goal-501": "validation", "goal-1501": "router_train"})
+GENERATED = KnownGames(GeneratedGames, {"generated/20000000": "validation", "generated/10000000": "router_train"})
+WEBSHOP = KnownGames(GeneratedShop, {"goal-17": "test", "goal-501": "validation", "goal-1501": "router_train"})
 HOME = "/home/ann/.cache/alfworld/json_2.1.1"
 
 
@@ -53,7 +55,7 @@ def test_an_alfworld_game_under_any_spelling(spelled, disguise):
 
 
 @pytest.mark.parametrize("split", ["valid_seen", "valid_unseen", "VALID-SEEN", "test", "eval_out_of_distribution"])
-@pytest.mark.parametrize("games", [ALFWORLD, GENERATED, WEBSHOP, KnownGames("alfworld", {})])
+@pytest.mark.parametrize("games", [ALFWORLD, GENERATED, WEBSHOP, KnownGames(GeneratedGames, {})])
 def test_the_name_of_a_held_out_split_is_enough(games, split):
     undrawn = f"{HOME}/{split}/{SIMPLE}/trial_T20190101_000000_000001/game.tw-pddl"
     assert f"in a split called {split.lower()}" in games.held_out(undrawn)
@@ -99,7 +101,7 @@ def test_a_name_of_no_game_is_not_known():
     assert not ALFWORLD.is_known(f"{SIMPLE}/trial_T20190101_000000_000001")
     assert not WEBSHOP.is_known("")
     assert ALFWORLD.held_out("kitchen/17") is None
-    assert KnownGames("alfworld", {}).is_known("kitchen/17")
+    assert KnownGames(GeneratedGames, {}).is_known("kitchen/17")
     assert "which is look/dev-1, is held out" in ALFWORLD.held_out("Look/Dev-1")
     assert WEBSHOP.held_out("goal-" + "9" * 5000) is None
 

@@ -1,22 +1,8 @@
-import json
-from pathlib import Path
-
 import polars as pl
 
 from dmr_pipeline.evaluation.policies import choose_headline
 from dmr_pipeline.recipe import load_recipe
-from dmr_pipeline.stages.evaluation_report import benchmark_notes, outgrown_notes
-
-
-def test_notes_say_of_a_shop_where_its_catalogue_and_nouns_come_from(tmp_path: Path) -> None:
-    summary = {"nouns": "every word of letters", "catalogue": "generated, 1,000 products", "test": {"games": 500}}
-    (tmp_path / "manifest.json").write_text(json.dumps({"summary": summary}))
-    assert benchmark_notes(tmp_path) == [
-        "Catalogue of the shop: generated, 1,000 products.",
-        "Nouns of the titles, which rewards compare: every word of letters.",
-    ]
-    (tmp_path / "manifest.json").write_text(json.dumps({"summary": {"test": {"games": 200}}}))
-    assert benchmark_notes(tmp_path) == []
+from dmr_pipeline.stages.evaluation_report import outgrown_notes
 
 
 def validation_frame(won: int, cost: float, high_steps: int) -> pl.DataFrame:

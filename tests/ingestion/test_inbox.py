@@ -28,6 +28,7 @@ from dmr_pipeline.artifacts import materialize
 from dmr_pipeline.artifacts.manifest import hash_files, verify
 from dmr_pipeline.artifacts.materialize import Materialized, materialize_stage
 from dmr_pipeline.artifacts.stage import StageContext, StageResult
+from dmr_pipeline.environments.alfworld.benchmark import GeneratedGames
 from dmr_pipeline.environments.alfworld.engine import AlfWorldEpisode
 from dmr_pipeline.environments.alfworld.expert import ExploringExpert
 from dmr_pipeline.environments.alfworld.game import TaskType
@@ -55,7 +56,7 @@ from tests.rollout.test_engine import HIGH, LOW, PROMPTER, RUNS
 REAL = pipeline.find_stage("ingested_trajectories", pipeline.STAGES)
 BENCHMARK = replace(pipeline.find_stage("benchmark_tasks", pipeline.STAGES), run=fake_run)
 CAPACITY = 500
-RULES = Rules(TaskType.__args__, ("float", "int2"), 50, KnownGames("alfworld", {"test-game": "test"}))
+RULES = Rules(TaskType.__args__, ("float", "int2"), 50, KnownGames(GeneratedGames, {"test-game": "test"}))
 DATA = Path("data")
 RECIPE = Recipe.model_validate({"name": "fake", **yaml.safe_load(RECIPE_YAML)})
 

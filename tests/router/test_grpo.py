@@ -17,7 +17,7 @@ from dmr_pipeline.agent.checkpoint import save_causal_lm
 from dmr_pipeline.artifacts.manifest import hash_files
 from dmr_pipeline.artifacts.resume import save_state
 from dmr_pipeline.artifacts.stage import StageContext, StageResult
-from dmr_pipeline.environments.tasks import read_tasks
+from dmr_pipeline.environments.benchmark import benchmark_of
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.recipe import Recipe, load_recipe
 from dmr_pipeline.rollout.cost import episode_cost
@@ -138,7 +138,7 @@ def test_artefact_and_log(artefacts: Path, unbroken: tuple[Path, StageResult]) -
     # What the manifest says of the chosen weights holds for those in the artefact.
     recipe = tiny_recipe()
     scorer = Scorer(Ladder.load(artefacts / "quantized_checkpoints", recipe), router.weight_bytes)
-    games = read_tasks(artefacts / "benchmark_tasks", "validation", 3)
+    games = benchmark_of(recipe.benchmark).read_tasks(artefacts / "benchmark_tasks", "validation", 3)
     means = scorer.means(scorer.ladder.play([Run(game) for game in games], LmRouter(router, 3), seed=0))
     for name, value in means.items():
         assert result.summary[f"validation_{name}"] == pytest.approx(value, abs=1e-6)
@@ -147,7 +147,7 @@ def test_artefact_and_log(artefacts: Path, unbroken: tuple[Path, StageResult]) -
 def test_cost_is_in_always_high_episodes_with_the_router(artefacts: Path) -> None:
     ladder = Ladder.load(artefacts / "quantized_checkpoints", tiny_recipe())
     scorer = Scorer(ladder, router_bytes=1000)
-    run = Run(read_tasks(artefacts / "benchmark_tasks", "validation", 1)[0])
+    run = Run(benchmark_of(tiny_recipe().benchmark).read_tasks(artefacts / "benchmark_tasks", "validation", 1)[0])
     trajectory = scorer.ladder.play([run], grpo.RandomMixing(0.5, 1), seed=0)[0]
     agent_alone = episode_cost(trajectory, ladder.weight_bytes)
     expected = (agent_alone + 1000 * len(trajectory.steps)) / ladder.always_high_cost

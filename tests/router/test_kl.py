@@ -17,7 +17,7 @@ from dmr_pipeline.artifacts.stage import StageContext
 from dmr_pipeline.environments.alfworld.engine import AlfWorldEpisode
 from dmr_pipeline.environments.alfworld.expert import ExploringExpert
 from dmr_pipeline.environments.alfworld.generator import generate_game
-from dmr_pipeline.environments.tasks import read_tasks
+from dmr_pipeline.environments.benchmark import benchmark_of
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.recipe import KlRouter, Lora, Pretrained, Prompt, Recipe, RouterModel, load_recipe
 from dmr_pipeline.rollout.playing import Ladder
@@ -266,7 +266,7 @@ def test_the_stage_is_deterministic_and_its_numbers_hold(
     router = load_router(output / "router", CPU)
     assert summary["threshold"] == router.settings.threshold
     assert router.settings.target_ratio == 0.3
-    games = read_tasks(inputs["benchmark_tasks"], "validation", 4)
+    games = benchmark_of(recipe.benchmark).read_tasks(inputs["benchmark_tasks"], "validation", 4)
     played = play_games(games, LmRouter(router, 4), ladder, 0, "", kl.Clock())
     high = [step.high for trajectory in played for step in trajectory.steps]
     assert summary["validation_high_ratio"] == pytest.approx(np.mean(high), abs=1e-5)
@@ -293,7 +293,10 @@ def test_with_nothing_ingested_the_labels_are_those_of_the_played_steps_alone(
 def test_ingested_steps_are_labelled_and_learned_from(recipe: Recipe, inputs: dict[str, Path], tmp_path: Path) -> None:
     """Played episodes that come back as logs; the one whose game is a test game by then is used by neither stage."""
     episodes, steps = read_trajectories(inputs["trajectories"])
-    task_of = {game.task_id: game.instruction for game in read_tasks(inputs["benchmark_tasks"], "router_train")}
+    task_of = {
+        game.task_id: game.instruction
+        for game in benchmark_of(recipe.benchmark).read_tasks(inputs["benchmark_tasks"], "router_train")
+    }
     (tmp_path / "incoming").mkdir()
     lines = []
     for episode in episodes.filter(pl.col("policy") == "all-high").iter_rows(named=True):

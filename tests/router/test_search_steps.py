@@ -14,7 +14,7 @@ from scipy.special import expit
 from dmr_pipeline.environments.alfworld.engine import AlfWorldEpisode
 from dmr_pipeline.environments.alfworld.game import Game
 from dmr_pipeline.environments.alfworld.generator import generate_game
-from dmr_pipeline.environments.tasks import read_tasks
+from dmr_pipeline.environments.benchmark import benchmark_of
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.evaluation.policies import search_entries
 from dmr_pipeline.recipe import Prompt, Recipe
@@ -208,7 +208,9 @@ def test_stage_1_calibrates_at_the_other_steps_and_hands_the_rule_on(
     assert summary["search_forced"] is True
     assert json.loads((output / "router" / "router.json").read_text())["force_search"] is True
     validation = pl.read_parquet(output / "validation.parquet")
-    games = {game.task_id for game in read_tasks(inputs["benchmark_tasks"], "validation", 4)}
+    games = {
+        game.task_id for game in benchmark_of(recipe.benchmark).read_tasks(inputs["benchmark_tasks"], "validation", 4)
+    }
     asked = {(f"validation/{game}/0", turn) for game in games for turn in range(6) if not at_bar(game, turn)}
     assert set(validation.select("episode_id", "turn").rows()) == asked
     # Half of the steps are forced, so that no threshold gets to a ratio below.
@@ -220,7 +222,8 @@ def test_stage_1_calibrates_at_the_other_steps_and_hands_the_rule_on(
 def test_stage_2_learns_from_the_other_steps_alone(artefacts: Path, tmp_path: Path, kind: str) -> None:
     ladder = Ladder.load(artefacts / "quantized_checkpoints", tiny_recipe())
     router = replace(new_router(kind), agent=ladder.models[False])
-    scorer, games = Scorer(ladder, router.weight_bytes), read_tasks(artefacts / "benchmark_tasks", "validation")
+    scorer = Scorer(ladder, router.weight_bytes)
+    games = benchmark_of(tiny_recipe().benchmark).read_tasks(artefacts / "benchmark_tasks", "validation")
     settings = tempered_settings(router, scorer, games, tmp_path)
     assert settings.force_search
     mixed = ladder.play([Run(game) for game in games], RandomMixing(0.6, 0, force_search=True), 0)

@@ -11,7 +11,8 @@ from dmr_pipeline.environments.alfworld.game import Game
 from dmr_pipeline.environments.alfworld.generator import generate_game
 from dmr_pipeline.environments.alfworld.words import alfworld_texts
 from dmr_pipeline.environments.base import Demonstration
-from dmr_pipeline.recipe import GeneratedWebShop, Prompt, Recipe, Splits, load_recipe, problems_across
+from dmr_pipeline.environments.webshop.benchmark import GeneratedWebShop
+from dmr_pipeline.recipe import Prompt, Recipe, Splits, load_recipe, problems_across
 from dmr_pipeline.rollout.engine import Run, Step, Trajectory
 from dmr_pipeline.rollout.prompts import Prompter
 from dmr_pipeline.training.examples import (
@@ -142,6 +143,6 @@ def test_only_alfworlds_looks_need_thoughts() -> None:
     recipe = load_recipe("alfworld-tiny").model_dump()
     recipe["agent"]["prompt"]["thought_end"] = None
     (problem,) = problems_across(dict(Recipe.model_validate(recipe)))
-    assert problem == "agent: ALFWorld's looks teach thoughts, so they need 'prompt.thought_end'"
+    assert problem == "agent: the looks of alfworld teach thoughts, so they need 'prompt.thought_end'"
     recipe["benchmark"] = GeneratedWebShop(splits=Splits(agent_train=1, router_train=99, validation=200, test=1))
     assert not list(problems_across(dict(Recipe.model_validate(recipe))))

@@ -7,10 +7,11 @@ import torch
 from transformers import PreTrainedModel
 
 from dmr_pipeline.artifacts.stage import StageContext
+from dmr_pipeline.environments.alfworld.benchmark import GeneratedAlfWorld, GeneratedGames
 from dmr_pipeline.environments.alfworld.generator import generate_game
 from dmr_pipeline.environments.alfworld.words import alfworld_texts
 from dmr_pipeline.errors import UserError
-from dmr_pipeline.recipe import Architecture, GeneratedAlfWorld, Prompt, Runtime, Splits, Training, load_recipe
+from dmr_pipeline.recipe import Architecture, Prompt, Runtime, Splits, Training, load_recipe
 from dmr_pipeline.rollout.prompts import Prompter
 from dmr_pipeline.stages import agent as stage
 from dmr_pipeline.training import train as module
@@ -129,7 +130,7 @@ def test_a_training_that_does_not_fit_a_gpu_names_its_knob(tmp_path: Path, monke
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     recipe = load_recipe("alfworld-tiny", Path(__file__).parents[2] / "recipes")
-    monkeypatch.setattr(stage, "read_tasks", lambda folder, split: [])
+    monkeypatch.setattr(GeneratedGames, "read_tasks", lambda *_: [])
     monkeypatch.setattr(stage, "train", out_of_memory)
     with pytest.raises(UserError, match=r"make agent\.training\.architecture smaller"):
         stage.agent(StageContext(recipe, {"benchmark_tasks": tmp_path}, tmp_path, tmp_path))

@@ -48,6 +48,10 @@ class Goal(BaseModel):
     def task_id(self) -> str:
         return f"goal-{self.index}"
 
+    @property
+    def task_type(self) -> str:
+        return self.category
+
 
 @dataclass(frozen=True)
 class ShoppingTask:
@@ -62,7 +66,7 @@ class ShoppingTask:
 
     @property
     def task_type(self) -> str:
-        return self.goal.category
+        return self.goal.task_type
 
     @property
     def instruction(self) -> str:
@@ -84,6 +88,11 @@ class ShoppingTask:
         from dmr_pipeline.environments.webshop.demonstrations import results_shown
 
         return results_shown(self, rng)
+
+
+def published_split(index: int) -> str:
+    """Of a goal, by its place in the shuffled list."""
+    return next(split for split, part in PUBLISHED_SPLITS.items() if part.start <= index < (part.stop or index + 1))
 
 
 class Goals(Sequence[Goal]):

@@ -3,12 +3,14 @@
 import random
 import shutil
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-import polars as pl
+from pydantic import JsonValue
 
+from dmr_pipeline.environments.task_files import read_tasks, write_tasks
 from dmr_pipeline.environments.webshop.catalogue import draw_prices, open_shop, read_pricing, write_shop, write_terms
 from dmr_pipeline.environments.webshop.expert import ShoppingExpert
 from dmr_pipeline.environments.webshop.generator import generate_products
@@ -16,38 +18,54 @@ from dmr_pipeline.environments.webshop.goals import PUBLISHED_SPLITS, Goal, Goal
 from dmr_pipeline.environments.webshop.nouns import DESCRIPTIONS, NounTagger, installed_tagger
 from dmr_pipeline.environments.webshop.official.packing import official_shop
 from dmr_pipeline.errors import UserError
-from dmr_pipeline.recipe import GeneratedWebShop, OfficialWebShop, WebShop
+
+if TYPE_CHECKING:
+    from dmr_pipeline.environments.webshop.benchmark import GeneratedWebShop, OfficialWebShop, WebShop
 
 SHOP_FOLDER = "shop"
 _PUBLISHED = {"agent_train": "train", "router_train": "train", "validation": "eval", "test": "test"}
 
 
-def make_shop(benchmark: WebShop, output: Path) -> tuple[Goals, dict[str, str]]:
-    """Write the shop into `output`; all its goals, in WebShop's order, and what a report should say of them.
+@dataclass(frozen=True)
+class Catalogue:
+    """Products that have been written, and what the rest of their shop is made with."""
 
-    Raises:
-        UserError: the official catalogue is not packed.
-    """
-    folder = output / SHOP_FOLDER
+    description: str
+    seed: int
+    """Of prices and price limits."""
     tagger: NounTagger = "alphabetic"
-    if isinstance(benchmark, GeneratedWebShop):
-        seed, human = benchmark.seed, False
-        count = write_shop(generate_products(benchmark.products, seed), folder)
-        catalogue = f"{count} generated products"
-    else:
-        assert isinstance(benchmark, OfficialWebShop)
-        seed, human = benchmark.price_seed, benchmark.goals == "human"
-        tagger = installed_tagger() if benchmark.nouns == "installed" else benchmark.nouns
-        packed, pack = official_shop()
-        shutil.copytree(packed, folder, ignore=shutil.ignore_patterns("pack.json"))
-        catalogue = f"{pack.products} products of WebShop ({pack.name}), {benchmark.goals} goals"
-    rng = random.Random(seed)
-    write_terms(draw_prices(read_pricing(folder), rng), tagger, folder)
-    goals = Goals(open_shop(folder), rng, human=human)
-    return goals, {"catalogue": f"{catalogue}; prices drawn with seed {seed}", "nouns": DESCRIPTIONS[tagger]}
+    human: bool = False
+    """Goals are in people's own words."""
 
 
-def deal_goals(goals: Sequence[Goal], benchmark: WebShop, folder: Path) -> dict[str, tuple[list[Goal], dict[str, Any]]]:
+def generated_catalogue(settings: "GeneratedWebShop", folder: Path) -> Catalogue:
+    count = write_shop(generate_products(settings.products, settings.seed), folder)
+    return Catalogue(f"{count} generated products", settings.seed)
+
+
+def official_catalogue(settings: "OfficialWebShop", folder: Path) -> Catalogue:
+    """Raises: UserError: the official catalogue is not packed."""
+    tagger = installed_tagger() if settings.nouns == "installed" else settings.nouns
+    packed, pack = official_shop()
+    shutil.copytree(packed, folder, ignore=shutil.ignore_patterns("pack.json"))
+    description = f"{pack.products} products of WebShop ({pack.name}), {settings.goals} goals"
+    return Catalogue(description, settings.price_seed, tagger, human=settings.goals == "human")
+
+
+def all_goals(folder: Path, catalogue: Catalogue) -> tuple[Goals, dict[str, str]]:
+    """Make the shop of the products in `folder`; all its goals, in WebShop's order, and what a report should say of them."""
+    rng = random.Random(catalogue.seed)
+    write_terms(draw_prices(read_pricing(folder), rng), catalogue.tagger, folder)
+    goals = Goals(open_shop(folder), rng, human=catalogue.human)
+    return goals, {
+        "catalogue": f"{catalogue.description}; prices drawn with seed {catalogue.seed}",
+        "nouns": DESCRIPTIONS[catalogue.tagger],
+    }
+
+
+def deal_goals(
+    goals: Sequence[Goal], settings: "WebShop", folder: Path
+) -> dict[str, tuple[list[Goal], dict[str, JsonValue]]]:
     """The goals of each split, from the published ranges. A goal that even its own product does not satisfy in full, a quirk
     of WebShop's reward, is dropped from the training splits, and only from these.
 
@@ -67,39 +85,30 @@ def deal_goals(goals: Sequence[Goal], benchmark: WebShop, folder: Path) -> dict[
         name: (goals[i] for i in range(len(goals))[part]) for name, part in PUBLISHED_SPLITS.items()
     }
     left["train"] = filter(satisfiable, left["train"])
-    dealt: dict[str, tuple[list[Goal], dict[str, Any]]] = {}
+    dealt: dict[str, tuple[list[Goal], dict[str, JsonValue]]] = {}
     for split, published in _PUBLISHED.items():
-        wanted, before = getattr(benchmark.splits, split), dropped
+        wanted, before = getattr(settings.splits, split), dropped
         chosen = list(islice(left[published], wanted))
         if len(chosen) < wanted:
             raise UserError(
                 f"benchmark.splits.{split}: {wanted} goals, but WebShop's {published} split has {len(chosen)} left: ask for"
                 " fewer, or use a larger catalogue"
             )
-        facts = {"published_split": published}
-        dealt[split] = (
-            chosen,
-            facts | ({"unsatisfiable_goals_dropped": dropped - before} if published == "train" else {}),
-        )
+        facts: dict[str, JsonValue] = {"published_split": published}
+        if published == "train":
+            facts["unsatisfiable_goals_dropped"] = dropped - before
+        dealt[split] = chosen, facts
     return dealt
 
 
 def write_goals(goals: list[Goal], path: Path) -> None:
-    """One row a goal: id, task type, instruction, and the goal itself as JSON."""
-    pl.DataFrame(
-        {
-            "task_id": [goal.task_id for goal in goals],
-            "task_type": [goal.category for goal in goals],
-            "instruction": [goal.instruction for goal in goals],
-            "goal": [goal.model_dump_json() for goal in goals],
-        }
-    ).write_parquet(path, compression="zstd")
+    """One row a goal."""
+    write_tasks(goals, path, column="goal")
 
 
 def read_shopping_tasks(folder: Path, split: str, limit: int | None = None) -> list[ShoppingTask]:
     shop = open_shop(folder / SHOP_FOLDER)
-    rows = pl.read_parquet(folder / f"{split}.parquet", columns=["goal"], n_rows=limit)
-    return [ShoppingTask(Goal.model_validate_json(goal), shop) for goal in rows["goal"]]
+    return [ShoppingTask(goal, shop) for goal in read_tasks(Goal, folder / f"{split}.parquet", limit, column="goal")]
 
 
 def webshop_texts(folder: Path) -> list[str]:

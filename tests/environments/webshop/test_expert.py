@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from dmr_pipeline.cli import app
-from dmr_pipeline.environments.tasks import read_tasks
 from dmr_pipeline.environments.webshop.engine import State, WebShopEpisode
 from dmr_pipeline.environments.webshop.expert import ShoppingExpert
 from dmr_pipeline.environments.webshop.goals import ShoppingTask
+from dmr_pipeline.environments.webshop.tasks import read_shopping_tasks
 
 STEP_LIMIT = 15
 
@@ -38,7 +38,7 @@ def play(task: ShoppingTask, mistakes: Sequence[int] = (), seed: int = 0) -> tup
 
 @pytest.fixture(scope="module")
 def tasks(webshop_tasks: Path) -> list[ShoppingTask]:
-    return [task for task in read_tasks(webshop_tasks, "validation") if isinstance(task, ShoppingTask)]
+    return read_shopping_tasks(webshop_tasks, "validation")
 
 
 def test_it_earns_the_full_reward_on_at_least_95_percent_of_generated_goals(tasks: list[ShoppingTask]) -> None:

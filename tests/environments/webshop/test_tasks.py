@@ -5,11 +5,11 @@ import pickle
 from pathlib import Path
 
 import pytest
+from pydantic import JsonValue
 
-from dmr_pipeline.environments import tasks
-from dmr_pipeline.environments.task_types import task_types
+from dmr_pipeline.environments.benchmark import benchmark_of
 from dmr_pipeline.environments.webshop.catalogue import open_shop
-from dmr_pipeline.environments.webshop.goals import ShoppingTask
+from dmr_pipeline.environments.webshop.tasks import read_shopping_tasks
 from dmr_pipeline.errors import UserError
 from tests.environments.webshop.conftest import BENCHMARK, make_tasks
 
@@ -17,8 +17,7 @@ PUBLISHED = {"test": range(500), "validation": range(500, 1500)}
 
 
 def indices(folder: Path, split: str) -> list[int]:
-    dealt = tasks.read_tasks(folder, split)
-    return [task.goal.index for task in dealt if isinstance(task, ShoppingTask)]
+    return [task.goal.index for task in read_shopping_tasks(folder, split)]
 
 
 def test_splits_are_the_published_ranges_and_share_no_goal(webshop_tasks: Path) -> None:
@@ -47,8 +46,16 @@ def test_the_summary_says_where_the_catalogue_and_the_nouns_come_from(tmp_path: 
     summary = make_tasks(BENCHMARK, tmp_path / "a").summary
     assert summary["catalogue"] == "600 generated products; prices drawn with seed 0"
     assert summary["nouns"].startswith("every word of letters")
-    assert set(summary["validation"]["by_task_type"]) <= set(task_types(BENCHMARK))
+    assert set(summary["validation"]["by_task_type"]) <= set(benchmark_of(BENCHMARK).task_types)
     assert sum(summary["validation"]["by_task_type"].values()) == 100
+
+
+def test_notes_say_where_the_catalogue_and_the_nouns_come_from() -> None:
+    summary: dict[str, JsonValue] = {"nouns": "every word of letters", "catalogue": "generated, 1,000 products"}
+    assert benchmark_of(BENCHMARK).notes(summary) == [
+        "Catalogue of the shop: generated, 1,000 products.",
+        "Nouns of the titles, which rewards compare: every word of letters.",
+    ]
 
 
 def test_more_goals_than_there_are_is_refused(tmp_path: Path) -> None:
@@ -58,17 +65,15 @@ def test_more_goals_than_there_are_is_refused(tmp_path: Path) -> None:
 
 
 def test_tasks_travel_between_processes_without_their_shop(webshop_tasks: Path) -> None:
-    task = tasks.read_tasks(webshop_tasks, "test", 1)[0]
-    assert isinstance(task, ShoppingTask)
+    task = read_shopping_tasks(webshop_tasks, "test", 1)[0]
     sent = pickle.dumps(task)
     assert len(sent) < 5_000
     assert pickle.loads(sent).shop is task.shop is open_shop(webshop_tasks / "shop")
 
 
 def test_what_a_tokenizer_must_know_holds_every_word_of_titles_options_and_instructions(webshop_tasks: Path) -> None:
-    words = {word for text in tasks.benchmark_texts(webshop_tasks, BENCHMARK) for word in text.lower().split()}
-    for task in tasks.read_tasks(webshop_tasks, "validation"):
-        assert isinstance(task, ShoppingTask)
+    words = {word for text in benchmark_of(BENCHMARK).texts(webshop_tasks) for word in text.lower().split()}
+    for task in read_shopping_tasks(webshop_tasks, "validation"):
         assert {word.rstrip(",:") for word in task.instruction.lower().split()} <= {word.rstrip(",:") for word in words}
         row = task.shop.row(task.goal.asin)
         assert row is not None

@@ -5,10 +5,12 @@ from pathlib import Path
 import pytest
 
 from dmr_pipeline.artifacts.stage import StageContext
-from dmr_pipeline.environments import tasks
+from dmr_pipeline.environments.alfworld import tasks
+from dmr_pipeline.environments.alfworld.benchmark import OfficialAlfWorld
 from dmr_pipeline.environments.alfworld.generator import generate_game
+from dmr_pipeline.environments.benchmark import SPLITS, benchmark_of
 from dmr_pipeline.errors import UserError
-from dmr_pipeline.recipe import OfficialAlfWorld, Splits, load_recipe
+from dmr_pipeline.recipe import Splits, load_recipe
 from dmr_pipeline.stages.benchmark_tasks import benchmark_tasks
 
 GAMES = {"train": [generate_game(seed)[0] for seed in range(12)], "valid_seen": [generate_game(99)[0]]}
@@ -21,7 +23,7 @@ def deal(monkeypatch: pytest.MonkeyPatch, output: Path, seed: int = 0, **splits:
     recipe = load_recipe("alfworld-tiny-official").model_copy(update={"benchmark": benchmark})
     output.mkdir()
     benchmark_tasks(StageContext(recipe, {}, output, output))
-    return {split: [game.task_id for game in tasks.read_tasks(output, split)] for split in tasks.SPLITS}
+    return {split: [game.task_id for game in benchmark_of(benchmark).read_tasks(output, split)] for split in SPLITS}
 
 
 def test_splits_share_no_game_and_the_seed_deals_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
