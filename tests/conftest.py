@@ -1,13 +1,16 @@
 import os
 import shutil
 import signal
+import sys
+import types
 from pathlib import Path
 
 import pytest
+from rich.table import Table
 
 from dmr_pipeline import pipeline
 from dmr_pipeline.recipe import Recipe, load_recipe
-from tests.fake_project import RECIPE, enter_project, fake_stages, make_project
+from tests.helpers.fake_project import RECIPE, enter_project, fake_stages, make_project
 
 # Tests that run in the background, as under nohup, were started to ignore SIGINT; Dagster then makes SIGTERM ignored too, in
 # this process and in all that it starts, and those that should end by it never do.
@@ -46,3 +49,19 @@ def finished_project(finished_template: Path, tmp_path: Path, monkeypatch: pytes
     shutil.copytree(finished_template, tmp_path, dirs_exist_ok=True)
     enter_project(tmp_path, monkeypatch)
     return load_recipe(RECIPE)
+
+
+@pytest.fixture
+def fake_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The report of an evaluation, of no more than its name: the fake stages make no whole one."""
+
+    def render_beside(data_root: Path, recipe: str) -> Path:
+        folder = data_root / recipe / "evaluation_report"
+        html = folder.with_name("report.html")
+        html.write_text(folder.name)
+        return html
+
+    report = types.ModuleType("dmr_pipeline.evaluation.report")
+    report.render_beside = render_beside
+    report.console_table = lambda metrics: Table(f"policies of {metrics['recipe']}")
+    monkeypatch.setitem(sys.modules, report.__name__, report)

@@ -7,44 +7,26 @@ import signal
 import subprocess
 import sys
 import time
-import types
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import dagster as dg
 import pytest
-from rich.table import Table
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
 from dmr_pipeline import pipeline
 from dmr_pipeline.artifacts.manifest import verify
 from dmr_pipeline.artifacts.stage import StageContext, StageResult
-from dmr_pipeline.cli import app
 from dmr_pipeline.cli.stages import stage_states
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.recipe import Recipe, load_recipe
-from tests.fake_project import RECIPE, REPOSITORY, commit_agent, dvc
+from tests.helpers.commands import dmr
+from tests.helpers.fake_project import RECIPE, REPOSITORY, commit_agent, dvc
+
+pytestmark = pytest.mark.usefixtures("fake_report")
 
 HEAVY = ("torch", "transformers", "trl", "great_expectations", "matplotlib")
-
-
-def dmr(*arguments: str) -> Result:
-    return CliRunner().invoke(app, list(arguments))
-
-
-@pytest.fixture(autouse=True)
-def fake_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    def render_beside(data_root: Path, recipe: str) -> Path:
-        folder = data_root / recipe / "evaluation_report"
-        html = folder.with_name("report.html")
-        html.write_text(folder.name)
-        return html
-
-    report = types.ModuleType("dmr_pipeline.evaluation.report")
-    report.render_beside = render_beside
-    report.console_table = lambda metrics: Table(f"policies of {metrics['recipe']}")
-    monkeypatch.setitem(sys.modules, report.__name__, report)
 
 
 def test_run_makes_everything_once_and_the_second_run_does_nothing(project: Recipe):
@@ -246,7 +228,7 @@ import os, signal, sys
 from dataclasses import replace
 from dmr_pipeline import pipeline
 from dmr_pipeline.cli import app
-from tests.fake_project import fake_run, fake_stages
+from tests.helpers.fake_project import fake_run, fake_stages
 
 def run(context):
     half = context.scratch / "half"

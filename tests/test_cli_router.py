@@ -22,9 +22,8 @@ from dmr_pipeline.release.history import Candidate, read_releases
 from dmr_pipeline.stages import released_router as the_stage
 from dmr_pipeline.stages.released_router import released_router
 from dmr_pipeline.versioning import dvc_stages, lock_file
-from tests.conftest import enter_project
-from tests.evaluation.conftest import make_episodes
-from tests.fake_project import RECIPE, dvc, fake_run
+from tests.helpers.evaluations import make_episodes
+from tests.helpers.fake_project import RECIPE, dvc, enter_project, fake_run
 
 GRPO_ROUTER, RELEASED_ROUTER = Path("data/fake/grpo_router"), Path("data/fake/released_router")
 

@@ -16,7 +16,7 @@ from dmr_pipeline.cli import app, stages
 from dmr_pipeline.cli.trajectories import trajectories
 from dmr_pipeline.ingestion.schema import EXAMPLE
 from dmr_pipeline.recipe import Recipe
-from tests.fake_project import RECIPE, fake_run
+from tests.helpers.fake_project import RECIPE, fake_run
 
 REAL = pipeline.find_stage("ingested_trajectories", pipeline.STAGES)
 BENCHMARK = replace(pipeline.find_stage("benchmark_tasks", pipeline.STAGES), run=fake_run)

@@ -12,7 +12,7 @@ from dmr_pipeline.environments.alfworld.benchmark import GeneratedGames
 from dmr_pipeline.environments.task_ids import KnownGames
 from dmr_pipeline.ingestion.rules import Rules, read_episodes
 from dmr_pipeline.ingestion.schema import LoggedEpisode
-from tests.fake_project import REPOSITORY
+from tests.helpers.fake_project import REPOSITORY
 
 SCRIPT = REPOSITORY / "examples" / "convert_chat_trajectories.py"
 SPEC = importlib.util.spec_from_file_location("convert_chat_trajectories", SCRIPT)

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from dmr_pipeline import doctor
 from dmr_pipeline.cli.doctor import doctor as doctor_command
 from dmr_pipeline.doctor import Finding
-from tests.fake_project import REPOSITORY
+from tests.helpers.fake_project import REPOSITORY
 
 ABSENT = Finding("PostgreSQL server", False, "none")
 

@@ -13,7 +13,7 @@ import pytest
 
 from dmr_pipeline import interrupts
 from dmr_pipeline.recipe import Recipe
-from tests.fake_project import RECIPE, REPOSITORY, write_fake_dmr
+from tests.helpers.fake_project import RECIPE, REPOSITORY, write_fake_dmr
 
 PRELUDE = f"""
 import os, sys, time
@@ -23,7 +23,7 @@ sys.path.insert(0, {str(REPOSITORY)!r})
 from dmr_pipeline import pipeline
 from dmr_pipeline.rollout import parallel
 from dmr_pipeline.__main__ import main
-from tests.fake_project import fake_run, fake_stages
+from tests.helpers.fake_project import fake_run, fake_stages
 
 def say(word):
     print(word, flush=True)

@@ -17,7 +17,7 @@ from dmr_pipeline.artifacts.manifest import verify
 from dmr_pipeline.defs import runs
 from dmr_pipeline.errors import UserError, causes, refusal
 from dmr_pipeline.recipe import Recipe
-from tests.fake_project import RECIPE, REPOSITORY
+from tests.helpers.fake_project import RECIPE, REPOSITORY
 
 CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH = 1, 2
 PR_CAPBSET_DROP = 24
@@ -28,7 +28,7 @@ from pathlib import Path
 from typer.testing import CliRunner
 from dmr_pipeline import pipeline
 from dmr_pipeline.cli import app
-from tests.fake_project import fake_stages
+from tests.helpers.fake_project import fake_stages
 
 pipeline.STAGES = fake_stages()
 found = {{}}
@@ -108,7 +108,7 @@ import sys
 sys.path.insert(0, {str(REPOSITORY)!r})
 from dmr_pipeline import pipeline
 from dmr_pipeline.__main__ import main
-from tests.fake_project import fake_stages
+from tests.helpers.fake_project import fake_stages
 pipeline.STAGES = fake_stages()
 sys.argv = ["dmr", "materialize", "benchmark_tasks", "--recipe", {RECIPE!r}]
 main()

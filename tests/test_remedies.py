@@ -17,8 +17,10 @@ from dmr_pipeline.artifacts.manifest import MANIFEST, verify
 from dmr_pipeline.cli.stages import stage_states
 from dmr_pipeline.recipe import Recipe, load_recipe
 from dmr_pipeline.versioning import lock_file
-from tests.fake_project import RECIPE, dvc
-from tests.test_cli import dmr, fake_report  # noqa: F401 - a fixture
+from tests.helpers.commands import dmr
+from tests.helpers.fake_project import RECIPE, dvc
+
+pytestmark = pytest.mark.usefixtures("fake_report")
 
 CACHE = Path(".dvc/cache/files/md5")
 

@@ -16,8 +16,8 @@ from dmr_pipeline.artifacts.stage import StageContext, StageResult
 from dmr_pipeline.evaluation.metrics import compute_metrics
 from dmr_pipeline.recipe import Recipe
 from dmr_pipeline.versioning import dvc_stages
-from tests.evaluation.conftest import make_episodes
-from tests.fake_project import RECIPE, REPOSITORY, fake_run
+from tests.helpers.evaluations import make_episodes
+from tests.helpers.fake_project import RECIPE, REPOSITORY, fake_run
 
 HEAVY = {
     *("torch", "transformers", "trl", "peft", "great_expectations", "matplotlib", "PIL", "scipy", "sklearn"),

@@ -13,7 +13,7 @@ from starlette.testclient import TestClient
 from starlette.websockets import WebSocketDisconnect
 
 from dmr_pipeline import webserver
-from tests.fake_project import REPOSITORY
+from tests.helpers.fake_project import REPOSITORY
 
 
 @pytest.fixture(scope="module")

@@ -7,36 +7,13 @@ import pytest
 import torch
 from peft import LoraConfig, PeftConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config
+from transformers import PreTrainedModel
 
 from dmr_pipeline.agent.checkpoint import load_causal_lm, resolve_device, save_causal_lm
 from dmr_pipeline.errors import UserError
+from tests.helpers.checkpoints import save, tiny_model, word_tokenizer
 
 CPU = torch.device("cpu")
-
-
-def tiny_model() -> PreTrainedModel:
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=20, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, tie_word_embeddings=True,
-    )  # fmt: skip
-    return AutoModelForCausalLM.from_config(config)
-
-
-def word_tokenizer() -> PreTrainedTokenizerFast:
-    words = Tokenizer(WordLevel({"<unk>": 0, "go": 1, "to": 2, "shelf": 3}, unk_token="<unk>"))
-    words.pre_tokenizer = Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>")
-
-
-def save(folder: Path, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
-    model = tiny_model()
-    save_causal_lm(model, word_tokenizer(), folder, dtype)
-    return model
 
 
 def test_round_trip_keeps_the_weights_and_the_tokens(tmp_path: Path) -> None:

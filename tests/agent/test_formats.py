@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from dmr_pipeline.agent.checkpoint import load_causal_lm
 from dmr_pipeline.errors import UserError
-from tests.agent.test_checkpoint import save
+from tests.helpers.checkpoints import save
 
 CPU = torch.device("cpu")
 

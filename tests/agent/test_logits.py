@@ -10,7 +10,7 @@ from dmr_pipeline.errors import UserError
 from dmr_pipeline.router.model import RouterSettings, RoutingSequence, routing_logits
 from dmr_pipeline.training.examples import IGNORED, Example
 from dmr_pipeline.training.train import trained_logits
-from tests.agent.kinds import KINDS, VOCABULARY, model_of
+from tests.helpers.kinds import KINDS, VOCABULARY, model_of
 
 CPU = torch.device("cpu")
 TOKENS = [[3, 50, 17, 8, 29, 41, 5, 33], [7, 7, 60, 2]]

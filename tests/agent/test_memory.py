@@ -18,23 +18,10 @@ from dmr_pipeline.rollout.playing import Ladder
 from dmr_pipeline.rollout.tables import to_frames
 from dmr_pipeline.router.baselines import RandomMixing
 from dmr_pipeline.router.labels import measure
-from tests.rollout.test_engine import HIGH, LOW, PROMPTER, RUNS, STEPS, taken
+from tests.helpers.memory import fits
+from tests.helpers.rollouts import HIGH, LOW, PROMPTER, RUNS, STEPS, taken
 
 GAMES = [run.task for run in RUNS]
-
-
-def fits(monkeypatch: pytest.MonkeyPatch, rows: int, after_calls: int = 0) -> list[int]:
-    """Let a forward pass of more rows than these run out of memory, from some call on; the rows of those that ran."""
-    extend, ran = PackedStreams.extend, list[int]()
-
-    def bounded(self, slots, chunks, counts=None):
-        if len(ran) >= after_calls and len(slots) > rows:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        ran.append(len(slots))
-        return extend(self, slots, chunks, counts)
-
-    monkeypatch.setattr(PackedStreams, "extend", bounded)
-    return ran
 
 
 def test_the_batch_is_halved_until_it_fits_and_the_episodes_are_the_same(

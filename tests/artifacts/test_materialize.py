@@ -17,26 +17,11 @@ import pytest
 from dmr_pipeline.artifacts.folders import sidecar_path
 from dmr_pipeline.artifacts.manifest import MANIFEST, folder_hash, hash_files, verify
 from dmr_pipeline.artifacts.materialize import materialize_stage
-from dmr_pipeline.artifacts.stage import Stage, StageContext, StageResult
+from dmr_pipeline.artifacts.stage import StageContext, StageResult
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.recipe import Recipe
-from tests.fake_project import REPOSITORY
-
-Run = Callable[[StageContext], StageResult]
-
-
-def write(text: str) -> Run:
-    def run(context: StageContext) -> StageResult:
-        (context.output / "folder").mkdir()
-        (context.output / "folder" / "text").write_text(text)
-        return StageResult(summary={"length": len(text)}, measured={"pid": os.getpid()})
-
-    return run
-
-
-def stage(run: Run, name: str = "one", inputs: tuple[str, ...] = (), **changes: object) -> Stage:
-    base = Stage(name, inputs, ("benchmark",), "1", run, "group", frozenset(), "A stage.", "Read it.")
-    return replace(base, **changes)
+from tests.helpers.fake_project import REPOSITORY
+from tests.helpers.text_stages import Run, stage, write
 
 
 def leftovers(recipe: Recipe) -> list[str]:
@@ -139,7 +124,7 @@ import os, signal, sys
 from pathlib import Path
 from dmr_pipeline.artifacts.materialize import materialize_stage
 from dmr_pipeline.recipe import load_recipe
-from tests.artifacts.test_materialize import stage, write
+from tests.helpers.text_stages import stage, write
 
 moment = int(sys.argv[1])
 def die(): os.kill(os.getpid(), signal.SIGKILL)

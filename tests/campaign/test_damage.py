@@ -21,9 +21,9 @@ from dmr_pipeline.artifacts.resume import load_state, save_state
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.recipe import Recipe, load_recipe
 from dmr_pipeline.versioning import dvc_objects, dvc_stages, lock_file
-from tests.campaign.deadline import Hang, at_most_seconds
-from tests.fake_project import RECIPE
-from tests.test_cli import dmr, fake_report  # noqa: F401 - a fixture
+from tests.helpers.commands import dmr
+from tests.helpers.deadline import Hang, at_most_seconds
+from tests.helpers.fake_project import RECIPE
 
 pytestmark = pytest.mark.slow
 
@@ -218,7 +218,7 @@ def outcome(before: Project, state: dict[str, torch.Tensor]) -> str:
 
 def test_all_damage_is_found_or_harmless(
     finished_project: Recipe,
-    fake_report: None,  # noqa: F811 - the fixture
+    fake_report: None,
     tmp_path_factory: pytest.TempPathFactory,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],

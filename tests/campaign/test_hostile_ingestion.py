@@ -34,8 +34,8 @@ from dmr_pipeline.ingestion.inbox import file_away, lying_files, waiting_files
 from dmr_pipeline.ingestion.incoming import FILE_LIMIT
 from dmr_pipeline.ingestion.schema import EXAMPLE
 from dmr_pipeline.recipe import Recipe
-from tests.campaign.deadline import Hang, at_most_seconds
-from tests.fake_project import RECIPE, RECIPE_YAML, fake_run
+from tests.helpers.deadline import Hang, at_most_seconds
+from tests.helpers.fake_project import RECIPE, RECIPE_YAML, fake_run
 
 BENCHMARK = replace(pipeline.find_stage("benchmark_tasks", pipeline.STAGES), run=fake_run)
 REAL = pipeline.find_stage("ingested_trajectories", pipeline.STAGES)

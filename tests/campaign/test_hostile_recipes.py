@@ -12,9 +12,10 @@ from typer.testing import CliRunner, Result
 
 from dmr_pipeline.cli import app
 from dmr_pipeline.recipe import RECIPE_FOLDER, Recipe, load_recipe
-from tests.campaign.deadline import Hang, at_most_seconds
-from tests.fake_project import RECIPE, RECIPE_YAML, REPOSITORY, dvc
-from tests.test_recipe import ALFWORLD, BAD_NAMES, OTHERS, TEXTS, content
+from tests.helpers.bad_recipes import ALFWORLD, OTHERS
+from tests.helpers.deadline import Hang, at_most_seconds
+from tests.helpers.fake_project import RECIPE, RECIPE_YAML, REPOSITORY, dvc
+from tests.helpers.recipes import BAD_NAMES, TEXTS, content
 
 pytestmark = pytest.mark.slow
 

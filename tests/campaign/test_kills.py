@@ -24,8 +24,8 @@ from dmr_pipeline.ingestion.schema import EXAMPLE
 from dmr_pipeline.interrupts import LINE
 from dmr_pipeline.recipe import Recipe
 from dmr_pipeline.versioning import dvc_stages
-from tests.fake_project import RECIPE, REPOSITORY
-from tests.warm_dmr import ANYTHING, REACHED, STACKS, Call, line_of
+from tests.helpers.fake_project import RECIPE, REPOSITORY
+from tests.helpers.warm_dmr import ANYTHING, REACHED, STACKS, Call, line_of
 
 ROUNDS = 48
 ROUNDS_A_PROJECT = 6
@@ -54,7 +54,7 @@ class Warm:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.server = subprocess.Popen(
-            [sys.executable, "-m", "tests.warm_dmr"],
+            [sys.executable, "-m", "tests.helpers.warm_dmr"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             bufsize=0,

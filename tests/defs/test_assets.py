@@ -13,7 +13,7 @@ from dmr_pipeline.definitions import defs
 from dmr_pipeline.defs import runs
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.recipe import Recipe
-from tests.fake_project import RECIPE, SUMMARIES, fake_run
+from tests.helpers.fake_project import RECIPE, SUMMARIES, fake_run
 
 NAMES = [stage.name for stage in pipeline.STAGES]
 

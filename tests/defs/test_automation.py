@@ -17,7 +17,7 @@ from dmr_pipeline.defs import runs
 from dmr_pipeline.defs.automation import ATTEMPTS, INGEST_TAG, RETRAIN_TAG, new_trajectories, weekly_retraining
 from dmr_pipeline.ingestion.schema import EXAMPLE
 from dmr_pipeline.recipe import Recipe
-from tests.fake_project import RECIPE, SUMMARIES, fake_run
+from tests.helpers.fake_project import RECIPE, SUMMARIES, fake_run
 
 INCOMING = Path("data/incoming") / RECIPE
 TABLE = pipeline.STAGES

@@ -17,7 +17,7 @@ from dmr_pipeline.defs import checks, runs
 from dmr_pipeline.defs.checks import CHECKS, Finding
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.recipe import Recipe
-from tests.fake_project import RECIPE, SUMMARIES, fake_run
+from tests.helpers.fake_project import RECIPE, SUMMARIES, fake_run
 
 
 def found(name: str, recipe: Recipe, summary: dict[str, object] | None = None, stage: str | None = None) -> Finding:

@@ -16,7 +16,7 @@ from dmr_pipeline.cli import app
 from dmr_pipeline.defs import runs
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.versioning import dvc_stages
-from tests.fake_project import RECIPE, commit_agent, dvc, enter_project, make_project
+from tests.helpers.fake_project import RECIPE, commit_agent, dvc, enter_project, make_project
 
 NAMES = [stage.name for stage in pipeline.STAGES]
 

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from dmr_pipeline.defs.faults import RETRIES, as_dagster_failures, is_transient
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.rollout import parallel
-from tests.faulty_job import faulty_job
+from tests.helpers.faulty_job import faulty_job
 
 TRANSIENT = [
     ConnectionResetError(),

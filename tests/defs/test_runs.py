@@ -14,11 +14,11 @@ from dmr_pipeline import pipeline
 from dmr_pipeline.artifacts.folders import artifact_folder
 from dmr_pipeline.defs import runs
 from dmr_pipeline.recipe import Recipe
-from tests.fake_project import RECIPE, REPOSITORY
+from tests.helpers.fake_project import RECIPE, REPOSITORY
 
 CODE = (
     f"import logging, sys; sys.path.insert(0, {str(REPOSITORY)!r}); logging.basicConfig(level=logging.INFO)\n"
-    "from tests.fake_project import fake_stages; from dmr_pipeline.defs import runs\n"
+    "from tests.helpers.fake_project import fake_stages; from dmr_pipeline.defs import runs\n"
     "from dmr_pipeline import interrupts\n"
     f"interrupts.in_thread(lambda: runs.materialize(fake_stages(), {RECIPE!r}, ['agent']))\n"
 )

@@ -14,7 +14,7 @@ from dmr_pipeline.defs import runs
 from dmr_pipeline.defs.sections import build_section_sensor, observe, section_version
 from dmr_pipeline.recipe import UNHASHED_SECTIONS, Recipe, load_recipe
 from dmr_pipeline.versioning import dvc_stages
-from tests.fake_project import RECIPE, dvc, make_recipe
+from tests.helpers.fake_project import RECIPE, dvc, make_recipe
 
 SECTIONS = sorted(Recipe.model_fields.keys() - UNHASHED_SECTIONS - {"name"})
 CHANGES = {

@@ -17,7 +17,7 @@ from dmr_pipeline import pipeline
 from dmr_pipeline.artifacts.stage import Stage
 from dmr_pipeline.defs.assets import build_assets
 from dmr_pipeline.defs.executors import executor
-from tests.fake_project import REPOSITORY
+from tests.helpers.fake_project import REPOSITORY
 
 pytest.importorskip("dagster_k8s", reason="the extra kubernetes is not installed")
 kubernetes_validate = pytest.importorskip("kubernetes_validate", reason="kubernetes-validate is not installed")

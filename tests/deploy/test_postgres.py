@@ -17,7 +17,7 @@ from dmr_pipeline.artifacts.folders import artifact_folder
 from dmr_pipeline.artifacts.manifest import verify
 from dmr_pipeline.doctor import postgres_server
 from dmr_pipeline.versioning import dvc_stages
-from tests.fake_project import RECIPE, REPOSITORY, fake_stages, make_project
+from tests.helpers.fake_project import RECIPE, REPOSITORY, fake_stages, make_project
 
 INSTANCE_FILE = REPOSITORY / "deploy" / "postgres" / "dagster.yaml"
 OTHER_RECIPE = "other"
@@ -26,7 +26,7 @@ STAGES = ["benchmark_tasks", "agent", "quantized_checkpoints", "trajectories"]
 MATERIALIZE = f"""\
 import sys
 from dmr_pipeline.defs import runs
-from tests.fake_project import fake_stages
+from tests.helpers.fake_project import fake_stages
 runs.materialize(fake_stages(), sys.argv[1], {STAGES})
 """
 

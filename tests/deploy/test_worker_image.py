@@ -18,7 +18,7 @@ from dmr_pipeline.artifacts.materialize import materialize_stage
 from dmr_pipeline.pipeline import find_stage
 from dmr_pipeline.recipe import load_recipe, recipe_names
 from dmr_pipeline.versioning import dvc_stages
-from tests.fake_project import REPOSITORY, fake_stages
+from tests.helpers.fake_project import REPOSITORY, fake_stages
 
 DOCKERFILE = REPOSITORY / "deploy" / "worker.Dockerfile"
 SCRIPTS = Path(sys.executable).parent

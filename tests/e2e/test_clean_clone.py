@@ -11,8 +11,8 @@ import pytest
 from dmr_pipeline import pipeline
 from dmr_pipeline.artifacts.folders import artifact_folder
 from dmr_pipeline.artifacts.manifest import verify
-from tests.e2e.test_real_stages import RECIPE_YAML
-from tests.fake_project import make_project
+from tests.helpers.fake_project import make_project
+from tests.helpers.micro_recipe import RECIPE_YAML
 
 NAME = "alfworld-tiny"  # a recipe whose agent the table says to be in Git
 NAMES = {stage.name for stage in pipeline.STAGES}
@@ -29,8 +29,8 @@ def run(*command: str) -> str:
 def test_a_clean_clone_skips_the_committed_agent_and_makes_the_rest_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("tests.fake_project.RECIPE_YAML", RECIPE_YAML)
-    monkeypatch.setattr("tests.fake_project.RECIPE", NAME)
+    monkeypatch.setattr("tests.helpers.fake_project.RECIPE_YAML", RECIPE_YAML)
+    monkeypatch.setattr("tests.helpers.fake_project.RECIPE", NAME)
     monkeypatch.delenv("DVC_STAGE", raising=False)
     original, clone = tmp_path / "original", tmp_path / "clone"
     original.mkdir()

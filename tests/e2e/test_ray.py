@@ -22,8 +22,8 @@ from dmr_pipeline.artifacts.materialize import materialize_stage
 from dmr_pipeline.defs.versions import recorded_version
 from dmr_pipeline.recipe import load_recipe
 from dmr_pipeline.versioning import dvc_stages
-from tests.fake_project import RECIPE, RECIPE_YAML, REPOSITORY, fake_stages, make_project
-from tests.ray_worker import NODE_VARIABLE, SHARED_VARIABLE, SLEEPER
+from tests.helpers.fake_project import RECIPE, RECIPE_YAML, REPOSITORY, fake_stages, make_project
+from tests.helpers.ray_worker import NODE_VARIABLE, SHARED_VARIABLE, SLEEPER
 
 pytestmark = pytest.mark.slow
 ray_cluster = pytest.importorskip("ray.cluster_utils", reason="Ray is not installed: pip install 'dmr-pipeline[ray]'")
@@ -87,7 +87,7 @@ def start_run(recipe: str, home: Path, log: Path) -> subprocess.Popen[bytes]:
         "asset",
         "materialize",
         "-m",
-        "tests.ray_worker",
+        "tests.helpers.ray_worker",
         "--partition",
         recipe,
         "--select",

@@ -12,9 +12,9 @@ import pytest
 from dmr_pipeline.artifacts.folders import artifact_folder
 from dmr_pipeline.artifacts.manifest import verify
 from dmr_pipeline.defs.automation import UNFINISHED
-from tests.e2e.location import PICTURE_SIZE, SPOILT
-from tests.e2e.test_daemon import enter_dagster_project, running, wait_until
-from tests.fake_project import RECIPE, dvc, make_recipe
+from tests.helpers.dagster_processes import enter_dagster_project, running, wait_until
+from tests.helpers.fake_project import RECIPE, dvc, make_recipe
+from tests.helpers.location import PICTURE_SIZE, SPOILT
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright, which drives the browser, is not installed")
 CHROMIUM = shutil.which("chromium")

@@ -31,7 +31,7 @@ from dmr_pipeline.router.policies import LmRouter
 from dmr_pipeline.stages import evaluation_report as evaluate
 from dmr_pipeline.stages.evaluation_report import evaluation_report
 from dmr_pipeline.stages.quantized_checkpoints import quantized_checkpoints
-from tests.router.test_model import TOKENIZER, random_model, random_router
+from tests.helpers.routers import TOKENIZER, random_model, random_router
 
 REPOSITORY = Path(__file__).parents[2]
 GAMES = 3

@@ -50,8 +50,8 @@ from dmr_pipeline.rollout.tables import to_frames
 from dmr_pipeline.router.baselines import RandomMixing
 from dmr_pipeline.stages.ingested_trajectories import ingested_trajectories
 from dmr_pipeline.training.examples import expert_example
-from tests.fake_project import RECIPE_YAML, REPOSITORY, fake_run
-from tests.rollout.test_engine import HIGH, LOW, PROMPTER, RUNS
+from tests.helpers.fake_project import RECIPE_YAML, REPOSITORY, fake_run
+from tests.helpers.rollouts import HIGH, LOW, PROMPTER, RUNS
 
 REAL = pipeline.find_stage("ingested_trajectories", pipeline.STAGES)
 BENCHMARK = replace(pipeline.find_stage("benchmark_tasks", pipeline.STAGES), run=fake_run)

@@ -28,8 +28,8 @@ from dmr_pipeline.stages import quantized_checkpoints as stage
 from dmr_pipeline.stages.quantized_checkpoints import divergence_to_float, expert_steps, quantized_checkpoints
 from dmr_pipeline.training.examples import IGNORED
 from dmr_pipeline.training.train import new_model
-from tests.agent.test_memory import fits
-from tests.rollout.test_engine import HIGH, LOW, PROMPTER, RUNS, STEPS, but_for_rounding, roll
+from tests.helpers.memory import fits
+from tests.helpers.rollouts import HIGH, LOW, PROMPTER, RUNS, STEPS, but_for_rounding, roll
 
 REPOSITORY = Path(__file__).parents[2]
 PRECISIONS = Precisions(

@@ -37,8 +37,8 @@ from dmr_pipeline.stages import released_router as the_stage
 from dmr_pipeline.stages.benchmark_tasks import benchmark_tasks
 from dmr_pipeline.stages.quantized_checkpoints import quantized_checkpoints
 from dmr_pipeline.stages.released_router import promote, released_router, roll_back
-from tests.evaluation.conftest import make_episodes
-from tests.fake_project import RECIPE_YAML, REPOSITORY
+from tests.helpers.evaluations import make_episodes
+from tests.helpers.fake_project import RECIPE_YAML, REPOSITORY
 
 FAKE = Recipe.model_validate({"name": "fake", **yaml.safe_load(RECIPE_YAML)})
 LADDER, OTHER_LADDER = "a" * 32 + ".dir", "b" * 32 + ".dir"

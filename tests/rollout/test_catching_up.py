@@ -9,7 +9,7 @@ from dmr_pipeline.rollout.kv_cache.catching_up import catch_up
 from dmr_pipeline.rollout.kv_cache.packed import PackedStreams
 from dmr_pipeline.rollout.kv_cache.padded import Streams
 from dmr_pipeline.rollout.kv_cache.plain import PlainStreams
-from tests.rollout.test_kv_cache import MODELS, assert_close, uncached
+from tests.helpers.causal_lms import MODELS, assert_close, uncached
 
 few_tokens = st.lists(st.integers(0, 1), min_size=1, max_size=12)
 

@@ -1,7 +1,6 @@
 """Rollouts: exact switching between precisions, independent of how episodes are batched."""
 
 import copy
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,10 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import GenerationConfig
 
-from dmr_pipeline.environments.alfworld.generator import generate_game
-from dmr_pipeline.environments.alfworld.words import alfworld_texts
 from dmr_pipeline.errors import UserError
-from dmr_pipeline.recipe import Architecture, Prompt
 from dmr_pipeline.rollout.cost import episode_cost
 from dmr_pipeline.rollout.engine import (
     Decision,
@@ -30,48 +26,18 @@ from dmr_pipeline.rollout.known import Known
 from dmr_pipeline.rollout.kv_cache.padded import Streams
 from dmr_pipeline.rollout.prompts import Prompter
 from dmr_pipeline.router.baselines import Confidence, Disagreement, RandomMixing
-from dmr_pipeline.training.train import new_model
-from dmr_pipeline.training.vocabulary import word_tokenizer
-
-PROMPTER = Prompter.of(word_tokenizer(alfworld_texts()), Prompt(max_action_tokens=6))
-ARCHITECTURE = Architecture(layers=2, width=32, heads=2, key_value_heads=1, head_width=16, feed_forward=32)
-HIGH = new_model(ARCHITECTURE, len(PROMPTER.tokenizer), 1).eval()
-with torch.no_grad():  # fresh weights repeat the token they read; these wander
-    for parameter in HIGH.parameters():
-        parameter += 0.3 * torch.randn_like(parameter)
-    LOW = copy.deepcopy(HIGH)
-    for parameter in LOW.parameters():
-        parameter += 0.01 * torch.randn_like(parameter)
-RUNS = [Run(generate_game(seed)[0]) for seed in range(7)]
-STEPS = 6
-
-
-def roll(policy, slots=7, action="generate", temperature=0.0, seed=0, runs=RUNS, known=None) -> list[Trajectory]:
-    agents = {True: Streams(HIGH, slots, 2048), False: Streams(LOW, slots, 2048)}
-    return play(runs, agents, PROMPTER, policy, STEPS, action, temperature, seed, known=known)
-
-
-def but_for_rounding(played: list[Trajectory]) -> list[Trajectory]:
-    """The same episodes, the policy's probabilities in full thousandths."""
-    return [replace(t, steps=[replace(s, probability=round(s.probability, 3)) for s in t.steps]) for t in played]
-
-
-def taken(played: list[Trajectory]) -> list[list[list[int]]]:
-    return [[step.action for step in trajectory.steps] for trajectory in played]
-
-
-def transcript(trajectory: Trajectory, turn: int) -> list[int]:
-    before = [step.segment + step.action for step in trajectory.steps[:turn]]
-    return [token for part in before for token in part] + trajectory.steps[turn].segment
-
-
-@torch.no_grad()
-def greedy_uncached(model, prefix: list[int]) -> list[int]:
-    action: list[int] = []
-    while len(action) < 6 and (not action or action[-1] != PROMPTER.action_end.token):
-        logits = model(torch.tensor([prefix + action])).logits[0, -1]
-        action.append(int(logits.argmax()))
-    return action
+from tests.helpers.rollouts import (
+    HIGH,
+    LOW,
+    PROMPTER,
+    RUNS,
+    STEPS,
+    but_for_rounding,
+    greedy_uncached,
+    roll,
+    taken,
+    transcript,
+)
 
 
 def test_every_action_is_the_acting_precisions_own_without_any_cache() -> None:

@@ -2,54 +2,15 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    PreTrainedConfig,
     PreTrainedModel,
-    Qwen3Config,
 )
 
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.rollout.kv_cache.packed import PackedStreams
 from dmr_pipeline.rollout.kv_cache.padded import Streams
-from tests.agent.kinds import model_of
-
-VOCABULARY = 50
-SHAPE = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "initializer_range": 0.3,
-}
-CONFIGS: list[PreTrainedConfig] = [
-    Qwen3Config(**SHAPE, tie_word_embeddings=True),
-    Qwen3Config(**SHAPE, tie_word_embeddings=False),
-    LlamaConfig(**SHAPE),
-]
-
-
-def causal_lm(config: PreTrainedConfig) -> PreTrainedModel:
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config).eval()
-
-
-MODELS = [causal_lm(config) for config in CONFIGS]
-
-
-@torch.no_grad()
-def uncached(model: PreTrainedModel, tokens: list[int]) -> Tensor:
-    return model(torch.tensor([tokens])).logits[0]
-
-
-def assert_close(actual: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
-
+from tests.helpers.causal_lms import MODELS, VOCABULARY, assert_close, uncached
+from tests.helpers.kinds import model_of
 
 chunk = st.one_of(
     st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=9),

@@ -14,7 +14,7 @@ from dmr_pipeline.rollout.kv_cache.choice import positions_of, rows_that_fit, to
 from dmr_pipeline.rollout.kv_cache.packed import PackedStreams
 from dmr_pipeline.rollout.kv_cache.padded import Streams
 from dmr_pipeline.rollout.kv_cache.plain import PlainStreams
-from tests.agent.kinds import KINDS, POSITIONS, VOCABULARY, WINDOW, model_of
+from tests.helpers.kinds import KINDS, POSITIONS, VOCABULARY, WINDOW, model_of
 
 SLOTS = 3
 LAYERS = (1, 2)

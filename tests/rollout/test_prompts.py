@@ -19,7 +19,7 @@ from dmr_pipeline.ingestion.tables import ingested_tables
 from dmr_pipeline.recipe import Agent, PageView, Prompt, load_recipe
 from dmr_pipeline.rollout.prompts import Moment, Prompter, shown, truncation_policy
 from dmr_pipeline.training.vocabulary import word_tokenizer
-from tests.agent.tokenizers import Kind, chat_tokenizer
+from tests.helpers.tokenizers import Kind, chat_tokenizer
 
 TOKENIZER = word_tokenizer(alfworld_texts())
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from dmr_pipeline.rollout.kv_cache.packed import PackedStreams
 from dmr_pipeline.rollout.kv_cache.padded import TokenStreams
 from dmr_pipeline.rollout.writing import NgramGuesses, Written, write
-from tests.rollout.test_kv_cache import MODELS, VOCABULARY, uncached
+from tests.helpers.causal_lms import MODELS, VOCABULARY, uncached
 
 MODEL, PROMPTS, MOST = MODELS[0], [[1, 2, 3], [4], [5, 6, 7, 8]], 9
 END = 7

@@ -1,4 +1,3 @@
-import os
 import signal
 import subprocess
 import sys
@@ -13,13 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import expit
 
-from dmr_pipeline.agent.checkpoint import save_causal_lm
 from dmr_pipeline.artifacts.manifest import hash_files
 from dmr_pipeline.artifacts.resume import save_state
-from dmr_pipeline.artifacts.stage import StageContext, StageResult
+from dmr_pipeline.artifacts.stage import StageResult
 from dmr_pipeline.environments.benchmark import benchmark_of
 from dmr_pipeline.errors import UserError
-from dmr_pipeline.recipe import Recipe, load_recipe
 from dmr_pipeline.rollout.cost import episode_cost
 from dmr_pipeline.rollout.engine import Run, Trajectory
 from dmr_pipeline.rollout.playing import Ladder
@@ -27,13 +24,11 @@ from dmr_pipeline.router import grpo
 from dmr_pipeline.router.grpo import LOG, Scorer, Session, divergence, game_order, offset_for
 from dmr_pipeline.router.grpo_trainer import Rollout
 from dmr_pipeline.router.kl import ROUTER_FOLDER
-from dmr_pipeline.router.model import load_router, save_router
+from dmr_pipeline.router.model import load_router
 from dmr_pipeline.router.policies import LmRouter
 from dmr_pipeline.stages import grpo_router as the_stage
-from dmr_pipeline.stages.benchmark_tasks import benchmark_tasks
-from dmr_pipeline.stages.grpo_router import grpo_router
-from dmr_pipeline.stages.quantized_checkpoints import quantized_checkpoints
-from tests.router.test_model import CPU, TOKENIZER, random_model, random_router
+from tests.helpers.grpo_router import run_stage, tiny_recipe
+from tests.helpers.routers import CPU
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -64,49 +59,6 @@ def test_every_pass_over_the_games_meets_all_of_them() -> None:
     assert Counter(order[:4]) == Counter(order[4:8]) == Counter("abcd")
     assert order == game_order(["a", "b", "c", "d"], 10, seed=3)
     assert len({tuple(game_order(["a", "b", "c", "d"], 4, seed)) for seed in range(10)}) > 3
-
-
-def tiny_recipe() -> Recipe:
-    """Agents that babble never win, so what can be learned is to cost less."""
-    section = {"updates": 4, "games_per_update": 2, "group_size": 3, "learning_rate": 0.003, "reward": "difference"}
-    changes = {
-        "benchmark": {"splits": {"agent_train": 1, "router_train": 3, "validation": 3, "test": 1}, "step_limit": 5},
-        "precisions": {
-            "ladder": [{"name": "float", "weights": "float"}, {"name": "int2", "weights": "int2"}],
-            "high": "float",
-            "low": "int2",
-        },
-        "grpo_router": section | {"cost_weight": 1.0, "initial_ratio": 0.6, "validate_every": 2, "validation_games": 3},
-        "runtime": {"device": "cpu", "threads": 1, "batch_episodes": 4},
-    }
-    return Recipe.model_validate(load_recipe("alfworld-tiny", REPOSITORY / "recipes").model_dump() | changes)
-
-
-def run_stage(artefacts: Path, folder: Path) -> StageResult:
-    names = ("benchmark_tasks", "quantized_checkpoints", "kl_router")
-    for name in ("output", "scratch"):
-        (folder / name).mkdir(parents=True, exist_ok=True)
-    inputs = {name: artefacts / name for name in names}
-    return grpo_router(StageContext(tiny_recipe(), inputs, folder / "output", folder / "scratch"))
-
-
-@pytest.fixture(scope="module")
-def artefacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("artefacts")
-    save_causal_lm(random_model(7), TOKENIZER, folder / "agent" / "model", torch.float16)
-    done = {"agent": folder / "agent"}
-    for stage in (benchmark_tasks, quantized_checkpoints):
-        done[stage.__name__] = folder / stage.__name__
-        done[stage.__name__].mkdir()
-        stage(StageContext(tiny_recipe(), done, done[stage.__name__], folder))
-    save_router(random_router(scale=0.5, offset=-1.0, threshold=0.2), folder / "kl_router" / ROUTER_FOLDER)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def unbroken(artefacts: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, StageResult]:
-    folder = tmp_path_factory.mktemp("unbroken")
-    return folder, run_stage(artefacts, folder)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -160,7 +112,7 @@ def test_a_killed_training_resumes_with_the_bytes_of_an_unbroken_one(
     artefacts: Path, unbroken: tuple[Path, StageResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed by SIGKILL in its fourth update, two after the last checkpoint."""
-    killed = "from tests.router.test_grpo import run_and_be_killed; run_and_be_killed()"
+    killed = "from tests.helpers.grpo_router import run_and_be_killed; run_and_be_killed()"
     run = subprocess.run(
         [sys.executable, "-c", killed, artefacts, tmp_path], cwd=REPOSITORY, capture_output=True, text=True, check=False
     )
@@ -204,18 +156,6 @@ def test_a_damaged_checkpoint_is_not_resumed_from(tmp_path: Path, caplog: pytest
     assert "checkpoint-4/session.pt: this resume state is damaged" in caplog.text
     (tmp_path / "checkpoint-2" / grpo.SESSION).write_bytes(b"")
     assert grpo.last_checkpoint(tmp_path) is None
-
-
-def run_and_be_killed() -> None:
-    rollouts = Session.rollouts
-
-    def killed(session: Session, update: int, task_ids: list[str]) -> list[Rollout]:
-        if update == 4:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return rollouts(session, update, task_ids)
-
-    Session.rollouts = killed  # type: ignore[method-assign]
-    run_stage(Path(sys.argv[1]), Path(sys.argv[2]))
 
 
 def test_a_training_that_does_not_fit_a_gpu_names_its_knob(

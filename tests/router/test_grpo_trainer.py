@@ -24,23 +24,10 @@ from dmr_pipeline.router.model import (
     sequence_of_trajectory,
 )
 from dmr_pipeline.router.policies import LmRouter
-from tests.router.test_model import CPU, play_with, random_router
+from tests.helpers.grpo_trainer import CHOICES, EPISODES, section
+from tests.helpers.routers import CPU, play_with, random_router
 
 Gradient = dict[str, Tensor]
-
-EPISODES = [
-    ([[10, 11, 12], [13, 14]], [[20, 5], [21, 5]]),
-    ([[10, 11, 12], [15], [16, 17, 18, 19]], [[20, 22, 23, 5], [5], [24, 5]]),
-    ([[30, 31]], [[20, 5]]),
-    ([[30, 31], [32] * 9], [[25, 5], [26, 27, 5]]),
-]
-"""Segments and actions of two groups of two episodes, of different lengths."""
-CHOICES = [[True, False], [False, False, True], [True], [False, True]]
-
-
-def section(**changes: float | str) -> GrpoRouter:
-    settings = {"updates": 1, "games_per_update": 2, "group_size": 2, "learning_rate": 1e-3, "cost_weight": 0.1}
-    return GrpoRouter.model_validate(settings | {"validate_every": 1, "validation_games": 1} | changes)
 
 
 def sequences(router: Router) -> list[RoutingSequence]:

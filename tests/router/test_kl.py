@@ -2,7 +2,6 @@ import json
 import math
 import random
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,16 +11,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dmr_pipeline.agent.checkpoint import save_causal_lm
 from dmr_pipeline.artifacts.stage import StageContext
-from dmr_pipeline.environments.alfworld.engine import AlfWorldEpisode
-from dmr_pipeline.environments.alfworld.expert import ExploringExpert
-from dmr_pipeline.environments.alfworld.generator import generate_game
 from dmr_pipeline.environments.benchmark import benchmark_of
 from dmr_pipeline.errors import UserError
-from dmr_pipeline.recipe import KlRouter, Lora, Pretrained, Prompt, Recipe, RouterModel, load_recipe
+from dmr_pipeline.recipe import Lora, Pretrained, Recipe, RouterModel
 from dmr_pipeline.rollout.playing import Ladder
-from dmr_pipeline.rollout.prompts import Prompter
 from dmr_pipeline.rollout.tables import read_trajectories
 from dmr_pipeline.router import kl
 from dmr_pipeline.router.calibration import auroc
@@ -29,7 +23,6 @@ from dmr_pipeline.router.kl import class_weights, labels_of_steps, play_games, r
 from dmr_pipeline.router.labels import label, measure, read_sensitivity, threshold
 from dmr_pipeline.router.model import (
     Router,
-    RoutingSequence,
     load_router,
     new_router,
     routing_logits,
@@ -39,49 +32,10 @@ from dmr_pipeline.router.model import (
 )
 from dmr_pipeline.router.policies import LmRouter
 from dmr_pipeline.stages import kl_router as the_stage
-from dmr_pipeline.stages.benchmark_tasks import benchmark_tasks
 from dmr_pipeline.stages.ingested_trajectories import ingested_trajectories
-from dmr_pipeline.stages.kl_router import kl_router
-from dmr_pipeline.stages.quantized_checkpoints import quantized_checkpoints
 from dmr_pipeline.stages.sensitivity_dataset import sensitivity_dataset
-from dmr_pipeline.stages.trajectories import trajectories
-from tests.router.test_model import ARCHITECTURE, CPU, TOKENIZER, make_llm, random_model
-
-Labelled = tuple[list[RoutingSequence], list[list[bool]]]
-
-
-def section(model: RouterModel | None = None, **changes: float) -> KlRouter:
-    settings = {"epochs": 8, "batch_episodes": 2, "learning_rate": 0.003, "validation_games": 4, "target_ratio": 0.3}
-    return KlRouter(model=model or RouterModel(architecture=ARCHITECTURE), **(settings | changes))
-
-
-def expert_episodes(seeds: Sequence[int], router: Router) -> Labelled:
-    """The expert's episodes at random precisions. Sensitive are the steps at which something is seen to be closed."""
-    prompter = Prompter.of(TOKENIZER, Prompt(opening="<obs> {observation} <act>", turn="<obs> {observation} <act>"))
-    closed = TOKENIZER.convert_tokens_to_ids("closed")
-    sequences, labels = [], []
-    for seed in seeds:
-        game, _ = generate_game(seed, 50)
-        episode, expert, rng = AlfWorldEpisode(game), ExploringExpert(game.instruction), random.Random(seed)
-        observation = episode.reset()
-        expert.observe(None, observation)
-        segments, actions = [prompter.opening(observation, game.instruction)], []
-        for _ in range(20):
-            command = expert.act()
-            actions.append(prompter.action(command))
-            observation, _, over = episode.step(command)
-            if over:
-                break
-            expert.observe(command, observation)
-            segments.append(prompter.turn(observation, game.instruction))
-        high = [rng.random() < 0.5 for _ in segments]
-        sequences.append(routing_sequence(segments, actions, high, router.settings))
-        labels.append([closed in segment for segment in segments])
-    return sequences, labels
-
-
-def flat(rows: Sequence[Sequence[float]]) -> np.ndarray:
-    return np.array([value for row in rows for value in row])
+from tests.helpers.kl_router import Labelled, expert_episodes, flat, run_stage, section
+from tests.helpers.routers import ARCHITECTURE, CPU, TOKENIZER, make_llm
 
 
 def same_weights(first: Router, second: Router) -> bool:
@@ -206,44 +160,6 @@ def test_lora_trains_adapters_and_routing_tokens_only_and_is_merged(tmp_path: Pa
     with torch.no_grad():
         logits = [routing_logits(r.model, sequences[50:], r.settings) for r in (router, loaded)]
     assert torch.equal(*logits)
-
-
-@pytest.fixture(scope="module")
-def recipe() -> Recipe:
-    sizes = {"agent_train": 1, "router_train": 4, "validation": 4, "test": 1}
-    small = {
-        "benchmark": {"splits": sizes, "step_limit": 6},
-        "kl_router": section(epochs=2).model_dump(),
-        "sensitivity": {"quantile": 0.6},
-        "runtime": {"device": "cpu", "batch_episodes": 4},
-    }
-    return Recipe.model_validate(load_recipe("alfworld-tiny").model_dump() | small)
-
-
-@pytest.fixture(scope="module")
-def inputs(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The real stages up to the labels, with an agent that babbles."""
-    folder = tmp_path_factory.mktemp("artefacts")
-    save_causal_lm(random_model(7), TOKENIZER, folder / "agent" / "model", torch.float16)
-    done = {"agent": folder / "agent"}
-    for stage in (
-        benchmark_tasks,
-        quantized_checkpoints,
-        trajectories,
-        ingested_trajectories,
-        sensitivity_dataset,
-    ):
-        done[stage.__name__] = folder / stage.__name__
-        done[stage.__name__].mkdir()
-        stage(StageContext(recipe, done, done[stage.__name__], folder, incoming=folder / "incoming"))
-    return done
-
-
-def run_stage(recipe: Recipe, inputs: dict[str, Path], folder: Path) -> tuple[Path, dict[str, object]]:
-    output, scratch = folder / "output", folder / "scratch"
-    output.mkdir(parents=True)
-    scratch.mkdir()
-    return output, dict(kl_router(StageContext(recipe, inputs, output, scratch)).summary)
 
 
 def test_the_stage_is_deterministic_and_its_numbers_hold(

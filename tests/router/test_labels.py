@@ -14,7 +14,7 @@ from dmr_pipeline.recipe import Prompt, Sensitivity
 from dmr_pipeline.rollout.engine import seeded_generator
 from dmr_pipeline.rollout.kv_cache.padded import Streams
 from dmr_pipeline.router.labels import compare, label, own_numbers, threshold, token_divergences
-from tests.rollout.test_engine import HIGH, LOW, PROMPTER, greedy_uncached
+from tests.helpers.rollouts import HIGH, LOW, PROMPTER, greedy_uncached
 
 
 def logits(*probabilities: list[float]) -> torch.Tensor:

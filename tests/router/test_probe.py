@@ -31,17 +31,10 @@ from dmr_pipeline.router.model import (
     with_features,
 )
 from dmr_pipeline.router.policies import routing_policy
-from tests.router.test_grpo_trainer import CHOICES, EPISODES, section
-from tests.router.test_kl import expert_episodes, flat
-from tests.router.test_model import CPU, TOKENIZER, random_model
-
-PROBE = RouterModel(probe=Probe(layers=(1, 2), hidden=8))
-LOW, HIGH = random_model(0), random_model(1)
-
-
-def new_probe(seed: int = 0, **settings: float) -> Router:
-    router = new_router(PROBE, TOKENIZER, seed, CPU, LOW)
-    return replace(router, settings=router.settings.model_copy(update=settings))
+from tests.helpers.grpo_trainer import CHOICES, EPISODES, section
+from tests.helpers.kl_router import expert_episodes, flat
+from tests.helpers.probes import HIGH, LOW, PROBE, by_hand, greedy, new_probe, transcripts
+from tests.helpers.routers import CPU, TOKENIZER
 
 
 def play_with(router: Router, slots: int = 3, action: str = "generate", sample: bool = True) -> list[Trajectory]:
@@ -49,32 +42,6 @@ def play_with(router: Router, slots: int = 3, action: str = "generate", sample: 
     agents = {False: Streams(LOW, slots, 4096), True: Streams(HIGH, slots, 4096)}
     policy = routing_policy(router, slots, sample=sample, seed=5)
     return play(runs, agents, Prompter.of(TOKENIZER, Prompt()), policy, step_limit=6, action=action)
-
-
-def transcripts(trajectory: Trajectory) -> list[list[int]]:
-    """What the agent has read before each action."""
-    prefixes: list[list[int]] = []
-    for step in trajectory.steps:
-        before = prefixes[-1] + trajectory.steps[len(prefixes) - 1].action if prefixes else []
-        prefixes.append(before + step.segment)
-    return prefixes
-
-
-@torch.no_grad()
-def by_hand(router: Router, prefix: list[int], turn: int) -> Tensor:
-    """Features from one plain forward pass over the whole transcript."""
-    states = LOW(torch.tensor([prefix]), output_hidden_states=True).hidden_states
-    layers = [states[layer][0, -1] for layer in (1, 2)]
-    return torch.cat([*layers, torch.tensor([turn / 10, np.log1p(turn)], dtype=torch.float32)])
-
-
-@torch.no_grad()
-def greedy(model: torch.nn.Module, prefix: list[int]) -> list[int]:
-    prompt, action = Prompt(), list[int]()
-    end = TOKENIZER.convert_tokens_to_ids(prompt.action_end)
-    while len(action) < prompt.max_action_tokens and end not in action:
-        action.append(int(model(torch.tensor([prefix + action])).logits[0, -1].argmax()))
-    return action
 
 
 def test_decisions_are_the_heads_on_what_low_has_read_and_actions_stay_exact() -> None:

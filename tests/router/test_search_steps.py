@@ -32,12 +32,10 @@ from dmr_pipeline.router.labels import read_sensitivity
 from dmr_pipeline.router.model import Router, routing_margins, sequence_of_trajectory, with_features
 from dmr_pipeline.router.policies import routing_policy
 from dmr_pipeline.router.search_steps import opens_at_search_bar
-from tests.router.test_grpo import artefacts, tiny_recipe
-from tests.router.test_kl import inputs, recipe, run_stage, section
-from tests.router.test_model import TOKENIZER, random_router
-from tests.router.test_probe import HIGH, LOW, by_hand, greedy, new_probe, transcripts
-
-__all__ = ["artefacts", "inputs", "recipe"]  # fixtures
+from tests.helpers.grpo_router import tiny_recipe
+from tests.helpers.kl_router import run_stage, section
+from tests.helpers.probes import HIGH, LOW, by_hand, greedy, new_probe, transcripts
+from tests.helpers.routers import TOKENIZER, random_router
 
 GAMES = [generate_game(number, 50)[0] for number in range(4)]
 

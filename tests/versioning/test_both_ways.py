@@ -14,7 +14,7 @@ from dmr_pipeline.artifacts.manifest import verify
 from dmr_pipeline.defs import runs
 from dmr_pipeline.recipe import Recipe, recipe_names
 from dmr_pipeline.versioning import dvc_stages
-from tests.fake_project import RECIPE, REPOSITORY, dvc, enter_project, make_recipe, write_fake_dmr
+from tests.helpers.fake_project import RECIPE, REPOSITORY, dvc, enter_project, make_recipe, write_fake_dmr
 
 NAMES = [stage.name for stage in pipeline.STAGES]
 
@@ -79,7 +79,7 @@ def test_two_recipes_at_once_commit_both(project: Recipe):
         instance.event_log_storage.set_concurrency_slots("gpu", 2)
     code = (
         f"import sys; sys.path.insert(0, {str(REPOSITORY)!r})\n"
-        "from tests.fake_project import fake_stages; from dmr_pipeline.defs import runs\n"
+        "from tests.helpers.fake_project import fake_stages; from dmr_pipeline.defs import runs\n"
         "runs.materialize(fake_stages(), sys.argv[1], [stage.name for stage in fake_stages()])\n"
     )
     recipes = recipe_names()

@@ -12,7 +12,7 @@ from dmr_pipeline.artifacts.manifest import MANIFEST, hash_files, verify
 from dmr_pipeline.defs import runs
 from dmr_pipeline.recipe import Recipe
 from dmr_pipeline.versioning import dvc_objects
-from tests.fake_project import RECIPE, commit_agent, dvc
+from tests.helpers.fake_project import RECIPE, commit_agent, dvc
 
 AGENT = artifact_folder("agent", RECIPE)
 CACHE = Path(".dvc/cache/files/md5")

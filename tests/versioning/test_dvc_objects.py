@@ -17,7 +17,7 @@ from dmr_pipeline.artifacts.stage import Stage
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.recipe import Recipe
 from dmr_pipeline.versioning import dvc_objects, dvc_stages
-from tests.fake_project import RECIPE, REPOSITORY, dvc
+from tests.helpers.fake_project import RECIPE, REPOSITORY, dvc
 
 CACHE = Path(".dvc/cache/files/md5")
 TASKS = artifact_folder("benchmark_tasks", RECIPE)

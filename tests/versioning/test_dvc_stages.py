@@ -16,7 +16,7 @@ from dmr_pipeline.definitions import defs
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.recipe import RECIPE_FOLDER, Recipe, recipe_names
 from dmr_pipeline.versioning import dvc_stages
-from tests.fake_project import RECIPE, REPOSITORY, dvc, write_fake_dmr
+from tests.helpers.fake_project import RECIPE, REPOSITORY, dvc, write_fake_dmr
 
 TABLE = {stage.name: set(stage.inputs) for stage in pipeline.STAGES}
 ADDRESSES = {name: f"cached_agent@{RECIPE}" if name == "agent" else f"{name}@{RECIPE}" for name in TABLE}

@@ -16,7 +16,7 @@ from dmr_pipeline.errors import UserError
 from dmr_pipeline.recipe import Recipe
 from dmr_pipeline.versioning import dvc_objects, dvc_stages
 from dmr_pipeline.versioning.git_branch import commit_lock
-from tests.fake_project import RECIPE, REPOSITORY, dvc
+from tests.helpers.fake_project import RECIPE, REPOSITORY, dvc
 
 DAY = datetime.date(2026, 3, 1)
 BRANCH = "retrain/2026-03-01"

@@ -3,7 +3,7 @@ import subprocess
 from pathlib import Path
 
 from dmr_pipeline.recipe import RECIPE_FOLDER, recipe_names
-from tests.fake_project import REPOSITORY
+from tests.helpers.fake_project import REPOSITORY
 
 
 def test_of_all_data_git_takes_the_agents_that_the_project_commits(tmp_path: Path) -> None:

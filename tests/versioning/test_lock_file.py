@@ -16,7 +16,7 @@ from dmr_pipeline.artifacts.materialize import materialize_stage
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.recipe import Recipe
 from dmr_pipeline.versioning import dvc_objects, dvc_stages, lock_file
-from tests.fake_project import RECIPE, REPOSITORY, dvc
+from tests.helpers.fake_project import RECIPE, REPOSITORY, dvc
 
 LOCK, COPY = lock_file.LOCK_FILE, lock_file.COPY
 TASKS = pipeline.STAGES[0]
@@ -46,7 +46,7 @@ from dmr_pipeline import pipeline
 from dmr_pipeline.artifacts.folders import artifact_folder
 from dmr_pipeline.artifacts.manifest import verify
 from dmr_pipeline.versioning import dvc_stages
-from tests.fake_project import fake_stages
+from tests.helpers.fake_project import fake_stages
 event, count = sys.argv[1], int(sys.argv[2])
 seen = 0
 

@@ -20,7 +20,7 @@ from dmr_pipeline.artifacts.run_record import read_run_record
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.recipe import Recipe, Runtime
 from dmr_pipeline.versioning.provenance import trace
-from tests.fake_project import RECIPE
+from tests.helpers.fake_project import RECIPE
 
 TABLE = {stage.name: stage for stage in pipeline.STAGES}
 APP = typer.Typer()

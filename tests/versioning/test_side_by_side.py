@@ -16,7 +16,7 @@ from dmr_pipeline.artifacts.manifest import verify
 from dmr_pipeline.defs import runs
 from dmr_pipeline.recipe import Recipe
 from dmr_pipeline.versioning import dvc_stages
-from tests.fake_project import RECIPE, REPOSITORY, dvc, write_fake_dmr
+from tests.helpers.fake_project import RECIPE, REPOSITORY, dvc, write_fake_dmr
 
 AGENT = next(stage for stage in pipeline.STAGES if stage.name == "agent")
 SLOW = f"""#!{sys.executable}
@@ -26,7 +26,7 @@ from pathlib import Path
 sys.path.insert(0, {str(REPOSITORY)!r})
 from dmr_pipeline import pipeline
 from dmr_pipeline.cli import app
-from tests.fake_project import fake_run, fake_stages
+from tests.helpers.fake_project import fake_run, fake_stages
 
 def run(context):
     Path("working").touch()

@@ -18,7 +18,7 @@ from dmr_pipeline.environments.webshop.catalogue import (
     write_terms,
 )
 from dmr_pipeline.errors import UserError
-from tests.environments.webshop.worlds import product, shop
+from tests.helpers.worlds import product, shop
 
 TEXTS = st.text(max_size=8)
 TUPLES = st.lists(TEXTS, max_size=3).map(tuple)

@@ -11,7 +11,7 @@ from dmr_pipeline.environments.vector import TextVectorEnv
 from dmr_pipeline.environments.webshop.catalogue import open_shop
 from dmr_pipeline.environments.webshop.engine import State, WebShopEpisode
 from dmr_pipeline.environments.webshop.goals import ShoppingTask
-from tests.environments.webshop.worlds import goal, product, shop
+from tests.helpers.worlds import goal, product, shop
 
 DRESS = product(
     1,

@@ -15,7 +15,7 @@ from dmr_pipeline.environments.webshop import nouns
 from dmr_pipeline.environments.webshop.catalogue import HumanInstruction, draw_prices
 from dmr_pipeline.environments.webshop.goals import NO_LIMIT, PUBLISHED_SPLITS, Goal, Goals, price_limit, synthetic_goal
 from dmr_pipeline.errors import UserError
-from tests.environments.webshop.worlds import product, shop
+from tests.helpers.worlds import product, shop
 
 HUMAN = (
     HumanInstruction("I need a red dress.", ("cotton",), ("red", "xl")),

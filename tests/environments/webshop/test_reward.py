@@ -10,7 +10,7 @@ from dmr_pipeline.environments.webshop.catalogue import Product
 from dmr_pipeline.environments.webshop.goals import NO_LIMIT, Goal
 from dmr_pipeline.environments.webshop.nouns import nouns
 from dmr_pipeline.environments.webshop.reward import option_matches, reward, token_set_ratio, type_score
-from tests.environments.webshop.worlds import goal, product
+from tests.helpers.worlds import goal, product
 
 NOUNS = nouns("alphabetic")
 

@@ -11,7 +11,7 @@ from dmr_pipeline.environments.benchmark import benchmark_of
 from dmr_pipeline.environments.webshop.catalogue import open_shop
 from dmr_pipeline.environments.webshop.tasks import read_shopping_tasks
 from dmr_pipeline.errors import UserError
-from tests.environments.webshop.conftest import BENCHMARK, make_tasks
+from tests.helpers.shopping import BENCHMARK, make_tasks
 
 PUBLISHED = {"test": range(500), "validation": range(500, 1500)}
 

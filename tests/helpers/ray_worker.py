@@ -11,7 +11,7 @@ import dagster as dg
 from dmr_pipeline import pipeline
 from dmr_pipeline.artifacts.stage import StageContext, StageResult
 from dmr_pipeline.defs import faults
-from tests.fake_project import fake_run, fake_stages
+from tests.helpers.fake_project import fake_run, fake_stages
 
 SLEEPER = "quantized_checkpoints"
 NODE_VARIABLE = "DMR_TEST_NODE"

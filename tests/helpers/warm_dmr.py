@@ -48,7 +48,7 @@ def serve() -> Callable[[], None]:
     from dmr_pipeline.defs import runs
     from dmr_pipeline.ingestion import inbox as ingestion
     from dmr_pipeline.rollout import parallel
-    from tests.fake_project import fake_run, fake_stages
+    from tests.helpers.fake_project import fake_run, fake_stages
 
     assert all((dvc.repo.stage, great_expectations, ingestion, runs))
     assert threading.active_count() == 1, "a fork would lose threads"

@@ -14,7 +14,7 @@ from dmr_pipeline import definitions, pipeline
 from dmr_pipeline.artifacts.manifest import verify
 from dmr_pipeline.artifacts.stage import Stage, StageContext, StageResult
 from dmr_pipeline.ingestion.stored import STAGE as INGESTION
-from tests.fake_project import fake_run, fake_stages
+from tests.helpers.fake_project import fake_run, fake_stages
 
 SPOILT = "spoilt"
 PICTURE_SIZE = (321, 123)

@@ -19,7 +19,7 @@ from dmr_pipeline.evaluation.results import POLICIES
 from dmr_pipeline.recipe import RECIPE_FOLDER, Recipe, Splits, load_recipe, recipe_names
 from dmr_pipeline.versioning import dvc_stages
 
-REPOSITORY = Path(__file__).parent.parent
+REPOSITORY = Path(__file__).parents[2]
 RECIPE = "fake"
 RECIPE_YAML = """\
 benchmark: {splits: {agent_train: 1, router_train: 1, validation: 1, test: 1}}
@@ -161,7 +161,7 @@ def write_fake_dmr(folder: Path) -> Path:
     command.write_text(
         f"#!{sys.executable}\nimport sys\nsys.path.insert(0, {str(REPOSITORY)!r})\n"
         "from dmr_pipeline import pipeline\nfrom dmr_pipeline.__main__ import main\n"
-        "from tests.fake_project import fake_stages\n"
+        "from tests.helpers.fake_project import fake_stages\n"
         "pipeline.STAGES = fake_stages()\nmain()\n"
     )
     command.chmod(0o755)
