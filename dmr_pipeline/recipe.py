@@ -357,13 +357,20 @@ _BITS = {"float": 32, "int8": 8, "int4": 4, "int2": 2}
 
 
 class Precisions(Section):
-    """The precision ladder, highest first, and the two rungs that the router chooses from."""
+    """The precision ladder, highest first, and the rungs that the router chooses from."""
 
     ladder: tuple[Rung, ...] = Field(min_length=2, max_length=50)
-    high: str
-    low: str
-    gate_high: Share = Field(0.85, description="success of the high rung on validation games that the gate asks for")
-    gate_gap: tuple[Share, Share] = Field((0.20, 0.50), description="high minus low success that the gate asks for")
+    route: tuple[str, ...] = Field(
+        min_length=2,
+        max_length=50,
+        description="names of the rungs that the router chooses from, dearest first; the others act alone, for comparison",
+    )
+    gate_high: Share = Field(
+        0.85, description="success of the dearest routed rung on validation games that the gate asks for"
+    )
+    gate_gap: tuple[Share, Share] = Field(
+        (0.20, 0.50), description="success of the dearest minus that of the cheapest routed rung that the gate asks for"
+    )
     kl_episodes: Count = Field(
         50, description="validation games whose expert steps give the mean KL to the float model"
     )
@@ -372,14 +379,19 @@ class Precisions(Section):
         names = [rung.name for rung in self.ladder]
         if len(set(names)) != len(names):
             yield "ladder", f"names are not unique: {names}"
-        for field in ("high", "low"):
-            if getattr(self, field) not in names:
-                yield field, f"{_shown(getattr(self, field))} is not on the ladder {names}"
-        if self.high in names and self.low in names and names.index(self.high) >= names.index(self.low):
-            yield "low", f"{self.low!r} has to be below high, {self.high!r}; the ladder is highest first: {names}"
-        for rung in self.ladder:
-            if rung.name in ("high", "low") and rung.name != getattr(self, rung.name):
-                yield "ladder", f"a rung may be called {rung.name!r} only if it is precisions.{rung.name}"
+        for rung_name in self.route:
+            if rung_name not in names:
+                yield "route", f"{_shown(rung_name)} is not on the ladder {names}"
+        places = [names.index(rung_name) for rung_name in self.route if rung_name in names]
+        for i, j in pairwise(places):
+            if i >= j:
+                yield "route", f"{names[j]!r} has to be below {names[i]!r}; the ladder is highest first: {names}"
+        for called, of_route in (("high", self.route[0]), ("low", self.route[-1])):
+            if called in names and called != of_route:
+                yield (
+                    "ladder",
+                    f"a rung may be called {called!r} only if it is the {'first' if called == 'high' else 'last'} of the route",
+                )
         for rung in self.ladder:
             if rung.weights == "float" and rung.keep_float != ("lm_head",):
                 yield "ladder", f"rung {rung.name!r} is float throughout: leave out keep_float"
@@ -404,9 +416,15 @@ class BehaviourPolicy(Section):
     """Who acts while trajectories are collected."""
 
     name: Name
-    high_ratio: Share = Field(
-        description="chance that a step is taken at high precision: 1 all-high, 0 all-low, else random mixing"
+    shares: dict[str, Share] = Field(
+        min_length=1,
+        max_length=50,
+        description="routed rung -> chance that it acts at a step; they sum to 1, and a rung that is left out never acts",
     )
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        if abs(sum(self.shares.values()) - 1) > 1e-9:
+            yield "shares", f"{dict(self.shares)} sum to {sum(self.shares.values()):g}, not to 1"
 
 
 class Trajectories(Section):
@@ -419,9 +437,17 @@ class Trajectories(Section):
             yield "behaviour", f"names are not unique: {names}"
         if "ingested" in names:
             yield "behaviour", "'ingested' is the policy of episodes that people bring; choose another name"
-        ratios = [policy.high_ratio for policy in self.behaviour]
-        if len(set(ratios)) != len(ratios):
-            yield "behaviour", f"policies of one high_ratio play the same episodes: {ratios}"
+        for i, policy in enumerate(self.behaviour):
+            for earlier in self.behaviour[:i]:
+                if _acting(earlier.shares) == _acting(policy.shares):
+                    yield (
+                        "behaviour",
+                        f"{earlier.name!r} and {policy.name!r} have equal shares, so they play the same episodes",
+                    )
+
+
+def _acting(shares: Mapping[str, float]) -> dict[str, float]:
+    return {rung: share for rung, share in shares.items() if share > 0}
 
 
 class Sensitivity(Section):
@@ -690,6 +716,13 @@ def _games_asked_for(
             yield f"{name}.{field}: {wanted:,} games, but benchmark.splits.{split} has {there:,}"
 
 
+def _behaviour_on_the_route(precisions: Precisions, trajectories: Trajectories) -> Iterator[str]:
+    for i, policy in enumerate(trajectories.behaviour):
+        for rung in policy.shares:
+            if rung not in precisions.route:
+                yield f"trajectories.behaviour.{i}.shares: {_shown(rung)} is none of precisions.route {list(precisions.route)}"
+
+
 def _reference_model(kl_router: KlRouter, grpo_router: GrpoRouter) -> Iterator[str]:
     if grpo_router.beta and kl_router.model.probe:
         yield "grpo_router.beta: trl reloads the reference as a causal LM, which a probe is not; set it to 0"
@@ -732,6 +765,7 @@ def _kept_in_float(agent: Agent, precisions: Precisions) -> Iterator[str]:
 
 _ACROSS: tuple[Callable[..., Iterator[str]], ...] = (
     _games_asked_for,
+    _behaviour_on_the_route,
     _reference_model,
     _thoughts_of_looks,
     _short_games,

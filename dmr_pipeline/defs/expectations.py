@@ -24,7 +24,7 @@ class Validation:
 def validate_sensitivity_steps(
     steps: pl.DataFrame, task_types: Sequence[str], label_share: tuple[float, float]
 ) -> Validation:
-    """`sensitivity_dataset/steps.parquet`: one row a step, sane divergences, labels neither rare nor the rule."""
+    """`sensitivity_dataset/steps.parquet`: a row a step and cheaper rung, sane divergences, labels neither rare nor the rule."""
     lowest, highest = label_share
     return _validate(
         steps,
@@ -33,7 +33,7 @@ def validate_sensitivity_steps(
                 gxe.ExpectColumnValuesToBeBetween(column=name, min_value=-KL_SLACK)
                 for name in ("kl_high_low", "kl_low_high", "js")
             ),
-            gxe.ExpectCompoundColumnsToBeUnique(column_list=["episode_id", "turn"]),
+            gxe.ExpectCompoundColumnsToBeUnique(column_list=["episode_id", "turn", "precision"]),
             gxe.ExpectColumnValuesToBeInSet(column="task_type", value_set=list(task_types)),
             gxe.ExpectColumnMeanToBeBetween(column="sensitive", min_value=lowest, max_value=highest),
         ],

@@ -43,6 +43,7 @@ EPISODES = pl.Schema(
     {
         "policy": pl.String(),
         "kind": pl.String(),
+        "variant_of": pl.String(),
         "draw": pl.Int64(),
         "game_id": pl.String(),
         "task_type": pl.String(),
@@ -52,12 +53,18 @@ EPISODES = pl.Schema(
         "high_steps": pl.Int64(),
         "tokens": pl.Int64(),
         "high_tokens": pl.Int64(),
+        "steps_at": pl.List(pl.Int64()),
+        "spend": pl.Float64(),
+        "bits": pl.Float64(),
         "switches": pl.Int64(),
         "cost": pl.Float64(),
     }
 )
-"""One row per (policy, draw, game). The kind `rung` is another rung of the ladder that acts alone: none of its steps is in
-high precision. `reward` is in [0, 1], and 1 is success. `cost` is relative to the mean `always_high` episode on validation."""
+"""One row per (policy, draw, game). `variant_of`: the router that a policy is compared with, empty for most. High is the dearest
+routed rung. `steps_at`: steps of each routed rung, dearest first. The kind `rung` is another rung of the ladder that acts alone;
+where it is not routed, it has no steps there. `spend` (see `ActingModels.spend`) and `bits` (per weight of the acting rung) are
+sums over the steps. `reward` is in [0, 1], and 1 is success.
+`cost` is relative to the mean `always_high` episode on validation."""
 
 _KIND_ORDER: Mapping[str, int] = {
     "single": 0,
@@ -76,6 +83,7 @@ class _Outcomes:
     """A policy's means over draws, one number a game, games in sorted order."""
 
     kind: Kind
+    variant_of: str
     draws: int
     success: Floats
     reward: Floats
@@ -86,6 +94,7 @@ def compute_metrics(
     episodes: pl.DataFrame,
     *,
     recipe: str,
+    route: Sequence[str],
     high: str,
     low: str,
     headline: str,
@@ -98,8 +107,9 @@ def compute_metrics(
     Args:
         episodes: rows as `EPISODES` says; every policy has all its draws on all games.
         recipe: name, copied.
-        high: policy that always acts in high precision.
-        low: policy that always acts in low precision.
+        route: the rungs that routers choose from, dearest first.
+        high: policy that always acts in the dearest of them.
+        low: policy that always acts in the cheapest of them.
         headline: router that was chosen on validation. The planned test is this router against random at its ratio; the
             other rows of `paired` are for exploration and not corrected for their number.
         confidence: of all intervals, in (0, 1); the keys say `ci95` whatever it is.
@@ -122,7 +132,7 @@ def compute_metrics(
     policies: dict[str, PolicyMetrics] = {}
     for name in names:
         rows = episodes.filter(pl.col("policy") == name)
-        policies[name] = _policy_metrics(rows, outcomes[name], weights, confidence, seed, graded)
+        policies[name] = _policy_metrics(rows, route, outcomes[name], weights, confidence, seed, graded)
         if outcomes[name].kind != "single":
             recovered, recovered_ci = gap_recovered(
                 outcomes[name].success, outcomes[high].success, outcomes[low].success, weights, confidence
@@ -136,6 +146,7 @@ def compute_metrics(
     router_curve = _curve(policies, high, low, "router")
     metrics: Metrics = {
         "recipe": recipe,
+        "route": list(route),
         "high": high,
         "low": low,
         "headline": headline,
@@ -300,6 +311,9 @@ def _checked(episodes: pl.DataFrame, needed: Sequence[str]) -> pl.DataFrame:
     possible = (
         pl.col("steps").gt(0)
         & pl.col("high_steps").is_between(0, pl.col("steps"))
+        & pl.col("steps_at").list.sum().is_between(0, pl.col("steps"))
+        & pl.col("spend").is_between(0, pl.col("steps"))
+        & pl.col("bits").gt(0)
         & pl.col("tokens").gt(0)
         & pl.col("high_tokens").is_between(0, pl.col("tokens"))
         & pl.col("reward").is_between(0, 1)
@@ -325,6 +339,7 @@ def _outcomes(episodes: pl.DataFrame) -> dict[str, _Outcomes]:
         games = rows.group_by("game_id").agg(pl.mean("success", "reward", "cost")).sort("game_id")
         outcomes[str(name)] = _Outcomes(
             kind=cast(Kind, rows["kind"][0]),
+            variant_of=rows["variant_of"][0],
             draws=rows["draw"].n_unique(),
             success=games["success"].to_numpy(),
             reward=games["reward"].to_numpy(),
@@ -334,7 +349,13 @@ def _outcomes(episodes: pl.DataFrame) -> dict[str, _Outcomes]:
 
 
 def _policy_metrics(
-    rows: pl.DataFrame, outcomes: _Outcomes, weights: Floats, confidence: float, seed: int, graded: bool
+    rows: pl.DataFrame,
+    route: Sequence[str],
+    outcomes: _Outcomes,
+    weights: Floats,
+    confidence: float,
+    seed: int,
+    graded: bool,
 ) -> PolicyMetrics:
     """A policy's own numbers, without those that need other policies; the score where rewards are graded."""
     successes = _total(rows, "success")
@@ -359,6 +380,12 @@ def _policy_metrics(
         "ci95": success_interval(outcomes.success, outcomes.draws, weights, confidence),
         "high_ratio": _total(rows, "high_steps") / _total(rows, "steps"),
         "token_high_ratio": _total(rows, "high_tokens") / _total(rows, "tokens"),
+        "shares": {
+            rung: float(rows["steps_at"].list.get(k, null_on_oob=True).sum()) / _total(rows, "steps")
+            for k, rung in enumerate(route)
+        },
+        "spend": _total(rows, "spend") / _total(rows, "steps"),
+        "mean_bits": _total(rows, "bits") / _total(rows, "steps"),
         "cost": float(outcomes.cost.mean()),
         "cost_per_success": _total(rows, "cost") / successes if successes else None,
         "steps": _total(rows, "steps") / rows.height,
@@ -405,15 +432,14 @@ def _gap(high: _Outcomes, low: _Outcomes, weights: Floats, confidence: float) ->
 def _comparisons(
     names: Sequence[str], outcomes: Mapping[str, _Outcomes], high: str, headline: str
 ) -> list[tuple[str, str]]:
-    """Each router against random at its ratio, always-high and itself with forced searches switched, the headline first;
-    then routers with one another."""
+    """Each router against random at its ratio, always-high and its other variants, the headline first; then routers with one
+    another."""
     routers = sorted((name for name in names if outcomes[name].kind == "router"), key=lambda name: name != headline)
-    pairs = [
-        (router, against)
-        for router in routers
-        for against in (f"random@{router}", high, f"{router}+search", f"{router}-search")
-        if against in outcomes
-    ]
+    pairs = []
+    for router in routers:
+        variants = [name for name in names if outcomes[name].variant_of == router]
+        random = [name for name in variants if outcomes[name].kind == "random"]
+        pairs += [(router, against) for against in (*random, high, *(name for name in variants if name not in random))]
     return pairs + list(combinations(routers, 2))
 
 
@@ -440,9 +466,7 @@ def _paired_comparison(
 def _curve(policies: Mapping[str, PolicyMetrics], high: str, low: str, kind: Kind) -> Curve:
     members = [metrics for metrics in policies.values() if metrics["kind"] == kind]
     gap = policies[high]["success"] - policies[low]["success"]
-    recovered = (
-        [(m["high_ratio"], (m["success"] - policies[low]["success"]) / gap) for m in members] if gap > 0 else None
-    )
+    recovered = [(m["spend"], (m["success"] - policies[low]["success"]) / gap) for m in members] if gap > 0 else None
     # The same span of costs for routers and random, or their means would not compare.
     costs = [m["cost"] for name, m in policies.items() if name in (high, low) or m["kind"] in ("router", "random")]
     points = [(m["cost"], m["success"]) for m in (policies[low], policies[high], *members)]

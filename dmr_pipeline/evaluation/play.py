@@ -17,10 +17,9 @@ from dmr_pipeline.evaluation.kept import KeptTables
 from dmr_pipeline.evaluation.metrics import EPISODES
 from dmr_pipeline.precision.frontier import read_ladder
 from dmr_pipeline.recipe import Recipe
-from dmr_pipeline.rollout.cost import episode_cost
 from dmr_pipeline.rollout.engine import Clock, RoutingPolicy, Run, SinglePrecision, Trajectory
 from dmr_pipeline.rollout.known import Known
-from dmr_pipeline.rollout.playing import Ladder, PolicyRuns
+from dmr_pipeline.rollout.playing import PolicyRuns, Rollouts
 
 log = logging.getLogger(__name__)
 
@@ -39,11 +38,30 @@ class Entry:
     """All that tells the policy from others of its name, such as its threshold: its episodes are kept under that."""
     draws: int = 1
     router_bytes: int = 0
+    variant_of: str = ""
+    """Router that it is compared with."""
+
+
+@dataclass(frozen=True)
+class Arena:
+    """With what policies play."""
+
+    rollouts: Rollouts
+    bits: Mapping[str, float]
+    """Rung -> its bits per weight, embeddings and scales included."""
+    seed: int
+    """Of actions that are drawn at a temperature."""
+
+    @classmethod
+    def load(cls, checkpoints: Path, recipe: Recipe, seed: int, rungs: Sequence[str] | None = None) -> "Arena":
+        """As `Rollouts.load`."""
+        bits = {rung.name: rung.bits_per_weight for rung in read_ladder(checkpoints).rungs}
+        return cls(Rollouts.load(checkpoints, recipe, rungs), bits, seed)
 
 
 def evaluate(
     entries: Sequence[Entry],
-    ladder: Ladder,
+    arena: Arena,
     games: Sequence[Task],
     progress: Progress,
     note: str = "",
@@ -54,7 +72,7 @@ def evaluate(
 
     Args:
         kept: where each draw of a policy is looked for before it is played, and written as soon as the policy has played.
-        known: as in `Ladder.play_each`.
+        known: as in `Rollouts.play_each`.
     """
     found: dict[tuple[str, int], pl.DataFrame] = {}
     missing: list[tuple[Entry, list[int]]] = []
@@ -74,7 +92,7 @@ def evaluate(
     def on_played(index: int, played: list[Trajectory], _: Clock) -> None:
         entry, draws = missing[index]
         for draw in draws:
-            rows = [_row(entry, trajectory, ladder) for trajectory in played if trajectory.run.member == draw]
+            rows = [_row(entry, trajectory, arena) for trajectory in played if trajectory.run.member == draw]
             table = pl.DataFrame(rows, schema=PLAYED, orient="row")
             found[entry.name, draw] = table
             if kept is not None:
@@ -84,34 +102,33 @@ def evaluate(
         names = [entry.name for entry in entries if all(entry is not other for other, _ in missing)]
         log.info("not played again%s: %s", note, ", ".join(names))
     if plays:
-        ladder.play_each(plays, ladder.recipe.evaluation.seed, on_played, known)
+        arena.rollouts.play_each(plays, arena.seed, on_played, known)
     return {entry.name: pl.concat([found[entry.name, draw] for draw in range(entry.draws)]) for entry in entries}
 
 
 def rung_alone(checkpoints: Path, recipe: Recipe, rung: str, games: Sequence[Task], kept: KeptTables) -> pl.DataFrame:
     """Rows of `PLAYED` for one rung that always acts; it is in memory while it plays, and not after."""
-    entry = Entry(f"always_{rung}", "rung", SinglePrecision(high=False))
-    kept = kept.under(**acting_facts(checkpoints, recipe, rung, rung))
+    entry = Entry(f"always_{rung}", "rung", SinglePrecision(rung))
+    kept = kept.under(**acting_facts(checkpoints, recipe, (rung,)))
     table = kept.read(**_facts(entry, 0))
     if table is not None:
         log.info("not played again: %s", entry.name)
         return table
-    ladder = Ladder.of_rung(checkpoints, recipe, rung)
+    arena = Arena.load(checkpoints, recipe, recipe.evaluation.seed, (rung,))
     with Progress() as progress:
-        return evaluate([entry], ladder, games, progress, kept=kept)[entry.name]
+        return evaluate([entry], arena, games, progress, kept=kept)[entry.name]
 
 
-def acting_facts(checkpoints: Path, recipe: Recipe, high: str, low: str) -> dict[str, JsonValue]:
-    """All that the episodes of any policy depend on, but for its games: the two rungs and not the whole ladder, so that a
+def acting_facts(checkpoints: Path, recipe: Recipe, rungs: Sequence[str]) -> dict[str, JsonValue]:
+    """All that the episodes of any policy depend on, but for its games: the rungs that act and not the whole ladder, so that a
     rung that is added to it changes nothing.
 
     Args:
         checkpoints: artefact of the stage `quantized_checkpoints`.
-        high: rung that acts in high precision.
+        rungs: that act, dearest first.
     """
     return {
-        "high": content(checkpoints, f"{high}/"),
-        "low": content(checkpoints, f"{low}/"),
+        "rungs": [[rung, content(checkpoints, f"{rung}/")] for rung in rungs],
         "tokenizer": content(checkpoints, "tokenizer/"),
         "always_high_cost": read_ladder(checkpoints).always_high_cost,
         "step_limit": recipe.benchmark.step_limit,
@@ -130,21 +147,28 @@ def _facts(entry: Entry, draw: int) -> dict[str, JsonValue]:
     return {"policy": entry.name, "kind": entry.kind, "parameters": dict(entry.parameters), "draw": draw}
 
 
-def _row(entry: Entry, trajectory: Trajectory, ladder: Ladder) -> tuple[object, ...]:
+def _row(entry: Entry, trajectory: Trajectory, arena: Arena) -> tuple[object, ...]:
+    rollouts = arena.rollouts
     task, steps = trajectory.run.task, trajectory.steps
+    routed = len(rollouts.route) > 1
+    dearest = rollouts.acting.dearest if routed else None
     return (
         entry.name,
         entry.kind,
+        entry.variant_of,
         trajectory.run.member,
         task.task_id,
         task.task_type,
         trajectory.success,
         trajectory.reward,
         len(steps),
-        sum(step.high for step in steps),
-        sum(step.processed + 1 + step.drafted for step in steps),
-        sum(step.processed + 1 for step in steps if step.high),
-        sum(before.high != after.high for before, after in pairwise(steps)),
-        episode_cost(trajectory, ladder.weight_bytes, entry.router_bytes) / ladder.always_high_cost,
+        sum(step.precision == dearest for step in steps),
+        sum(step.processed + 1 + sum(step.wasted.values()) for step in steps),
+        sum(step.processed + 1 for step in steps if step.precision == dearest),
+        [sum(step.precision == rung for step in steps) for rung in rollouts.route] if routed else [],
+        sum(rollouts.acting.spend[step.precision] for step in steps) if routed else 0.0,
+        sum(arena.bits[step.precision] for step in steps),
+        sum(before.precision != after.precision for before, after in pairwise(steps)),
+        rollouts.cost(trajectory, entry.router_bytes),
         trajectory.outgrown,
     )

@@ -55,12 +55,14 @@ def plot_accuracy_cost(metrics: Metrics, path: Path) -> None:
     with _figure(path, 10.5, max(4.6, _LABEL * len(policies))) as figure:
         by_ratio, by_cost = figure.subplots(1, 2, sharey=True, gridspec_kw={"width_ratios": [1, 1]})
         figure.subplots_adjust(left=0.07, right=0.74, bottom=0.13, top=0.91, wspace=0.08)
-        for axes, key in ((by_ratio, "high_ratio"), (by_cost, "cost")):
+        for axes, key in ((by_ratio, "spend"), (by_cost, "cost")):
             ends = [_coordinate(low, key), _coordinate(high, key)]
             axes.plot(ends, [low["success"], high["success"]], "--", color=GREY, linewidth=1.2, zorder=1)
             for name, policy in policies.items():
                 _point(axes, _coordinate(policy, key), policy, colours[name])
-        by_ratio.set(title="By ratio", xlabel="steps in high precision", ylabel="success", xlim=(-0.05, 1.05))
+        two = len(metrics["route"]) == 2
+        spent = "steps in high precision" if two else "spend: bytes of the acting precision, cheapest 0%, dearest 100%"
+        by_ratio.set(title="By ratio" if two else "By spend", xlabel=spent, ylabel="success", xlim=(-0.05, 1.05))
         by_ratio.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         by_ratio.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         dearest = max(policy["cost"] for policy in policies.values())
@@ -77,7 +79,7 @@ def plot_kl_by_turn(sensitivity: pl.DataFrame, path: Path) -> None:
     """How far the two action distributions are apart at each turn, and the share of its steps labelled sensitive.
 
     Args:
-        sensitivity: columns turn (from 0), kl_high_low (nats), sensitive (bool); one row a step.
+        sensitivity: columns turn (from 0), kl_high_low (nats), sensitive (bool); a row a step and cheaper rung.
         path: of the PNG.
     """
     floor = 1e-6
@@ -201,7 +203,7 @@ def _colours(policies: Mapping[str, PolicyMetrics]) -> dict[str, str]:
 
 
 def _coordinate(policy: PolicyMetrics, key: str) -> float:
-    return policy["cost"] if key == "cost" else policy["high_ratio"]
+    return policy["cost"] if key == "cost" else policy["spend"]
 
 
 def _point(axes: Axes, x: float, policy: PolicyMetrics, colour: str) -> None:

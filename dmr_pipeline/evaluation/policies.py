@@ -12,58 +12,64 @@ from rich.progress import Progress
 
 from dmr_pipeline.environments.base import Task
 from dmr_pipeline.evaluation.kept import KeptTables
-from dmr_pipeline.evaluation.play import Entry, evaluate
-from dmr_pipeline.recipe import GrpoRouter
+from dmr_pipeline.evaluation.play import Arena, Entry, evaluate
+from dmr_pipeline.recipe import Evaluation, GrpoRouter
 from dmr_pipeline.rollout.cost import reward
 from dmr_pipeline.rollout.engine import Clock, RoutingPolicy, Run, SinglePrecision, Trajectory
 from dmr_pipeline.rollout.known import Known
-from dmr_pipeline.rollout.playing import Ladder
 from dmr_pipeline.router.baselines import Confidence, Disagreement, RandomMixing
 from dmr_pipeline.router.calibration import OperatingPoint, find_threshold
 from dmr_pipeline.router.model import Router
 from dmr_pipeline.router.policies import routing_policy
-from dmr_pipeline.router.search_steps import opens_at_search_bar
+from dmr_pipeline.router.search_steps import opens_at_search_bar, with_searches_forced
 
 ROUTERS = ("kl_router", "grpo_router")
 HEADLINE_RATIO = 0.40
-"""High-precision ratio on validation that the headline router should stay under: the larger of the paper's budgets K."""
+"""Spend on validation, of two rungs the high-precision ratio, that the headline router should stay under: the larger of the
+paper's budgets K."""
 
 
 def play_test(
-    ladder: Ladder,
+    arena: Arena,
     routers: Mapping[str, Router],
     files: Mapping[str, JsonValue],
     cascade: Confidence,
     games: Sequence[Task],
+    section: Evaluation,
     progress: Progress,
     kept: KeptTables,
     known: Known,
 ) -> list[pl.DataFrame]:
     """Rows of all policies but the rungs alone, in the report's order. Arguments as of `router_entries` and `evaluate`."""
-    slots = ladder.slots(len(games))
-    compared = entries(routers, files, cascade, slots)
+    rollouts = arena.rollouts
+    slots, route = rollouts.slots(len(games)), rollouts.route
+    compared = entries(route, routers, files, cascade, slots)
     if opens_at_search_bar(games[0]):
-        compared += search_entries(routers, files, slots)
+        compared += search_entries(route, routers, files, slots)
     # These first: the others come by many of their transcripts.
     in_turn = sorted(compared, key=lambda entry: entry.name not in ("always_high", "always_low", "disagreement"))
-    played = evaluate(in_turn, ladder, games, progress, kept=kept, known=known)
-    section = ladder.recipe.evaluation
-    mixes = {name: random_mix(name, played[name], section.seed, section.random_draws) for name in routers}
-    played |= evaluate(list(mixes.values()), ladder, games, progress, kept=kept, known=known)
+    played = evaluate(in_turn, arena, games, progress, kept=kept, known=known)
+    mixes = {name: random_mix(name, played[name], route, section.seed, section.random_draws) for name in routers}
+    played |= evaluate(list(mixes.values()), arena, games, progress, kept=kept, known=known)
     names = [[entry.name] + ([mixes[entry.name].name] if entry.name in mixes else []) for entry in compared]
     return [played[name] for name in chain(*names)]
 
 
 def entries(
-    routers: Mapping[str, Router], files: Mapping[str, JsonValue], cascade: Confidence, slots: int
+    route: Sequence[str],
+    routers: Mapping[str, Router],
+    files: Mapping[str, JsonValue],
+    cascade: Confidence,
+    slots: int,
 ) -> list[Entry]:
     """Policies to evaluate, but for random mixing. Arguments as of `router_entries`."""
     return [
-        Entry("always_high", "single", SinglePrecision(high=True)),
-        Entry("always_low", "single", SinglePrecision(high=False)),
+        Entry("always_high", "single", SinglePrecision(route[0], route)),
+        Entry("always_low", "single", SinglePrecision(route[-1], route)),
+        *(Entry(f"always_{rung}", "rung", SinglePrecision(rung, route)) for rung in route[1:-1]),
         Entry("confidence", "baseline", cascade, {"threshold": cascade.threshold}),
         *router_entries(routers, files, slots),
-        Entry("disagreement", "oracle", Disagreement()),
+        Entry("disagreement", "oracle", Disagreement(route)),
     ]
 
 
@@ -79,10 +85,13 @@ def router_entries(routers: Mapping[str, Router], files: Mapping[str, JsonValue]
     ]
 
 
-def search_entries(routers: Mapping[str, Router], files: Mapping[str, JsonValue], slots: int) -> list[Entry]:
-    """What forcing search steps does: each router with it switched, its threshold as it is; and searches alone at high
-    precision, which needs no router. Arguments as of `router_entries`."""
-    compared = [Entry("search_only", "baseline", RandomMixing(0.0, 0, force_search=True))]
+def search_entries(
+    route: Sequence[str], routers: Mapping[str, Router], files: Mapping[str, JsonValue], slots: int
+) -> list[Entry]:
+    """What forcing search steps does: each router with it switched, its threshold as it is; and searches alone at the dearest
+    precision, the rest at the cheapest, which needs no router. Arguments as of `router_entries`."""
+    searches_alone = with_searches_forced(SinglePrecision(route[-1], route), route)
+    compared = [Entry("search_only", "baseline", searches_alone)]
     for name, router in routers.items():
         forced = router.settings.force_search
         switched = replace(router, settings=router.settings.model_copy(update={"force_search": not forced}))
@@ -93,38 +102,42 @@ def search_entries(routers: Mapping[str, Router], files: Mapping[str, JsonValue]
                 routing_policy(switched, slots),
                 {"router": files[name]},
                 router_bytes=router.weight_bytes,
+                variant_of=name,
             )
         )
     return compared
 
 
-def random_mix(router: str, played: pl.DataFrame, seed: int, draws: int) -> Entry:
-    """Random mixing at the ratio at which a router has played."""
-    ratio = _ratio(played)
-    parameters: dict[str, JsonValue] = {"ratio": ratio, "seed": seed}
-    return Entry(f"random@{router}", "random", RandomMixing(ratio, seed), parameters, draws)
+def random_mix(router: str, played: pl.DataFrame, route: Sequence[str], seed: int, draws: int) -> Entry:
+    """Random mixing with the shares at which a router has played."""
+    shares = {rung: float(played["steps_at"].list.get(k).sum()) / _steps(played) for k, rung in enumerate(route)}
+    parameters: dict[str, JsonValue] = {"shares": dict(shares), "seed": seed}
+    return Entry(f"random@{router}", "random", RandomMixing(shares, seed), parameters, draws, variant_of=router)
 
 
 def confidence_cascade(
-    ladder: Ladder, games: Sequence[Task], progress: Progress, kept: KeptTables, known: Known
+    arena: Arena, games: Sequence[Task], section: Evaluation, progress: Progress, kept: KeptTables, known: Known
 ) -> Confidence:
     """At the threshold that gives the recipe's ratio in closed loop on validation games."""
-    section, runs = ladder.recipe.evaluation, [Run(game) for game in games]
+    rollouts, runs = arena.rollouts, [Run(game) for game in games]
     bar = progress.add_task("confidence on validation", total=None)
 
     def play(threshold: float) -> list[Trajectory]:
-        policy = Confidence(threshold)
-        return ladder.play(runs, policy, section.seed, advance=lambda n: progress.advance(bar, n), known=known)
+        policy = Confidence(rollouts.route, threshold)
+        return rollouts.play(runs, policy, arena.seed, advance=lambda n: progress.advance(bar, n), known=known)
+
+    def play_at(threshold: float) -> OperatingPoint:
+        return OperatingPoint.of(threshold, play(threshold), rollouts.acting.spend)
 
     facts: dict[str, JsonValue] = {"confidence_ratio": section.confidence_ratio, "confidence_games": len(games)}
     found = kept.read(**facts)
     if found is None:
-        alone = np.array([step.probability for trajectory in play(math.inf) for step in trajectory.steps])
-        point, _ = find_threshold(lambda t: OperatingPoint.of(t, play(t)), alone, section.confidence_ratio)
+        doubts = np.array([step.exceedance[-1] for trajectory in play(math.inf) for step in trajectory.steps])
+        point, _ = find_threshold(play_at, doubts, section.confidence_ratio)
         found = pl.DataFrame({"threshold": [point.threshold]})
         kept.write(found, **facts)
     progress.update(bar, total=1, completed=1)
-    return Confidence(found["threshold"].item())
+    return Confidence(rollouts.route, found["threshold"].item())
 
 
 def choose_headline(played: Mapping[str, pl.DataFrame], section: GrpoRouter) -> tuple[str, dict[str, dict[str, float]]]:
@@ -143,20 +156,20 @@ def choose_headline(played: Mapping[str, pl.DataFrame], section: GrpoRouter) -> 
         found[name] = {
             "stage_2_reward": round(float(np.mean(rewards)), 6),
             "success": round(float(frame["success"].mean()), 6),  # type: ignore[arg-type]
-            "high_ratio": round(_ratio(frame), 6),
+            "spend": round(float(frame["spend"].sum()) / _steps(frame), 6),
             "cost": round(float(frame["cost"].mean()), 6),  # type: ignore[arg-type]
         }
-    within = [name for name in found if found[name]["high_ratio"] <= HEADLINE_RATIO] or list(found)
+    within = [name for name in found if found[name]["spend"] <= HEADLINE_RATIO] or list(found)
     return max(within, key=lambda name: found[name]["stage_2_reward"]), found
 
 
-def seconds_per_step(policy: RoutingPolicy, ladder: Ladder, games: Sequence[Task]) -> dict[str, JsonValue]:
+def seconds_per_step(policy: RoutingPolicy, arena: Arena, games: Sequence[Task]) -> dict[str, JsonValue]:
     """One episode at a time, as an interactive agent runs: mean and p95 of a step, and the router's share of it."""
     seconds: list[float] = []
     router = 0.0
     for game in games:
         clock = Clock()
-        ladder.play([Run(game)], policy, ladder.recipe.evaluation.seed, clock)
+        arena.rollouts.play([Run(game)], policy, arena.seed, clock)
         seconds += clock.durations
         router += clock.router
     return {
@@ -166,5 +179,5 @@ def seconds_per_step(policy: RoutingPolicy, ladder: Ladder, games: Sequence[Task
     }
 
 
-def _ratio(episodes: pl.DataFrame) -> float:
-    return float(episodes["high_steps"].sum()) / float(episodes["steps"].sum())
+def _steps(episodes: pl.DataFrame) -> float:
+    return float(episodes["steps"].sum())

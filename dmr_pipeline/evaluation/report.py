@@ -75,8 +75,8 @@ def headline(metrics: Metrics) -> list[str]:
     router, high, low = policies[name], policies[metrics["high"]], policies[metrics["low"]]
     sentences = [
         f"On {router['n']} test games {name}, the router chosen on validation, succeeds in {router['success']:.1%} "
-        f"({_confidence(metrics)} interval {_span(router['ci95'])}), acting in high precision at "
-        f"{router['high_ratio']:.1%} of the steps; {metrics['high']} succeeds in {high['success']:.1%}, "
+        f"({_confidence(metrics)} interval {_span(router['ci95'])}), acting {_shares(router, metrics)}; "
+        f"{metrics['high']} succeeds in {high['success']:.1%}, "
         f"{metrics['low']} in {low['success']:.1%}."
     ]
     if "score" in router:
@@ -102,10 +102,10 @@ def headline(metrics: Metrics) -> list[str]:
 def markdown_table(metrics: Metrics) -> str:
     """The results as a GitHub table, a policy a row."""
     score = ("score",) if has_scores(metrics) else ()
-    columns = ("policy", "success", *score, "high-precision ratio", "cost", "steps", "gap recovered")
+    columns = ("policy", "success", *score, *precision_columns(metrics), "cost", "steps", "gap recovered")
     rows = [columns, ("---",) + ("---:",) * (len(columns) - 1)]
     for name, policy in metrics["policies"].items():
-        success, *others = _cells(policy)
+        success, *others = _cells(policy, metrics)
         scores = [f"{_score(policy)} {_brackets(policy['score_ci95'], 1)}"] if score else []
         shown = f"**{name}**" if name == metrics["headline"] else name
         rows.append((shown, success, *scores, *others))
@@ -126,7 +126,8 @@ def console_table(metrics: Metrics) -> Table:
     table.caption, table.caption_justify = _note(metrics), "left"
     table.add_column("policy", no_wrap=True)
     scores = has_scores(metrics)
-    for column in ("success", *(("score", "ratio", "cost") if scores else ("ratio", "cost", "steps")), "gap recovered"):
+    ratio = "ratio" if len(metrics["route"]) == 2 else "bits"
+    for column in ("success", *(("score", ratio, "cost") if scores else (ratio, "cost", "steps")), "gap recovered"):
         table.add_column(column, justify="right", no_wrap=True)
     kind = None
     for name, policy in metrics["policies"].items():
@@ -134,8 +135,8 @@ def console_table(metrics: Metrics) -> Table:
             table.add_section()
         kind = policy["kind"]
         marked = f"{name} *" if name == metrics["headline"] else name
-        success, ratio, cost, steps, recovered = _cells(policy)
-        middle = (_score(policy), ratio, cost) if scores else (ratio, cost, steps)
+        success, *_, acting, cost, steps, recovered = _cells(policy, metrics)
+        middle = (_score(policy), acting, cost) if scores else (acting, cost, steps)
         table.add_row(marked, success, *middle, recovered, style=_KIND_STYLES[kind])
     return table
 
@@ -181,6 +182,8 @@ def render_html(folder: Path, sidecar: Path | None, html: Path) -> None:
             draws=max(policy["episodes"] // policy["n"] for policy in policies.values()),
             confidence=_confidence(metrics),
             router=policies[metrics["headline"]],
+            precision_columns=precision_columns(metrics),
+            precision_cells={name: precision_cells(policy, metrics) for name, policy in policies.items()},
             against_high=policies[metrics["headline"]]["cost"] / policies[metrics["high"]]["cost"],
             task_types=sorted({name for policy in policies.values() for name in policy["by_task_type"]}),
             pictures=_pictures(folder / "plots"),
@@ -215,9 +218,9 @@ def _against_random(metrics: Metrics) -> list[str]:
     """The planned test, in words. Significance is at one minus the intervals' confidence."""
     name = metrics["headline"]
     for pair in metrics["paired"]:
-        if pair["policy"] == name and pair["against"] == f"random@{name}":
-            ratio = metrics["policies"][pair["against"]]["high_ratio"]
-            return [f"Against random routing ({ratio:.1%} of the steps in high precision) {_verdict(pair, metrics)}."]
+        if pair["policy"] == name and metrics["policies"][pair["against"]]["kind"] == "random":
+            shares = _shares(metrics["policies"][pair["against"]], metrics)
+            return [f"Against random routing ({shares}) {_verdict(pair, metrics)}."]
     return []
 
 
@@ -228,11 +231,31 @@ def _verdict(pair: PairedComparison, metrics: Metrics) -> str:
     return f"it is {'better' if pair['difference'] > 0 else 'worse'} in the paired test: {points}"
 
 
-def _cells(policy: PolicyMetrics) -> tuple[str, str, str, str, str]:
-    """A policy's success, high-precision ratio, cost, steps and gap recovered."""
+def precision_columns(metrics: Metrics) -> list[str]:
+    """What tells which precisions a policy acts in: of two rungs one number is enough."""
+    route = metrics["route"]
+    return ["high-precision ratio"] if len(route) == 2 else [*(f"steps at {rung}" for rung in route), "mean bits"]
+
+
+def precision_cells(policy: PolicyMetrics, metrics: Metrics) -> list[str]:
+    """One a column."""
+    if len(metrics["route"]) == 2:
+        return [f"{policy['high_ratio']:.1%}"]
+    return [*(f"{share:.1%}" for share in policy["shares"].values()), f"{policy['mean_bits']:.2f}"]
+
+
+def _shares(policy: PolicyMetrics, metrics: Metrics) -> str:
+    if len(metrics["route"]) == 2:
+        return f"in high precision at {policy['high_ratio']:.1%} of the steps"
+    shares = [f"{rung} at {share:.1%}" for rung, share in policy["shares"].items()]
+    return f"with {', '.join(shares)} of the steps, {policy['mean_bits']:.2f} bits a weight in the mean"
+
+
+def _cells(policy: PolicyMetrics, metrics: Metrics) -> tuple[str, ...]:
+    """A policy's success, precisions, cost, steps and gap recovered."""
     return (
         f"{policy['success']:.1%} {_brackets(policy['ci95'], 1)}",
-        f"{policy['high_ratio']:.1%}",
+        *precision_cells(policy, metrics),
         f"{policy['cost']:.3f}",
         f"{policy['steps']:.1f}",
         _recovered(policy),

@@ -31,9 +31,15 @@ class PolicyMetrics(TypedDict):
     """Mean reward, in [0, 1], over games of the mean over draws. Absent where every reward of the evaluation is 0 or 1."""
     score_ci95: NotRequired[Interval]
     high_ratio: float
-    """High-precision steps / steps, over all episodes together."""
+    """Steps of the dearest routed rung / steps, over all episodes together."""
     token_high_ratio: float
     """Tokens that the high precision processed or wrote / all such tokens."""
+    shares: dict[str, float]
+    """Routed rung -> its steps / steps, dearest first."""
+    spend: float
+    """Mean over the steps, from 0 (the cheapest routed rung) to 1 (the dearest), in bytes; of two rungs, `high_ratio`."""
+    mean_bits: float
+    """Bits per weight of the acting rung, mean over the steps."""
     cost: float
     """Mean over games, in mean `always_high` validation episodes."""
     cost_per_success: float | None
@@ -84,9 +90,9 @@ class Curve(TypedDict):
     """The routing curve from always-low through the policies of one kind to always-high."""
 
     apgr: float | None
-    """Mean gap recovered over all high-precision ratios (RouteLLM)."""
+    """Mean gap recovered over all spends, of two rungs the high-precision ratios (RouteLLM)."""
     cpt50: float | None
-    """Smallest high-precision ratio that recovers 50% of the gap (RouteLLM)."""
+    """Smallest spend that recovers 50% of the gap (RouteLLM)."""
     cpt80: float | None
     aiq: float | None
     """Mean success over cost on the non-decreasing convex hull (RouterBench)."""
@@ -96,6 +102,8 @@ class Metrics(TypedDict):
     """`metrics.json`."""
 
     recipe: str
+    route: list[str]
+    """Rungs that routers choose from, dearest first."""
     high: str
     low: str
     headline: str
@@ -142,8 +150,8 @@ def failures_of(metrics: Metrics) -> list[str]:
             failures.append(f"{name}: success {policy['success']} with interval {low} to {high}")
         if "score" in policy and not policy["success"] <= policy["score"] <= 1:
             failures.append(f"{name}: score {policy['score']} with success {policy['success']}")
-        if not 0 <= policy["high_ratio"] <= 1:
-            failures.append(f"{name}: high-precision ratio {policy['high_ratio']}")
+        if not 0 <= policy["high_ratio"] <= 1 or not 0 <= policy["spend"] <= 1:
+            failures.append(f"{name}: high-precision ratio {policy['high_ratio']}, spend {policy['spend']}")
         if policy["cost"] <= 0 or policy["n"] <= 0:
             failures.append(f"{name}: cost {policy['cost']} over {policy['n']} games")
     for name, ratio in ((metrics["high"], 1.0), (metrics["low"], 0.0)):

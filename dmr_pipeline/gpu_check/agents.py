@@ -26,9 +26,9 @@ from dmr_pipeline.precision.quantization import dequantize, load_rung, quantize_
 from dmr_pipeline.recipe import Recipe, Rung, load_recipe
 from dmr_pipeline.rollout.engine import Clock, Run, SinglePrecision, Trajectory, play, play_alone
 from dmr_pipeline.rollout.kv_cache.padded import Streams
-from dmr_pipeline.rollout.playing import Ladder
+from dmr_pipeline.rollout.playing import Rollouts
 from dmr_pipeline.rollout.prompts import Prompter
-from dmr_pipeline.router.baselines import Disagreement, RandomMixing
+from dmr_pipeline.router.baselines import Disagreement, RandomMixing, two_way_shares
 from dmr_pipeline.router.kl import ROUTER_FOLDER
 from dmr_pipeline.router.model import new_router, save_router
 from dmr_pipeline.stages.benchmark_tasks import benchmark_tasks
@@ -169,10 +169,11 @@ def _agreement(
 ) -> tuple[float, int, float]:
     """Share of steps of the first model's episodes at which the second would act the same; the steps; seconds."""
     started = time.perf_counter()
-    streams = {True: Streams(one, len(games), _CAPACITY), False: Streams(other, len(games), _CAPACITY)}
-    played = play([Run(game) for game in games], streams, agent.prompter, Disagreement(), limit)
+    streams = {"one": Streams(one, len(games), _CAPACITY), "other": Streams(other, len(games), _CAPACITY)}
+    played = play([Run(game) for game in games], streams, agent.prompter, Disagreement(tuple(streams)), limit)
     steps = [step for trajectory in played for step in trajectory.steps]
-    return 1 - sum(step.high for step in steps) / len(steps), len(steps), time.perf_counter() - started
+    agreed = sum(step.precision == "other" for step in steps)
+    return agreed / len(steps), len(steps), time.perf_counter() - started
 
 
 def speed(agent: TinyAgent, part: Part) -> None:
@@ -181,19 +182,19 @@ def speed(agent: TinyAgent, part: Part) -> None:
     float_model = agent.model(agent.device)
     models = {rung.name: acting_model(quantize_rung(float_model, rung), agent.device) for rung in RUNGS}
 
-    def timed(high: PreTrainedModel, low: PreTrainedModel, batch: int, limit: int) -> Clock:
+    def timed(rungs: Sequence[str], batch: int, limit: int) -> Clock:
         runs, clock = [Run(game) for game in agent.games[:batch]], Clock()
-        streams = {True: Streams(high, batch, _CAPACITY), False: Streams(low, batch, _CAPACITY)}
-        policy = SinglePrecision(high=True) if high is low else RandomMixing(MIXED_RATIO, seed=0)
+        streams = {rung: Streams(models[rung], batch, _CAPACITY) for rung in rungs}
+        mixing = RandomMixing(two_way_shares(rungs, MIXED_RATIO), seed=0)
+        policy = mixing if len(rungs) > 1 else SinglePrecision(rungs[0])
         play(runs, streams, agent.prompter, policy, limit, clock=clock)
         return clock
 
-    acting = {name: (model, model) for name, model in models.items()}
-    acting[f"routed, {MIXED_RATIO:.0%} float, else int2"] = (models["float"], models["int2"])
-    for name, (high, low) in acting.items():
-        timed(high, low, 1, 1)  # loads the kernels
+    acting = {name: (name,) for name in models} | {f"routed, {MIXED_RATIO:.0%} float, else int2": ("float", "int2")}
+    for name, rungs in acting.items():
+        timed(rungs, 1, 1)  # loads the kernels
         for batch in agent.sizes.batches:
-            clock = timed(high, low, batch, agent.sizes.timed_steps)
+            clock = timed(rungs, batch, agent.sizes.timed_steps)
             seconds = clock.router + clock.agent + clock.environment
             part.row(
                 acting=name,
@@ -217,8 +218,7 @@ def two_grpo_updates(agent: TinyAgent, part: Part) -> None:
         "precisions": agent.recipe.precisions.model_dump()
         | {
             "ladder": [RUNGS[0].model_dump(), RUNGS[4].model_dump()],
-            "high": "float",
-            "low": "int2",
+            "route": ["float", "int2"],
             "kl_episodes": number,
         },
         "grpo_router": agent.recipe.grpo_router.model_dump()
@@ -241,9 +241,12 @@ def two_grpo_updates(agent: TinyAgent, part: Part) -> None:
             folders[name].mkdir()
             stage(StageContext(recipe, done, folders[name], folders[name]))
             done[name] = folders[name]
-        ladder = Ladder.load(done["quantized_checkpoints"], recipe)
+        rollouts = Rollouts.load(done["quantized_checkpoints"], recipe)
         done["kl_router"] = Path(temporary) / "kl_router"
-        router = new_router(recipe.kl_router.model, ladder.prompter.tokenizer, 0, agent.device, ladder.models[False])
+        cheapest = rollouts.acting.models["int2"]
+        router = new_router(
+            recipe.kl_router.model, rollouts.route, rollouts.prompter.tokenizer, 0, agent.device, cheapest
+        )
         save_router(router, done["kl_router"] / ROUTER_FOLDER)
         folders["grpo_router"].mkdir()
         scratch = Path(temporary) / "scratch"

@@ -9,6 +9,8 @@ import polars as pl
 
 from dmr_pipeline.ingestion.schema import LoggedEpisode
 from dmr_pipeline.ingestion.stored import read_ingested
+from dmr_pipeline.recipe import Precisions
+from dmr_pipeline.rollout.engine import certain
 from dmr_pipeline.rollout.prompts import Moment, Prompter
 from dmr_pipeline.rollout.tables import EPISODES, STEPS, read_trajectories
 
@@ -28,11 +30,12 @@ class AllTrajectories:
     """Steps that were ingested, also those of episodes that are too long for the agent and in neither table."""
 
 
-def read_all_trajectories(inputs: Mapping[str, Path], prompter: Prompter, high: str, capacity: int) -> AllTrajectories:
+def read_all_trajectories(
+    inputs: Mapping[str, Path], precisions: Precisions, prompter: Prompter, capacity: int
+) -> AllTrajectories:
     """The union of the inputs `trajectories` and `ingested_trajectories`, both checked again on reading.
 
     Args:
-        high: the high rung's name.
         capacity: tokens that a transcript may have.
 
     Raises:
@@ -40,7 +43,7 @@ def read_all_trajectories(inputs: Mapping[str, Path], prompter: Prompter, high: 
     """
     episodes, steps = read_trajectories(inputs["trajectories"])
     logged = read_ingested(inputs["ingested_trajectories"])
-    more_episodes, more_steps = ingested_tables(logged, prompter, high, capacity)
+    more_episodes, more_steps = ingested_tables(logged, precisions, prompter, capacity)
     return AllTrajectories(
         pl.concat([episodes, more_episodes], rechunk=True),
         pl.concat([steps, more_steps], rechunk=True),
@@ -49,13 +52,14 @@ def read_all_trajectories(inputs: Mapping[str, Path], prompter: Prompter, high: 
 
 
 def ingested_tables(
-    logged: Sequence[LoggedEpisode], prompter: Prompter, high: str, capacity: int
+    logged: Sequence[LoggedEpisode], precisions: Precisions, prompter: Prompter, capacity: int
 ) -> tuple[pl.DataFrame, pl.DataFrame]:
     """Logged episodes as tables of the schemas above, tokenized as if the agent had played them.
 
-    A step counts as high where the rung `high` acted. Episodes whose transcript leaves the agent no room are left out, with a
-    warning, and all of them where templates name what logs do not tell. `probability` is what was logged, else 1 or 0 by what
-    acted; what forward passes read is not logged, so `processed` is 0.
+    A step counts as one of the routed rung that is next to the one that acted, see `routed`. Episodes whose transcript leaves the
+    agent no room are left out, with a warning, and all of them where templates name what logs do not tell. `exceedance` is the
+    probability of the dearer rung that was logged, where there are two, else what is certain by what acted; what forward passes
+    read is not logged, so `processed` is 0.
     """
     episodes, steps, too_long = [], [], 0
     if logged and (untold := prompter.named & {"steps_left", "admissible_commands"}):
@@ -71,7 +75,7 @@ def ingested_tables(
             too_long += 1
             continue
         episode_id = f"{INGESTED}/{episode.episode_id}"
-        acted = [step.precision == high for step in episode.steps]
+        acted = [routed(step.precision, precisions) for step in episode.steps]
         reward = float(episode.success) if episode.reward is None else episode.reward
         episodes.append(
             (
@@ -84,7 +88,6 @@ def ingested_tables(
                 episode.success,
                 reward,
                 len(acted),
-                sum(acted),
             )
         )
         steps += [
@@ -94,7 +97,7 @@ def ingested_tables(
                 step.command,
                 step.observation,
                 acted[turn],
-                float(acted[turn]) if step.probability is None else step.probability,
+                _exceedance(acted[turn], step.probability, precisions.route),
                 *tokens,
                 0,
             )
@@ -103,6 +106,17 @@ def ingested_tables(
     if too_long:
         log.warning("%d ingested episodes are left out: too long for the agent's %d tokens", too_long, capacity)
     return pl.DataFrame(episodes, schema=EPISODES, orient="row"), pl.DataFrame(steps, schema=STEPS, orient="row")
+
+
+def routed(rung: str, precisions: Precisions) -> str:
+    """The routed rung that an acting rung of the ladder counts as: the dearest one that is no dearer, else the cheapest."""
+    names = [rung.name for rung in precisions.ladder]
+    below = (name for name in precisions.route if names.index(name) >= names.index(rung))
+    return next(below, precisions.route[-1])
+
+
+def _exceedance(acted: str, logged: float | None, route: Sequence[str]) -> list[float]:
+    return list(certain(acted, route)) if logged is None or len(route) > 2 else [logged]
 
 
 def _tokens(episode: LoggedEpisode, prompter: Prompter) -> tuple[list[list[int]], list[list[int]]]:

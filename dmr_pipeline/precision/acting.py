@@ -1,20 +1,71 @@
-"""A rung as it acts."""
+"""Rungs as they act."""
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
 
+from dmr_pipeline.errors import UserError
 from dmr_pipeline.precision.quantization import dequantize, load_rung, rung_size
+
+
+@dataclass(frozen=True)
+class ActingModels:
+    """The rungs that a router chooses from, or one alone, loaded for acting. All mappings are dearest first."""
+
+    models: Mapping[str, PreTrainedModel]
+    """Rung -> what computes when it acts."""
+    weight_bytes: Mapping[str, int]
+    """Rung -> bytes of weights that one forward pass at batch 1 reads."""
+    device: torch.device
+
+    @classmethod
+    def load(cls, checkpoints: Path, rungs: Sequence[str], device: torch.device) -> "ActingModels":
+        """From the folder of the stage `quantized_checkpoints`.
+
+        Args:
+            rungs: names, dearest first.
+        """
+        models, sizes = {}, {}
+        for rung in rungs:
+            model = load_rung(checkpoints / rung, device)
+            sizes[rung] = rung_size(model).bytes
+            models[rung] = acting_model(model, device)
+        return cls(models, sizes, device)
+
+    @property
+    def route(self) -> tuple[str, ...]:
+        """Names of the rungs, dearest first."""
+        return tuple(self.models)
+
+    @property
+    def dearest(self) -> str:
+        return self.route[0]
+
+    @property
+    def cheapest(self) -> str:
+        return self.route[-1]
+
+    @cached_property
+    def spend(self) -> dict[str, float]:
+        """Rung -> how far it is from the cheapest rung, 0, to the dearest, 1, in bytes. Its mean over a policy's steps is, of two
+        rungs, the high-precision ratio. For more the measure is ours: what budgets are given in.
+
+        Raises:
+            UserError: the dearest rung is no larger than the cheapest.
+        """
+        most, least = self.weight_bytes[self.dearest], self.weight_bytes[self.cheapest]
+        if most <= least:
+            raise UserError(
+                f"precisions.route: {self.dearest!r} has {most:,} bytes and {self.cheapest!r} {least:,}, so nothing can be"
+                " saved: name a cheaper rung last"
+            )
+        return {rung: (size - least) / (most - least) for rung, size in self.weight_bytes.items()}
 
 
 def acting_model(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     """What computes when a rung acts: on a CPU the model with plain float layers, made in place: no low-bit kernels there."""
     return dequantize(model) if device.type == "cpu" else model
-
-
-def load_acting(folder: Path, device: torch.device) -> tuple[PreTrainedModel, int]:
-    """What computes when a rung acts, and the bytes of weights that it stands for."""
-    model = load_rung(folder, device)
-    size = rung_size(model).bytes
-    return acting_model(model, device), size

@@ -55,15 +55,16 @@ class LadderFacts(BaseModel):
 
 
 def gate(facts: Sequence[RungFacts], precisions: Precisions) -> Gate:
-    """High rung strong enough, low rung far enough below it and not too far."""
+    """Dearest routed rung strong enough, the cheapest far enough below it and not too far."""
     success = {rung.name: rung.validation_success for rung in facts}
-    high, low = success[precisions.high], success[precisions.low]
+    dearest, cheapest = precisions.route[0], precisions.route[-1]
+    high, low = success[dearest], success[cheapest]
     smallest, largest = precisions.gate_gap
     gap = round(high - low, 6)
     passed = high >= precisions.gate_high and smallest <= gap <= largest
     verdict = (
-        f"{precisions.high} wins {high:.1%} of the validation games (asked: at least {precisions.gate_high:.0%}), "
-        f"{precisions.low} {100 * gap:.1f} points fewer (asked: {100 * smallest:.0f} to {100 * largest:.0f})"
+        f"{dearest} wins {high:.1%} of the validation games (asked: at least {precisions.gate_high:.0%}), "
+        f"{cheapest} {100 * gap:.1f} points fewer (asked: {100 * smallest:.0f} to {100 * largest:.0f})"
     )
     return Gate(high=high, low=low, gap=gap, passed=passed, verdict=verdict)
 

@@ -3,8 +3,8 @@
 Our definition, since the paper gives none: the sum, over an episode's forward passes at batch 1, of the weight bytes that the
 pass reads. Generating an action of n tokens takes n passes of the acting precision: one reads the new segment, together with
 whatever this precision has not seen yet (catch-up after a switch), and n - 1 read one token each; the router's decision takes
-one pass of the router, unless the step is forced. A policy that lets low precision draft, or read, before it decides pays for
-the passes that are thrown away where high precision then acts. Reports divide by the mean cost of an always-high episode on
+one pass of the router, unless the step is forced. A policy that lets a precision draft, or read, before it decides pays for
+the passes that are thrown away where another one then acts. Reports divide by the mean cost of an always-high episode on
 validation games.
 """
 
@@ -14,17 +14,17 @@ from dmr_pipeline.recipe import GrpoRouter
 from dmr_pipeline.rollout.engine import Trajectory
 
 
-def episode_cost(trajectory: Trajectory, weight_bytes: Mapping[bool, int], router_bytes: int = 0) -> float:
+def episode_cost(trajectory: Trajectory, weight_bytes: Mapping[str, int], router_bytes: int = 0) -> float:
     """Bytes read.
 
     Args:
-        weight_bytes: precision is high -> bytes that one pass of the agent reads.
+        weight_bytes: rung -> bytes that one pass of the agent reads.
         router_bytes: bytes that one decision of the router reads; 0 for policies that need none.
     """
     return float(
         sum(
-            weight_bytes[step.high] * len(step.action)
-            + weight_bytes[False] * step.drafted
+            weight_bytes[step.precision] * len(step.action)
+            + sum(weight_bytes[rung] * passes for rung, passes in step.wasted.items())
             + router_bytes * (not step.forced)
             for step in trajectory.steps
         )

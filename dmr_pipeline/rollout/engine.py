@@ -10,6 +10,7 @@ That is ours; an agent that is cut off in the middle has not done its task.
 import hashlib
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
@@ -49,14 +50,16 @@ class Draft:
 class Peek(Protocol):
     """What a policy may ask for about the slots being decided."""
 
-    def drafts(self, high: bool) -> list[Draft]:
-        """What this precision would do. It costs the forward passes of acting."""
+    def drafts(self, precision: str, slots: Sequence[int]) -> list[Draft]:
+        """What this precision would do at each of these slots, which are among those being decided. It costs the forward passes
+        of acting, once a step."""
         ...
 
     def states(self, slots: Sequence[int], layers: Sequence[int]) -> Tensor:
-        """Low precision's hidden states once it has read the transcript: float32 [slots, len(layers) * hidden size], on the CPU.
+        """The cheapest precision's hidden states once it has read the transcript: float32 [slots, len(layers) * hidden size], on
+        the CPU.
 
-        One forward pass, which is lost only where high precision then acts: otherwise generation goes on from it.
+        One forward pass, which is lost only where another precision then acts: otherwise generation goes on from it.
 
         Args:
             slots: some of those being decided; asked for once a step.
@@ -64,7 +67,7 @@ class Peek(Protocol):
         """
         ...
 
-    def admissible_commands(self) -> list[Sequence[str]]:
+    def admissible_commands(self, slots: Sequence[int]) -> list[Sequence[str]]:
         """What can be done at each slot's page or place."""
         ...
 
@@ -80,11 +83,13 @@ class Run:
 
 @dataclass(frozen=True)
 class Decision:
-    high: bool
-    probability: float
-    """The router's probability of high precision."""
-    drafted: int = 0
-    """Low-precision forward passes that the decision needed and that are thrown away."""
+    precision: str
+    """Name of the rung that acts."""
+    exceedance: tuple[float, ...]
+    """For every routed rung but the cheapest, dearest first: how likely it, or a dearer one, is to act, in [0, 1]. It is what
+    thresholds are compared with; of two rungs, the probability of the dearer one."""
+    wasted: Mapping[str, int] = field(default_factory=dict)
+    """Rung -> its forward passes that the decision needed and that are thrown away."""
     features: NDArray[np.float32] | None = None
     """What the router decided on, where it is to learn from it."""
     forced: bool = False
@@ -100,23 +105,64 @@ class RoutingPolicy(Protocol):
         """`segments` are the tokens that each transcript has grown by since the last action."""
         ...
 
-    def acted(self, slot: int, action: list[int]) -> None: ...
+    def acted(self, slot: int, segment: list[int], precision: str, action: list[int]) -> None:
+        """What was appended to the transcript in this step, whoever decided, and which precision acted."""
+        ...
 
 
 @dataclass(frozen=True)
 class SinglePrecision:
-    """One precision acts throughout."""
+    """One precision acts throughout (a static-precision baseline)."""
 
-    high: bool
+    precision: str
+    route: Sequence[str] = ()
+    """The routed rungs, dearest first, where it is one of them."""
 
     def begin(self, slot: int, run: Run) -> None:
         pass
 
     def decide(self, slots: Sequence[int], segments: Sequence[list[int]], peek: Peek) -> list[Decision]:
-        return [Decision(self.high, float(self.high))] * len(slots)
+        return [Decision(self.precision, certain(self.precision, self.route))] * len(slots)
 
-    def acted(self, slot: int, action: list[int]) -> None:
+    def acted(self, slot: int, segment: list[int], precision: str, action: list[int]) -> None:
         pass
+
+
+@dataclass(frozen=True)
+class Forced:
+    """A rule before a policy: where it holds, one precision acts and the policy is not asked.
+
+    Args:
+        when: for each slot being decided, whether the rule holds.
+    """
+
+    policy: RoutingPolicy
+    precision: str
+    route: Sequence[str]
+    when: Callable[[Sequence[int], Peek], Sequence[bool]]
+
+    def begin(self, slot: int, run: Run) -> None:
+        self.policy.begin(slot, run)
+
+    def decide(self, slots: Sequence[int], segments: Sequence[list[int]], peek: Peek) -> list[Decision]:
+        held = self.when(slots, peek)
+        asked = [i for i, holds in enumerate(held) if not holds]
+        answers = self.policy.decide([slots[i] for i in asked], [segments[i] for i in asked], peek) if asked else []
+        decisions = [Decision(self.precision, certain(self.precision, self.route), forced=True)] * len(slots)
+        for i, answer in zip(asked, answers, strict=True):
+            decisions[i] = answer
+        return decisions
+
+    def acted(self, slot: int, segment: list[int], precision: str, action: list[int]) -> None:
+        self.policy.acted(slot, segment, precision, action)
+
+
+def certain(precision: str, route: Sequence[str]) -> tuple[float, ...]:
+    """`Decision.exceedance` where it is certain which of the routed rungs acts; empty where it is none of them."""
+    if precision not in route:
+        return ()
+    place = route.index(precision)
+    return tuple(float(place <= k) for k in range(len(route) - 1))
 
 
 @dataclass(frozen=True)
@@ -130,12 +176,14 @@ class Step:
     command: str
     observation: str
     """What the command showed."""
-    high: bool
-    probability: float
+    precision: str
+    """Name of the rung that acted."""
+    exceedance: tuple[float, ...]
+    """As `Decision.exceedance`."""
     processed: int
     """Tokens that the acting precision's forward passes read: catch-up, segment, and all but the last generated one."""
-    drafted: int = 0
-    """Low-precision forward passes that were thrown away."""
+    wasted: Mapping[str, int] = field(default_factory=dict)
+    """Rung -> its forward passes that were thrown away."""
     features: NDArray[np.float32] | None = field(default=None, compare=False)
     """What the router decided on, where it is to learn from it."""
     forced: bool = False
@@ -159,10 +207,9 @@ class Trajectory:
     def success(self) -> bool:
         return self.reward >= 1.0
 
-    @property
-    def high_ratio(self) -> float:
-        """Share of steps at high precision."""
-        return sum(step.high for step in self.steps) / len(self.steps)
+    def share(self, precision: str) -> float:
+        """Of the steps, those at which it acted."""
+        return sum(step.precision == precision for step in self.steps) / len(self.steps)
 
 
 @dataclass
@@ -192,13 +239,13 @@ class _Slot:
     trajectory: Trajectory
     segment: list[int]
     transcript: Transcript = field(default_factory=Transcript)
-    read: dict[bool, int] = field(default_factory=lambda: {True: 0, False: 0})
-    """Precision is high -> tokens that it has read. Its stream may lag behind, where it was looked up what it does."""
+    read: Counter[str] = field(default_factory=Counter)
+    """Precision -> tokens that it has read. Its stream may lag behind, where it was looked up what it does."""
 
 
 def play(
     runs: Sequence[Run],
-    agents: Mapping[bool, TokenStreams],
+    agents: Mapping[str, TokenStreams],
     prompter: Prompter,
     policy: RoutingPolicy,
     step_limit: int,
@@ -214,8 +261,7 @@ def play(
     `runs` and do not depend on how many slots there are (but for rounding).
 
     Args:
-        agents: precision is high -> its token streams; both may be the same object where one precision acts alone. What they
-            hold of other episodes need not be read again.
+        agents: precision -> its token streams, dearest first. What they hold of other episodes need not be read again.
         action: `generate` writes it token by token; `score` chooses among the admissible commands by their probability,
             each scored in full, the end included.
         temperature: 0 acts greedily; otherwise tokens (or commands) are drawn, seeded by (seed, task, member, turn).
@@ -229,7 +275,7 @@ def play(
     batch = _Batch(agents, prompter, policy, action, temperature, seed, clock, known if temperature == 0 else None)
     done = done if done is not None else {}
     queue = [(index, run) for index, run in enumerate(runs) if index not in done][::-1]
-    free = list(range(min(len(agents[True].lengths), len(agents[False].lengths))))[::-1]
+    free = list(range(min(len(streams.lengths) for streams in agents.values())))[::-1]
     order: dict[int, int] = {}
     while queue or batch.slots:
         while queue and free:
@@ -244,6 +290,10 @@ def play(
         if ended:
             advance(len(ended))
     return [done[i] for i in range(len(runs))]
+
+
+ALONE = "alone"
+"""The precision's name where one model plays that is no rung."""
 
 
 def play_alone(
@@ -270,8 +320,7 @@ def play_alone(
     runs, done = [Run(task) for task in tasks], dict[int, Trajectory]()
 
     def attempt(slots: int) -> list[Trajectory]:
-        streams = token_streams(model, slots, capacity)
-        agents, policy = {False: streams, True: streams}, SinglePrecision(high=True)
+        agents, policy = {ALONE: token_streams(model, slots, capacity)}, SinglePrecision(ALONE)
         return play(runs, agents, prompter, policy, step_limit, action, temperature, advance=advance, done=done)
 
     return halving(min(slots, len(tasks)), "episodes", attempt)
@@ -294,7 +343,7 @@ class _Batch:
 
     def __init__(
         self,
-        agents: Mapping[bool, TokenStreams],
+        agents: Mapping[str, TokenStreams],
         prompter: Prompter,
         policy: RoutingPolicy,
         action: Literal["generate", "score"],
@@ -304,15 +353,16 @@ class _Batch:
         known: Known | None,
     ) -> None:
         self.agents, self.prompter, self.policy, self.known = agents, prompter, policy, known
+        self._cheapest = list(agents)[-1]
         self.capacity = min(streams.capacity for streams in agents.values())
         self.scores = action == "score"
         self._compute = self._score if self.scores else self._generate
-        """(high, slots) -> the action of one precision for each slot."""
+        """(precision, slots) -> its action for each slot."""
         self.temperature, self.seed, self.clock = temperature, seed, clock
         self.slots: dict[int, _Slot] = {}
         self._guesses = NgramGuesses()
         self._after: dict[int, Tensor] = {}
-        """Where low precision has read the transcript in this step: logits [vocabulary] after it."""
+        """Where the cheapest precision has read the transcript in this step: logits [vocabulary] after it."""
 
     def start(self, slot: int, run: Run, step_limit: int) -> None:
         episode = run.task.episode()
@@ -342,22 +392,23 @@ class _Batch:
         running = [self.slots[slot] for slot in slots]
         for state in running:
             state.transcript.append(state.segment)
-        peek = _BatchPeek(self, slots)
+        peek = _BatchPeek(self)
         started = time.perf_counter()
         decisions = self.policy.decide(slots, [state.segment for state in running], peek)
         decided = time.perf_counter()
         chosen: dict[int, Draft] = {}
-        for high in (False, True):
-            mine = [slot for slot, decision in zip(slots, decisions, strict=True) if decision.high == high]
-            if high in peek.drafted:
-                chosen |= {slot: draft for slot, draft in zip(slots, peek.drafted[high], strict=True) if slot in mine}
-            elif mine:
-                chosen |= dict(zip(mine, self.act(high, mine), strict=True))
-        for high in peek.drafted:
-            for state in running:
-                state.read[high] = len(state.transcript.tokens)
+        for precision in reversed(list(self.agents)):
+            mine = [slot for slot, decision in zip(slots, decisions, strict=True) if decision.precision == precision]
+            drafted = peek.drafted.get(precision, {})
+            chosen |= {slot: drafted[slot] for slot in mine if slot in drafted}
+            if rest := [slot for slot in mine if slot not in drafted]:
+                chosen |= dict(zip(rest, self.act(precision, rest), strict=True))
+        for precision, drafted in peek.drafted.items():
+            for slot in drafted:
+                self.slots[slot].read[precision] = len(self.slots[slot].transcript.tokens)
         for slot in peek.asked_for_states:
-            self.slots[slot].read[False] = max(self.slots[slot].read[False], len(self.slots[slot].transcript.tokens))
+            state = self.slots[slot]
+            state.read[self._cheapest] = max(state.read[self._cheapest], len(state.transcript.tokens))
         self._after.clear()
         acted = time.perf_counter()
         ended = []
@@ -371,16 +422,16 @@ class _Batch:
                     taken.action,
                     command,
                     observation,
-                    decision.high,
-                    decision.probability,
+                    decision.precision,
+                    decision.exceedance,
                     taken.processed,
-                    decision.drafted,
+                    decision.wasted,
                     decision.features,
                     decision.forced,
                 )
             )
             state.transcript.append(taken.action)
-            self.policy.acted(slot, taken.action)
+            self.policy.acted(slot, state.segment, decision.precision, taken.action)
             done = len(state.trajectory.steps)
             if over or done >= step_limit:
                 state.trajectory.reward = reward
@@ -402,7 +453,7 @@ class _Batch:
         """`Peek.states`; what is read here is not read again by an action of this step."""
 
         def read(new: list[int]) -> Sequence[NDArray[np.float32]]:
-            logits, states = self.agents[False].read(new, self._unread(False, new), layers)
+            logits, states = self.agents[self._cheapest].read(new, self._unread(self._cheapest, new), layers)
             self._after = dict(zip(new, logits, strict=True))
             return list(states.cpu().numpy())
 
@@ -412,48 +463,50 @@ class _Batch:
         rows = self.known.fill(self.known.states, keys, read)
         return torch.from_numpy(np.stack(rows))
 
-    def act(self, high: bool, slots: list[int]) -> list[Draft]:
+    def act(self, precision: str, slots: list[int]) -> list[Draft]:
         """The action of one precision for each slot."""
         drafts = []
-        for slot, taken in zip(slots, self._actions(high, slots), strict=True):
+        for slot, taken in zip(slots, self._actions(precision, slots), strict=True):
             state = self.slots[slot]
             held = len(state.transcript.tokens)
-            drafts.append(Draft(taken.tokens, held - state.read[high] + taken.read, taken.margin))
-            state.read[high] = held + taken.kept
+            drafts.append(Draft(taken.tokens, held - state.read[precision] + taken.read, taken.margin))
+            state.read[precision] = held + taken.kept
         return drafts
 
-    def _actions(self, high: bool, slots: list[int]) -> list[KnownAction]:
+    def _actions(self, precision: str, slots: list[int]) -> list[KnownAction]:
         """Looked up or computed."""
         if self.known is None:
-            return self._compute(high, slots)
-        keys = {slot: (high, self.slots[slot].transcript.digest()) for slot in slots}
+            return self._compute(precision, slots)
+        keys = {slot: (precision, self.slots[slot].transcript.digest()) for slot in slots}
         computed: list[int] = []
 
         def compute(new: list[int]) -> list[KnownAction]:
             computed.extend(new)
-            return self._compute(high, new)
+            return self._compute(precision, new)
 
         actions = self.known.fill(self.known.actions, keys, compute)
         self.known.asked += len(slots)
         self.known.looked_up += len(slots) - len(computed)
         return actions
 
-    def _unread(self, high: bool, slots: Sequence[int]) -> list[list[int]]:
+    def _unread(self, precision: str, slots: Sequence[int]) -> list[list[int]]:
         """Tokens of each transcript that its stream is still to read; none where it was read in this step."""
-        new = [slot for slot in slots if high or slot not in self._after]
-        left = catch_up(self.agents[high], new, [self.slots[slot].transcript.tokens for slot in new])
+        read = self._after if precision == self._cheapest else {}
+        new = [slot for slot in slots if slot not in read]
+        left = catch_up(self.agents[precision], new, [self.slots[slot].transcript.tokens for slot in new])
         chunks = dict(zip(new, left, strict=True))
         return [chunks.get(slot, []) for slot in slots]
 
-    def _generate(self, high: bool, slots: list[int]) -> list[KnownAction]:
+    def _generate(self, precision: str, slots: list[int]) -> list[KnownAction]:
         """Token by token."""
         most = self.prompter.prompt.max_action_tokens
         transcripts = [self.slots[slot].transcript.tokens for slot in slots]
-        read = {} if high else {i: self._after[slot] for i, slot in enumerate(slots) if slot in self._after}
+        after = self._after if precision == self._cheapest else {}
+        read = {i: after[slot] for i, slot in enumerate(slots) if slot in after}
         written = write(
-            self.agents[high],
+            self.agents[precision],
             slots,
-            self._unread(high, slots),
+            self._unread(precision, slots),
             choose=lambda logits, places: self._choose(logits, [(slots[i], index) for i, index in places]),
             observe=_leads,
             guess=lambda i, tokens: self._guesses.guess(transcripts[i], tokens, most - len(tokens) - 1),
@@ -467,16 +520,16 @@ class _Batch:
             actions.append(KnownAction(action.tokens, min(action.facts), read=fed, kept=fed))
         return actions
 
-    def _score(self, high: bool, slots: list[int]) -> list[KnownAction]:
+    def _score(self, precision: str, slots: list[int]) -> list[KnownAction]:
         """The admissible command that is likeliest, or a draw by probability."""
-        streams = self.agents[high]
+        streams = self.agents[precision]
         candidates = [
             [self.prompter.action(command) for command in self.slots[slot].episode.admissible_commands()]
             for slot in slots
         ]
-        after = {} if high else {slot: self._after[slot] for slot in slots if slot in self._after}
+        after = dict(self._after) if precision == self._cheapest else {}
         if new := [slot for slot in slots if slot not in after]:
-            after |= dict(zip(new, streams.extend(new, self._unread(high, new)), strict=True))
+            after |= dict(zip(new, streams.extend(new, self._unread(precision, new)), strict=True))
         first = torch.stack([after[slot] for slot in slots]).log_softmax(-1)
         scores: list[list[float]] = [[] for _ in slots]
         for k in range(max(len(commands) for commands in candidates)):
@@ -513,22 +566,24 @@ class _Batch:
 class _BatchPeek:
     """`Peek` into a batch, for one step."""
 
-    def __init__(self, batch: _Batch, slots: list[int]) -> None:
-        self._batch, self._slots = batch, slots
-        self.drafted: dict[bool, list[Draft]] = {}
+    def __init__(self, batch: _Batch) -> None:
+        self._batch = batch
+        self.drafted: dict[str, dict[int, Draft]] = {}
+        """Precision -> slot -> what it would do."""
         self.asked_for_states: Sequence[int] = ()
 
-    def drafts(self, high: bool) -> list[Draft]:
-        if high not in self.drafted:
-            self.drafted[high] = self._batch.act(high, self._slots)
-        return self.drafted[high]
+    def drafts(self, precision: str, slots: Sequence[int]) -> list[Draft]:
+        there = self.drafted.setdefault(precision, {})
+        if new := [slot for slot in slots if slot not in there]:
+            there |= dict(zip(new, self._batch.act(precision, new), strict=True))
+        return [there[slot] for slot in slots]
 
     def states(self, slots: Sequence[int], layers: Sequence[int]) -> Tensor:
         self.asked_for_states = slots
         return self._batch.read_states(slots, layers)
 
-    def admissible_commands(self) -> list[Sequence[str]]:
-        return [self._batch.slots[slot].episode.admissible_commands() for slot in self._slots]
+    def admissible_commands(self, slots: Sequence[int]) -> list[Sequence[str]]:
+        return [self._batch.slots[slot].episode.admissible_commands() for slot in slots]
 
 
 def drawn(logits: Tensor, draws: Sequence[float]) -> list[int]:

@@ -20,8 +20,8 @@ _MOST_BYTES = 256_000_000
 _ENTRY_BYTES = 500
 """About what an action takes, its key included."""
 
-ActionKey = tuple[bool, bytes]
-"""Precision is high, and the transcript's digest."""
+ActionKey = tuple[str, bytes]
+"""Precision, and the transcript's digest."""
 StatesKey = tuple[tuple[int, ...], bytes]
 """Layers, and the transcript's digest."""
 
@@ -54,7 +54,7 @@ class Transcript:
 
 @dataclass
 class Known:
-    """Greedy actions of the two precisions of one ladder, and low precision's hidden states, by transcript.
+    """Greedy actions of the rungs that act together, and the cheapest's hidden states, by transcript.
 
     They equal what would be computed anew up to rounding, as everything does that is computed in another batch. Whoever needs
     the same bytes from the same inputs starts from an empty one.

@@ -1,19 +1,20 @@
-"""Episodes of the two rungs that a router chooses from, many policies side by side in several processes."""
+"""Episodes with the rungs that a router chooses from, many policies side by side in several processes."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
+from typing import Literal
 
 import torch
-from transformers import PreTrainedModel
 
 from dmr_pipeline.agent.checkpoint import load_tokenizer, resolve_device
 from dmr_pipeline.agent.memory import halving
-from dmr_pipeline.precision.acting import load_acting
+from dmr_pipeline.precision.acting import ActingModels
 from dmr_pipeline.precision.frontier import read_ladder
 from dmr_pipeline.recipe import Recipe
+from dmr_pipeline.rollout.cost import episode_cost
 from dmr_pipeline.rollout.engine import Clock, RoutingPolicy, Run, Trajectory, play, warn_of_outgrown
 from dmr_pipeline.rollout.known import Known
 from dmr_pipeline.rollout.kv_cache.choice import rows_that_fit, token_streams, transcript_capacity
@@ -52,54 +53,62 @@ class _Share:
 
 
 @dataclass(frozen=True)
-class Ladder:
-    """The two rungs that the router chooses from, loaded for acting."""
+class Rollouts:
+    """Plays episodes with the rungs that a router chooses from."""
 
-    models: Mapping[bool, PreTrainedModel]
-    """Precision is high -> the model that acts."""
-    weight_bytes: Mapping[bool, int]
-    """Precision is high -> bytes of weights that one forward pass at batch 1 reads."""
-    always_high_cost: float
-    """Bytes read in a mean always-high episode on validation games: the unit of cost."""
+    acting: ActingModels
     prompter: Prompter
-    device: torch.device
-    recipe: Recipe
+    unit_cost: float
+    """Bytes read in a mean episode of the dearest routed rung on validation games: what costs are divided by."""
+    step_limit: int
+    action: Literal["generate", "score"]
+    temperature: float
+    capacity: int
+    """Tokens that a transcript may have."""
+    batch_episodes: int
+    """Episodes that a process acts on at once, if there is memory for them."""
+    processes: int
+    reuse_actions: bool
 
     @classmethod
-    def load(cls, checkpoints: Path, recipe: Recipe) -> "Ladder":
-        """From the folder of the stage `quantized_checkpoints`."""
-        return cls._of_rungs(checkpoints, recipe, recipe.precisions.high, recipe.precisions.low)
+    def load(cls, checkpoints: Path, recipe: Recipe, rungs: Sequence[str] | None = None) -> "Rollouts":
+        """From the folder of the stage `quantized_checkpoints`.
 
-    @classmethod
-    def of_rung(cls, checkpoints: Path, recipe: Recipe, rung: str) -> "Ladder":
-        """As `load`, with one rung in the place of both, so that it acts whatever a policy says."""
-        return cls._of_rungs(checkpoints, recipe, rung, rung)
-
-    @classmethod
-    def _of_rungs(cls, checkpoints: Path, recipe: Recipe, high: str, low: str) -> "Ladder":
-        device = resolve_device(recipe.runtime.device)
-        loaded = {rung: load_acting(checkpoints / rung, device) for rung in dict.fromkeys((high, low))}
-        models = {True: loaded[high][0], False: loaded[low][0]}
-        sizes = {True: loaded[high][1], False: loaded[low][1]}
-        tokenizer = load_tokenizer(checkpoints / "tokenizer")
-        prompter = Prompter.of(tokenizer, recipe.agent.prompt, models[True].generation_config)
-        return cls(models, sizes, read_ladder(checkpoints).always_high_cost, prompter, device, recipe)
+        Args:
+            rungs: names, dearest first; by default those that the recipe routes over.
+        """
+        acting = ActingModels.load(checkpoints, rungs or recipe.precisions.route, resolve_device(recipe.runtime.device))
+        model = acting.models[acting.dearest]
+        return cls(
+            acting,
+            Prompter.of(load_tokenizer(checkpoints / "tokenizer"), recipe.agent.prompt, model.generation_config),
+            read_ladder(checkpoints).always_high_cost,
+            recipe.benchmark.step_limit,
+            recipe.agent.action,
+            recipe.agent.temperature,
+            transcript_capacity(model.config, recipe.agent.max_transcript_tokens),
+            recipe.runtime.batch_episodes,
+            processes_on(acting.device, recipe.runtime),
+            recipe.runtime.reuse_actions,
+        )
 
     @property
-    def processes(self) -> int:
-        """Processes in which episodes are played at once."""
-        return processes_on(self.device, self.recipe.runtime)
+    def route(self) -> tuple[str, ...]:
+        """Names of the rungs, dearest first."""
+        return self.acting.route
 
     @property
-    def capacity(self) -> int:
-        """Tokens that a transcript may have."""
-        return transcript_capacity(self.models[True].config, self.recipe.agent.max_transcript_tokens)
+    def device(self) -> torch.device:
+        return self.acting.device
+
+    def cost(self, trajectory: Trajectory, router_bytes: int = 0) -> float:
+        """Of an episode, in mean episodes of the dearest rung; `router_bytes` as in `episode_cost`."""
+        return episode_cost(trajectory, self.acting.weight_bytes, router_bytes) / self.unit_cost
 
     @cached_property
     def rows(self) -> int:
         """Episodes that a process may act on at once: as the recipe says, or as many as there is memory for."""
-        models = list({id(model): model for model in self.models.values()}.values())
-        return rows_that_fit(models, self.capacity, self.recipe.runtime.batch_episodes, self.processes)
+        return rows_that_fit(list(self.acting.models.values()), self.capacity, self.batch_episodes, self.processes)
 
     def slots(self, runs: int) -> int:
         """Episodes that are acted on at once in one process, of so many."""
@@ -114,7 +123,7 @@ class Ladder:
         advance: Callable[[int], None] = lambda _: None,
         known: Known | None = None,
     ) -> list[Trajectory]:
-        """`rollout.play` with these two precisions and the recipe's way of acting, in the recipe's number of processes.
+        """`engine.play` with these rungs, in several processes.
 
         Args:
             policy: each process has a copy of its own; what it remembers of the episodes is lost.
@@ -153,7 +162,7 @@ class Ladder:
         parts = deal_by_game([play.runs for play in plays], self.processes)
 
         def play_part(part: Sequence[Sequence[int]], tell: Callable[[_Ended | _Share], None]) -> Known:
-            mine, streams = known.copied(), dict[int, dict[bool, TokenStreams]]()
+            mine, streams = known.copied(), dict[int, dict[str, TokenStreams]]()
             for index, runs in enumerate(part):
                 tell(self._play_share(index, plays[index], runs, rows, seed, tell, mine, streams))
             return mine.since(known)
@@ -187,7 +196,7 @@ class Ladder:
         seed: int,
         tell: Callable[[_Ended | _Share], None],
         known: Known,
-        streams: dict[int, dict[bool, TokenStreams]],
+        streams: dict[int, dict[str, TokenStreams]],
     ) -> _Share:
         """One process's share of the runs, by their indices.
 
@@ -206,22 +215,22 @@ class Ladder:
                 streams[slots],
                 self.prompter,
                 plays.policy,
-                self.recipe.benchmark.step_limit,
-                self.recipe.agent.action,
-                self.recipe.agent.temperature,
+                self.step_limit,
+                self.action,
+                self.temperature,
                 seed,
                 spent,
                 lambda count: tell(_Ended(index, count)),
                 done,
-                known if self.recipe.runtime.reuse_actions else None,
+                known if self.reuse_actions else None,
             )
 
         played = halving(min(rows, len(mine)), "episodes", attempt) if mine else []
         return _Share(index, dict(zip(mine, played, strict=True)), spent)
 
-    def streams(self, slots: int) -> dict[bool, TokenStreams]:
-        """Fresh token streams of both precisions."""
-        return {high: token_streams(model, slots, self.capacity) for high, model in self.models.items()}
+    def streams(self, slots: int) -> dict[str, TokenStreams]:
+        """Fresh token streams of every rung."""
+        return {rung: token_streams(model, slots, self.capacity) for rung, model in self.acting.models.items()}
 
 
 def deal_by_game(plays: Sequence[Sequence[Run]], processes: int) -> list[list[list[int]]]:

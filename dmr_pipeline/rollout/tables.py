@@ -18,15 +18,15 @@ STEPS = pl.Schema(
         "turn": pl.Int64(),
         "command": pl.String(),
         "observation": pl.String(),
-        "high": pl.Boolean(),
-        "probability": pl.Float64(),
+        "precision": pl.String(),
+        "exceedance": pl.List(pl.Float64),
         "segment": pl.List(pl.Int64),
         "action": pl.List(pl.Int64),
         "processed": pl.Int64(),
     }
 )
 """One row a step. `segment` and `action` are token ids; `observation` is what the command showed; `processed` counts the
-tokens that the acting precision's forward passes read; `probability` is the policy's, of high precision."""
+tokens that the acting precision's forward passes read; `precision` is the rung that acted; `exceedance` is `Decision`'s."""
 
 EPISODES = pl.Schema(
     {
@@ -39,7 +39,6 @@ EPISODES = pl.Schema(
         "success": pl.Boolean(),
         "reward": pl.Float64(),
         "steps": pl.Int64(),
-        "high_steps": pl.Int64(),
     }
 )
 """One row an episode. `opening` is the first observation."""
@@ -62,11 +61,10 @@ def to_frames(played: Sequence[Trajectory], policy: str) -> tuple[pl.DataFrame, 
                 trajectory.success,
                 trajectory.reward,
                 len(trajectory.steps),
-                sum(step.high for step in trajectory.steps),
             )
         )
         steps += [
-            (episode_id, turn, s.command, s.observation, s.high, s.probability, s.segment, s.action, s.processed)
+            (episode_id, turn, s.command, s.observation, s.precision, s.exceedance, s.segment, s.action, s.processed)
             for turn, s in enumerate(trajectory.steps)
         ]
     return pl.DataFrame(episodes, schema=EPISODES, orient="row"), pl.DataFrame(steps, schema=STEPS, orient="row")

@@ -1,6 +1,6 @@
 """How good predicted probabilities are, and how to make them so."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,36 +13,67 @@ from dmr_pipeline.rollout.engine import Trajectory
 
 Floats = NDArray[np.float64]
 Labels = NDArray[np.bool_]
+Classes = NDArray[np.int64]
 
 _ROLLOUTS = 5
 _CLOSE_ENOUGH = 0.01
 
 
-def platt(margins: Floats, labels: Labels) -> tuple[float, float]:
-    """Scale a and offset b of sigmoid(a * margin + b), by maximum likelihood (Platt, 1999).
+def exceedances(scores: Floats) -> Floats:
+    """`Decision.exceedance` [steps, rungs - 1], dearest first, from the scores of all rungs but the cheapest, whose score is 0,
+    in the order of logits: [steps, rungs - 1]."""
+    s = np.concatenate([np.zeros((1, len(scores))), scores.T])
+    above = [expit(np.logaddexp.reduce(s[k:]) - np.logaddexp.reduce(s[:k])) for k in range(1, len(s))]
+    return np.stack(above[::-1], axis=1)
 
-    As in Platt's paper the targets are (n1 + 1) / (n1 + 2) and 1 / (n0 + 2) instead of 1 and 0, which keeps the scale
-    finite where the margin separates the classes.
+
+def platt(margins: Floats, classes: Classes) -> tuple[float, list[float]]:
+    """Scale a and offsets b_k of softmax(0, a * margin_k + b_k ...), by maximum likelihood (Platt, 1999; for any number of
+    classes Guo et al., 2017, with one scale for all).
+
+    As in Platt's paper the targets are (n_c + 1) / (n_c + K) for a step's own class c and 1 / (n_c + K) for each other of the K
+    instead of 1 and 0, which keeps the scale finite where the margins separate the classes.
+
+    Args:
+        margins: [steps, classes - 1], of all classes but the first against the first.
+        classes: [steps], from 0.
     """
-    positives = int(labels.sum())
-    targets = np.where(labels, (positives + 1) / (positives + 2), 1 / (len(labels) - positives + 2))
-    design = np.stack([margins, np.ones_like(margins)])
+    steps, others = margins.shape
+    sizes = np.bincount(classes, minlength=others + 1)[classes]
+    own = classes == np.arange(1, others + 1)[:, None]
+    targets = np.where(own, (sizes + 1) / (sizes + others + 1), 1 / (sizes + others + 1))
+    ones = np.eye(others)
+    designs = [np.stack([margins[:, k], *(np.full(steps, one) for one in ones[k])]) for k in range(others)]
+    """Of each class but the first, [parameters, steps]."""
+
+    def scores(parameters: Floats) -> Floats:
+        return np.stack([np.zeros(steps), *(parameters @ design for design in designs)])
+
+    def probabilities(parameters: Floats) -> list[Floats]:
+        s = scores(parameters)
+        return [expit(s[k] - np.logaddexp.reduce(np.delete(s, k, axis=0))) for k in range(1, others + 1)]
 
     def loss(parameters: Floats) -> float:
-        z = parameters @ design
-        return float(np.mean(np.logaddexp(0, z) - targets * z))
+        s = scores(parameters)
+        return float(np.mean(np.logaddexp.reduce(s) - (targets * s[1:]).sum(0)))
 
     def gradient(parameters: Floats) -> Floats:
-        slope: Floats = design @ (expit(parameters @ design) - targets) / len(targets)
+        p = probabilities(parameters)
+        slopes = [design @ (mine - target) for design, mine, target in zip(designs, p, targets, strict=True)]
+        slope: Floats = sum(slopes[1:], slopes[0]) / steps
         return slope
 
     def hessian(parameters: Floats) -> Floats:
-        p = expit(parameters @ design)
-        curvature: Floats = (design * (p * (1 - p))) @ design.T / len(targets)
+        p = probabilities(parameters)
+        curvatures = [
+            (designs[j] * (p[j] * ((j == k) - p[k]))) @ designs[k].T for j in range(others) for k in range(others)
+        ]
+        curvature: Floats = sum(curvatures[1:], curvatures[0]) / steps
         return curvature
 
-    a, b = minimize(loss, np.array([1.0, 0.0]), jac=gradient, hess=hessian, method="trust-exact").x
-    return float(a), float(b)
+    start = np.array([1.0, *[0.0] * others])
+    scale, *offsets = minimize(loss, start, jac=gradient, hess=hessian, method="trust-exact").x.tolist()
+    return scale, offsets
 
 
 def auroc(scores: Floats, labels: Labels) -> float:
@@ -77,25 +108,25 @@ class OperatingPoint:
     """A policy at one threshold, in closed loop."""
 
     threshold: float
-    high_ratio: float
-    """Share of all steps."""
+    spend: float
+    """Mean over all steps, see `ActingModels.spend`."""
     success: float
     """Share of the episodes."""
     steps: int
 
     @classmethod
-    def of(cls, threshold: float, played: Sequence[Trajectory]) -> "OperatingPoint":
-        high = [step.high for trajectory in played for step in trajectory.steps]
+    def of(cls, threshold: float, played: Sequence[Trajectory], spend: Mapping[str, float]) -> "OperatingPoint":
+        spent = [spend[step.precision] for trajectory in played for step in trajectory.steps]
         success = [trajectory.success for trajectory in played]
-        return cls(threshold, sum(high) / len(high), sum(success) / len(success), len(high))
+        return cls(threshold, sum(spent) / len(spent), sum(success) / len(success), len(spent))
 
 
 def find_threshold(
-    play_at: Callable[[float], OperatingPoint], probabilities: Floats, target: float
+    play_at: Callable[[float], OperatingPoint], levels: Floats, target: float
 ) -> tuple[OperatingPoint, list[OperatingPoint]]:
-    """The threshold whose closed-loop high-precision ratio is nearest to the target, and all that were tried.
+    """The threshold whose closed-loop spend is nearest to the target, and all that were tried.
 
-    The ratio in closed loop is not the share of the `probabilities` (open loop) above the threshold, since a router
+    The spend in closed loop does not follow from the `levels` (the exceedances, open loop) above the threshold, since a router
     changes which states it meets. False position (Illinois) over their quantiles, at most 5 rollouts; the open-loop
     threshold comes first.
     """
@@ -104,9 +135,9 @@ def find_threshold(
     tried: list[OperatingPoint] = []
     while len(tried) < _ROLLOUTS:
         quantile = left + (right - left) * too_high / (too_high - too_low)
-        point = play_at(float(np.quantile(probabilities, quantile)))
-        gap = point.high_ratio - target
-        same_side = bool(tried) and gap * (tried[-1].high_ratio - target) > 0
+        point = play_at(float(np.quantile(levels, quantile)))
+        gap = point.spend - target
+        same_side = bool(tried) and gap * (tried[-1].spend - target) > 0
         tried.append(point)
         if abs(gap) <= _CLOSE_ENOUGH:
             break
@@ -114,4 +145,4 @@ def find_threshold(
             left, too_high, too_low = quantile, gap, too_low / 2 if same_side else too_low
         else:
             right, too_low, too_high = quantile, gap, too_high / 2 if same_side else too_high
-    return min(tried, key=lambda point: abs(point.high_ratio - target)), tried
+    return min(tried, key=lambda point: abs(point.spend - target)), tried

@@ -31,11 +31,11 @@ from dmr_pipeline.artifacts.resume import discard, load_state, save_state
 from dmr_pipeline.environments.base import Task
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.recipe import GrpoRouter
-from dmr_pipeline.rollout.cost import episode_cost, reward
-from dmr_pipeline.rollout.engine import Run, Trajectory, seeded_generator
+from dmr_pipeline.rollout.cost import reward
+from dmr_pipeline.rollout.engine import RoutingPolicy, Run, Trajectory, seeded_generator
 from dmr_pipeline.rollout.known import Known
-from dmr_pipeline.rollout.playing import Ladder
-from dmr_pipeline.router.baselines import RandomMixing
+from dmr_pipeline.rollout.playing import Rollouts
+from dmr_pipeline.router.baselines import RandomMixing, two_way_shares
 from dmr_pipeline.router.grpo_trainer import Rollout, RoutingTrainer
 from dmr_pipeline.router.model import (
     Router,
@@ -45,6 +45,7 @@ from dmr_pipeline.router.model import (
     with_features,
 )
 from dmr_pipeline.router.policies import routing_policy
+from dmr_pipeline.router.search_steps import with_searches_forced
 
 Floats = NDArray[np.float64]
 
@@ -65,7 +66,8 @@ LOG = pl.Schema(
 )
 """One row an update, from 0. The first columns are of the episodes that the update learned from (null at update 0):
 means, the share of groups whose rewards tie, and KL(router || its start) in nats a decision. The validation columns are
-of the router after the update, acting at its threshold (null between validations). Ratios are shares of all steps."""
+of the router after the update, acting at its threshold (null between validations). `ratio` is the mean spend of all steps (of two
+rungs the high-precision ratio, see `ActingModels.spend`)."""
 
 SESSION = "session.pt"
 """In a checkpoint's folder: what the trainer does not keep, and the hashes of what it does."""
@@ -78,67 +80,94 @@ _BATCH = 16
 class Scorer:
     """Scores episodes of a router of a given size."""
 
-    ladder: Ladder
+    rollouts: Rollouts
     router_bytes: int
+    section: GrpoRouter
 
     def cost(self, trajectory: Trajectory) -> float:
-        """In mean always-high episodes."""
-        spent = episode_cost(trajectory, self.ladder.weight_bytes, self.router_bytes)
-        return spent / self.ladder.always_high_cost
+        return self.rollouts.cost(trajectory, self.router_bytes)
 
     def reward(self, trajectory: Trajectory) -> float:
-        return reward(trajectory.success, self.cost(trajectory), self.ladder.recipe.grpo_router)
+        return reward(trajectory.success, self.cost(trajectory), self.section)
 
     def means(self, played: Sequence[Trajectory]) -> dict[str, float]:
         steps = [step for trajectory in played for step in trajectory.steps]
         return {
             "reward": float(np.mean([self.reward(trajectory) for trajectory in played])),
             "success": float(np.mean([trajectory.success for trajectory in played])),
-            "ratio": float(np.mean([step.high for step in steps])),
+            "ratio": float(np.mean([self.rollouts.acting.spend[step.precision] for step in steps])),
             "cost": float(np.mean([self.cost(trajectory) for trajectory in played])),
         }
 
 
 def tempered_settings(router: Router, scorer: Scorer, games: Sequence[Task], scratch: Path) -> RouterSettings:
-    """Stage 1's settings with the offset at which P(high) is `initial_ratio` in the mean, over the steps of one episode
-    of each game that mixes the precisions at that ratio, forced steps aside. A resumed run reads what it found before."""
-    section, saved = scorer.ladder.recipe.grpo_router, scratch / "start.pt"
+    """Stage 1's settings, its scores tilted by the rungs' spend so that the mean spend is `initial_ratio`, over the steps of one
+    episode of each game that mixes the dearest and the cheapest precision at that ratio, forced steps aside. A resumed run reads
+    what it found before."""
+    section, saved, rollouts = scorer.section, scratch / "start.pt", scorer.rollouts
+    route, acting = rollouts.route, rollouts.acting
     found = load_state(saved)
     if found is not None:
         return RouterSettings.model_validate(found)
-    policy = RandomMixing(section.initial_ratio, section.seed, router.settings.force_search)
+    policy: RoutingPolicy = RandomMixing(two_way_shares(route, section.initial_ratio), section.seed)
+    if router.settings.force_search:
+        policy = with_searches_forced(policy, route)
     with Progress(TextColumn("{task.description}"), TimeElapsedColumn()) as progress:
-        progress.add_task(f"episodes to start from a ratio of {section.initial_ratio:.2f}", total=None)
-        played = scorer.ladder.play([Run(game) for game in games], policy, section.seed)
-    sequences = [sequence_of_trajectory(trajectory, router.settings) for trajectory in played]
-    sequences = with_features(router, sequences, _BATCH, scorer.ladder.processes)
+        progress.add_task(f"episodes to start from a spend of {section.initial_ratio:.2f}", total=None)
+        played = rollouts.play([Run(game) for game in games], policy, section.seed)
+    sequences = [sequence_of_trajectory(trajectory, router) for trajectory in played]
+    sequences = with_features(router, sequences, _BATCH, rollouts.processes)
     asked = [not step.forced for trajectory in played for step in trajectory.steps]
     margins = np.concatenate(routing_margins(router, sequences, _BATCH))[asked]
-    offset = offset_for(router.settings.scale * margins, section.initial_ratio)
-    settings = router.settings.model_copy(update={"offset": offset, "threshold": 0.5, "target_ratio": None})
+    spend = np.array([acting.spend[rung] for rung in route[-2::-1]])
+    # The dearest rung's score begins without an offset: which one it gets is what is looked for.
+    shifts = np.array(router.settings.shifts)
+    shifts = shifts - spend * shifts[-1]
+    tilt = tilt_for(router.settings.scale * margins + shifts, spend, section.initial_ratio)
+    offsets = dict(zip(route[-2::-1], (shifts + tilt * spend).tolist(), strict=True))
+    settings = router.settings.model_copy(update={"offsets": offsets, "threshold": 0.5, "target_ratio": None})
     save_state(saved, settings.model_dump(mode="json"))
     return settings
 
 
-def offset_for(scores: Floats, ratio: float) -> float:
-    """The offset at which sigmoid(score + offset) is `ratio` in the mean.
+def tilt_for(scores: Floats, spend: Floats, ratio: float) -> float:
+    """The tilt at which the mean spend of softmax(0, score_k + tilt * spend_k ...) is `ratio`.
+
+    Args:
+        scores: [steps, rungs - 1], of all rungs but the cheapest, whose score is 0.
+        spend: of the same rungs, as `ActingModels.spend`.
 
     Raises:
-        UserError: the ratio is 0 or 1, which no offset gives.
+        UserError: the ratio is 0 or 1, which no tilt gives.
     """
     if not 0 < ratio < 1:
         raise UserError(f"grpo_router.initial_ratio: {ratio} leaves nothing to sample; choose one between 0 and 1")
-    # At either end every probability is on one side of the ratio.
+
+    def excess(tilt: float) -> float:
+        s = np.concatenate([np.zeros((1, len(scores))), (scores + tilt * spend).T])
+        shares = [expit(s[k] - np.logaddexp.reduce(np.delete(s, k, axis=0))) for k in range(1, len(s))]
+        return float((np.stack(shares, axis=1) @ spend).mean() - ratio)
+
     centre = np.log(ratio / (1 - ratio))
-    ends = centre - scores.max() - 1, centre - scores.min() + 1
-    return float(brentq(lambda offset: expit(scores + offset).mean() - ratio, *ends))
+    low, high = centre - scores.max() - 1, centre - scores.min() + 1
+    while excess(low) > 0:  # of two rungs, every probability is on one side of the ratio at either end
+        low -= high - low
+    while excess(high) < 0:
+        high += high - low
+    return float(brentq(excess, low, high))
 
 
-def divergence(probabilities: Floats, start: Floats) -> Floats:
-    """KL between two choices of precision, in nats: of P(high) against the P(high) that the scores `start` give."""
-    p = probabilities
-    entropy = -xlogy(p, p) - xlogy(1 - p, 1 - p)
-    result: Floats = p * np.logaddexp(0, -start) + (1 - p) * np.logaddexp(0, start) - entropy
+def divergence(levels: Floats, start: Floats) -> Floats:
+    """KL between two choices of precision, in nats a step.
+
+    Args:
+        levels: `Decision.exceedance` of the one, [steps, rungs - 1].
+        start: scores of the other, [steps, rungs - 1], of all rungs but the cheapest, whose score is 0, in the order of logits.
+    """
+    s = np.concatenate([np.zeros((1, len(start))), start.T])[::-1]  # dearest first
+    p = np.diff(levels.T, axis=0, prepend=0.0, append=1.0)
+    surprise = [np.logaddexp(0, np.logaddexp.reduce(np.delete(s, k, axis=0)) - s[k]) for k in range(len(s))]
+    result: Floats = (p * surprise).sum(0) + xlogy(p, p).sum(0)
     return result
 
 
@@ -161,7 +190,7 @@ class Session(TrainerCallback):
     ) -> None:
         self.router, self.start, self.scorer, self.validation = router, start, scorer, validation
         self.games = {game.task_id: game for game in games}
-        self.section = scorer.ladder.recipe.grpo_router
+        self.section = scorer.section
         self.known = Known()
         """On validation games, where only what the router does counts and no probability is kept."""
         self.rows: list[dict[str, Any]] = []
@@ -182,21 +211,22 @@ class Session(TrainerCallback):
             runs.append(Run(self.games[task_id], members[task_id]))
             members[task_id] += 1
         seed = int(seeded_generator("grpo", self.section.seed, update).integers(2**62))
-        policy = routing_policy(self.router, self.scorer.ladder.slots(len(runs)), sample=True, seed=seed)
-        played = self.scorer.ladder.play(runs, policy, seed)
-        sequences = [sequence_of_trajectory(trajectory, self.router.settings) for trajectory in played]
+        rollouts = self.scorer.rollouts
+        policy = routing_policy(self.router, rollouts.slots(len(runs)), sample=True, seed=seed)
+        played = rollouts.play(runs, policy, seed)
+        sequences = [sequence_of_trajectory(trajectory, self.router) for trajectory in played]
         rewards = [self.scorer.reward(trajectory) for trajectory in played]
 
         settings = self.start.settings
-        scores = settings.scale * np.concatenate(routing_margins(self.start, sequences, _BATCH)) + settings.offset
+        scores = settings.scale * np.concatenate(routing_margins(self.start, sequences, _BATCH)) + settings.shifts
         steps = [step for trajectory in played for step in trajectory.steps]
-        probabilities, asked = np.array([step.probability for step in steps]), [not step.forced for step in steps]
+        levels, asked = np.array([step.exceedance for step in steps]), [not step.forced for step in steps]
         forced = [frozenset(i for i, step in enumerate(t.steps) if step.forced) for t in played]
         row = {
             "update": update,
             **self.scorer.means(played),
             "tied_groups": float(np.mean(np.ptp(np.reshape(rewards, (-1, self.section.group_size)), axis=1) == 0)),
-            "divergence": float(divergence(probabilities, scores)[asked].mean()),
+            "divergence": float(divergence(levels, scores)[asked].mean()),
         }
         self.rows.append(row)
         note = f"reward {row['reward']:.3f}, ratio {row['ratio']:.2f}, ties {row['tied_groups']:.0%}"
@@ -206,8 +236,8 @@ class Session(TrainerCallback):
     def validate(self, update: int) -> None:
         """Log how the router acts at its threshold, and keep its weights if none were better."""
         runs = [Run(game) for game in self.validation]
-        policy = routing_policy(self.router, self.scorer.ladder.slots(len(runs)))
-        means = self.scorer.means(self.scorer.ladder.play(runs, policy, self.section.seed, known=self.known))
+        policy = routing_policy(self.router, self.scorer.rollouts.slots(len(runs)))
+        means = self.scorer.means(self.scorer.rollouts.play(runs, policy, self.section.seed, known=self.known))
         self.rows[-1] |= {f"validation_{name}": value for name, value in means.items()}
         if means["reward"] > self.best_reward:
             self.best_update, self.best_reward = update, means["reward"]

@@ -1,7 +1,7 @@
 """`trl.GRPOTrainer` for episodes of many decisions: the routing tokens, a token in fifty, are all that is trained.
 
 An episode is one sequence, prompt (the opening segment) and completion (all the rest). What trl 1.16 does otherwise and
-is changed: its log-probabilities are over the full vocabulary, but the policy draws from the two routing tokens alone,
+is changed: its log-probabilities are over the full vocabulary, but the policy draws from the routing tokens alone,
 scaled and shifted; it pads on the left and forwards the padding, which is taken out here; by default it divides rewards
 by a group's standard deviation, which would cancel the cost's weight in groups that succeed throughout.
 """
@@ -15,12 +15,11 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from dmr_pipeline.recipe import GrpoRouter
-from dmr_pipeline.router.model import Router, RouterSettings, RoutingSequence, routing_logits
+from dmr_pipeline.router.model import Router, RouterSettings, RoutingSequence, log_probabilities, routing_logits
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ from exactly the router's present weights."""
 
 
 class RoutingTrainer(GRPOTrainer):
-    """Trains the weights of `router.model` in place; scale and offset stay as they are.
+    """Trains the weights of `router.model` in place; scale and offsets stay as they are.
 
     An update is `iterations` optimizer steps on the episodes just sampled; the importance ratio is 1 at the first. The loss
     is a mean over the routing tokens of the update's episodes, each weighted by its episode's advantage: reward minus
@@ -97,7 +96,7 @@ class RoutingTrainer(GRPOTrainer):
         """Log-probabilities and entropies [episodes, logits_to_keep] of the routing tokens; 0 elsewhere."""
         batch_size = batch_size or len(input_ids)
         parts = [
-            two_way(model, ids, mask, logits_to_keep, self._settings, self._features)
+            routing_log_probs(model, ids, mask, logits_to_keep, self._settings, self._features)
             for ids, mask in zip(input_ids.split(batch_size), attention_mask.split(batch_size), strict=True)
         ]
         log_probabilities, entropies = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
@@ -151,7 +150,7 @@ def as_completions(played: Sequence[Rollout]) -> dict[str, Any]:
     }
 
 
-def two_way(
+def routing_log_probs(
     model: PreTrainedModel,
     input_ids: Tensor,
     attention_mask: Tensor,
@@ -167,22 +166,21 @@ def two_way(
         attention_mask: [rows, width], 0 at padding.
         features: a row's tokens -> what a probe decides on there; an LM needs none.
     """
-    routing = torch.isin(input_ids, input_ids.new_tensor(settings.tokens)) & attention_mask.bool()
+    columns = input_ids.new_tensor(settings.columns)
+    routing = torch.isin(input_ids, columns) & attention_mask.bool()
     routing[:, : input_ids.shape[1] - completion] = False
     sequences = []
     for ids, mask, routed in zip(input_ids, attention_mask.bool(), routing, strict=True):
         positions = routed[mask].nonzero().flatten() - 1
-        high = ids[routed] == settings.high_token
+        acted = (ids[routed][:, None] == columns).long().argmax(1)
         tokens = ids[mask].tolist()
-        sequences.append(RoutingSequence(tokens, positions.tolist(), high.tolist(), features.get(tuple(tokens))))
-    logits = routing_logits(model, sequences, settings)
-    score = settings.scale * (logits[:, 1] - logits[:, 0]) + settings.offset
-    acted_high = input_ids[routing] == settings.high_token
-    log_high, log_low = logsigmoid(score), logsigmoid(-score)
-    spread = score.new_zeros(input_ids.shape)
-    log_probabilities = spread.masked_scatter(routing, torch.where(acted_high, log_high, log_low))
-    entropies = spread.masked_scatter(routing, -(log_high.exp() * log_high + log_low.exp() * log_low))
-    return log_probabilities[:, -completion:], entropies[:, -completion:]
+        sequences.append(RoutingSequence(tokens, positions.tolist(), acted.tolist(), features.get(tuple(tokens))))
+    by_rung = log_probabilities(settings.scores(routing_logits(model, sequences, settings)))
+    acted = (input_ids[routing][:, None] == columns).long().argmax(1)
+    spread = by_rung.new_zeros(input_ids.shape)
+    taken = spread.masked_scatter(routing, by_rung.gather(1, acted[:, None])[:, 0])
+    entropies = spread.masked_scatter(routing, -(by_rung.exp() * by_rung).sum(1))
+    return taken[:, -completion:], entropies[:, -completion:]
 
 
 def _given_reward(reward: list[float], **_: object) -> list[float]:

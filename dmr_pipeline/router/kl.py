@@ -1,12 +1,14 @@
 """Stage 1 of the router: class-weighted cross-entropy on the sensitivity labels.
 
-The paper's loss; the rest is ours. It is taken over the two routing tokens alone, at every step of the router_train and the
-ingested trajectories. Held out by game: calibration (Platt), quality and threshold come from validation games, without the
-search steps where these are forced (see search_steps.py). The training resumes after a kill with the same result.
+The paper's loss, for any number of rungs; the rest is ours. It is taken over the routing tokens alone, at every step of the
+router_train and the ingested trajectories. Held out by game: calibration (Platt), quality and threshold come from
+validation games, without the search steps where these are forced (see search_steps.py). The training resumes after a kill with
+the same result.
 """
 
 import math
 import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +28,7 @@ from dmr_pipeline.errors import UserError
 from dmr_pipeline.recipe import KlRouter, Lora, Recipe
 from dmr_pipeline.rollout.engine import Clock, RoutingPolicy, Run, Trajectory
 from dmr_pipeline.rollout.known import Known
-from dmr_pipeline.rollout.playing import Ladder
+from dmr_pipeline.rollout.playing import Rollouts
 from dmr_pipeline.rollout.tables import to_frames
 from dmr_pipeline.router.baselines import RandomMixing
 from dmr_pipeline.router.calibration import (
@@ -34,7 +36,7 @@ from dmr_pipeline.router.calibration import (
     OperatingPoint,
     find_threshold,
 )
-from dmr_pipeline.router.labels import divergence_column, label, measure
+from dmr_pipeline.router.labels import divergence_column, label, measure, step_classes
 from dmr_pipeline.router.model import (
     Router,
     RouterSettings,
@@ -45,26 +47,26 @@ from dmr_pipeline.router.model import (
     with_features,
 )
 from dmr_pipeline.router.policies import routing_policy
+from dmr_pipeline.router.search_steps import with_searches_forced
 
 ROUTER_FOLDER = "router"
-_VALIDATION_MIX = 0.5
-"""Chance of high precision in the episodes whose labels calibrate the router: it should meet the states of both."""
 
 
-def labels_of_steps(steps: pl.DataFrame, sensitivity: pl.DataFrame) -> list[list[bool]]:
-    """For each episode of the steps, in their order: is the step sensitive?
+def labels_of_steps(steps: pl.DataFrame, sensitivity: pl.DataFrame, route: Sequence[str]) -> list[list[int]]:
+    """For each episode of the steps, in their order: the class of each step, as `step_classes` has it.
 
     Raises:
         UserError: a step has no label.
     """
     key = ["episode_id", "turn"]
-    joined = steps.select(key).join(sensitivity.select(*key, "sensitive"), on=key, how="left", maintain_order="left")
-    missing = joined["sensitive"].null_count()
+    classes = step_classes(sensitivity, route)
+    joined = steps.select(key).join(classes, on=key, how="left", maintain_order="left")
+    missing = joined["rung"].null_count()
     if missing:
         raise UserError(
             f"sensitivity_dataset: {missing} of {len(steps)} steps of the trajectories have no label; make it anew"
         )
-    return joined.group_by("episode_id", maintain_order=True).agg("sensitive")["sensitive"].to_list()
+    return joined.group_by("episode_id", maintain_order=True).agg("rung")["rung"].to_list()
 
 
 def search_summary(steps: pl.DataFrame, sensitivity: pl.DataFrame, recipe: Recipe, tau: float) -> dict[str, Any]:
@@ -96,79 +98,82 @@ def search_summary(steps: pl.DataFrame, sensitivity: pl.DataFrame, recipe: Recip
     }
 
 
-def with_settings(router: Router, **changes: float) -> Router:
+def with_settings(router: Router, **changes: Any) -> Router:  # noqa: ANN401 - as `RouterSettings` has them
     return replace(router, settings=RouterSettings.model_validate(router.settings.model_dump() | changes))
 
 
 def calibrate_threshold(
     router: Router,
-    probabilities: Floats,
+    levels: Floats,
     target: float,
     games: Sequence[Task],
-    ladder: Ladder,
+    rollouts: Rollouts,
     seed: int,
     clock: Clock,
     known: Known,
 ) -> tuple[Router, OperatingPoint, list[OperatingPoint]]:
-    """The router at the threshold that gives the target ratio in closed loop on these games.
+    """The router at the threshold that gives the target spend in closed loop on these games.
 
     Args:
-        probabilities: P(high) at steps that the router may be asked at, to start from.
+        levels: exceedances at steps that the router may be asked at, to start from.
 
     Returns:
         Beside it, how it then acts, and all thresholds that were tried.
     """
 
     def play_at(value: float) -> OperatingPoint:
-        policy = routing_policy(with_settings(router, threshold=value), ladder.slots(len(games)))
-        played = play_games(games, policy, ladder, seed, f"router at threshold {value:.3f}", clock, known)
-        return OperatingPoint.of(value, played)
+        policy = routing_policy(with_settings(router, threshold=value), rollouts.slots(len(games)))
+        played = play_games(games, policy, rollouts, seed, f"router at threshold {value:.3f}", clock, known)
+        return OperatingPoint.of(value, played, rollouts.acting.spend)
 
-    point, tried = find_threshold(play_at, probabilities, target)
+    point, tried = find_threshold(play_at, levels, target)
     return with_settings(router, threshold=point.threshold, target_ratio=target), point, tried
 
 
-def class_weights(labels: Sequence[Sequence[bool]]) -> tuple[float, float]:
-    """Weights of a step that is not sensitive and of one that is: inverse to their frequencies, 1 in the mean.
+def class_weights(labels: Sequence[Sequence[int]], classes: int) -> list[float]:
+    """Weights of a step by its class: inverse to the frequencies of the classes, 1 in the mean; as if a class that no step has
+    had one.
 
     Raises:
-        UserError: there are no sensitive steps, or no others.
+        UserError: all steps are of one class.
     """
-    steps = [y for episode in labels for y in episode]
-    positives = sum(steps)
-    if positives in (0, len(steps)):
+    counts = Counter(y for episode in labels for y in episode)
+    steps = counts.total()
+    if len(counts) == 1:
+        above = steps - counts[0]
         raise UserError(
-            f"kl_router: {positives} of {len(steps)} steps are sensitive, there is nothing to tell apart;"
+            f"kl_router: {above} of {steps} steps ask for more than the cheapest rung, there is nothing to tell apart;"
             " set another sensitivity.quantile or tau"
         )
-    return len(steps) / (2 * (len(steps) - positives)), len(steps) / (2 * positives)
+    return [steps / (classes * max(counts[y], 1)) for y in range(classes)]
 
 
-def routing_loss(logits: Tensor, sensitive: Tensor, weights: tuple[float, float]) -> Tensor:
+def routing_loss(logits: Tensor, classes: Tensor, weights: Sequence[float]) -> Tensor:
     """Mean over the steps of weight times cross-entropy, in nats.
 
     Args:
-        logits: of the routing tokens, low first, float [steps, 2].
-        sensitive: bool [steps].
+        logits: of the routing tokens, cheapest first, float [steps, rungs].
+        classes: int64 [steps].
     """
-    losses = torch.nn.functional.cross_entropy(logits, sensitive.long(), logits.new_tensor(weights), reduction="none")
+    losses = torch.nn.functional.cross_entropy(logits, classes, logits.new_tensor(weights), reduction="none")
     return losses.mean()
 
 
 def train(
     router: Router,
     sequences: Sequence[RoutingSequence],
-    labels: Sequence[Sequence[bool]],
+    labels: Sequence[Sequence[int]],
     section: KlRouter,
     scratch: Path,
 ) -> tuple[Router, pl.DataFrame]:
     """Train, from where a killed run stopped if one did (at an epoch's start).
 
     Returns:
-        The router with the class weights undone: they shift the optimal z by log(w1 / w0), so the offset is minus that.
-        And the loss of every update.
+        The router with the class weights undone: they shift the optimal margin z of class k by log(w_k / w_0), so its offset is
+        minus that. And the loss of every update.
     """
-    weights = class_weights(labels)
+    route = router.settings.route
+    weights = class_weights(labels, len(route))
     adapters = add_adapters(router, section.model.lora, section.seed) if section.model.lora is not None else None
     model, device = router.model, router.model.device
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -193,8 +198,8 @@ def train(
                 for group in optimizer.param_groups:
                     group["lr"] = section.learning_rate * (1 - len(losses) / total)
                 logits = routing_logits(model, [sequences[i] for i in batch], router.settings)
-                sensitive = torch.tensor([y for i in batch for y in labels[i]], device=device)
-                loss = routing_loss(logits, sensitive, weights)
+                classes = torch.tensor([y for i in batch for y in labels[i]], device=device)
+                loss = routing_loss(logits, classes, weights)
                 optimizer.zero_grad()
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
@@ -208,8 +213,8 @@ def train(
     if adapters is not None:
         model = adapters.merge_and_unload()
     log = pl.DataFrame({"update": range(1, total + 1), "loss": losses}, schema={"update": pl.Int64, "loss": pl.Float64})
-    offset = math.log(weights[0] / weights[1])
-    return with_settings(replace(router, model=model.eval()), offset=offset), log
+    offsets = {rung: math.log(weights[0] / weight) for rung, weight in zip(route[-2::-1], weights[1:], strict=True)}
+    return with_settings(replace(router, model=model.eval()), offsets=offsets), log
 
 
 def add_adapters(router: Router, lora: Lora, seed: int) -> PreTrainedModel:
@@ -232,7 +237,7 @@ def add_adapters(router: Router, lora: Lora, seed: int) -> PreTrainedModel:
             r=lora.rank,
             lora_alpha=lora.alpha,
             target_modules="all-linear",
-            trainable_token_indices=dict.fromkeys(names, router.settings.tokens),
+            trainable_token_indices=dict.fromkeys(names, router.settings.columns),
         ),
     )
 
@@ -247,36 +252,41 @@ def batches_by_length(sequences: Sequence[RoutingSequence], size: int, rng: rand
     return batches
 
 
-def validate(router: Router, games: Sequence[Task], ladder: Ladder, recipe: Recipe, tau: float) -> pl.DataFrame:
-    """Labelled steps of games that the router has not seen, but for those that are forced: `sensitivity.STEPS`' columns, and
-    the router's margin z."""
-    seed = recipe.kl_router.seed
-    mixing = RandomMixing(_VALIDATION_MIX, seed, router.settings.force_search)
-    played = play_games(games, mixing, ladder, seed, "episodes to calibrate on", Clock())
+def validate(router: Router, games: Sequence[Task], rollouts: Rollouts, recipe: Recipe, tau: float) -> pl.DataFrame:
+    """Labelled steps of games that the router has not seen, but for those that are forced: the columns of `step_classes`, and
+    `margins`, the router's."""
+    seed, route = recipe.kl_router.seed, rollouts.route
+    # The router should meet the states of all rungs.
+    mixing: RoutingPolicy = RandomMixing(dict.fromkeys(route, 1 / len(route)), seed)
+    if router.settings.force_search:
+        mixing = with_searches_forced(mixing, route)
+    played = play_games(games, mixing, rollouts, seed, "episodes to calibrate on", Clock())
     episodes, steps = to_frames(played, "validation")
     with Progress() as progress:
         bar = progress.add_task("their labels", total=len(episodes))
-        rows = measure(ladder, episodes, steps, ladder.rows, lambda n: progress.advance(bar, n))
+        counted = recipe.sensitivity.tokens
+        rows = measure(rollouts, episodes, steps, counted, lambda n: progress.advance(bar, n))
     batch = recipe.kl_router.batch_episodes
-    sequences = with_features(router, sequences_of_steps(steps, router.settings), batch, ladder.processes)
+    sequences = with_features(router, sequences_of_steps(steps, router.settings), batch, rollouts.processes)
     margins = routing_margins(router, sequences, batch)
-    flat = pl.Series([z for episode in margins for z in episode], dtype=pl.Float64)
+    flat = pl.Series(np.concatenate(margins).tolist(), dtype=pl.List(pl.Float64))
     asked = pl.Series([not step.forced for trajectory in played for step in trajectory.steps], dtype=pl.Boolean)
-    return label(rows, recipe.sensitivity, tau).with_columns(margin=flat).filter(asked)
+    classes = step_classes(label(rows, recipe.sensitivity, tau), route)
+    return classes.with_columns(margins=flat).filter(asked)
 
 
 def play_games(
     games: Sequence[Task],
     policy: RoutingPolicy,
-    ladder: Ladder,
+    rollouts: Rollouts,
     seed: int,
     title: str,
     clock: Clock,
     known: Known | None = None,
 ) -> list[Trajectory]:
-    """One episode of each game under the policy; `known` as in `Ladder.play`."""
+    """One episode of each game under the policy; `known` as in `Rollouts.play`."""
     with Progress() as progress:
         bar = progress.add_task(title, total=len(games))
-        return ladder.play(
+        return rollouts.play(
             [Run(game) for game in games], policy, seed, clock, lambda n: progress.advance(bar, n), known
         )

@@ -1,10 +1,12 @@
 """Labels of steps: how far the precisions' action distributions diverge on the same prefix.
 
+Each cheaper routed rung is compared with the dearest: of the two, that one is called low here, and the dearest high.
+
 Choices that the paper leaves open, and ours: the action distributions are compared along the high-precision greedy action
 (teacher forcing both precisions on its tokens), over every token of it up to and including its end, or (`sensitivity.tokens:
 command`) over those after its thought; a divergence of a step is the sum of the tokens' divergences over the full vocabulary.
 By the chain rule that is the part of the divergence between the two distributions over whole actions that lies on the path high
-precision takes.
+precision takes. With more than two rungs a step's class is the cheapest rung that is not sensitive there, else the dearest.
 """
 
 import math
@@ -24,7 +26,7 @@ from dmr_pipeline.recipe import Sensitivity
 from dmr_pipeline.rollout.kv_cache.catching_up import catch_up
 from dmr_pipeline.rollout.kv_cache.padded import TokenStreams
 from dmr_pipeline.rollout.parallel import deal, in_processes
-from dmr_pipeline.rollout.playing import Ladder
+from dmr_pipeline.rollout.playing import Rollouts
 from dmr_pipeline.rollout.prompts import Prompter
 from dmr_pipeline.rollout.writing import NgramGuesses, write
 
@@ -37,6 +39,7 @@ STEPS = pl.Schema(
         "task_type": pl.String,
         "policy": pl.String,
         "turn": pl.Int64,
+        "precision": pl.String,
         "kl_high_low": pl.Float64,
         "kl_low_high": pl.Float64,
         "js": pl.Float64,
@@ -47,8 +50,9 @@ STEPS = pl.Schema(
         "sensitive": pl.Boolean,
     }
 )
-"""Divergences in nats. `entropy_low` (nats, summed) and `margin_low` (smallest gap between the two likeliest tokens'
-probabilities) are those of low precision along its own greedy action. `success` is the episode's outcome."""
+"""One row a step and cheaper routed rung, `precision`. Divergences in nats. `entropy_low` (nats, summed) and
+`margin_low` (smallest gap between the two likeliest tokens' probabilities) are those of low precision along its own
+greedy action. `success` is the episode's outcome."""
 
 
 _MOST_LOGITS = 2**27
@@ -69,7 +73,7 @@ _Batch = Sequence[_Transcript]
 
 @dataclass(frozen=True)
 class Divergence:
-    """Both precisions at one step."""
+    """A cheaper precision and the dearest, at one step."""
 
     kl_high_low: float
     kl_low_high: float
@@ -80,14 +84,19 @@ class Divergence:
 
 
 def measure(
-    ladder: Ladder,
+    rollouts: Rollouts,
     episodes: pl.DataFrame,
     steps: pl.DataFrame,
-    slots: int,
+    counted: Literal["action", "command"],
     advance: Callable[[int], None] = lambda _: None,
 ) -> pl.DataFrame:
-    """Divergences of every step of these trajectories: the columns of STEPS but `sensitive`, in the steps' order."""
-    counted, prompter = ladder.recipe.sensitivity.tokens, ladder.prompter
+    """Divergences of every step of these trajectories: the columns of STEPS but `sensitive`, in the steps' order.
+
+    Args:
+        counted: what divergences are summed over, as in `compare`.
+        advance: called with the number of episodes that have just been measured.
+    """
+    prompter = rollouts.prompter
     most = max(1, _MOST_LOGITS // (len(prompter.tokenizer) * prompter.prompt.max_action_tokens))
     transcripts = steps.group_by("episode_id", maintain_order=True).agg("segment", "action")
     context = episodes.select("episode_id", "task_id", "task_type", "policy", "success")
@@ -97,7 +106,7 @@ def measure(
 
     def compare_episodes(episodes: _Batch) -> list[tuple[object, ...]]:
         rows: list[tuple[object, ...]] = []
-        streams, guesses = ladder.streams(len(episodes)), NgramGuesses()
+        streams, guesses = rollouts.streams(len(episodes)), NgramGuesses()
         texts: list[list[int]] = [[] for _ in episodes]
         for turn in range(len(episodes[0].segments)):
             running = [i for i, episode in enumerate(episodes) if turn < len(episode.segments)]
@@ -107,7 +116,11 @@ def measure(
                     texts[i] += (episodes[i].actions[turn - 1] if turn else []) + episodes[i].segments[turn]
                 done = [episodes[i].actions[turn] for i in live]
                 compared = compare(streams, live, [texts[i] for i in live], prompter, counted, done, guesses)
-                rows += [(episodes[i].name, turn, *vars(each).values()) for i, each in zip(live, compared, strict=True)]
+                rows += [
+                    (episodes[i].name, turn, rung, *vars(divergence).values())
+                    for i, by_rung in zip(live, compared, strict=True)
+                    for rung, divergence in by_rung.items()
+                ]
         return rows
 
     def compare_batches(batches: Sequence[_Batch], advance: Callable[[int], None]) -> list[tuple[object, ...]]:
@@ -120,35 +133,36 @@ def measure(
     # Lists, since polars does not survive the fork into several processes.
     batches: list[_Batch] = [
         [_Transcript(*columns) for columns in batch.select("episode_id", "segment", "action").iter_rows()]
-        for batch in longest_first.iter_slices(slots)
+        for batch in longest_first.iter_slices(rollouts.rows)
     ]
-    rows = list(chain(*in_processes(compare_batches, deal(batches, ladder.processes), advance)))
-    columns = {name: STEPS[name] for name in ("episode_id", "turn", *Divergence.__dataclass_fields__)}
+    rows = list(chain(*in_processes(compare_batches, deal(batches, rollouts.processes), advance)))
+    columns = {name: STEPS[name] for name in ("episode_id", "turn", "precision", *Divergence.__dataclass_fields__)}
     measured = pl.DataFrame(rows, schema=columns, orient="row").join(context, on="episode_id")
     return (
         steps.select("episode_id", "turn")
-        .join(measured, on=["episode_id", "turn"], how="left", maintain_order="left")
+        .join(measured, on=["episode_id", "turn"], how="left", maintain_order="left_right")
         .select([name for name in STEPS if name != "sensitive"])
     )
 
 
 def compare(
-    streams: Mapping[bool, TokenStreams],
+    streams: Mapping[str, TokenStreams],
     slots: Sequence[int],
     texts: Sequence[list[int]],
     prompter: Prompter,
     tokens: Literal["action", "command"] = "action",
     recorded: Sequence[list[int]] | None = None,
     guesses: NgramGuesses | None = None,
-) -> list[Divergence]:
-    """Let both precisions read the texts, and compare what they would do next. Their streams are left with what they did.
+) -> list[dict[str, Divergence]]:
+    """Let all rungs read the texts, and compare what they would do next. Their streams are left with what they did.
 
-    High precision writes its greedy action, and low precision is taken along it. Where low precision would write another
-    token, it is then taken back to that place and goes on alone, for its entropy and its margin.
+    The dearest writes its greedy action, and each cheaper one is taken along it. Where that would write another token, it is
+    then taken back to that place and goes on alone, for its entropy and its margin.
 
     Args:
+        streams: by rung, dearest first.
         tokens: of the actions, what is counted: all, or those after the thought. An action whose thought does not end has none.
-        recorded: what was done next, a good guess at what either would do. Not more than that: it changes no outcome.
+        recorded: what was done next, a good guess at what any would do. Not more than that: it changes no outcome.
         guesses: used beside it, and taught.
     """
     recorded = recorded or [[] for _ in slots]
@@ -160,57 +174,90 @@ def compare(
             return recorded[i][len(written) :]
         return guesses.guess(texts[i], written, most - len(written) - 1)
 
-    def greedy(logits: Tensor, _: object) -> list[int]:
-        return list(logits.argmax(-1).tolist())
-
-    high = write(streams[True], slots, catch_up(streams[True], slots, texts), greedy, list, guess, prompter.is_complete)
-    sizes = [len(action.tokens) for action in high]
-    unread = catch_up(streams[False], slots, texts)
-    along = [left + action.tokens[:-1] for left, action in zip(unread, high, strict=True)]
-    low_logits = streams[False].extend(slots, along, sizes)
-    between = token_divergences(torch.stack([row for action in high for row in action.facts]), low_logits)
-    own, choices = own_numbers(low_logits), greedy(low_logits, None)
-
-    actions, numbers = [], []
-    for action, chosen, measured in zip(high, _split(choices, sizes), _split(own, sizes), strict=True):
-        apart = next((n for n, token in enumerate(chosen) if token != action.tokens[n]), len(chosen) - 1)
-        actions.append(chosen[: apart + 1])
-        numbers.append(measured[: apart + 1])
-    alone = [i for i in range(len(slots)) if not prompter.is_complete(actions[i])]
-    for i in alone:
-        streams[False].truncate(slots[i], len(texts[i]) + len(actions[i]) - 1)
-    last = [actions[i][-1:] for i in alone]
-    begun = [actions[i] for i in alone]
-    rest = write(
-        streams[False],
-        [slots[i] for i in alone],
-        last,
-        greedy,
-        own_numbers,
-        lambda place, written: guess(alone[place], written),
-        prompter.is_complete,
-        begun=begun,
-    )
-    for i, written in zip(alone, rest, strict=True):
-        actions[i] = written.tokens
-        numbers[i] = numbers[i] + written.facts
-    for text, action, low_action in zip(texts, high, actions, strict=True):
-        for taught in (action.tokens, low_action):
-            guesses.learn(text, taught)
+    dearest, *cheaper = streams
+    unread = catch_up(streams[dearest], slots, texts)
+    high = write(streams[dearest], slots, unread, _greedy, list, guess, prompter.is_complete)
+    high_logits = torch.stack([row for action in high for row in action.facts])
+    high_actions = [action.tokens for action in high]
 
     def counted_from(action: list[int]) -> int:
         if tokens == "action" or prompter.prompt.thought_end is None:
             return 0
         return prompter.thought_length(action) or len(action)
 
-    found = []
-    for action, of_both, low_action, of_low in zip(high, _split(between, sizes), actions, numbers, strict=True):
-        high_from, low_from = counted_from(action.tokens), counted_from(low_action)
-        high_low, low_high, js = (max(0.0, math.fsum(column)) for column in _columns(of_both[high_from:], 3))
-        entropies, margins = _columns(of_low[low_from:], 2)
-        agree = action.tokens[high_from:] == low_action[low_from:]
-        found.append(Divergence(high_low, low_high, js, agree, math.fsum(entropies), min(margins, default=1.0)))
+    found: list[dict[str, Divergence]] = [{} for _ in slots]
+    taught = [[action] for action in high_actions]
+    for rung in cheaper:
+        along = _along(streams[rung], slots, texts, high_actions, high_logits, guess, prompter)
+        for place, (high_action, low) in enumerate(zip(high_actions, along, strict=True)):
+            high_from, low_from = counted_from(high_action), counted_from(low.action)
+            high_low, low_high, js = (max(0.0, math.fsum(column)) for column in _columns(low.between[high_from:], 3))
+            entropies, margins = _columns(low.own[low_from:], 2)
+            agree = high_action[high_from:] == low.action[low_from:]
+            found[place][rung] = Divergence(
+                high_low, low_high, js, agree, math.fsum(entropies), min(margins, default=1.0)
+            )
+            taught[place].append(low.action)
+    for text, actions in zip(texts, taught, strict=True):
+        for action in actions:
+            guesses.learn(text, action)
     return found
+
+
+@dataclass(frozen=True)
+class _Along:
+    """A cheaper precision taken along the dearest's action."""
+
+    action: list[int]
+    """Its own greedy action."""
+    own: list[tuple[float, float]]
+    """Entropy and margin at each token of that."""
+    between: list[tuple[float, float, float]]
+    """Divergences at each token of the dearest's action."""
+
+
+def _along(
+    streams: TokenStreams,
+    slots: Sequence[int],
+    texts: Sequence[list[int]],
+    high_actions: Sequence[list[int]],
+    high_logits: Tensor,
+    guess: Callable[[int, list[int]], list[int]],
+    prompter: Prompter,
+) -> list[_Along]:
+    """Arguments as in `compare`, one a slot."""
+    sizes = [len(action) for action in high_actions]
+    along = [left + action[:-1] for left, action in zip(catch_up(streams, slots, texts), high_actions, strict=True)]
+    low_logits = streams.extend(slots, along, sizes)
+    between = token_divergences(high_logits, low_logits)
+    own, choices = own_numbers(low_logits), _greedy(low_logits, None)
+
+    actions, numbers = [], []
+    for action, chosen, measured in zip(high_actions, _split(choices, sizes), _split(own, sizes), strict=True):
+        apart = next((n for n, token in enumerate(chosen) if token != action[n]), len(chosen) - 1)
+        actions.append(chosen[: apart + 1])
+        numbers.append(measured[: apart + 1])
+    alone = [i for i in range(len(slots)) if not prompter.is_complete(actions[i])]
+    for i in alone:
+        streams.truncate(slots[i], len(texts[i]) + len(actions[i]) - 1)
+    rest = write(
+        streams,
+        [slots[i] for i in alone],
+        [actions[i][-1:] for i in alone],
+        _greedy,
+        own_numbers,
+        lambda place, written: guess(alone[place], written),
+        prompter.is_complete,
+        begun=[actions[i] for i in alone],
+    )
+    for i, written in zip(alone, rest, strict=True):
+        actions[i] = written.tokens
+        numbers[i] = numbers[i] + written.facts
+    return [_Along(*parts) for parts in zip(actions, numbers, _split(between, sizes), strict=True)]
+
+
+def _greedy(logits: Tensor, _: object) -> list[int]:
+    return list(logits.argmax(-1).tolist())
 
 
 def token_divergences(high: Tensor, low: Tensor) -> list[tuple[float, float, float]]:
@@ -238,7 +285,7 @@ def threshold(rows: pl.DataFrame, section: Sensitivity) -> float:
 
 
 def label(rows: pl.DataFrame, section: Sensitivity, tau: float) -> pl.DataFrame:
-    """A step is sensitive where its divergence is at least tau (the paper's label) and, with `won_only` (ours), its
+    """A rung is sensitive at a step where its divergence is at least tau (the paper's label) and, with `won_only` (ours), the
     episode was won."""
     sensitive = pl.col(divergence_column(section)) >= tau
     return rows.with_columns(sensitive=sensitive & pl.col("success") if section.won_only else sensitive).select(
@@ -262,6 +309,19 @@ def read_sensitivity(folder: Path) -> pl.DataFrame:
     if (table.select("kl_high_low", "kl_low_high", "js").min().transpose().to_series() < -1e-9).any():
         raise UserError(f"{path}: negative divergences; make it anew")
     return table
+
+
+def step_classes(table: pl.DataFrame, route: Sequence[str]) -> pl.DataFrame:
+    """For each step of a labelled table the rung that it asks for, in steps up from the cheapest routed one: the cheapest that is
+    not sensitive, else the dearest.
+
+    Returns:
+        Columns `episode_id`, `turn` and `rung` (Int64), in the table's order of steps.
+    """
+    up = {rung: place for place, rung in enumerate(reversed(route))}
+    rung = pl.col("precision").replace_strict(up, return_dtype=pl.Int64)
+    fits = rung.filter(~pl.col("sensitive")).min().fill_null(len(route) - 1)
+    return table.group_by("episode_id", "turn", maintain_order=True).agg(rung=fits)
 
 
 def divergence_column(section: Sensitivity) -> str:

@@ -1,14 +1,18 @@
-"""Routers: logits of the two precisions at each step of a transcript.
+"""Routers: logits of the routed precisions at each step of a transcript.
 
 There are two kinds. `lm` is a small causal LM over the transcript whose next token is a precision; `probe` is a head on the
-hidden states of the low-precision agent. Both are given the agent's transcript with a routing token, `<low>` or `<high>`,
+hidden states of the cheapest routed agent. Both are given the agent's transcript with a routing token, one a routed rung,
 between each segment and the action (which a probe's agent does not read):
 
-    segment <route> action segment <route> action ...
+    segment <precision:...> action segment <precision:...> action ...
 
-A routing position is the last token of a segment; the routing token after it is the precision that really acted. With z
-the logit of `<high>` minus that of `<low>` there, P(high) = sigmoid(scale * z + offset). Both kinds are ours: the paper's
-router is a Transformer encoder.
+A routing position is the last token of a segment; the routing token after it is the precision that really acted. Logits there
+are in the order of the rungs from the cheapest up, so that an index counts the steps up from it. With the margin z of a rung,
+its logit minus the cheapest's, its score is scale * z + offset (0 for the cheapest), and the probabilities are the softmax of
+the scores. A threshold t takes the dearest rung that, together with all dearer ones, has a probability of at least t: of two
+rungs, the dearer one where its probability is at least t. So one number goes through all budgets, from the dearest rung alone
+(0) to the cheapest (above every sum), and at 0.5 it takes the median of the distribution along the ladder. Both kinds and the
+rule are ours: the paper's router is a Transformer encoder that chooses between two.
 """
 
 import copy
@@ -40,7 +44,6 @@ from dmr_pipeline.training.train import new_model
 
 T = TypeVar("T")
 
-LOW, HIGH = "<low>", "<high>"
 SETTINGS_FILE = "router.json"
 
 
@@ -50,26 +53,56 @@ class RouterSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: Literal["lm", "probe"] = "lm"
-    low_token: int
-    high_token: int
+    tokens: dict[str, int] = Field(min_length=2)
+    """Routed rung -> its routing token, dearest first."""
     scale: float = 1.0
-    offset: float = 0.0
-    """With `scale`: calibration, class weights undone, or tempering."""
+    offsets: dict[str, float] = Field(default_factory=dict)
+    """Rung -> offset of its score, 0 where it is not named; with `scale`: calibration, class weights undone, or tempering."""
     threshold: float = Field(0.5, ge=0.0, le=1.0)
-    """High precision acts where P(high) is at least this."""
+    """See above."""
     target_ratio: float | None = None
-    """High-precision ratio that the threshold was calibrated to."""
+    """Spend (see `ActingModels.spend`) that the threshold was calibrated to."""
     force_search: bool = False
-    """Search steps are at high precision whatever P(high) is (see search_steps.py)."""
+    """The dearest precision acts at search steps, whatever the router says (see search_steps.py)."""
 
     @property
-    def tokens(self) -> list[int]:
-        """The routing tokens, low first, so that an index is a precision."""
-        return [self.low_token, self.high_token]
+    def route(self) -> tuple[str, ...]:
+        """The rungs, dearest first."""
+        return tuple(self.tokens)
 
-    def probability(self, logits: Tensor) -> Tensor:
-        """P(high) [n] from the routing tokens' logits [n, 2], low first."""
-        return torch.sigmoid(self.scale * (logits[:, 1] - logits[:, 0]) + self.offset)
+    @property
+    def columns(self) -> list[int]:
+        """The routing tokens in the order of logits: cheapest first."""
+        return list(self.tokens.values())[::-1]
+
+    @property
+    def shifts(self) -> list[float]:
+        """Offsets in the order of logits, without the cheapest rung's."""
+        return [self.offsets.get(rung, 0.0) for rung in self.route[-2::-1]]
+
+    def scores(self, logits: Tensor) -> Tensor:
+        """[n, rungs] from logits [n, rungs], both cheapest first."""
+        margins = logits[:, 1:] - logits[:, :1]
+        scores = self.scale * margins + torch.tensor(self.shifts, dtype=logits.dtype, device=logits.device)
+        return torch.cat([torch.zeros_like(logits[:, :1]), scores], dim=1)
+
+    def exceedance(self, logits: Tensor) -> Tensor:
+        """`Decision.exceedance` [n, rungs - 1], dearest first, from logits [n, rungs], cheapest first."""
+        scores = self.scores(logits)
+        above = [
+            torch.sigmoid(scores[:, k:].logsumexp(1) - scores[:, :k].logsumexp(1)) for k in range(1, scores.shape[1])
+        ]
+        return torch.stack(above[::-1], dim=1)
+
+    def choose(self, exceedance: Sequence[float], bar: float) -> str:
+        """The dearest rung whose exceedance is at least `bar`, else the cheapest."""
+        return next((rung for rung, level in zip(self.route, exceedance, strict=False) if level >= bar), self.route[-1])
+
+
+def log_probabilities(scores: Tensor) -> Tensor:
+    """Of the softmax of scores [n, rungs]; each against the rest, so that of two they are log-sigmoids."""
+    rest = [torch.cat([scores[:, :k], scores[:, k + 1 :]], dim=1).logsumexp(1) for k in range(scores.shape[1])]
+    return torch.nn.functional.logsigmoid(scores - torch.stack(rest, dim=1))
 
 
 @dataclass(frozen=True)
@@ -81,7 +114,7 @@ class Router:
     """The agent's, with the routing tokens."""
     settings: RouterSettings
     agent: PreTrainedModel | None = None
-    """The low-precision agent whose hidden states a probe reads."""
+    """The cheapest rung's agent, whose hidden states a probe reads."""
 
     @property
     def parameters(self) -> int:
@@ -95,6 +128,7 @@ class Router:
 
 def new_router(
     section: RouterModel,
+    route: Sequence[str],
     agent_tokenizer: PreTrainedTokenizerBase,
     seed: int,
     device: torch.device,
@@ -106,7 +140,8 @@ def new_router(
     Where the tokenizer has no routing tokens they are added, with random embeddings.
 
     Args:
-        agent: at low precision, for a probe.
+        route: the rungs that it chooses from, dearest first.
+        agent: the cheapest rung's, for a probe.
         positions: tokens that an LM's sequences may have: those of a transcript and one a step.
 
     Raises:
@@ -114,16 +149,16 @@ def new_router(
             probe's layer is none.
     """
     if section.probe is not None:
-        tokenizer = _with_routing_tokens(agent_tokenizer)
-        model: PreTrainedModel = new_probe(section.probe, _given(agent), seed)
+        tokenizer = _with_routing_tokens(agent_tokenizer, route)
+        model: PreTrainedModel = new_probe(section.probe, len(route), _given(agent), seed)
     elif section.architecture is not None:
-        tokenizer = _with_routing_tokens(agent_tokenizer)
+        tokenizer = _with_routing_tokens(agent_tokenizer, route)
         model = new_model(section.architecture, len(tokenizer), seed, positions)
     else:
         assert section.pretrained is not None
         source = section.pretrained
         model, tokenizer = load_causal_lm(source.model, source.revision, torch.device("cpu"))
-        if not _same_words(tokenizer, agent_tokenizer):
+        if not _same_words(tokenizer, agent_tokenizer, route):
             raise UserError(
                 f"kl_router.model.pretrained: {source.model!r} and the agent have different vocabularies, but the"
                 " router reads the agent's tokens; choose a smaller model of the same family"
@@ -135,13 +170,13 @@ def new_router(
                 f" transcripts with a routing token a step may have {positions}: choose a router with more, or set"
                 f" agent.max_transcript_tokens lower by {positions - most}"
             )
-        tokenizer = _with_routing_tokens(tokenizer)
+        tokenizer = _with_routing_tokens(tokenizer, route)
         if len(tokenizer) > model.get_input_embeddings().num_embeddings:
             torch.manual_seed(seed)
             model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    low, high = (tokenizer.convert_tokens_to_ids(token) for token in (LOW, HIGH))
+    tokens = {rung: tokenizer.convert_tokens_to_ids(routing_token(rung)) for rung in route}
     kind: Literal["lm", "probe"] = "lm" if section.probe is None else "probe"
-    return Router(model.to(device), tokenizer, RouterSettings(kind=kind, low_token=low, high_token=high), agent)
+    return Router(model.to(device), tokenizer, RouterSettings(kind=kind, tokens=tokens), agent)
 
 
 def save_router(router: Router, folder: Path) -> None:
@@ -155,7 +190,7 @@ def load_router(folder: Path, device: torch.device, agent: PreTrainedModel | Non
     """Read what `save_router` wrote; float32 on any device, in evaluation mode.
 
     Args:
-        agent: at low precision, for a probe.
+        agent: the cheapest rung's, for a probe.
 
     Raises:
         UserError: a file is missing or malformed, or the weights are a pickle.
@@ -188,41 +223,47 @@ class RoutingSequence:
     """Up to the last routing token: what the last action was decides nothing."""
     positions: list[int]
     """Routing positions. The routing token of step t is `tokens[positions[t] + 1]`."""
-    high: list[bool]
-    """Precision that acted at each step."""
+    acted: list[int]
+    """Precision that acted at each step, in steps up from the cheapest."""
     features: Tensor | None = field(default=None, compare=False)
     """What a probe decides on, float32 [steps, features]; an LM reads the tokens instead."""
 
 
 def routing_sequence(
-    segments: Sequence[list[int]], actions: Sequence[list[int]], high: Sequence[bool], settings: RouterSettings
+    segments: Sequence[list[int]], actions: Sequence[list[int]], precisions: Sequence[str], settings: RouterSettings
 ) -> RoutingSequence:
     """Interleave the segments, routing tokens and actions of one episode, each given a step."""
     tokens: list[int] = []
     positions = []
-    for turn, (segment, taken) in enumerate(zip(segments, high, strict=True)):
+    for turn, (segment, taken) in enumerate(zip(segments, precisions, strict=True)):
         if turn:
             tokens += actions[turn - 1]
         tokens += segment
         positions.append(len(tokens) - 1)
         tokens.append(settings.tokens[taken])
-    return RoutingSequence(tokens, positions, list(high))
+    up = {rung: place for place, rung in enumerate(reversed(settings.route))}
+    return RoutingSequence(tokens, positions, [up[rung] for rung in precisions])
 
 
-def sequence_of_trajectory(trajectory: Trajectory, settings: RouterSettings) -> RoutingSequence:
+def sequence_of_trajectory(trajectory: Trajectory, router: Router) -> RoutingSequence:
+    """With what a probe decided on, if it was one that acted; zeros at steps at which it was not asked."""
     steps = trajectory.steps
-    high = [s.high for s in steps]
-    sequence = routing_sequence([s.segment for s in steps], [s.action for s in steps], high, settings)
-    rows = [s.features for s in steps if s.features is not None]
-    return replace(sequence, features=torch.from_numpy(np.stack(rows))) if rows else sequence
+    precisions = [s.precision for s in steps]
+    sequence = routing_sequence([s.segment for s in steps], [s.action for s in steps], precisions, router.settings)
+    if not isinstance(router.model, ProbeHead):
+        return sequence
+    nothing = np.zeros(len(router.model.mean), np.float32)
+    rows = [nothing if s.features is None else s.features for s in steps]
+    return replace(sequence, features=torch.from_numpy(np.stack(rows)))
 
 
 def sequences_of_steps(steps: pl.DataFrame, settings: RouterSettings) -> list[RoutingSequence]:
     """One for each episode of a table of steps (`trajectories.STEPS`), in the table's order."""
-    episodes = steps.group_by("episode_id", maintain_order=True).agg("segment", "action", "high")
-    columns = (episodes[name].to_list() for name in ("segment", "action", "high"))
+    episodes = steps.group_by("episode_id", maintain_order=True).agg("segment", "action", "precision")
+    columns = (episodes[name].to_list() for name in ("segment", "action", "precision"))
     return [
-        routing_sequence(segments, actions, high, settings) for segments, actions, high in zip(*columns, strict=True)
+        routing_sequence(segments, actions, precisions, settings)
+        for segments, actions, precisions in zip(*columns, strict=True)
     ]
 
 
@@ -261,7 +302,7 @@ def with_features(
 
 
 def routing_logits(model: PreTrainedModel, sequences: Sequence[RoutingSequence], settings: RouterSettings) -> Tensor:
-    """Logits of the routing tokens, low first, at all routing positions: float32 [positions, 2], sequence by sequence.
+    """Logits of the routing tokens, cheapest first, at all routing positions: float32 [positions, rungs], sequence by sequence.
 
     Padding is on the right and attention is causal: no mask is needed, and none keeps the fast attention path.
     """
@@ -271,19 +312,20 @@ def routing_logits(model: PreTrainedModel, sequences: Sequence[RoutingSequence],
     columns = [position for sequence in sequences for position in sequence.positions]
     tokens = _padded([s.tokens for s in sequences], model.device)
     hidden = decoder_of(model)(input_ids=tokens, use_cache=False).last_hidden_state[rows, columns]
-    return logits_of(model, hidden)[:, settings.tokens]
+    return logits_of(model, hidden)[:, settings.columns]
 
 
 @torch.no_grad()
-def routing_margins(router: Router, sequences: Sequence[RoutingSequence], batch: int) -> list[list[float]]:
-    """z, the logit of `<high>` minus that of `<low>`, at every step of each sequence; `batch` sequences at a time."""
+def routing_margins(router: Router, sequences: Sequence[RoutingSequence], batch: int) -> list[NDArray[np.float64]]:
+    """The margins z, in the order of logits without the cheapest rung: [steps, rungs - 1] of each sequence; `batch` sequences at
+    a time."""
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i].tokens))
     router.model.eval()
 
-    def read(indices: Sequence[int]) -> list[list[float]]:
+    def read(indices: Sequence[int]) -> list[NDArray[np.float64]]:
         logits = routing_logits(router.model, [sequences[i] for i in indices], router.settings).double()
-        steps = [len(sequences[i].high) for i in indices]
-        return [values.tolist() for values in (logits[:, 1] - logits[:, 0]).split(steps)]
+        steps = [len(sequences[i].acted) for i in indices]
+        return [margins.cpu().numpy() for margins in (logits[:, 1:] - logits[:, :1]).split(steps)]
 
     found = dict(zip(order, in_pieces(order, batch, "episodes", read), strict=True))
     return [found[i] for i in range(len(sequences))]
@@ -292,7 +334,7 @@ def routing_margins(router: Router, sequences: Sequence[RoutingSequence], batch:
 def _given(needed: T | None) -> T:
     """What a probe cannot do without."""
     if needed is None:
-        raise TypeError("a probe needs the low-precision agent, and features from it")
+        raise TypeError("a probe needs the cheapest rung's agent, and features from it")
     return needed
 
 
@@ -304,17 +346,21 @@ def _padded(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
     return tokens.to(device)
 
 
-def _with_routing_tokens(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """A copy that has both routing tokens."""
-    tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.add_tokens([token for token in (LOW, HIGH) if token not in tokenizer.get_vocab()], special_tokens=True)
+def routing_token(rung: str) -> str:
+    return f"<precision:{rung}>"
+
+
+def _with_routing_tokens(tokenizer: PreTrainedTokenizerBase, route: Sequence[str]) -> PreTrainedTokenizerBase:
+    """A copy that has all routing tokens."""
+    tokenizer, tokens = copy.deepcopy(tokenizer), [routing_token(rung) for rung in reversed(route)]
+    tokenizer.add_tokens([token for token in tokens if token not in tokenizer.get_vocab()], special_tokens=True)
     return tokenizer
 
 
-def _same_words(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase) -> bool:
+def _same_words(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase, route: Sequence[str]) -> bool:
     """Same token ids, the routing tokens aside."""
+    routing = {routing_token(rung) for rung in route}
     one, other = (
-        {word: i for word, i in tokenizer.get_vocab().items() if word not in (LOW, HIGH)}
-        for tokenizer in (first, second)
+        {word: i for word, i in tokenizer.get_vocab().items() if word not in routing} for tokenizer in (first, second)
     )
     return one == other

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -11,7 +10,7 @@ from dmr_pipeline.rollout.engine import Decision, Peek, RoutingPolicy, Run, seed
 from dmr_pipeline.rollout.kv_cache.choice import positions_of, token_streams
 from dmr_pipeline.router.model import Router
 from dmr_pipeline.router.probe import probe_features
-from dmr_pipeline.router.search_steps import at_search_bar
+from dmr_pipeline.router.search_steps import with_searches_forced
 
 _UNLIMITED = 2 * DEFAULT_TRANSCRIPT_TOKENS
 """Tokens that the sequence of an LM router without positions may have."""
@@ -23,13 +22,14 @@ def routing_policy(router: Router, slots: int, sample: bool = False, seed: int =
         slots: episodes at once, at least as many as the agents' streams have.
         sample: draw the precision, seeded by (seed, task, member, turn), instead of comparing with the threshold.
     """
-    if router.settings.kind == "probe":
-        return ProbeRouter(router, sample, seed)
-    return LmRouter(router, slots, sample, seed)
+    chooser = _Chooser(router, sample, seed)
+    is_probe = router.settings.kind == "probe"
+    policy: RoutingPolicy = ProbeRouter(router, chooser) if is_probe else LmRouter(router, chooser, slots)
+    return with_searches_forced(policy, router.settings.route) if router.settings.force_search else policy
 
 
 class _Chooser:
-    """Takes the precision by a router's probability: by the threshold, or by a draw. Search steps may be forced."""
+    """Takes the precision by a router's logits: by the threshold, or by a draw."""
 
     def __init__(self, router: Router, sample: bool, seed: int) -> None:
         self.settings, self.sample, self.seed = router.settings, sample, seed
@@ -39,18 +39,12 @@ class _Chooser:
     def begin(self, slot: int, run: Run) -> None:
         self._runs[slot], self.turns[slot] = run, 0
 
-    def asked(self, slots: Sequence[int], peek: Peek) -> list[int]:
-        """The slots at which it is the router that decides; at the others high precision is forced."""
-        if not self.settings.force_search:
-            return list(slots)
-        return [slot for slot, forced in zip(slots, at_search_bar(peek), strict=True) if not forced]
-
-    def choose(self, slots: Sequence[int], logits: Tensor) -> dict[int, tuple[bool, float]]:
-        """For each slot high or not, and P(high), from logits [slots, 2]."""
-        choices = {}
-        for slot, probability in zip(slots, self.settings.probability(logits.double()).tolist(), strict=True):
+    def choose(self, slots: Sequence[int], logits: Tensor) -> list[tuple[str, tuple[float, ...]]]:
+        """For each slot what acts, and `Decision.exceedance`, from logits [slots, rungs]."""
+        choices = []
+        for slot, levels in zip(slots, self.settings.exceedance(logits.double()).tolist(), strict=True):
             bar = self._draw(slot) if self.sample else self.settings.threshold
-            choices[slot] = (probability >= bar, probability)
+            choices.append((self.settings.choose(levels, bar), tuple(levels)))
         return choices
 
     def acted(self, slot: int) -> None:
@@ -63,14 +57,15 @@ class _Chooser:
 
 
 class LmRouter:
-    """One cached forward pass a decision, over what is new since the last one that was the router's. Arguments as in
-    `routing_policy`."""
+    """One cached forward pass a decision, over what is new since the last one."""
 
-    def __init__(self, router: Router, slots: int, sample: bool = False, seed: int = 0) -> None:
-        self.router, self._chooser = router, _Chooser(router, sample, seed)
+    def __init__(self, router: Router, chooser: _Chooser, slots: int) -> None:
+        self.router, self._chooser = router, chooser
         self._streams = token_streams(router.model, slots, positions_of(router.model.config) or _UNLIMITED)
         self._pending: dict[int, list[int]] = {}
-        """Tokens that the stream of a slot has not read: since its last decision."""
+        """Tokens that the stream of a slot has not read, but for the segment of the present step."""
+        self._read: set[int] = set()
+        """Slots whose stream has read that segment."""
 
     def begin(self, slot: int, run: Run) -> None:
         self._streams.reset([slot])
@@ -78,48 +73,39 @@ class LmRouter:
         self._pending[slot] = []
 
     def decide(self, slots: Sequence[int], segments: Sequence[list[int]], peek: Peek) -> list[Decision]:
-        tokens = self.router.settings.tokens
-        for slot, segment in zip(slots, segments, strict=True):
-            self._pending[slot] += segment
-        choices: dict[int, tuple[bool, float]] = {}
-        if asked := self._chooser.asked(slots, peek):
-            logits = self._streams.extend(asked, [self._pending[slot] for slot in asked])
-            choices = self._chooser.choose(asked, logits[:, tokens])
-            self._pending |= {slot: [] for slot in asked}
-        forced = Decision(True, 1.0, forced=True)
-        decisions = [Decision(*choices[slot]) if slot in choices else forced for slot in slots]
-        for slot, decision in zip(slots, decisions, strict=True):
-            self._pending[slot].append(tokens[decision.high])
-        return decisions
+        new = [self._pending[slot] + segment for slot, segment in zip(slots, segments, strict=True)]
+        logits = self._streams.extend(slots, new)
+        self._pending |= {slot: [] for slot in slots}
+        self._read.update(slots)
+        return [Decision(*choice) for choice in self._chooser.choose(slots, logits[:, self.router.settings.columns])]
 
-    def acted(self, slot: int, action: list[int]) -> None:
-        self._pending[slot] += action
+    def acted(self, slot: int, segment: list[int], precision: str, action: list[int]) -> None:
+        unread = [] if slot in self._read else segment
+        self._read.discard(slot)
+        self._pending[slot] += [*unread, self.router.settings.tokens[precision], *action]
         self._chooser.acted(slot)
 
 
 class ProbeRouter:
-    """The low-precision agent reads what is new, and the head decides on its hidden states. Where high precision acts,
-    that one pass was for the decision alone."""
+    """The cheapest agent reads what is new, and the head decides on its hidden states. Where another one acts, that pass was
+    for the decision alone."""
 
-    def __init__(self, router: Router, sample: bool = False, seed: int = 0) -> None:
-        self.router, self._chooser = router, _Chooser(router, sample, seed)
+    def __init__(self, router: Router, chooser: _Chooser) -> None:
+        self.router, self._chooser = router, chooser
 
     def begin(self, slot: int, run: Run) -> None:
         self._chooser.begin(slot, run)
 
     @torch.no_grad()
     def decide(self, slots: Sequence[int], segments: Sequence[list[int]], peek: Peek) -> list[Decision]:
-        model = self.router.model
-        # Nothing is learned from a forced step, but a sequence has features at all of its steps.
-        forced = Decision(True, 1.0, features=np.zeros(len(model.mean), np.float32), forced=True)
-        decisions = dict.fromkeys(slots, forced)
-        if asked := self._chooser.asked(slots, peek):
-            turns = torch.tensor([self._chooser.turns[slot] for slot in asked])
-            features = probe_features(peek.states(asked, model.config.layers), turns)
-            choices = self._chooser.choose(asked, model(features.to(model.device)))
-            for (slot, (high, p)), row in zip(choices.items(), features.cpu().numpy(), strict=True):
-                decisions[slot] = Decision(high, p, drafted=int(high), features=row)
-        return list(decisions.values())
+        model, cheapest = self.router.model, self.router.settings.route[-1]
+        turns = torch.tensor([self._chooser.turns[slot] for slot in slots])
+        features = probe_features(peek.states(slots, model.config.layers), turns)
+        choices = self._chooser.choose(slots, model(features.to(model.device)))
+        return [
+            Decision(precision, levels, {} if precision == cheapest else {cheapest: 1}, features=row)
+            for (precision, levels), row in zip(choices, features.cpu().numpy(), strict=True)
+        ]
 
-    def acted(self, slot: int, action: list[int]) -> None:
+    def acted(self, slot: int, segment: list[int], precision: str, action: list[int]) -> None:
         self._chooser.acted(slot)

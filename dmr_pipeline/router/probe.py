@@ -1,7 +1,7 @@
-"""The `probe` router's weights: a head on the hidden states of the low-precision agent.
+"""The `probe` router's weights: a head on the hidden states of the cheapest routed agent.
 
 The agent has read the transcript anyway, and knows what it is about to do: a decision costs one of its forward passes where
-high precision then acts, and next to nothing where low precision goes on from there. This form is ours: the paper's router
+another precision then acts, and next to nothing where it goes on itself. This form is ours: the paper's router
 is an encoder of its own.
 """
 
@@ -22,12 +22,16 @@ _LONGEST = 50
 class ProbeConfig(PreTrainedConfig):
     model_type = "dmr-probe"
 
-    def __init__(self, layers: list[int] | None = None, state_width: int = 1, hidden: int = 1, **rest: object) -> None:
+    def __init__(
+        self, layers: list[int] | None = None, state_width: int = 1, hidden: int = 1, rungs: int = 2, **rest: object
+    ) -> None:
         self.layers = layers or [1]
         """Of the agent, from 1."""
         self.state_width = state_width
         """Numbers in the states of all these layers."""
         self.hidden = hidden
+        self.rungs = rungs
+        """That it chooses from."""
         super().__init__(**rest)
 
 
@@ -35,7 +39,7 @@ AutoConfig.register("dmr-probe", ProbeConfig)  # AutoTokenizer looks at the conf
 
 
 class ProbeHead(PreTrainedModel):
-    """Standardised features -> one hidden layer -> logits of the two precisions, low first."""
+    """Standardised features -> one hidden layer -> logits of the routed rungs, cheapest first."""
 
     config_class = ProbeConfig
     generation_config = GenerationConfig()
@@ -47,14 +51,14 @@ class ProbeHead(PreTrainedModel):
         self.register_buffer("mean", torch.zeros(width))
         self.register_buffer("deviation", torch.ones(width))
         self.inner = torch.nn.Linear(width, config.hidden)
-        self.outer = torch.nn.Linear(config.hidden, 2)
+        self.outer = torch.nn.Linear(config.hidden, config.rungs)
         self.post_init()
 
     def _init_weights(self, module: torch.nn.Module) -> None:
         """Linear layers keep torch's own initialisation."""
 
     def forward(self, features: Tensor) -> Tensor:
-        """float32 [n, features] -> float32 [n, 2]."""
+        """float32 [n, features] -> float32 [n, rungs]."""
         standard = (features - self.mean) / self.deviation
         return cast(Tensor, self.outer(torch.nn.functional.gelu(self.inner(standard))))
 
@@ -64,7 +68,7 @@ class ProbeHead(PreTrainedModel):
         self.deviation.copy_(features.std(0) + 1e-3)
 
 
-def new_probe(section: Probe, agent: PreTrainedModel, seed: int) -> ProbeHead:
+def new_probe(section: Probe, rungs: int, agent: PreTrainedModel, seed: int) -> ProbeHead:
     """Raises: UserError: the agent has fewer layers."""
     if max(section.layers) > agent.config.num_hidden_layers:
         raise UserError(
@@ -72,7 +76,7 @@ def new_probe(section: Probe, agent: PreTrainedModel, seed: int) -> ProbeHead:
         )
     torch.manual_seed(seed)
     width = len(section.layers) * agent.config.hidden_size
-    return ProbeHead(ProbeConfig(layers=list(section.layers), state_width=width, hidden=section.hidden))
+    return ProbeHead(ProbeConfig(layers=list(section.layers), state_width=width, hidden=section.hidden, rungs=rungs))
 
 
 def probe_features(states: Tensor, turns: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from dmr_pipeline.artifacts.stage import StageContext, StageResult
 from dmr_pipeline.environments.benchmark import benchmark_of
 from dmr_pipeline.evaluation.kept import KeptTables
 from dmr_pipeline.evaluation.metrics import compute_metrics
-from dmr_pipeline.evaluation.play import acting_facts, content, evaluate, rung_alone
+from dmr_pipeline.evaluation.play import Arena, acting_facts, content, evaluate, rung_alone
 from dmr_pipeline.evaluation.plots import (
     plot_accuracy_cost,
     plot_calibration,
@@ -32,7 +32,6 @@ from dmr_pipeline.evaluation.report import headline, markdown_table
 from dmr_pipeline.precision.frontier import read_ladder
 from dmr_pipeline.rollout.engine import RoutingPolicy, SinglePrecision
 from dmr_pipeline.rollout.known import Known
-from dmr_pipeline.rollout.playing import Ladder
 from dmr_pipeline.rollout.prompts import truncation_policy
 from dmr_pipeline.router.kl import ROUTER_FOLDER
 from dmr_pipeline.router.labels import read_sensitivity
@@ -43,39 +42,38 @@ from dmr_pipeline.router.policies import routing_policy
 def evaluation_report(context: StageContext) -> StageResult:
     recipe = context.recipe
     torch.set_num_threads(recipe.runtime.threads)
-    benchmark = benchmark_of(recipe.benchmark)
-    test = benchmark.read_tasks(context.inputs["benchmark_tasks"], "test")
-    validation = benchmark.read_tasks(context.inputs["benchmark_tasks"], "validation")
-    checkpoints, high, low = context.inputs["quantized_checkpoints"], recipe.precisions.high, recipe.precisions.low
+    test = benchmark_of(recipe.benchmark).read_tasks(context.inputs["benchmark_tasks"], "test")
+    validation = benchmark_of(recipe.benchmark).read_tasks(context.inputs["benchmark_tasks"], "validation")
+    checkpoints, route = context.inputs["quantized_checkpoints"], recipe.precisions.route
     tables = KeptTables(context.kept or context.scratch, {"games": content(context.inputs["benchmark_tasks"])})
     on_validation, on_test = (tables.under(split=split) for split in ("validation", "test"))
-    # The other rungs first, one after another: as long as they act, high and low are not in memory.
+    # The other rungs first, one after another: as long as they act, the routed ones are not in memory.
     frames = [
         rung_alone(checkpoints, recipe, rung.name, test, on_test)
         for rung in recipe.precisions.ladder
-        if rung.name not in (high, low)
+        if rung.name not in route
     ]
-    facts = acting_facts(checkpoints, recipe, high, low)
+    facts = acting_facts(checkpoints, recipe, route)
     on_validation, on_test = on_validation.under(**facts), on_test.under(**facts)
-    ladder = Ladder.load(checkpoints, recipe)
-    routers = {
-        name: load_router(context.inputs[name] / ROUTER_FOLDER, ladder.device, ladder.models[False]) for name in ROUTERS
-    }
+    arena = Arena.load(checkpoints, recipe, recipe.evaluation.seed)
+    cheapest, device = arena.rollouts.acting.models[route[-1]], arena.rollouts.device
+    routers = {name: load_router(context.inputs[name] / ROUTER_FOLDER, device, cheapest) for name in ROUTERS}
     files = {name: content(context.inputs[name], f"{ROUTER_FOLDER}/") for name in ROUTERS}
 
     with Progress() as progress:
-        candidates = router_entries(routers, files, ladder.slots(len(validation)))
+        candidates = router_entries(routers, files, arena.rollouts.slots(len(validation)))
         known, known_on_test = Known(), Known()
-        validated = evaluate(candidates, ladder, validation, progress, " on validation", on_validation, known)
+        validated = evaluate(candidates, arena, validation, progress, " on validation", on_validation, known)
         chosen, choice = choose_headline(validated, recipe.grpo_router)
         games = validation[: recipe.evaluation.confidence_games]
-        cascade = confidence_cascade(ladder, games, progress, on_validation, known)
-        frames += play_test(ladder, routers, files, cascade, test, progress, on_test, known_on_test)
+        cascade = confidence_cascade(arena, games, recipe.evaluation, progress, on_validation, known)
+        frames += play_test(arena, routers, files, cascade, test, recipe.evaluation, progress, on_test, known_on_test)
     tables.drop_unused()
     episodes, section = pl.concat(frames), recipe.evaluation
     metrics = compute_metrics(
         episodes,
         recipe=recipe.name,
+        route=route,
         high="always_high",
         low="always_low",
         headline=chosen,
@@ -112,12 +110,12 @@ def evaluation_report(context: StageContext) -> StageResult:
             f"cost {policy['cost']:.3f}"
         )
     acting: dict[str, RoutingPolicy] = {
-        "always_high": SinglePrecision(high=True),
-        "always_low": SinglePrecision(high=False),
+        "always_high": SinglePrecision(route[0], route),
+        "always_low": SinglePrecision(route[-1], route),
         "confidence": cascade,
         **{name: routing_policy(router, 1) for name, router in routers.items()},
     }
-    timed = {name: seconds_per_step(policy, ladder, test[:_TIMED_GAMES]) for name, policy in acting.items()}
+    timed = {name: seconds_per_step(policy, arena, test[:_TIMED_GAMES]) for name, policy in acting.items()}
     looked_up = {"validation": known.share, "test": known_on_test.share}
     return StageResult(summary=summary, measured={"seconds_per_step": timed, "share_of_actions_looked_up": looked_up})
 
@@ -129,7 +127,7 @@ def report_context(
     recipe = context.recipe
     facts = read_ladder(context.inputs["quantized_checkpoints"])
     table = read_sensitivity(context.inputs["sensitivity_dataset"])
-    low = next(rung for rung in facts.rungs if rung.name == recipe.precisions.low)
+    route, bits = recipe.precisions.route, {rung.name: rung.bits_per_weight for rung in facts.rungs}
     trained = recipe.agent.training is not None
     return {
         "recipe": recipe.model_dump(mode="json", exclude={"name", "runtime"}, exclude_none=True),
@@ -145,7 +143,7 @@ def report_context(
         ],
         "gate": {"passed": facts.gate.passed, "verdict": facts.gate.verdict},
         "sensitivity": {
-            "steps": len(table),
+            "steps": table.select("episode_id", "turn").n_unique(),
             "share of steps that are sensitive": float(table["sensitive"].mean()),  # type: ignore[arg-type]
             "share of steps whose greedy actions differ": 1 - float(table["greedy_agree"].mean()),  # type: ignore[arg-type]
         },
@@ -158,8 +156,7 @@ def report_context(
         },
         "notes": [
             f"The agent is {'a tiny LLM trained here' if trained else recipe.agent.pretrained.model}; "  # type: ignore[union-attr]
-            f"high is {recipe.precisions.high}, low is {recipe.precisions.low} ({low.bits_per_weight:.2f} bits a weight, "
-            "embeddings and scales included).",
+            f"high is {route[0]}, low is {route[-1]} ({bits[route[-1]]:.2f} bits a weight, embeddings and scales included).",
             "The test games were played once; threshold, rung, checkpoint and headline router were chosen on validation games,"
             " the headline router by the reward of stage 2.",
             "The paper's numbers come from other agents, games and precisions; nothing here is a reproduction of them.",

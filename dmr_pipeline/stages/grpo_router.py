@@ -13,7 +13,7 @@ from dmr_pipeline.artifacts.stage import StageContext, StageResult
 from dmr_pipeline.environments.benchmark import benchmark_of
 from dmr_pipeline.rollout.engine import Clock
 from dmr_pipeline.rollout.known import Known
-from dmr_pipeline.rollout.playing import Ladder
+from dmr_pipeline.rollout.playing import Rollouts
 from dmr_pipeline.router.grpo import Scorer, Session, tempered_settings, train
 from dmr_pipeline.router.kl import ROUTER_FOLDER, calibrate_threshold, play_games
 from dmr_pipeline.router.model import (
@@ -29,7 +29,8 @@ def grpo_router(context: StageContext) -> StageResult:
     started = time.perf_counter()
     recipe, section = context.recipe, context.recipe.grpo_router
     torch.set_num_threads(recipe.runtime.threads)
-    ladder = Ladder.load(context.inputs["quantized_checkpoints"], recipe)
+    rollouts = Rollouts.load(context.inputs["quantized_checkpoints"], recipe)
+    acting = rollouts.acting
     games = benchmark_of(recipe.benchmark).read_tasks(context.inputs["benchmark_tasks"], "router_train")
     validation = benchmark_of(recipe.benchmark).read_tasks(
         context.inputs["benchmark_tasks"], "validation", section.validation_games
@@ -37,10 +38,10 @@ def grpo_router(context: StageContext) -> StageResult:
     stage_1 = context.inputs["kl_router"] / ROUTER_FOLDER
 
     def load() -> Router:
-        return load_router(stage_1, ladder.device, ladder.models[False])
+        return load_router(stage_1, rollouts.device, acting.models[acting.cheapest])
 
     start = load()
-    scorer = Scorer(ladder, start.weight_bytes)
+    scorer = Scorer(rollouts, start.weight_bytes, section)
     settings = tempered_settings(start, scorer, validation, context.scratch)
     start = replace(start, settings=settings)
     session = Session(replace(load(), settings=settings), start, scorer, games, validation)
@@ -51,17 +52,17 @@ def grpo_router(context: StageContext) -> StageResult:
     log = session.log()
     summary = summarize(log, session.best_update, settings)
     if section.target_ratio is not None:
-        policy = routing_policy(chosen, ladder.slots(len(validation)))
-        played = play_games(validation, policy, ladder, section.seed, "router at threshold 0.5", Clock())
-        probabilities = np.array([s.probability for trajectory in played for s in trajectory.steps if not s.forced])
+        policy = routing_policy(chosen, rollouts.slots(len(validation)))
+        played = play_games(validation, policy, rollouts, section.seed, "router at threshold 0.5", Clock())
+        levels = np.array([s.exceedance for trajectory in played for s in trajectory.steps if not s.forced])
         chosen, point, _ = calibrate_threshold(
-            chosen, probabilities, section.target_ratio, validation, ladder, section.seed, Clock(), Known()
+            chosen, levels.ravel(), section.target_ratio, validation, rollouts, section.seed, Clock(), Known()
         )
         summary |= {
             "target_ratio": section.target_ratio,
             "threshold": point.threshold,
             "calibrated_validation_success": round(point.success, 6),
-            "calibrated_validation_ratio": round(point.high_ratio, 6),
+            "calibrated_validation_ratio": round(point.spend, 6),
         }
     save_router(chosen, context.output / ROUTER_FOLDER)
     log.write_parquet(context.output / "training.parquet")
@@ -77,7 +78,7 @@ def summarize(log: pl.DataFrame, chosen_update: int, settings: RouterSettings) -
         "chosen_update": chosen_update,
         **{name: round(chosen[name], 6) for name in names},
         **{f"start_{name}": round(log[name][0], 6) for name in names},
-        "start_offset": settings.offset,
+        "start_offsets": settings.offsets,
         "tied_groups": round(float(np.mean(learned["tied_groups"].to_numpy())), 6),
         "last_ratio": round(learned["ratio"][-1], 6),
         "last_divergence": round(learned["divergence"][-1], 6),

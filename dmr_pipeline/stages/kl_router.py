@@ -3,7 +3,6 @@
 import numpy as np
 import polars as pl
 import torch
-from scipy.special import expit
 
 from dmr_pipeline.agent.memory import out_of_memory_names
 from dmr_pipeline.artifacts.stage import StageContext, StageResult
@@ -12,11 +11,12 @@ from dmr_pipeline.errors import UserError
 from dmr_pipeline.ingestion.tables import read_all_trajectories
 from dmr_pipeline.rollout.engine import Clock
 from dmr_pipeline.rollout.known import Known
-from dmr_pipeline.rollout.playing import Ladder
+from dmr_pipeline.rollout.playing import Rollouts
 from dmr_pipeline.router.calibration import (
     auprc,
     auroc,
     brier,
+    exceedances,
     expected_calibration_error,
     platt,
 )
@@ -42,24 +42,26 @@ from dmr_pipeline.router.probe import ProbeHead
 def kl_router(context: StageContext) -> StageResult:
     recipe, section = context.recipe, context.recipe.kl_router
     torch.set_num_threads(recipe.runtime.threads)
-    ladder = Ladder.load(context.inputs["quantized_checkpoints"], recipe)
-    steps = read_all_trajectories(context.inputs, ladder.prompter, recipe.precisions.high, ladder.capacity).steps
+    rollouts = Rollouts.load(context.inputs["quantized_checkpoints"], recipe)
+    route, acting = rollouts.route, rollouts.acting
+    steps = read_all_trajectories(context.inputs, recipe.precisions, rollouts.prompter, rollouts.capacity).steps
     sensitivity = read_sensitivity(context.inputs["sensitivity_dataset"])
     tau = threshold(sensitivity, recipe.sensitivity)
     searches = search_summary(steps, sensitivity, recipe, tau)
     router = new_router(
         section.model,
-        ladder.prompter.tokenizer,
+        route,
+        rollouts.prompter.tokenizer,
         section.seed,
-        ladder.device,
-        ladder.models[False],
-        ladder.capacity + recipe.benchmark.step_limit,
+        rollouts.device,
+        acting.models[acting.cheapest],
+        rollouts.capacity + recipe.benchmark.step_limit,
     )
     sequences = sequences_of_steps(steps, router.settings)
-    sequences = with_features(router, sequences, section.batch_episodes, ladder.processes)
+    sequences = with_features(router, sequences, section.batch_episodes, rollouts.processes)
     if isinstance(router.model, ProbeHead):
         router.model.standardize(torch.cat([s.features for s in sequences if s.features is not None]))
-    labels = labels_of_steps(steps, sensitivity)
+    labels = labels_of_steps(steps, sensitivity, route)
     with out_of_memory_names("kl_router.batch_episodes"):
         router, log = train(router, sequences, labels, section, context.scratch)
     router = with_settings(router, force_search=searches.get("search_forced", False))
@@ -67,37 +69,41 @@ def kl_router(context: StageContext) -> StageResult:
     games = benchmark_of(recipe.benchmark).read_tasks(
         context.inputs["benchmark_tasks"], "validation", section.validation_games
     )
-    validation = validate(router, games, ladder, recipe, tau)
-    sensitive = validation["sensitive"].to_numpy()
+    validation = validate(router, games, rollouts, recipe, tau)
+    classes = validation["rung"].to_numpy()
+    sensitive = classes > 0
     if sensitive.all() or not sensitive.any():
         raise UserError(
             f"kl_router: {'all' if sensitive.any() else 'none'} of the {len(validation)} steps on validation games are"
             " sensitive; set another sensitivity.quantile or tau, or more kl_router.validation_games"
         )
-    margins = validation["margin"].to_numpy()
-    unweighted = margins + router.settings.offset
-    scale, shift = platt(unweighted, sensitive)
-    router = with_settings(router, scale=scale, offset=scale * router.settings.offset + shift)
-    probabilities = expit(router.settings.scale * margins + router.settings.offset)
+    margins = np.array(validation["margins"].to_list())
+    unweighted = margins + router.settings.shifts
+    before = exceedances(unweighted)
+    scale, shifts = platt(unweighted, classes)
+    offsets = [scale * old + new for old, new in zip(router.settings.shifts, shifts, strict=True)]
+    router = with_settings(router, scale=scale, offsets=dict(zip(route[-2::-1], offsets, strict=True)))
+    levels = exceedances(scale * margins + offsets)
+    probabilities = levels[:, -1]  # that more than the cheapest rung is asked for
     clock, known = Clock(), Known()
     router, point, tried = calibrate_threshold(
-        router, probabilities, section.target_ratio, games, ladder, section.seed, clock, known
+        router, levels.ravel(), section.target_ratio, games, rollouts, section.seed, clock, known
     )
 
     save_router(router, context.output / ROUTER_FOLDER)
     log.write_parquet(context.output / "training.parquet")
-    validation = validation.with_columns(probability=pl.Series(probabilities))
+    validation = validation.with_columns(probability=pl.Series(probabilities), sensitive=pl.Series(sensitive))
     validation.select("episode_id", "turn", "probability", "sensitive").write_parquet(
         context.output / "validation.parquet"
     )
     pl.DataFrame([vars(tried_point) for tried_point in tried]).write_parquet(context.output / "calibration.parquet")
-    llm = ladder.models[True].num_parameters()
+    llm = acting.models[acting.dearest].num_parameters()
     return StageResult(
         summary={
             "parameters": router.parameters,
             "share_of_llm_parameters": round(router.parameters / llm, 5),
             "train_steps": len(steps),
-            "train_label_share": round(float(np.mean([y for episode in labels for y in episode])), 5),
+            "train_label_share": round(float(np.mean([y > 0 for episode in labels for y in episode])), 5),
             "final_loss": round(float(np.mean(log["loss"].tail(50).to_numpy())), 5),
             "tau": tau,
             **searches,
@@ -108,14 +114,14 @@ def kl_router(context: StageContext) -> StageResult:
             "auprc": round(auprc(probabilities, sensitive), 5),
             "brier": round(brier(probabilities, sensitive), 5),
             "ece": round(expected_calibration_error(probabilities, sensitive), 5),
-            "brier_before_platt": round(brier(expit(unweighted), sensitive), 5),
+            "brier_before_platt": round(brier(before[:, -1], sensitive), 5),
             "platt_scale": scale,
-            "platt_shift": shift,
+            "platt_shifts": shifts,
             "scale": router.settings.scale,
-            "offset": router.settings.offset,
+            "offsets": router.settings.offsets,
             "threshold": point.threshold,
             "target_ratio": section.target_ratio,
-            "validation_high_ratio": round(point.high_ratio, 5),
+            "validation_spend": round(point.spend, 5),
             "validation_success": round(point.success, 5),
         },
         measured={

@@ -21,7 +21,7 @@ from dmr_pipeline.precision.frontier import LADDER_FILE, LadderFacts, RungFacts,
 from dmr_pipeline.precision.quantization import RungSize, load_rung, quantize_rung, rung_size, save_rung
 from dmr_pipeline.recipe import Recipe, Rung
 from dmr_pipeline.rollout.cost import episode_cost
-from dmr_pipeline.rollout.engine import Trajectory, play_alone, warn_of_outgrown
+from dmr_pipeline.rollout.engine import ALONE, Trajectory, play_alone, warn_of_outgrown
 from dmr_pipeline.rollout.kv_cache.choice import rows_that_fit, transcript_capacity
 from dmr_pipeline.rollout.parallel import deal, gather, in_processes, processes_on
 from dmr_pipeline.rollout.prompts import Prompter
@@ -63,7 +63,7 @@ def quantized_checkpoints(context: StageContext) -> StageResult:
                     reloads_equal=equal,
                 )
             )
-            if rung.name == recipe.precisions.high:
+            if rung.name == recipe.precisions.route[0]:
                 cost = mean_cost(played, size.bytes)
     ladder = LadderFacts(rungs=facts, gate=gate(facts, recipe.precisions), always_high_cost=cost)
     text = json.dumps(ladder.model_dump(), indent=2) + "\n"
@@ -162,7 +162,7 @@ def divergence_to_float(
 
 
 def mean_cost(played: Sequence[Trajectory], weight_bytes: int) -> float:
-    return _mean([episode_cost(trajectory, {True: weight_bytes, False: weight_bytes}) for trajectory in played])
+    return _mean([episode_cost(trajectory, {ALONE: weight_bytes}) for trajectory in played])
 
 
 def _mean(values: Sequence[float]) -> float:

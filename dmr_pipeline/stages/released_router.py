@@ -9,7 +9,6 @@ import polars as pl
 from dmr_pipeline.artifacts.manifest import folder_hash, hash_files
 from dmr_pipeline.artifacts.stage import StageContext, StageResult
 from dmr_pipeline.errors import UserError
-from dmr_pipeline.recipe import Evaluation
 from dmr_pipeline.release.comparison import CANDIDATE, RELEASED, compare_routers
 from dmr_pipeline.release.history import (
     RELEASES_FILE,
@@ -91,8 +90,7 @@ def play_both(context: StageContext, released: Path, candidate: Candidate) -> pl
     from rich.progress import Progress
 
     from dmr_pipeline.environments.benchmark import benchmark_of
-    from dmr_pipeline.evaluation.play import Entry, evaluate
-    from dmr_pipeline.rollout.playing import Ladder
+    from dmr_pipeline.evaluation.play import Arena, Entry, evaluate
     from dmr_pipeline.router.kl import ROUTER_FOLDER
     from dmr_pipeline.router.model import load_router
     from dmr_pipeline.router.policies import routing_policy
@@ -104,17 +102,18 @@ def play_both(context: StageContext, released: Path, candidate: Candidate) -> pl
             f"bring it up to date with `dmr run {context.recipe.name}`"
         )
     torch.set_num_threads(context.recipe.runtime.threads)
-    # `evaluate` draws actions (at a temperature) by the evaluation's seed, of which this stage knows nothing.
-    recipe = context.recipe.model_copy(update={"evaluation": Evaluation(seed=rule.seed)})
-    ladder = Ladder.load(checkpoints, recipe)
-    games = benchmark_of(recipe.benchmark).read_tasks(context.inputs["benchmark_tasks"], "validation", rule.games)
+    arena = Arena.load(checkpoints, context.recipe, rule.seed)
+    acting = arena.rollouts.acting
+    games = benchmark_of(context.recipe.benchmark).read_tasks(
+        context.inputs["benchmark_tasks"], "validation", rule.games
+    )
     entries = []
     for name, artefact in ((RELEASED, released), (CANDIDATE, context.inputs["grpo_router"])):
-        router = load_router(artefact / ROUTER_FOLDER, ladder.device, ladder.models[False])
-        policy = routing_policy(router, ladder.slots(len(games)))
+        router = load_router(artefact / ROUTER_FOLDER, acting.device, acting.models[acting.cheapest])
+        policy = routing_policy(router, arena.rollouts.slots(len(games)))
         entries.append(Entry(name, "router", policy, router_bytes=router.weight_bytes))
     with Progress() as progress:
-        return pl.concat(evaluate(entries, ladder, games, progress, " router on validation").values())
+        return pl.concat(evaluate(entries, arena, games, progress, " router on validation").values())
 
 
 def _write(context: StageContext, history: History, source: Path) -> StageResult:

@@ -1,5 +1,4 @@
-"""Stage `sensitivity_dataset`: one row a step, with what both precisions would have done on the same prefix (see
-router/labels.py)."""
+"""Stage `sensitivity_dataset`: what the routed precisions would have done at each step (see router/labels.py)."""
 
 import polars as pl
 import torch
@@ -7,25 +6,26 @@ from rich.progress import Progress
 
 from dmr_pipeline.artifacts.stage import StageContext, StageResult
 from dmr_pipeline.ingestion.tables import read_all_trajectories
-from dmr_pipeline.rollout.playing import Ladder
+from dmr_pipeline.rollout.playing import Rollouts
 from dmr_pipeline.router.labels import label, measure, threshold
 
 
 def sensitivity_dataset(context: StageContext) -> StageResult:
     recipe = context.recipe
     torch.set_num_threads(recipe.runtime.threads)
-    ladder = Ladder.load(context.inputs["quantized_checkpoints"], recipe)
-    given = read_all_trajectories(context.inputs, ladder.prompter, recipe.precisions.high, ladder.capacity)
+    rollouts = Rollouts.load(context.inputs["quantized_checkpoints"], recipe)
+    given = read_all_trajectories(context.inputs, recipe.precisions, rollouts.prompter, rollouts.capacity)
     with Progress() as progress:
         bar = progress.add_task("divergence of the precisions", total=len(given.episodes))
-        rows = measure(ladder, given.episodes, given.steps, ladder.rows, lambda n: progress.advance(bar, n))
+        counted = recipe.sensitivity.tokens
+        rows = measure(rollouts, given.episodes, given.steps, counted, lambda n: progress.advance(bar, n))
     tau = threshold(rows, recipe.sensitivity)
     table = label(rows, recipe.sensitivity, tau)
     table.write_parquet(context.output / "steps.parquet")
     late = pl.col("turn") >= 10
     return StageResult(
         summary={
-            "steps": len(table),
+            "steps": len(given.steps),
             "ingested_steps": given.ingested_steps,
             "tau": tau,
             "direction": recipe.sensitivity.direction,

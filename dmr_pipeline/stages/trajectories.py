@@ -1,5 +1,6 @@
 """Stage `trajectories`: episodes on the router_train games by the behaviour policies that the recipe names."""
 
+from collections.abc import Sequence
 from functools import partial
 
 import polars as pl
@@ -8,9 +9,10 @@ from rich.progress import Progress
 
 from dmr_pipeline.artifacts.stage import StageContext, StageResult
 from dmr_pipeline.environments.benchmark import benchmark_of
+from dmr_pipeline.recipe import BehaviourPolicy
 from dmr_pipeline.rollout.engine import Clock, RoutingPolicy, Run, SinglePrecision, Trajectory
 from dmr_pipeline.rollout.known import Known
-from dmr_pipeline.rollout.playing import Ladder, PolicyRuns
+from dmr_pipeline.rollout.playing import PolicyRuns, Rollouts
 from dmr_pipeline.rollout.tables import to_frames
 from dmr_pipeline.router.baselines import RandomMixing
 
@@ -18,7 +20,7 @@ from dmr_pipeline.router.baselines import RandomMixing
 def trajectories(context: StageContext) -> StageResult:
     recipe = context.recipe
     torch.set_num_threads(recipe.runtime.threads)
-    ladder = Ladder.load(context.inputs["quantized_checkpoints"], recipe)
+    rollouts = Rollouts.load(context.inputs["quantized_checkpoints"], recipe)
     runs = [
         Run(game)
         for game in benchmark_of(recipe.benchmark).read_tasks(context.inputs["benchmark_tasks"], "router_train")
@@ -41,10 +43,10 @@ def trajectories(context: StageContext) -> StageResult:
         plays = []
         for behaviour in recipe.trajectories.behaviour:
             bar = progress.add_task(f"episodes by {behaviour.name}", total=len(runs))
-            policy = behaviour_policy(behaviour.high_ratio, recipe.trajectories.seed)
+            policy = behaviour_policy(behaviour, rollouts.route, recipe.trajectories.seed)
             plays.append(PolicyRuns(policy, runs, partial(progress.advance, bar)))
         known = Known()
-        ladder.play_each(plays, recipe.trajectories.seed, on_played, known)
+        rollouts.play_each(plays, recipe.trajectories.seed, on_played, known)
     episodes, steps = (pl.concat(parts) for parts in zip(*frames, strict=True))
     episodes.write_parquet(context.output / "episodes.parquet")
     steps.write_parquet(context.output / "steps.parquet")
@@ -53,7 +55,7 @@ def trajectories(context: StageContext) -> StageResult:
     return StageResult(summary=summary, measured=measured)
 
 
-def behaviour_policy(high_ratio: float, seed: int) -> RoutingPolicy:
-    if high_ratio in (0.0, 1.0):
-        return SinglePrecision(high=high_ratio == 1.0)
-    return RandomMixing(high_ratio, seed)
+def behaviour_policy(behaviour: BehaviourPolicy, route: Sequence[str], seed: int) -> RoutingPolicy:
+    shares = {rung: behaviour.shares.get(rung, 0.0) for rung in route}
+    alone = [rung for rung, share in shares.items() if share == 1.0]
+    return SinglePrecision(alone[0], route) if alone else RandomMixing(shares, seed)
