@@ -3,8 +3,10 @@
 from collections.abc import Iterator
 from typing import Annotated, Any, Self, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
+
+from dmr_pipeline.frozen_model import FrozenModel
 
 Number = TypeVar("Number", int, float)
 
@@ -43,10 +45,10 @@ Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=100)]
 """Names become parts of file names and of the report's policies."""
 
 
-class Section(BaseModel):
+class Section(FrozenModel):
     """A part of a recipe: immutable, and strict about its keys and types."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, defer_build=True)
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod

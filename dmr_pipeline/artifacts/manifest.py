@@ -11,21 +11,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+from pydantic import Field, JsonValue, ValidationError
 
 from dmr_pipeline.artifacts.folders import (
     recover,
 )
 from dmr_pipeline.errors import UserError
+from dmr_pipeline.frozen_model import FrozenModel
 from dmr_pipeline.hashing import file_md5
 
 MANIFEST = "manifest.json"
 
 
-class Manifest(BaseModel):
+class Manifest(FrozenModel):
     """What an artefact was made from and what it holds. Part of the hashed folder."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
     stage: str
     recipe: str

@@ -10,11 +10,12 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, JsonValue, ValidationError
+from pydantic import AwareDatetime, JsonValue, ValidationError
 
 from dmr_pipeline.artifacts.folders import sidecar_path
 from dmr_pipeline.artifacts.manifest import Artifact
 from dmr_pipeline.atomic import replaced
+from dmr_pipeline.frozen_model import FrozenModel
 from dmr_pipeline.recipe import Runtime
 
 log = logging.getLogger(__name__)
@@ -32,23 +33,19 @@ RECORDED_LIBRARIES = (
 )
 
 
-class _RecordPart(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
-
-
-class GitState(_RecordPart):
+class GitState(FrozenModel):
     commit: str
     clean: bool
     """No tracked file differed from the commit."""
 
 
-class Machine(_RecordPart):
+class Machine(FrozenModel):
     system: str
     cpu: str
     cores: int | None
 
 
-class Device(_RecordPart):
+class Device(FrozenModel):
     """What the tensors were on."""
 
     name: str
@@ -57,7 +54,7 @@ class Device(_RecordPart):
     """CUDA version that torch was built for; None on a CPU."""
 
 
-class RunRecord(_RecordPart):
+class RunRecord(FrozenModel):
     """The run that made an artefact: all that differs from run to run. Lies beside the hashed folder."""
 
     hash: str

@@ -3,9 +3,10 @@
 from collections.abc import Mapping
 from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
 from dmr_pipeline.errors import UserError
+from dmr_pipeline.frozen_model import FrozenModel
 from dmr_pipeline.ingestion.rows import json_value
 
 EXAMPLE: dict[str, JsonValue] = {
@@ -39,11 +40,11 @@ def _left_out_as_empty(text: object) -> object:
     return "" if text is None else text
 
 
-class LoggedStep(BaseModel):
+class LoggedStep(FrozenModel):
     """One step of a logged episode. Texts are kept as they are, of whatever length: an episode whose transcript the agent has no
     room for is not trained on, and the stages that leave it out say so."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(strict=True)
 
     command: str = Field(
         description="what the agent did, as the environment was given it: empty where the agent wrote nothing, of several lines"
@@ -65,11 +66,11 @@ class LoggedStep(BaseModel):
     )
 
 
-class LoggedEpisode(BaseModel):
+class LoggedEpisode(FrozenModel):
     """One logged episode: a line of NAME.jsonl (UTF-8; no key twice in an object), or a row of NAME.parquet, whose `steps` are a
     list of structs. A null in Parquet is a field that was left out. A file holds at most 64 MiB, also once it is unpacked."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra={"examples": [EXAMPLE]})
+    model_config = ConfigDict(strict=True, json_schema_extra={"examples": [EXAMPLE]})
 
     episode_id: Name = Field(description="unique over all files that were ever ingested for the recipe")
     task_id: Name = Field(

@@ -1,19 +1,16 @@
 """A newly trained router (the candidate) against the released one, on the same games: is it no worse, and no dearer?"""
 
 import polars as pl
-from pydantic import BaseModel, ConfigDict, JsonValue
+from pydantic import JsonValue
 
 from dmr_pipeline.evaluation.metrics import compare_policies
+from dmr_pipeline.frozen_model import FrozenModel
 from dmr_pipeline.recipe import Release
 
 CANDIDATE, RELEASED = "candidate", "released"
 
 
-class Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Figures(Record):
+class Figures(FrozenModel):
     """One router on the games of a comparison: means over the games."""
 
     success: float
@@ -23,7 +20,7 @@ class Figures(Record):
     """High-precision steps / steps, over all episodes together."""
 
 
-class Comparison(Record):
+class Comparison(FrozenModel):
     """A candidate and the router that was in use, on the same games. Six decimals: the rule is applied to these numbers."""
 
     games: int

@@ -19,8 +19,9 @@ from pydantic import Field, ValidationError, model_validator
 
 from dmr_pipeline.artifacts.manifest import MANIFEST, Manifest, folder_hash, hash_files
 from dmr_pipeline.errors import UserError
+from dmr_pipeline.frozen_model import FrozenModel
 from dmr_pipeline.recipe import Release
-from dmr_pipeline.release.comparison import Comparison, Record, _cost_limit, keeps_cost, keeps_success
+from dmr_pipeline.release.comparison import Comparison, _cost_limit, keeps_cost, keeps_success
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ FolderHash = Annotated[str, Field(pattern=r"^[0-9a-f]{32}\.dir$")]
 Verdict = Literal["first", "promoted", "rejected", "not_comparable", "promoted_by_hand", "rolled_back"]
 
 
-class Decision(Record):
+class Decision(FrozenModel):
     """One entry of the history. It was taken about the router in use at the time: the last one released before it."""
 
     number: int
@@ -52,7 +53,7 @@ History = tuple[Decision, ...]
 """All decisions, from number 1 on. Empty, or the first one releases a router."""
 
 
-class Releases(Record):
+class Releases(FrozenModel):
     """`releases.json`."""
 
     current: int

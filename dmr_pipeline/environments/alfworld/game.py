@@ -12,10 +12,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, PlainSerializer, ValidationError
+from pydantic import PlainSerializer, ValidationError
 
 from dmr_pipeline.environments.base import Demonstration
 from dmr_pipeline.errors import UserError
+from dmr_pipeline.frozen_model import FrozenModel
 
 if TYPE_CHECKING:
     from dmr_pipeline.environments.alfworld.engine import AlfWorldEpisode
@@ -36,11 +37,7 @@ _Set = Annotated[frozenset[_T], PlainSerializer(sorted)]
 """Written in sorted order: the order of a set differs from process to process, and equal games have equal bytes."""
 
 
-class _Fact(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Receptacle(_Fact):
+class Receptacle(FrozenModel):
     name: str
     kind: str
     place: int
@@ -48,7 +45,7 @@ class Receptacle(_Fact):
     openable: bool
 
 
-class Thing(_Fact):
+class Thing(FrozenModel):
     """An object that can stand in a receptacle."""
 
     name: str
@@ -65,7 +62,7 @@ class Thing(_Fact):
     """Names of what lies in it, listed when it is examined."""
 
 
-class Goal(_Fact):
+class Goal(FrozenModel):
     """The goal formulas of the six official task types, as fields.
 
     With `lamp`: an object of `kind` is held while a toggled lamp stands where the agent is. Otherwise: `count` objects of
@@ -96,7 +93,7 @@ HELP = """Available commands:
 """
 
 
-class Game(_Fact):
+class Game(FrozenModel):
     """One game. Receptacles and things are in the engine's order."""
 
     task_id: str

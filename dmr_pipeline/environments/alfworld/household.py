@@ -10,18 +10,15 @@ from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib.resources import files
 
-from pydantic import BaseModel, ConfigDict
-
 from dmr_pipeline.environments.alfworld.game import Game
+from dmr_pipeline.frozen_model import FrozenModel
 
 Histogram = dict[int, float]
 """Number in a room -> share of the rooms."""
 ROOMS = ("kitchen", "livingroom", "bedroom", "bathroom")
 
 
-class Household(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
+class Household(FrozenModel):
     receptacles: dict[str, dict[str, Histogram]]
     """Room -> receptacle kind -> how many there are."""
     openable: dict[str, float]

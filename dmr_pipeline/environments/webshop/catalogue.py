@@ -13,11 +13,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from pydantic import BaseModel, ConfigDict
 
 from dmr_pipeline.environments.webshop.nouns import NounTagger, nouns
 from dmr_pipeline.environments.webshop.search import SearchIndex, build_index
 from dmr_pipeline.errors import UserError
+from dmr_pipeline.frozen_model import FrozenModel
 
 RESULTS = 50
 """Products that a search finds at most."""
@@ -140,10 +140,8 @@ def draw_prices(pricing: Iterable[Sequence[float]], rng: random.Random) -> list[
     return [rng.uniform(*ends) if len(ends) > 1 else ends[0] for ends in pricing]
 
 
-class Terms(BaseModel):
+class Terms(FrozenModel):
     """What a shop needs besides its products, in `terms.json`."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     nouns: NounTagger
     """Who finds the nouns of titles."""

@@ -13,9 +13,8 @@ from itertools import combinations, permutations
 from string import ascii_uppercase, capwords, digits
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
-
 from dmr_pipeline.environments.webshop.catalogue import Product, price_tag
+from dmr_pipeline.frozen_model import FrozenModel
 
 Place = Literal["before", "with", "for"]
 """Where an instruction names an attribute: before the query, or after it behind one of these words."""
@@ -45,10 +44,8 @@ ASINS = _HALF**2
 """So many products can be told apart."""
 
 
-class Query(BaseModel):
+class Query(FrozenModel):
     """A kind of product that is searched for."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     query: str
     """Lower case, plural where there is one."""
@@ -63,19 +60,15 @@ class Query(BaseModel):
     """Least and greatest price; the end of a range may lie up to ten dollars above."""
 
 
-class Category(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
+class Category(FrozenModel):
     brands: tuple[str, ...]
     words: tuple[str, ...]
     """What titles praise products with. None is part of an attribute."""
     queries: tuple[Query, ...]
 
 
-class Assortment(BaseModel):
+class Assortment(FrozenModel):
     """What catalogues are made of."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     places: dict[Place, tuple[str, ...]]
     """Every attribute, two words each, by its place in an instruction."""

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, overload
 
-from pydantic import BaseModel, ConfigDict
-
 from dmr_pipeline.environments.base import Demonstration
 from dmr_pipeline.environments.webshop.catalogue import Product, Shop
+from dmr_pipeline.frozen_model import FrozenModel
 
 if TYPE_CHECKING:
     from dmr_pipeline.environments.webshop.engine import WebShopEpisode
@@ -25,9 +24,7 @@ _SHUFFLE_SEED = 233
 _LIMITS = [float(limit) for limit in range(10, 1000, 10)]
 
 
-class Goal(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
+class Goal(FrozenModel):
     index: int
     """In the shuffled list: what papers name a goal by."""
     asin: str

@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Literal, get_args
 
 import polars as pl
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 from rich.progress import track
 
 from dmr_pipeline.artifacts.folders import locked, published, recover
@@ -23,6 +23,7 @@ from dmr_pipeline.download import download
 from dmr_pipeline.environments.alfworld.game import Game, TaskType, read_game
 from dmr_pipeline.environments.alfworld.store import read_games_file, write_games
 from dmr_pipeline.errors import UserError
+from dmr_pipeline.frozen_model import FrozenModel
 
 OFFICIAL_GAMES = {"train": 3553, "valid_seen": 140, "valid_unseen": 134}
 ARCHIVE_URL = "https://github.com/alfworld/alfworld/releases/download/0.4.0/json_2.1.2_tw-pddl.zip"
@@ -40,18 +41,14 @@ Skip = Literal["unsolvable", "movable", "sliced", "other"]
 """Why a game is left out; `other`: its task type is not one of the six."""
 
 
-class Archive(BaseModel):
+class Archive(FrozenModel):
     """The zip file that games were downloaded as."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     url: str
     sha256: str
 
 
-class PackedSplit(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
+class PackedSplit(FrozenModel):
     games: int
     official: int
     skipped: dict[Skip, int]
@@ -59,10 +56,8 @@ class PackedSplit(BaseModel):
     """Over a line '<task id> <sha256 of its game.tw-pddl>' a game, in sorted order."""
 
 
-class Pack(BaseModel):
+class Pack(FrozenModel):
     """What `pack.json` says: the splits that are there, and where they came from."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     code_version: str
     splits: dict[str, PackedSplit]

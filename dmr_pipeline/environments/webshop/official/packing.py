@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from dmr_pipeline.artifacts.folders import locked, published, recover
 from dmr_pipeline.artifacts.full_disk import disk_full_is_user_error
@@ -13,6 +13,7 @@ from dmr_pipeline.download import download
 from dmr_pipeline.environments.webshop.catalogue import write_shop
 from dmr_pipeline.environments.webshop.official.reading import FILES, LINKS, Contents, Size, read_products
 from dmr_pipeline.errors import UserError
+from dmr_pipeline.frozen_model import FrozenModel
 
 PACK_FOLDER = Path("data/official/webshop")
 DOWNLOAD_FOLDER = PACK_FOLDER.with_name("webshop.download")
@@ -20,10 +21,8 @@ CODE_VERSION = "1"
 """To be raised where `read_products`, `Product` or the search index changes: a pack of another version holds another shop."""
 
 
-class Pack(BaseModel):
+class Pack(FrozenModel):
     """What `pack.json` says."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     code_version: str
     name: Size

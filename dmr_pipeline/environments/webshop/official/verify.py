@@ -14,7 +14,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
+from pydantic import NonNegativeInt, ValidationError
 
 from dmr_pipeline.environments.webshop.catalogue import Shop, draw_prices, open_shop, read_pricing, write_terms
 from dmr_pipeline.environments.webshop.engine import BACK, NEXT, PAGE_SIZE, PREVIOUS, WebShopEpisode
@@ -22,23 +22,20 @@ from dmr_pipeline.environments.webshop.goals import Goal, Goals, ShoppingTask
 from dmr_pipeline.environments.webshop.official.packing import pack
 from dmr_pipeline.environments.webshop.reward import TYPE_SCORES, matched_share
 from dmr_pipeline.errors import UserError
+from dmr_pipeline.frozen_model import FrozenModel
 
 _PRICE_SEED = 1
 """What Python's generator was seeded with before the recordings."""
 _RESULTS = re.compile(r"Page (\d+) \(Total results: (\d{1,7})\)")
 
 
-class Available(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
+class Available(FrozenModel):
     has_search_bar: bool
     clickables: tuple[str, ...]
 
 
-class RecordedStep(BaseModel):
+class RecordedStep(FrozenModel):
     """A step of a recorded episode; the first has no action, and the goal."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     obs: str
     avail: Available
