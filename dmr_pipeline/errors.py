@@ -2,6 +2,10 @@
 
 import errno
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 """A full disk, or a user's share of it."""
@@ -34,6 +38,14 @@ def printable(text: object) -> str:
     `markup=False`, or through `rich.markup.escape`.
     """
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
+def problems_of(error: "ValidationError") -> list[str]:
+    """What pydantic found, a line each: the field, as `steps.0.command`, and what is wrong with it."""
+    return [
+        printable(f"{'.'.join(map(str, found['loc']))}: " if found["loc"] else "") + " ".join(found["msg"].split())
+        for found in error.errors(include_url=False)
+    ]
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:

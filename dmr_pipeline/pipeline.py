@@ -4,11 +4,12 @@ A stage's function is the one of its name in the module of its name in `stages/`
 costs nothing.
 """
 
+import sys
 from collections.abc import Callable, Sequence
 from pkgutil import resolve_name
 from typing import Any
 
-from dmr_pipeline.artifacts.stage import Resources, Stage
+from dmr_pipeline.artifacts.stage import Resources, Stage, StageContext, StageResult
 from dmr_pipeline.errors import UserError
 
 
@@ -21,6 +22,19 @@ def _later(function: str) -> Callable[..., Any]:
     return call
 
 
+def _stage(name: str) -> Callable[[StageContext], StageResult]:
+    """The function that makes a stage's artefact, with as many of torch's threads as the recipe says."""
+
+    def run(context: StageContext) -> StageResult:
+        stage: Callable[[StageContext], StageResult] = resolve_name(f"dmr_pipeline.stages.{name}:{name}")
+        torch = sys.modules.get("torch")  # which the stage's module has imported, if it computes with it
+        if torch is not None:
+            torch.set_num_threads(context.recipe.runtime.threads)
+        return stage(context)
+
+    return run
+
+
 ONE_GPU = Resources(cpus=2, gpus=1, memory_gb=8)
 
 STAGES: tuple[Stage, ...] = (
@@ -29,7 +43,7 @@ STAGES: tuple[Stage, ...] = (
         inputs=(),
         sections=("benchmark",),
         code_version="2",
-        run=_later("stages.benchmark_tasks:benchmark_tasks"),
+        run=_stage("benchmark_tasks"),
         group="agent",
         kinds=frozenset({"python"}),
         description="Games and goals in four disjoint splits: agent_train, router_train, validation, test.",
@@ -43,7 +57,7 @@ STAGES: tuple[Stage, ...] = (
         inputs=("benchmark_tasks",),
         sections=("benchmark", "agent"),
         code_version="2",
-        run=_later("stages.agent:agent"),
+        run=_stage("agent"),
         group="agent",
         kinds=frozenset({"pytorch", "huggingface"}),
         description="The float LLM: trained here by behaviour cloning and DAgger, or brought along.",
@@ -61,7 +75,7 @@ STAGES: tuple[Stage, ...] = (
         inputs=("benchmark_tasks", "agent"),
         sections=("benchmark", "agent", "precisions"),
         code_version="3",
-        run=_later("stages.quantized_checkpoints:quantized_checkpoints"),
+        run=_stage("quantized_checkpoints"),
         group="agent",
         kinds=frozenset({"pytorch", "huggingface"}),
         description="The precision ladder of one float checkpoint, and the gate: is there a gap between the routed rungs?",
@@ -77,7 +91,7 @@ STAGES: tuple[Stage, ...] = (
         inputs=("benchmark_tasks", "quantized_checkpoints"),
         sections=("benchmark", "agent", "precisions", "trajectories"),
         code_version="3",
-        run=_later("stages.trajectories:trajectories"),
+        run=_stage("trajectories"),
         group="labels",
         kinds=frozenset({"pytorch", "parquet"}),
         description="Episodes on the router_train games by the behaviour policies that the recipe names.",
@@ -93,7 +107,7 @@ STAGES: tuple[Stage, ...] = (
         inputs=("benchmark_tasks",),
         sections=("benchmark", "precisions"),
         code_version="2",
-        run=_later("stages.ingested_trajectories:ingested_trajectories"),
+        run=_stage("ingested_trajectories"),
         group="labels",
         kinds=frozenset({"parquet"}),
         description="Episodes that people dropped into data/incoming/<recipe>/, from an agent at work. It only grows.",
@@ -110,7 +124,7 @@ STAGES: tuple[Stage, ...] = (
         inputs=("quantized_checkpoints", "trajectories", "ingested_trajectories"),
         sections=("benchmark", "agent", "precisions", "sensitivity"),
         code_version="6",
-        run=_later("stages.sensitivity_dataset:sensitivity_dataset"),
+        run=_stage("sensitivity_dataset"),
         group="labels",
         kinds=frozenset({"pytorch", "parquet"}),
         description="One row a step: how far the precisions' action distributions diverge on a prefix, and the label.",
@@ -132,7 +146,7 @@ STAGES: tuple[Stage, ...] = (
         ),
         sections=("benchmark", "agent", "precisions", "sensitivity", "kl_router"),
         code_version="7",
-        run=_later("stages.kl_router:kl_router"),
+        run=_stage("kl_router"),
         group="router",
         kinds=frozenset({"pytorch", "huggingface"}),
         description="Stage 1 of the router: class-weighted cross-entropy on the sensitivity labels.",
@@ -149,7 +163,7 @@ STAGES: tuple[Stage, ...] = (
         inputs=("benchmark_tasks", "quantized_checkpoints", "kl_router"),
         sections=("benchmark", "agent", "precisions", "grpo_router"),
         code_version="5",
-        run=_later("stages.grpo_router:grpo_router"),
+        run=_stage("grpo_router"),
         group="router",
         kinds=frozenset({"pytorch", "huggingface"}),
         description="Stage 2 of the router: GRPO on success and cost.",
@@ -165,7 +179,7 @@ STAGES: tuple[Stage, ...] = (
         inputs=("benchmark_tasks", "quantized_checkpoints", "sensitivity_dataset", "kl_router", "grpo_router"),
         sections=("benchmark", "agent", "precisions", "grpo_router", "evaluation"),
         code_version="6",
-        run=_later("stages.evaluation_report:evaluation_report"),
+        run=_stage("evaluation_report"),
         group="evaluation",
         kinds=frozenset({"pytorch", "matplotlib"}),
         description="Every policy on the test games: success, high-precision ratio and cost, with intervals.",
@@ -182,7 +196,7 @@ STAGES: tuple[Stage, ...] = (
         inputs=("benchmark_tasks", "quantized_checkpoints", "grpo_router"),
         sections=("benchmark", "agent", "precisions", "release"),
         code_version="2",
-        run=_later("stages.released_router:released_router"),
+        run=_stage("released_router"),
         group="router",
         kinds=frozenset({"pytorch", "huggingface"}),
         description="The router in use, and the history of releases: a new one takes its place only if it is not worse.",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-from dmr_pipeline.errors import UserError
+from dmr_pipeline.errors import UserError, problems_of
 from dmr_pipeline.hashing import file_md5
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -55,7 +55,7 @@ def adapter_config(folder: Path) -> AdapterConfig | None:
     try:
         return AdapterConfig.model_validate_json(path.read_bytes())
     except ValidationError as error:
-        raise UserError(f"{path}: not the config of an adapter: {error.errors()[0]['msg']}") from error
+        raise UserError(f"{path}: not the config of an adapter: {problems_of(error)[0]}") from error
 
 
 def content_hash(folder: Path) -> str:

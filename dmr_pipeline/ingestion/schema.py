@@ -1,11 +1,10 @@
 """An episode that an agent logged at work, and what is wrong with a row that is none."""
 
-from collections.abc import Mapping
 from typing import Annotated, Any, Self
 
 from pydantic import BeforeValidator, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
-from dmr_pipeline.errors import UserError
+from dmr_pipeline.errors import UserError, problems_of
 from dmr_pipeline.frozen_model import FrozenModel
 from dmr_pipeline.ingestion.rows import json_value
 
@@ -113,10 +112,4 @@ def parse_episode(row: Any) -> LoggedEpisode:  # noqa: ANN401 - a line of JSON, 
         return LoggedEpisode.model_validate(value)
     except ValidationError as error:
         named = f"episode {value['episode_id']!r}: " if isinstance(value, dict) and value.get("episode_id") else ""
-        raise NoEpisode([f"{named}{_described(found)}" for found in error.errors(include_url=False)]) from error
-
-
-def _described(found: Mapping[str, Any]) -> str:
-    """Args: found: one of `ValidationError.errors()`."""
-    field = f"{'.'.join(map(str, found['loc']))}: " if found["loc"] else ""
-    return f"{field}{' '.join(found['msg'].split())}"
+        raise NoEpisode([f"{named}{problem}" for problem in problems_of(error)]) from error

@@ -18,7 +18,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, ValidationError, model_validator
 
 from dmr_pipeline.artifacts.manifest import MANIFEST, Manifest, folder_hash, hash_files
-from dmr_pipeline.errors import UserError
+from dmr_pipeline.errors import UserError, problems_of
 from dmr_pipeline.frozen_model import FrozenModel
 from dmr_pipeline.recipe import Release
 from dmr_pipeline.release.comparison import Comparison, _cost_limit, keeps_cost, keeps_success
@@ -161,8 +161,7 @@ def read_releases(folder: Path) -> Releases:
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing: {remedy}") from error
     except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'releases'}: {e['msg']}" for e in error.errors())
-        raise UserError(f"{path}: {problems}; {remedy}") from error
+        raise UserError(f"{path}: {'; '.join(problems_of(error))}; {remedy}") from error
 
 
 def next_decision(

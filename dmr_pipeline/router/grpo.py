@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress, TextColumn, TimeElapsedColumn
 from scipy.optimize import brentq
 from scipy.special import expit, xlogy
 from torch import Tensor
@@ -30,6 +30,7 @@ from dmr_pipeline.artifacts.manifest import hash_files
 from dmr_pipeline.artifacts.resume import discard, load_state, save_state
 from dmr_pipeline.environments.base import Task
 from dmr_pipeline.errors import UserError
+from dmr_pipeline.progress import training_progress
 from dmr_pipeline.recipe import GrpoRouter
 from dmr_pipeline.rollout.cost import reward
 from dmr_pipeline.rollout.engine import RoutingPolicy, Run, Trajectory, seeded_generator
@@ -196,8 +197,7 @@ class Session(TrainerCallback):
         self.rows: list[dict[str, Any]] = []
         self.best_weights: Mapping[str, Tensor] = {}
         self.best_update, self.best_reward = 0, float("-inf")
-        columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-        self.progress = Progress(TextColumn("{task.description}"), *columns, TextColumn("{task.fields[note]}"))
+        self.progress = training_progress()
         self.bar = self.progress.add_task("training by GRPO", total=self.section.updates, note="")
 
     def log(self) -> pl.DataFrame:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -25,6 +25,7 @@ from dmr_pipeline.artifacts.resume import load_state, save_state
 from dmr_pipeline.environments.base import Task
 from dmr_pipeline.environments.webshop.benchmark import SEARCH
 from dmr_pipeline.errors import UserError
+from dmr_pipeline.progress import training_progress
 from dmr_pipeline.recipe import KlRouter, Lora, Recipe
 from dmr_pipeline.rollout.engine import Clock, RoutingPolicy, Run, Trajectory
 from dmr_pipeline.rollout.known import Known
@@ -188,8 +189,7 @@ def train(
             for name, value in state["weights"].items():
                 trained[name].copy_(value)
     total = section.epochs * math.ceil(len(sequences) / section.batch_episodes)
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(TextColumn("{task.description}"), *columns, TextColumn("loss {task.fields[loss]:.3f}")) as progress:
+    with training_progress("loss {task.fields[loss]:.3f}") as progress:
         bar = progress.add_task("training the router", total=total, completed=len(losses), loss=float("nan"))
         model.train()
         while epoch < section.epochs:

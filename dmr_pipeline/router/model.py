@@ -34,7 +34,7 @@ from dmr_pipeline.agent.checkpoint import load_causal_lm, load_tokenizer, save_c
 from dmr_pipeline.agent.formats import refuse_pickles
 from dmr_pipeline.agent.logits import decoder_of, logits_of
 from dmr_pipeline.agent.memory import in_pieces
-from dmr_pipeline.errors import UserError
+from dmr_pipeline.errors import UserError, problems_of
 from dmr_pipeline.recipe import RouterModel
 from dmr_pipeline.rollout.engine import Trajectory
 from dmr_pipeline.rollout.kv_cache.choice import positions_of
@@ -201,8 +201,7 @@ def load_router(folder: Path, device: torch.device, agent: PreTrainedModel | Non
     try:
         settings = RouterSettings.model_validate_json(path.read_text(encoding="utf-8"))
     except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise UserError(f"{path}: {problems}; make the router anew") from error
+        raise UserError(f"{path}: {'; '.join(problems_of(error))}; make the router anew") from error
     if settings.kind == "probe":
         refuse_pickles(folder)
         try:

@@ -15,7 +15,6 @@ from dmr_pipeline.training.vocabulary import exact_word_tokenizer, word_tokenize
 def agent(context: StageContext) -> StageResult:
     recipe, section = context.recipe, context.recipe.agent
     device = resolve_device(recipe.runtime.device)
-    torch.set_num_threads(recipe.runtime.threads)
     folder = context.output / "model"
     if section.pretrained is not None:
         source = section.pretrained

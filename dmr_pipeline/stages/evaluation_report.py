@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import polars as pl
-import torch
 from pydantic import JsonValue
 from rich.progress import Progress
 
@@ -41,7 +40,6 @@ from dmr_pipeline.router.policies import routing_policy
 
 def evaluation_report(context: StageContext) -> StageResult:
     recipe = context.recipe
-    torch.set_num_threads(recipe.runtime.threads)
     test = benchmark_of(recipe.benchmark).read_tasks(context.inputs["benchmark_tasks"], "test")
     validation = benchmark_of(recipe.benchmark).read_tasks(context.inputs["benchmark_tasks"], "validation")
     checkpoints, route = context.inputs["quantized_checkpoints"], recipe.precisions.route

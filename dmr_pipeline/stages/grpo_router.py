@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import polars as pl
-import torch
 
 from dmr_pipeline.agent.memory import out_of_memory_names
 from dmr_pipeline.artifacts.stage import StageContext, StageResult
@@ -28,7 +27,6 @@ from dmr_pipeline.router.policies import routing_policy
 def grpo_router(context: StageContext) -> StageResult:
     started = time.perf_counter()
     recipe, section = context.recipe, context.recipe.grpo_router
-    torch.set_num_threads(recipe.runtime.threads)
     rollouts = Rollouts.load(context.inputs["quantized_checkpoints"], recipe)
     acting = rollouts.acting
     games = benchmark_of(recipe.benchmark).read_tasks(context.inputs["benchmark_tasks"], "router_train")

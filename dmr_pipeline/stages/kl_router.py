@@ -41,7 +41,6 @@ from dmr_pipeline.router.probe import ProbeHead
 
 def kl_router(context: StageContext) -> StageResult:
     recipe, section = context.recipe, context.recipe.kl_router
-    torch.set_num_threads(recipe.runtime.threads)
     rollouts = Rollouts.load(context.inputs["quantized_checkpoints"], recipe)
     route, acting = rollouts.route, rollouts.acting
     steps = read_all_trajectories(context.inputs, recipe.precisions, rollouts.prompter, rollouts.capacity).steps

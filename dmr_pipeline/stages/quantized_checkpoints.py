@@ -34,7 +34,6 @@ log = logging.getLogger(__name__)
 def quantized_checkpoints(context: StageContext) -> StageResult:
     recipe = context.recipe
     device = resolve_device(recipe.runtime.device)
-    torch.set_num_threads(recipe.runtime.threads)
     float_model, tokenizer = load_causal_lm(context.inputs["agent"] / "model", None, device)
     tokenizer.save_pretrained(context.output / "tokenizer")
     prompter = Prompter.of(tokenizer, recipe.agent.prompt, float_model.generation_config)

@@ -5,10 +5,13 @@ import shutil
 from pathlib import Path
 
 import polars as pl
+from rich.progress import Progress
 
 from dmr_pipeline.artifacts.manifest import folder_hash, hash_files
 from dmr_pipeline.artifacts.stage import StageContext, StageResult
+from dmr_pipeline.environments.benchmark import benchmark_of
 from dmr_pipeline.errors import UserError
+from dmr_pipeline.evaluation.play import Arena, Entry, evaluate
 from dmr_pipeline.release.comparison import CANDIDATE, RELEASED, compare_routers
 from dmr_pipeline.release.history import (
     RELEASES_FILE,
@@ -21,6 +24,9 @@ from dmr_pipeline.release.history import (
     next_decision,
     read_releases,
 )
+from dmr_pipeline.router.kl import ROUTER_FOLDER
+from dmr_pipeline.router.model import load_router
+from dmr_pipeline.router.policies import routing_policy
 
 log = logging.getLogger(__name__)
 
@@ -86,22 +92,12 @@ def play_both(context: StageContext, released: Path, candidate: Candidate) -> pl
     Raises:
         UserError: the candidate was trained for other precisions than there are now.
     """
-    import torch
-    from rich.progress import Progress
-
-    from dmr_pipeline.environments.benchmark import benchmark_of
-    from dmr_pipeline.evaluation.play import Arena, Entry, evaluate
-    from dmr_pipeline.router.kl import ROUTER_FOLDER
-    from dmr_pipeline.router.model import load_router
-    from dmr_pipeline.router.policies import routing_policy
-
     rule, checkpoints = context.recipe.release, context.inputs["quantized_checkpoints"]
     if folder_hash(hash_files(checkpoints)) != candidate.ladder:
         raise UserError(
             f"{context.inputs['grpo_router']} was trained for another precision ladder than {checkpoints}: "
             f"bring it up to date with `dmr run {context.recipe.name}`"
         )
-    torch.set_num_threads(context.recipe.runtime.threads)
     arena = Arena.load(checkpoints, context.recipe, rule.seed)
     acting = arena.rollouts.acting
     games = benchmark_of(context.recipe.benchmark).read_tasks(
@@ -118,8 +114,6 @@ def play_both(context: StageContext, released: Path, candidate: Candidate) -> pl
 
 def _write(context: StageContext, history: History, source: Path) -> StageResult:
     """Args: source: the artefact, of either stage, that holds the router now in use."""
-    from dmr_pipeline.router.kl import ROUTER_FOLDER
-
     shutil.copytree(source / ROUTER_FOLDER, context.output / ROUTER_FOLDER)
     current, latest = in_use(history), history[-1]
     text = Releases(current=current.number, decisions=history).model_dump_json(indent=2) + "\n"

@@ -1,7 +1,6 @@
 """Stage `sensitivity_dataset`: what the routed precisions would have done at each step (see router/labels.py)."""
 
 import polars as pl
-import torch
 from rich.progress import Progress
 
 from dmr_pipeline.artifacts.stage import StageContext, StageResult
@@ -12,7 +11,6 @@ from dmr_pipeline.router.labels import label, measure, threshold
 
 def sensitivity_dataset(context: StageContext) -> StageResult:
     recipe = context.recipe
-    torch.set_num_threads(recipe.runtime.threads)
     rollouts = Rollouts.load(context.inputs["quantized_checkpoints"], recipe)
     given = read_all_trajectories(context.inputs, recipe.precisions, rollouts.prompter, rollouts.capacity)
     with Progress() as progress:

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from functools import partial
 
 import polars as pl
-import torch
 from rich.progress import Progress
 
 from dmr_pipeline.artifacts.stage import StageContext, StageResult
@@ -19,7 +18,6 @@ from dmr_pipeline.router.baselines import RandomMixing
 
 def trajectories(context: StageContext) -> StageResult:
     recipe = context.recipe
-    torch.set_num_threads(recipe.runtime.threads)
     rollouts = Rollouts.load(context.inputs["quantized_checkpoints"], recipe)
     runs = [
         Run(game)

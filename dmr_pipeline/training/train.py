@@ -12,7 +12,6 @@ from pathlib import Path
 
 import polars as pl
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
@@ -20,6 +19,7 @@ from dmr_pipeline.agent.logits import decoder_of, logits_of
 from dmr_pipeline.artifacts.resume import load_state, save_state
 from dmr_pipeline.environments.base import Task
 from dmr_pipeline.errors import UserError
+from dmr_pipeline.progress import training_progress
 from dmr_pipeline.recipe import TRAINED_TRANSCRIPT_TOKENS, Architecture, Games, Runtime, Training
 from dmr_pipeline.rollout.engine import play_alone
 from dmr_pipeline.rollout.prompts import Prompter
@@ -103,14 +103,7 @@ def train(
         for optimizer, saved_state in zip(optimizers, content["optimizers"], strict=True):
             optimizer.load_state_dict(saved_state)
         state = _State(content["update"], [Example(**example) for example in content["own"]], content["log"])
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, TextColumn("{task.fields[note]}")) as progress:
+    with training_progress() as progress:
         bar = progress.add_task("training the agent", total=training.updates, completed=state.update, note="")
         while state.update < training.updates:
             if state.update % training.dagger_every == 0:

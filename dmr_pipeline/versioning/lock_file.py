@@ -16,7 +16,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from dmr_pipeline.atomic import replaced
-from dmr_pipeline.errors import UserError, printable
+from dmr_pipeline.errors import UserError, problems_of
 from dmr_pipeline.versioning.dvc_project import dvc_at_rest
 
 LOCK_FILE = Path("dvc.lock")
@@ -114,11 +114,7 @@ def _load(content: bytes) -> Mapping[str, Any]:
     try:
         _Lock.model_validate(loaded)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise ValueError(
-            f"is not as DVC writes it ({printable(f'{where}: ' if where else '')}{first['msg']})"
-        ) from error
+        raise ValueError(f"is not as DVC writes it ({problems_of(error)[0]})") from error
     whole: Mapping[str, Any] = loaded
     return whole
 

@@ -19,7 +19,6 @@ from scipy import stats
 from dmr_pipeline.artifacts.manifest import MANIFEST, Manifest, folder_hash, hash_files
 from dmr_pipeline.artifacts.stage import StageContext, StageResult
 from dmr_pipeline.errors import UserError
-from dmr_pipeline.evaluation import play
 from dmr_pipeline.evaluation.play import Entry
 from dmr_pipeline.recipe import Recipe, Release, load_recipe
 from dmr_pipeline.release.comparison import CANDIDATE, RELEASED, Comparison, compare_routers
@@ -586,7 +585,7 @@ def test_actions_are_drawn_by_the_releases_seed(
         seeds.append(ladder.recipe.evaluation.seed)
         return {entry.name: pl.DataFrame({"policy": [entry.name]}) for entry in entries}
 
-    monkeypatch.setattr(play, "evaluate", evaluate)
+    monkeypatch.setattr(the_stage, "evaluate", evaluate)
     router = real_router(tmp_path / "router", real_inputs["quantized_checkpoints"], 0.5)
     recipe = real_recipe().model_copy(update={"release": Release(seed=7)})
     context = StageContext(recipe, real_inputs | {"grpo_router": router}, tmp_path, tmp_path)

@@ -6,10 +6,9 @@ rounding, those of a plain forward pass over the whole sequence.
 """
 
 import os
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Protocol
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -21,6 +20,8 @@ from dmr_pipeline.errors import UserError
 
 SMALLEST_STORAGE = 256
 """Token positions that a cache starts with; doubled whenever they do not suffice."""
+_FORCE_GQA = "TRANSFORMERS_SDPA_FORCE_GQA"
+"""The variable that transformers' attention reads in each forward pass."""
 _PADDING_WORTH_A_PASS = 256
 """Padded tokens that cost about as much as another forward pass."""
 
@@ -341,10 +342,16 @@ def _first_pass(lengths: list[int]) -> int:
     return cut if saved > _PADDING_WORTH_A_PASS else longest
 
 
-def _shared_heads() -> AbstractContextManager[object]:
+@contextmanager
+def _shared_heads() -> Iterator[None]:
     """Chunks on a CPU: let torch's masked attention share the key-value heads, which transformers would copy.
 
     A third of the time at a long context. For single tokens transformers has a faster way of its own; on a GPU torch's
     masked attention cannot share heads.
     """
-    return patch.dict(os.environ, {"TRANSFORMERS_SDPA_FORCE_GQA": "1"})
+    before = os.environ.get(_FORCE_GQA, "0")
+    os.environ[_FORCE_GQA] = "1"
+    try:
+        yield
+    finally:
+        os.environ[_FORCE_GQA] = before

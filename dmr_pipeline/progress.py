@@ -1,0 +1,15 @@
+"""The bar of a training: how far it is, how long it took and will take, and a note on how it goes."""
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+def training_progress(note: str = "{task.fields[note]}") -> Progress:
+    """Args: note: format of what stands behind the bar, of the task's fields."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn(note),
+    )
