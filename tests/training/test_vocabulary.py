@@ -1,8 +1,6 @@
 """The exact tokenizer gives every command back, and a value is the same tokens wherever it stands."""
 
 import json
-import os
-import sys
 from pathlib import Path
 
 from hypothesis import given
@@ -10,6 +8,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dmr_pipeline.training.vocabulary import exact_word_tokenizer
+from tests.helpers import needs
 
 VALUES = (
     "7.7 ounce (pack of 1)",
@@ -73,12 +72,10 @@ def test_what_is_in_no_text_is_unknown() -> None:
     assert encode(tokenizer, "click[blue]").count(tokenizer.unk_token_id) == 1
 
 
+@needs.webshop_files
 def test_all_that_can_be_clicked_in_the_real_catalogue_comes_back() -> None:
-    data = os.environ.get("WEBSHOP_DATA")
-    if not data:
-        sys.stderr.write("left out: values of real WebShop products ($WEBSHOP_DATA is not set)\n")
-        return
-    products = json.loads((Path(data) / "items_shuffle_1000.json").read_text(encoding="utf-8"))
+    data = needs.WEBSHOP_DATA
+    products = json.loads((data / "items_shuffle_1000.json").read_text(encoding="utf-8"))
     values = {
         option["value"].strip().replace("/", " | ").lower()
         for product in products

@@ -19,7 +19,7 @@ from dmr_pipeline.environments.alfworld.official import verify
 from dmr_pipeline.environments.alfworld.official.engine import StockEpisode
 from dmr_pipeline.environments.alfworld.official.export import write_game
 from dmr_pipeline.environments.alfworld.store import to_json
-from tests.environments.alfworld.official.test_export import ODD_GAMES, generated
+from tests.helpers.games import ODD_GAMES, generated
 
 RECORD = Path(__file__).with_name("official_engine.json")
 EPISODES: list[dict[str, Any]] = json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.is_file() else []

@@ -10,42 +10,31 @@ from dmr_pipeline.environments.alfworld.game import read_game
 from dmr_pipeline.environments.alfworld.generator import expert_wins
 from dmr_pipeline.environments.alfworld.household import count_household, household
 from dmr_pipeline.errors import UserError
-from tests.environments.alfworld.left_out import OFFICIAL, no_official_games
+from tests.helpers import needs
+from tests.helpers.games import PROBLEM
 
 
+@needs.official_games
 def test_walkthroughs_of_official_games_win() -> None:
-    if no_official_games():
-        return
     won = 0
-    for path in OFFICIAL:
+    for path in needs.OFFICIAL_GAMES:
         episode, over = AlfWorldEpisode(read_game(path)), False
         for command in json.loads(path.read_text())["walkthrough"]:
             _, _, over = episode.step(command)
         won += over
-    assert won == len(OFFICIAL)
+    assert won == len(needs.OFFICIAL_GAMES)
 
 
+@needs.official_games
 def test_the_exploring_expert_wins_official_games() -> None:
-    if no_official_games():
-        return
-    won = sum(expert_wins(read_game(path), 50) for path in OFFICIAL)
-    assert won >= 0.95 * len(OFFICIAL)
+    won = sum(expert_wins(read_game(path), 50) for path in needs.OFFICIAL_GAMES)
+    assert won >= 0.95 * len(needs.OFFICIAL_GAMES)
 
 
+@needs.official_games
 def test_the_household_was_counted_over_the_official_train_split() -> None:
-    if no_official_games():
-        return
-    train = sorted((OFFICIAL[0].parents[3] / "train").glob("*/*/game.tw-pddl"))
+    train = sorted((needs.OFFICIAL_GAMES[0].parents[3] / "train").glob("*/*/game.tw-pddl"))
     assert count_household(read_game(path) for path in train) == household()
-
-
-PROBLEM = """(define (problem p) (:objects)
-(:init (receptacleType Desk_bar_1 DeskType) (receptacleType Bed_bar_1 BedType)
-(receptacleAtLocation Desk_bar_1 loc_1) (receptacleAtLocation Bed_bar_1 loc_2)
-(objectType Book_bar_1 BookType) (inReceptacle Book_bar_1 Bed_bar_1) (pickupable Book_bar_1)
-(canContain DeskType BookType))
-(:goal (and (exists (?r - receptacle) (exists (?o - object)
- (and (inReceptacle ?o ?r) (objectType ?o BookType) (receptacleType ?r DeskType)))))))"""
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from dmr_pipeline.environments.alfworld.game import Game, Goal, Receptacle, Thin
 from dmr_pipeline.environments.alfworld.generator import generate_game
 from dmr_pipeline.environments.alfworld.official.verify import read_walkthrough
 from dmr_pipeline.environments.alfworld.planner import Plan, shortest_plan
-from tests.environments.alfworld.left_out import OFFICIAL, no_official_games
+from tests.helpers import needs
 
 _STATES = 6_000
 """Above this a tiny game is not tiny enough to be searched through."""
@@ -206,15 +206,14 @@ def test_no_plan_where_what_is_held_fits_nowhere() -> None:
     assert shortest_plan(game, AlfWorldEpisode(game).state._replace(held=held)) is None
 
 
+@needs.official_games
 def test_plans_for_official_games_are_no_longer_than_their_walkthroughs() -> None:
-    if no_official_games():
-        return
     proven = 0
-    for path in OFFICIAL:
+    for path in needs.OFFICIAL_GAMES:
         game = read_game(path)
         plan = shortest_plan(game)
         assert plan is not None
         assert wins_in(game, None, plan)
         assert len(plan.commands) <= len(read_walkthrough(path))
         proven += plan.shortest
-    assert proven >= 0.99 * len(OFFICIAL)
+    assert proven >= 0.99 * len(needs.OFFICIAL_GAMES)

@@ -4,14 +4,11 @@ import hashlib
 import itertools
 import json
 import math
-import os
 import random
 import re
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -22,6 +19,7 @@ from dmr_pipeline.environments.webshop.generator import ASINS, asin_of, assortme
 from dmr_pipeline.environments.webshop.goals import Goal
 from dmr_pipeline.environments.webshop.nouns import nouns
 from dmr_pipeline.environments.webshop.reward import option_matches, reward, token_set_ratio
+from tests.helpers import needs
 
 PRODUCTS = list(generate_products(10_000, 0))
 ATTRIBUTE = r"[^\s,]+ [^\s,]+"
@@ -202,14 +200,12 @@ def test_instructions_have_the_originals_grammar() -> None:
     assert {len(product.instruction_attributes) for product in instructed} == {1, 2, 3}
 
 
+@needs.webshop_files
 def test_the_original_instructions_have_that_grammar() -> None:
-    data = os.environ.get("WEBSHOP_DATA")
-    if not data:
-        sys.stderr.write("left out: WebShop's own instructions ($WEBSHOP_DATA is not set)\n")
-        return
-    items = json.loads((Path(data) / "items_shuffle_1000.json").read_text(encoding="utf-8"))
+    data = needs.WEBSHOP_DATA
+    items = json.loads((data / "items_shuffle_1000.json").read_text(encoding="utf-8"))
     queries = {item["asin"]: item["query"].lower().strip() for item in items}
-    notes = json.loads((Path(data) / "items_ins_v2_1000.json").read_text(encoding="utf-8"))
+    notes = json.loads((data / "items_ins_v2_1000.json").read_text(encoding="utf-8"))
     originals = {asin: note for asin, note in notes.items() if note.get("instruction")}
     assert len(originals) == 415
     places = defaultdict(set)

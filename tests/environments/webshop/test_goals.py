@@ -15,6 +15,7 @@ from dmr_pipeline.environments.webshop import nouns
 from dmr_pipeline.environments.webshop.catalogue import HumanInstruction, draw_prices
 from dmr_pipeline.environments.webshop.goals import NO_LIMIT, PUBLISHED_SPLITS, Goal, Goals, price_limit, synthetic_goal
 from dmr_pipeline.errors import UserError
+from tests.helpers import needs
 from tests.helpers.worlds import product, shop
 
 HUMAN = (
@@ -127,10 +128,8 @@ def test_without_spacys_model_nouns_are_alphabetic_unless_it_is_asked_for(monkey
         nouns.nouns("spacy")
 
 
+@needs.spacy_model
 def test_the_real_model_where_it_is_installed() -> None:
-    if nouns.installed_tagger() != "spacy":
-        sys.stderr.write("left out: nouns by spaCy (its model en_core_web_sm is not installed)\n")
-        return
     found = nouns.nouns("spacy")("A red ceramic mug for coffee by Keurig")
     assert {"mug", "coffee"} <= set(found)
     assert not {"a", "for", "by"} & set(found)

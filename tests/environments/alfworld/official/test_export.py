@@ -15,20 +15,8 @@ from dmr_pipeline.environments.alfworld.official.engine import StockEpisode
 from dmr_pipeline.environments.alfworld.official.export import write_game
 from dmr_pipeline.environments.alfworld.official.verify import compare, read_walkthrough, replay
 from dmr_pipeline.errors import UserError
-from tests.environments.alfworld.left_out import OFFICIAL, no_official_engine, no_official_games
-
-
-def in_old_wording(game: Game) -> Game:
-    places = 1 + max(receptacle.place for receptacle in game.receptacles)
-    # The agent starts at a place without receptacles, which bears a number too.
-    names = [f"loc {places + 1 - place}" for place in range(places)]
-    return game.model_copy(update={"put_wording": "put", "arrival": "place", "help": None, "place_names": tuple(names)})
-
-
-def generated(seed: int) -> Game:
-    """Every other one in the wording of ALFWorld before 0.4."""
-    game, _ = generate_game(seed)
-    return in_old_wording(game) if seed % 2 else game
+from tests.helpers import needs
+from tests.helpers.games import ODD_GAMES, generated
 
 
 def written(games: Sequence[Game], folder: Path) -> list[Path]:
@@ -44,78 +32,34 @@ def assert_read_back(game: Game, path: Path) -> None:
     assert read_game(path).model_copy(update={"task_id": game.task_id}) == game
 
 
+@needs.official_engine
 def test_generated_games_are_read_back_equal(tmp_path: Path) -> None:
-    if no_official_engine():
-        return
     for seed in range(200):
         assert_read_back(generated(seed), tmp_path / "game.tw-pddl")
 
 
+@needs.official_engine
+@needs.official_games
 def test_official_games_are_read_back_equal(tmp_path: Path) -> None:
-    if no_official_engine() or no_official_games():
-        return
-    for path in OFFICIAL:
+    for path in needs.OFFICIAL_GAMES:
         assert_read_back(read_game(path), tmp_path / "game.tw-pddl")
 
 
-ODD = Game.model_validate(
-    {
-        "task_id": "odd/game",
-        "task_type": "pick_two_obj_and_place",
-        "instruction": "put two mug in desk",
-        "receptacles": [
-            {"name": "bathtubbasin 1", "kind": "sinkbasin", "place": 0, "openable": False},
-            {"name": "desk 3", "kind": "desk", "place": 1, "openable": False},
-            {"name": "desk 1", "kind": "desk", "place": 1, "openable": True},
-        ],
-        "things": [
-            {"name": "bowl 1", "kind": "bowl", "inside": [1], "abilities": ["receptacle"], "holds": ["spoon 2"]},
-            {"name": "bread 1", "kind": "bread", "inside": [], "abilities": ["sliceable"], "lying": [1]},
-            {"name": "knife 2", "kind": "knife", "inside": [1, 0], "abilities": ["pickupable", "cleanable"]},
-            {"name": "mug 12", "kind": "mug", "inside": [0], "abilities": ["pickupable", "cleanable"], "lying": []},
-            {"name": "mug 9", "kind": "mug", "inside": [0], "abilities": ["pickupable"], "starts_cool": True},
-            {"name": "mug 1", "kind": "", "inside": [1], "abilities": ["pickupable"], "lying": [0, 1]},
-        ],
-        "may_contain": [("desk", "mug"), ("desk", "knife"), ("sinkbasin", "knife")],
-        "goal": {"kind": "mug", "receptacle_kind": "desk", "count": 2},
-    }
-)
-"""What the generator never makes, but official games have: lacking numbers, names of another kind, things in two receptacles
-or in none, things without a kind."""
-
-
-ODD_GAMES = [
-    ODD,
-    ODD.model_copy(update={"task_id": "odd/start", "start": 1}),
-    ODD.model_copy(update={"task_id": "odd/places", "arrival": "place", "place_names": ("loc 7", "loc 2")}),
-    ODD.model_copy(
-        update={
-            "task_id": "odd/states",
-            "task_type": "pick_clean_then_place_in_recep",
-            "goal": ODD.goal.model_copy(update={"states": frozenset({"clean"})}),
-        }
-    ),
-]
-
-
+@needs.official_engine
 @pytest.mark.parametrize("game", ODD_GAMES, ids=lambda game: game.task_id)
 def test_odd_games_are_read_back_equal(tmp_path: Path, game: Game) -> None:
-    if no_official_engine():
-        return
     assert_read_back(game, tmp_path / "game.tw-pddl")
 
 
+@needs.official_engine
 def test_the_walkthrough_wins_in_our_engine(tmp_path: Path) -> None:
-    if no_official_engine():
-        return
     paths = written([generated(seed) for seed in range(100)], tmp_path)
     assert [one.failure for one in replay(paths) if one.failure] == []
     assert all(json.loads(path.read_text())["solvable"] for path in paths)
 
 
+@needs.official_engine
 def test_a_game_that_the_expert_does_not_win_has_no_walkthrough(tmp_path: Path) -> None:
-    if no_official_engine():
-        return
     game, _ = generate_game(0)
     path = tmp_path / "game.tw-pddl"
     write_game(game.model_copy(update={"may_contain": frozenset(), "things": game.things[:1]}), path)
@@ -151,19 +95,17 @@ def assert_engines_agree(paths: Sequence[Path]) -> None:
     assert all(one.steps == 40 for one in compared)
 
 
+@needs.official_engine
 def test_the_official_engine_plays_written_games_alike(tmp_path: Path) -> None:
-    if no_official_engine():
-        return
     # Small rooms: the official engine takes 3-10 s of processor time a kitchen.
     paths = written([generated(seed) for seed in (1, 3, 4, 5)], tmp_path)
     assert_engines_agree([*paths, *written(ODD_GAMES, tmp_path)])
     assert_walkthroughs_win(paths[::2])
 
 
+@needs.official_engine
 @pytest.mark.slow
 def test_the_official_engine_plays_many_written_games_alike(tmp_path: Path) -> None:
-    if no_official_engine():
-        return
     paths = written([generated(seed) for seed in range(1000, 1060)], tmp_path)
     assert_engines_agree(paths)
     assert_walkthroughs_win(paths[:20])

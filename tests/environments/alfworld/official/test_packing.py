@@ -2,9 +2,7 @@
 
 import hashlib
 import json
-import os
 import struct
-import sys
 import threading
 import time
 import zipfile
@@ -27,7 +25,8 @@ from dmr_pipeline.environments.alfworld.official.packing import (
     read_official,
 )
 from dmr_pipeline.errors import UserError
-from tests.environments.alfworld.test_official import PROBLEM
+from tests.helpers import needs
+from tests.helpers.games import PROBLEM
 
 GRAMMAR = '"rhs": "Your task is to: put a book in desk."  template :: "move {o} to {r}";'
 TASK = "pick_and_place_simple-Book-None-Desk-301"
@@ -324,19 +323,14 @@ def test_help_names_the_licence():
     assert "MIT licence" in dmr("data", "alfworld", "--help").output
 
 
-OFFICIAL = os.environ.get("ALFWORLD_DATA")
-
-
+@needs.official_games
 def test_the_official_games():
-    if not OFFICIAL:
-        sys.stderr.write("left out: official ALFWorld games ($ALFWORLD_DATA is not set)\n")
-        return
-    packed = pack(Path(OFFICIAL))
+    packed = pack(needs.ALFWORLD_DATA)
     for split, found in packed.splits.items():
         assert (split, found.games) == (split, OFFICIAL_GAMES[split])
     started = time.perf_counter()
     games = read_official("valid_seen")
     assert time.perf_counter() - started < 3  # 0.03 s at rest
     assert len(games) == 140
-    folder = Path(OFFICIAL) / "json_2.1.1" / "valid_seen"
+    folder = needs.ALFWORLD_DATA / "json_2.1.1" / "valid_seen"
     assert games == [read_game(folder / game.task_id / "game.tw-pddl") for game in games]

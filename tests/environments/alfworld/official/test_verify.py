@@ -19,7 +19,7 @@ from dmr_pipeline.environments.alfworld.official import engine as stock
 from dmr_pipeline.environments.alfworld.official import verify
 from dmr_pipeline.environments.alfworld.store import to_json
 from dmr_pipeline.errors import UserError
-from tests.environments.alfworld.left_out import OFFICIAL, no_official_engine, no_official_games
+from tests.helpers import needs
 
 PROBLEM = """(define (problem p) (:objects)
 (:init (receptacleType Desk_bar_1 DeskType) (receptacleType Bed_bar_1 BedType)
@@ -161,19 +161,19 @@ def test_the_missing_engine_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         stock.StockEpisode(tmp_path / "game.tw-pddl")
 
 
+@needs.official_engine
+@needs.official_games
 def test_a_sample_of_official_games_is_equal_in_the_official_engine() -> None:
-    if no_official_engine() or no_official_games():
-        return
-    paths = random.Random(0).sample(verify.game_files(OFFICIAL[0].parents[3]), 40)
+    paths = random.Random(0).sample(verify.game_files(needs.OFFICIAL_GAMES[0].parents[3]), 40)
     assert [c for c in verify.compare(paths, steps=60, seed=0, processes=2) if c.differences] == []
 
 
+@needs.official_engine
+@needs.official_games
 @pytest.mark.slow
 def test_every_official_game_is_equal_in_the_official_engine() -> None:
     """Hours."""
-    if no_official_engine() or no_official_games():
-        return
-    paths = verify.game_files(OFFICIAL[0].parents[3])
+    paths = verify.game_files(needs.OFFICIAL_GAMES[0].parents[3])
     for comparison in verify.compare(paths, steps=20, seed=1, processes=2):
         assert comparison.differences == (), comparison.path
 

@@ -3,9 +3,7 @@
 import hashlib
 import json
 import math
-import os
 import re
-import sys
 import threading
 from collections.abc import Iterator
 from decimal import Decimal, InvalidOperation
@@ -25,9 +23,9 @@ from dmr_pipeline.environments.webshop.official import packing as official
 from dmr_pipeline.environments.webshop.official.packing import DOWNLOAD_FOLDER, PACK_FOLDER, official_shop, pack
 from dmr_pipeline.environments.webshop.official.reading import FILES, LINKS, Contents, parse_pricing, read_products
 from dmr_pipeline.errors import UserError
+from tests.helpers import needs
 
 SMALL = FILES["small"]
-DATA = os.environ.get("WEBSHOP_DATA")
 DAMAGE = {
     "cut": lambda content: content[:-1],
     "NUL in a name": lambda content: content[:4] + b"\0" + content[4:],
@@ -486,15 +484,13 @@ def test_a_folder_without_the_files(tmp_path: Path):
     assert not PACK_FOLDER.parent.exists()
 
 
+@needs.webshop_files
 def test_the_1000_real_products_are_as_webshop_derived_them(tmp_path: Path):
-    if not DATA:
-        sys.stderr.write("left out: WebShop's own derived fields ($WEBSHOP_DATA is not set)\n")
-        return
-    derived = json.loads((Path(DATA) / SMALL.products).read_bytes())
-    instructions = json.loads((Path(DATA) / SMALL.attributes).read_bytes())
+    derived = json.loads((needs.WEBSHOP_DATA / SMALL.products).read_bytes())
+    instructions = json.loads((needs.WEBSHOP_DATA / SMALL.attributes).read_bytes())
     folder = tmp_path / "data"
     folder.mkdir()
-    (folder / SMALL.attributes).write_bytes((Path(DATA) / SMALL.attributes).read_bytes())
+    (folder / SMALL.attributes).write_bytes((needs.WEBSHOP_DATA / SMALL.attributes).read_bytes())
     raw_fields = [*raw(1)]
     (folder / SMALL.products).write_text(json.dumps([{name: item[name] for name in raw_fields} for item in derived]))
     (folder / SMALL.human).write_text(

@@ -15,7 +15,7 @@ from dmr_pipeline.environments.webshop.engine import WebShopEpisode
 from dmr_pipeline.environments.webshop.goals import Goal, ShoppingTask
 from dmr_pipeline.environments.webshop.official import verify
 from dmr_pipeline.errors import UserError
-from tests.environments.webshop.left_out import WEBSHOP_DATA, no_webshop_files
+from tests.helpers import needs
 
 Steps = list[dict[str, Any]]
 WALK = ["search[mug]", "click[next >]", "click[b000000011]", "click[blue]", "think[hm]", "search[lamp mug]"]
@@ -234,12 +234,11 @@ def test_without_data_the_command_exits_with_2() -> None:
     assert "name their folder with --data or $WEBSHOP_DATA" in result.stderr
 
 
+@needs.webshop_files
 def test_the_recorded_episodes_of_the_original_replay_without_a_difference(tmp_path: Path) -> None:
-    if no_webshop_files():
-        return
-    shop, goals = verify.recorded_shop(WEBSHOP_DATA, tmp_path / "shop")
+    shop, goals = verify.recorded_shop(needs.WEBSHOP_DATA, tmp_path / "shop")
     assert len(goals) == 6910
-    found = verify.compare(shop, goals, verify.read_episodes(WEBSHOP_DATA / "golden_episodes.jsonl"))
+    found = verify.compare(shop, goals, verify.read_episodes(needs.WEBSHOP_DATA / "golden_episodes.jsonl"))
     assert (found.differences, found.nouns, found.episodes) == ([], [], 60)
     assert found.steps > 500
     assert found.top_10 >= 0.98
