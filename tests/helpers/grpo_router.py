@@ -20,8 +20,7 @@ def tiny_recipe() -> Recipe:
         "benchmark": {"splits": {"agent_train": 1, "router_train": 3, "validation": 3, "test": 1}, "step_limit": 5},
         "precisions": {
             "ladder": [{"name": "float", "weights": "float"}, {"name": "int2", "weights": "int2"}],
-            "high": "float",
-            "low": "int2",
+            "route": ["float", "int2"],
         },
         "grpo_router": section | {"cost_weight": 1.0, "initial_ratio": 0.6, "validate_every": 2, "validation_games": 3},
         "runtime": {"device": "cpu", "threads": 1, "batch_episodes": 4},

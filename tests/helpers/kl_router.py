@@ -20,7 +20,7 @@ from dmr_pipeline.router.model import (
 from dmr_pipeline.stages.kl_router import kl_router
 from tests.helpers.routers import ARCHITECTURE, TOKENIZER
 
-Labelled = tuple[list[RoutingSequence], list[list[bool]]]
+Labelled = tuple[list[RoutingSequence], list[list[int]]]
 
 
 def section(model: RouterModel | None = None, **changes: float) -> KlRouter:
@@ -47,14 +47,15 @@ def expert_episodes(seeds: Sequence[int], router: Router) -> Labelled:
                 break
             expert.observe(command, observation)
             segments.append(prompter.turn(observation, game.instruction))
-        high = [rng.random() < 0.5 for _ in segments]
-        sequences.append(routing_sequence(segments, actions, high, router.settings))
-        labels.append([closed in segment for segment in segments])
+        acted = [rng.choice(router.settings.route) for _ in segments]
+        sequences.append(routing_sequence(segments, actions, acted, router.settings))
+        labels.append([int(closed in segment) for segment in segments])
     return sequences, labels
 
 
 def flat(rows: Sequence[Sequence[float]]) -> np.ndarray:
-    return np.array([value for row in rows for value in row])
+    """Of labels, and of the margins of two rungs: one number a step."""
+    return np.concatenate([np.ravel(row) for row in rows])
 
 
 def run_stage(recipe: Recipe, inputs: dict[str, Path], folder: Path) -> tuple[Path, dict[str, object]]:

@@ -1,6 +1,7 @@
-"""Probes on two random agents, and what they must see by plain forward passes."""
+"""Probes on random agents, and what they must see by plain forward passes."""
 
-from dataclasses import replace
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -8,19 +9,18 @@ from torch import Tensor
 
 from dmr_pipeline.recipe import Probe, Prompt, RouterModel
 from dmr_pipeline.rollout.engine import Trajectory
+from dmr_pipeline.router.kl import with_settings
 from dmr_pipeline.router.model import (
     Router,
     new_router,
 )
-from tests.helpers.routers import CPU, TOKENIZER, random_model
+from tests.helpers.routers import AGENTS, CPU, ROUTE, TOKENIZER
 
 PROBE = RouterModel(probe=Probe(layers=(1, 2), hidden=8))
-LOW, HIGH = random_model(0), random_model(1)
 
 
-def new_probe(seed: int = 0, **settings: float) -> Router:
-    router = new_router(PROBE, TOKENIZER, seed, CPU, LOW)
-    return replace(router, settings=router.settings.model_copy(update=settings))
+def new_probe(seed: int = 0, route: Sequence[str] = ROUTE, **settings: Any) -> Router:
+    return with_settings(new_router(PROBE, route, TOKENIZER, seed, CPU, AGENTS[route[-1]]), **settings)
 
 
 def transcripts(trajectory: Trajectory) -> list[list[int]]:
@@ -35,7 +35,8 @@ def transcripts(trajectory: Trajectory) -> list[list[int]]:
 @torch.no_grad()
 def by_hand(router: Router, prefix: list[int], turn: int) -> Tensor:
     """Features from one plain forward pass over the whole transcript."""
-    states = LOW(torch.tensor([prefix]), output_hidden_states=True).hidden_states
+    assert router.agent is not None
+    states = router.agent(torch.tensor([prefix]), output_hidden_states=True).hidden_states
     layers = [states[layer][0, -1] for layer in (1, 2)]
     return torch.cat([*layers, torch.tensor([turn / 10, np.log1p(turn)], dtype=torch.float32)])
 

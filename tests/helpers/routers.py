@@ -1,7 +1,9 @@
 """Random agents and routers that know ALFWorld's words, and the stand-in of a pretrained LLM."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -9,44 +11,54 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrai
 
 from dmr_pipeline.environments.alfworld.generator import generate_game
 from dmr_pipeline.environments.alfworld.words import alfworld_texts
-from dmr_pipeline.recipe import Architecture, Prompt
+from dmr_pipeline.recipe import Architecture, Prompt, RouterModel
 from dmr_pipeline.rollout.engine import Run, Trajectory, play
 from dmr_pipeline.rollout.kv_cache.padded import Streams
 from dmr_pipeline.rollout.prompts import Prompter
-from dmr_pipeline.router.model import (
-    HIGH,
-    LOW,
-    Router,
-    RouterSettings,
-)
-from dmr_pipeline.router.policies import LmRouter
+from dmr_pipeline.router.kl import with_settings
+from dmr_pipeline.router.model import Router, new_router
+from dmr_pipeline.router.policies import routing_policy
 from dmr_pipeline.training.train import new_model
 from dmr_pipeline.training.vocabulary import word_tokenizer
 
 CPU = torch.device("cpu")
 ARCHITECTURE = Architecture(layers=2, width=32, heads=2, key_value_heads=1, head_width=16, feed_forward=48)
 TOKENIZER = word_tokenizer(alfworld_texts())
+ROUTE = ("float", "int2")
+ROUTES = [ROUTE, ("float", "int4", "int2")]
 
 
 def random_model(seed: int) -> Qwen3ForCausalLM:
     """Weights large enough for outputs that depend on the input."""
     model = new_model(ARCHITECTURE, len(TOKENIZER), seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(4 if parameter.ndim == 2 else 1)
+    enlarge(model)
     return model.eval()
 
 
-def random_router(**settings: float) -> Router:
-    low, high = TOKENIZER.convert_tokens_to_ids([LOW, HIGH])
-    return Router(random_model(2), TOKENIZER, RouterSettings(low_token=low, high_token=high, **settings))
+@torch.no_grad()
+def enlarge(model: PreTrainedModel) -> None:
+    for parameter in model.parameters():
+        parameter.mul_(4 if parameter.ndim == 2 else 1)
+
+
+AGENTS = {"float": random_model(1), "int4": random_model(2), "int2": random_model(0)}
+"""They babble, each in its own way."""
+
+
+def streams(route: Sequence[str], slots: int) -> dict[str, Streams]:
+    return {rung: Streams(AGENTS[rung], slots, 4096) for rung in route}
+
+
+def random_router(route: Sequence[str] = ROUTE, **settings: Any) -> Router:
+    router = new_router(RouterModel(architecture=ARCHITECTURE), route, TOKENIZER, 2, CPU)
+    enlarge(router.model)
+    return with_settings(replace(router, model=router.model.eval()), **settings)
 
 
 def play_with(router: Router, games: int, slots: int, sample: bool = False, seed: int = 0) -> list[Trajectory]:
-    """Two random agents that babble, and the router between them."""
+    """The random agents of the router's route, and the router between them."""
     runs = [Run(generate_game(number, 50)[0], member) for number in range(games) for member in range(2)]
-    agents = {high: Streams(random_model(high), slots, 4096) for high in (False, True)}
-    policy = LmRouter(router, slots, sample=sample, seed=seed)
+    policy, agents = routing_policy(router, slots, sample=sample, seed=seed), streams(router.settings.route, slots)
     return play(runs, agents, Prompter.of(TOKENIZER, Prompt()), policy, step_limit=7)
 
 

@@ -64,7 +64,7 @@ def artefacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
         done[stage.__name__] = folder / stage.__name__
         done[stage.__name__].mkdir()
         stage(StageContext(tiny_recipe(), done, done[stage.__name__], folder))
-    save_router(random_router(scale=0.5, offset=-1.0, threshold=0.2), folder / "kl_router" / ROUTER_FOLDER)
+    save_router(random_router(scale=0.5, offsets={"float": -1.0}, threshold=0.2), folder / "kl_router" / ROUTER_FOLDER)
     return folder
 
 

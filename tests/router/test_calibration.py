@@ -4,6 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import expit
 
+from dmr_pipeline.environments.alfworld.generator import generate_game
+from dmr_pipeline.rollout.engine import Run, Step, Trajectory
 from dmr_pipeline.router.calibration import (
     OperatingPoint,
     auprc,
@@ -26,11 +28,12 @@ def test_platt_recovers_known_parameters(scale: float, offset: float) -> None:
     rng = np.random.default_rng(0)
     margins = rng.normal(0.5, 1.5, 60_000)
     labels = rng.random(60_000) < expit(scale * margins + offset)
-    assert platt(margins, labels) == pytest.approx((scale, offset), abs=0.06)
+    found, offsets = platt(margins[:, None], labels.astype(int))
+    assert [found, *offsets] == pytest.approx([scale, offset], abs=0.06)
 
 
 def test_platt_stays_finite_where_classes_are_separated() -> None:
-    scale, offset = platt(np.array([-2.0, -1.0, 1.0, 3.0]), np.array([False, False, True, True]))
+    scale, (offset,) = platt(np.array([[-2.0], [-1.0], [1.0], [3.0]]), np.array([0, 0, 1, 1]))
     assert 0 < scale < 10
     assert expit(scale * 3 + offset) == pytest.approx(3 / 4, abs=0.1)  # Platt's target for 2 positives
 
@@ -71,7 +74,7 @@ def test_brier_and_calibration_error_by_hand(rows: tuple[np.ndarray, np.ndarray]
 
 @pytest.mark.parametrize("target", [0.1, 0.3, 0.6])
 @pytest.mark.parametrize("power", [0.5, 1.0, 2.5])
-def test_threshold_meets_the_ratio_in_closed_loop(target: float, power: float) -> None:
+def test_threshold_meets_the_spend_in_closed_loop(target: float, power: float) -> None:
     """A world in which the router, acting, meets other states: a known function of the open-loop share."""
     probabilities = np.random.default_rng(1).beta(1, 4, 5000)
 
@@ -80,8 +83,21 @@ def test_threshold_meets_the_ratio_in_closed_loop(target: float, power: float) -
         return OperatingPoint(threshold, share**power, 0.5, 1000)
 
     best, tried = find_threshold(play_at, probabilities, target)
-    assert best.high_ratio == pytest.approx(target, abs=0.03)
+    assert best.spend == pytest.approx(target, abs=0.03)
     assert best in tried
     assert len(tried) <= 5
     assert tried[0].threshold == pytest.approx(np.quantile(probabilities, 1 - target))
     assert (len(tried) == 1) == (power == 1.0)  # open loop is right at once where nothing changes
+
+
+def test_an_operating_point_is_the_mean_over_steps_and_episodes() -> None:
+    """Two episodes of different lengths: a step counts the same in both."""
+
+    def episode(reward: float, *precisions: str) -> Trajectory:
+        steps = [Step([1], [2], "look", "", precision, (0.5, 0.5), 1) for precision in precisions]
+        return Trajectory(Run(generate_game(0)[0]), "", steps, reward)
+
+    played = [episode(1.0, "float", "int4", "int2"), episode(0.0, "int4")]
+    point = OperatingPoint.of(0.3, played, {"float": 1.0, "int4": 0.2, "int2": 0.0})
+    assert (point.threshold, point.success, point.steps) == (0.3, 0.5, 4)
+    assert point.spend == pytest.approx((1 + 0.2 + 0 + 0.2) / 4)

@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 from dmr_pipeline.recipe import GrpoRouter
 from dmr_pipeline.rollout.cost import reward
 from dmr_pipeline.rollout.engine import Draft, Run
-from dmr_pipeline.router.grpo_trainer import Rollout, RoutingTrainer, two_way
+from dmr_pipeline.router.grpo_trainer import Rollout, RoutingTrainer, routing_log_probs
 from dmr_pipeline.router.model import (
     Router,
     RoutingSequence,
@@ -23,15 +23,24 @@ from dmr_pipeline.router.model import (
     save_router,
     sequence_of_trajectory,
 )
-from dmr_pipeline.router.policies import LmRouter
-from tests.helpers.grpo_trainer import CHOICES, EPISODES, section
-from tests.helpers.routers import CPU, play_with, random_router
+from dmr_pipeline.router.policies import routing_policy
+from tests.helpers.grpo_trainer import CHOICES, section
+from tests.helpers.grpo_trainer import sequences as sequences_of
+from tests.helpers.routers import CPU, ROUTES, play_with, random_router
 
 Gradient = dict[str, Tensor]
 
 
+THREE = [["int4", "float"], ["int2", "int4", "float"], ["float"], ["int2", "int4"]]
+OFFSETS = {"float": -0.2, "int4": 0.4}
+
+
 def sequences(router: Router) -> list[RoutingSequence]:
-    return [routing_sequence(*episode, high, router.settings) for episode, high in zip(EPISODES, CHOICES, strict=True)]
+    return sequences_of(router, CHOICES if len(router.settings.route) == 2 else THREE)
+
+
+def router_of(route: Sequence[str]) -> Router:
+    return random_router(route, scale=0.7, offsets={rung: OFFSETS[rung] for rung in route[:-1]})
 
 
 class Catch(TrainerCallback):
@@ -57,12 +66,13 @@ def by_hand(router: Router, played: Sequence[RoutingSequence], weights: Sequence
     loss, settings = torch.zeros(()), router.settings
     for sequence, episode_weights in zip(played, weights, strict=True):
         logits = router.model(torch.tensor([sequence.tokens])).logits[0]
-        for position, high, weight in zip(sequence.positions, sequence.high, episode_weights, strict=True):
-            margin = logits[position, settings.high_token] - logits[position, settings.low_token]
-            probability = torch.sigmoid(settings.scale * margin + settings.offset)
-            loss = loss - weight * torch.log(probability if high else 1 - probability)
+        for position, weight in zip(sequence.positions, episode_weights, strict=True):
+            scores = settings.scale * logits[position, list(settings.tokens.values())]  # dearest first
+            scores = scores + torch.tensor([settings.offsets.get(rung, 0.0) for rung in settings.route])
+            acted = list(settings.tokens.values()).index(sequence.tokens[position + 1])
+            loss = loss - weight * torch.log(torch.softmax(scores, 0)[acted])
     router.model.zero_grad()
-    (loss / sum(len(sequence.high) for sequence in played)).backward()
+    (loss / sum(map(len, weights))).backward()
     gradient = {name: parameter.grad.clone() for name, parameter in router.model.named_parameters()}
     router.model.zero_grad()
     return gradient
@@ -76,10 +86,11 @@ def assert_close(one: Gradient, other: Gradient) -> None:
         torch.testing.assert_close(gradient, other[name], atol=1e-4 * largest, rtol=1e-3, msg=name)
 
 
-def test_probabilities_are_those_that_were_sampled_from() -> None:
-    router = random_router(scale=0.7, offset=-0.2)
+@pytest.mark.parametrize("route", ROUTES, ids=len)
+def test_probabilities_are_those_that_were_sampled_from(route: tuple[str, ...]) -> None:
+    router = router_of(route)
     played = play_with(router, games=3, slots=6, sample=True)
-    drawn = [sequence_of_trajectory(trajectory, router.settings) for trajectory in played]
+    drawn = [sequence_of_trajectory(trajectory, router) for trajectory in played]
     prompt, width = 9, max(len(sequence.tokens) for sequence in drawn) + 14
     ids, mask = torch.zeros(len(drawn), width, dtype=torch.long), torch.zeros(len(drawn), width, dtype=torch.long)
     for row, sequence in enumerate(drawn):  # as trl pads: the prompt on the left, the completion on the right
@@ -87,26 +98,27 @@ def test_probabilities_are_those_that_were_sampled_from() -> None:
         ids[row, first : first + len(sequence.tokens)] = torch.tensor(sequence.tokens)
         mask[row, first : first + len(sequence.tokens)] = 1
     with torch.no_grad():
-        log_probabilities, entropies = two_way(router.model, ids, mask, width - 1, router.settings, {})
+        log_probabilities, entropies = routing_log_probs(router.model, ids, mask, width - 1, router.settings, {})
     for row, (trajectory, sequence) in enumerate(zip(played, drawn, strict=True)):
         first = prompt - sequence.positions[0] % prompt
         columns = [first + position for position in sequence.positions]  # a token's place in the completion: one less
-        p = np.array([step.probability for step in trajectory.steps])
-        taken = np.where([step.high for step in trajectory.steps], p, 1 - p)
+        p = np.diff([step.exceedance for step in trajectory.steps], axis=1, prepend=0.0, append=1.0)  # dearest first
+        taken = [chances[route.index(step.precision)] for chances, step in zip(p, trajectory.steps, strict=True)]
         assert log_probabilities[row, columns].tolist() == pytest.approx(np.log(taken).tolist(), abs=1e-4)
-        both = -p * np.log(p) - (1 - p) * np.log(1 - p)
-        assert entropies[row, columns].tolist() == pytest.approx(both.tolist(), abs=1e-4)
-        others = ~torch.isin(ids[row, 1:], torch.tensor(router.settings.tokens))
+        assert entropies[row, columns].tolist() == pytest.approx((-p * np.log(p)).sum(1).tolist(), abs=1e-4)
+        others = ~torch.isin(ids[row, 1:], torch.tensor(router.settings.columns))
         assert not log_probabilities[row, others].any()
 
 
 def test_one_step_bandit_is_reinforce_with_the_groups_mean_as_baseline(tmp_path: Path) -> None:
     """d loss / d score = -mean(advantage * (1[high] - p)), in closed form; the rest is the chain rule."""
-    router = random_router(scale=0.8, offset=0.3)
+    router = random_router(scale=0.8, offsets={"float": 0.3})
     choices, rewards = [True, False, True, False], [0.03, 0.01, 0.02, 0.0]
-    played = [routing_sequence([[10, 11, 12]], [[20]], [high], router.settings) for high in choices]
-    logits = router.model(torch.tensor([[10, 11, 12]])).logits[0, -1]
-    margin = logits[router.settings.high_token] - logits[router.settings.low_token]
+    played = [
+        routing_sequence([[10, 11, 12]], [[20]], ["float" if high else "int2"], router.settings) for high in choices
+    ]
+    logits, tokens = router.model(torch.tensor([[10, 11, 12]])).logits[0, -1], router.settings.tokens
+    margin = logits[tokens["float"]] - logits[tokens["int2"]]
     p = 1 / (1 + math.exp(-(0.8 * margin.item() + 0.3)))
     mean = sum(rewards) / 4
     slope = -sum((r - mean) * (high - p) for r, high in zip(rewards, choices, strict=True)) / 4
@@ -119,8 +131,9 @@ def test_one_step_bandit_is_reinforce_with_the_groups_mean_as_baseline(tmp_path:
     assert_close(gradient, expected)
 
 
-def test_only_routing_tokens_are_trained_each_alike_whatever_the_length(tmp_path: Path) -> None:
-    router = random_router(scale=0.7, offset=-0.2)
+@pytest.mark.parametrize("route", ROUTES, ids=len)
+def test_only_routing_tokens_are_trained_each_alike_whatever_the_length(tmp_path: Path, route: tuple[str, ...]) -> None:
+    router = router_of(route)
     played = sequences(router)
     expected = by_hand(router, played, [[0.005] * 2, [-0.005] * 3, [0.01], [-0.01] * 2])
     gradient, _ = trained_gradient(router, played, [0.01, 0.0, 0.03, 0.01], tmp_path, section())
@@ -129,7 +142,7 @@ def test_only_routing_tokens_are_trained_each_alike_whatever_the_length(tmp_path
 
 def test_forced_steps_have_no_gradient_and_no_share_in_the_mean(tmp_path: Path) -> None:
     """Of eight steps four were forced, among them all of the third episode's."""
-    router = random_router(scale=0.7, offset=-0.2)
+    router = router_of(ROUTES[0])
     played, forced = sequences(router), [{0}, {0, 2}, {0}, set()]
     expected = by_hand(router, played, [[0.0, 0.005], [0.0, -0.005, 0.0], [0.0], [-0.01] * 2])
     rollouts = [
@@ -165,9 +178,10 @@ def test_groups_that_tie_have_no_gradient(tmp_path: Path) -> None:
     assert all(not value.any() for value in gradient.values())
 
 
-def test_beta_pulls_towards_the_router_in_the_folder(tmp_path: Path) -> None:
-    """With rewards that tie, the gradient is beta times that of the two-way KL: (log P - log P_start) grad log P."""
-    save_router(random_router(scale=0.7, offset=-0.2), tmp_path / "start")
+@pytest.mark.parametrize("route", ROUTES, ids=len)
+def test_beta_pulls_towards_the_router_in_the_folder(tmp_path: Path, route: tuple[str, ...]) -> None:
+    """With rewards that tie, the gradient is beta times that of the KL between choices: (log P - log P_start) grad log P."""
+    save_router(router_of(route), tmp_path / "start")
     router, start = load_router(tmp_path / "start", CPU), load_router(tmp_path / "start", CPU)
     _, trainer = trained_gradient(router, sequences(router), [0.0] * 4, tmp_path / "same", section(beta=0.1))
     assert trainer.state.log_history[-1]["kl"] == pytest.approx(0.0, abs=1e-9)
@@ -181,7 +195,9 @@ def test_beta_pulls_towards_the_router_in_the_folder(tmp_path: Path) -> None:
         for sequence in played:
             ids = torch.tensor([sequence.tokens])
             mask = torch.ones_like(ids)
-            one, other = (two_way(r.model, ids, mask, ids.shape[1], r.settings, {})[0][0] for r in (router, start))
+            one, other = (
+                routing_log_probs(r.model, ids, mask, ids.shape[1], r.settings, {})[0][0] for r in (router, start)
+            )
             weights.append([-0.1 * float((one - other)[position + 1]) for position in sequence.positions])
     expected = by_hand(router, played, weights)
     gradient, _ = trained_gradient(router, played, [0.0] * 4, tmp_path / "moved", section(beta=0.1))
@@ -191,13 +207,13 @@ def test_beta_pulls_towards_the_router_in_the_folder(tmp_path: Path) -> None:
 class NothingToPeekAt:
     """An LM router needs nothing of the agents."""
 
-    def drafts(self, high: bool) -> list[Draft]:
+    def drafts(self, precision: str, slots: Sequence[int]) -> list[Draft]:
         raise AssertionError
 
     def states(self, slots: Sequence[int], layers: Sequence[int]) -> Tensor:
         raise AssertionError
 
-    def admissible_commands(self) -> list[Sequence[str]]:
+    def admissible_commands(self, slots: Sequence[int]) -> list[Sequence[str]]:
         raise AssertionError
 
 
@@ -219,20 +235,20 @@ def test_learns_where_high_precision_pays(tmp_path: Path) -> None:
     router = random_router()
 
     def rollouts(update: int, task_ids: list[str], sample: bool = True) -> list[Rollout]:
-        policy = LmRouter(router, len(task_ids), sample=sample, seed=update)
+        policy = routing_policy(router, len(task_ids), sample=sample, seed=update)
         slots, tasks = range(len(task_ids)), [Marked(task_id) for task_id in task_ids]
-        high: list[list[bool]] = [[] for _ in slots]
+        acted: list[list[str]] = [[] for _ in slots]
         for slot in slots:
             policy.begin(slot, Run(tasks[slot], member=slot))
         for turn in range(4):
-            decisions = policy.decide(slots, [task.steps()[turn] for task in tasks], NothingToPeekAt())
-            for slot, decision in enumerate(decisions):
-                high[slot].append(decision.high)
-                policy.acted(slot, [20, 5])
+            segments = [task.steps()[turn] for task in tasks]
+            for slot, decision in enumerate(policy.decide(slots, segments, NothingToPeekAt())):
+                acted[slot].append(decision.precision)
+                policy.acted(slot, segments[slot], decision.precision, [20, 5])
         result = []
-        for task, chosen in zip(tasks, high, strict=True):
+        for task, chosen in zip(tasks, acted, strict=True):
             steps = task.steps()
-            right = [segment[-1] == 101 for segment in steps]
+            right = ["float" if segment[-1] == 101 else "int2" for segment in steps]
             share = float(np.mean(np.equal(right, chosen)))
             result.append(Rollout(routing_sequence(steps, [[20, 5]] * 4, chosen, router.settings), share))
         return result

@@ -1,6 +1,7 @@
 """Divergences against closed forms and against plain forward passes without caches."""
 
 import math
+from itertools import product
 
 import numpy as np
 import polars as pl
@@ -90,13 +91,17 @@ class Shape:
 
 
 @pytest.mark.parametrize(("tokens", "thinks"), [("action", True), ("command", True), ("command", False)])
-@given(st.integers(0, 10_000), st.lists(st.lists(st.integers(0, 5), max_size=8), min_size=3, max_size=3))
+@given(
+    st.integers(0, 10_000),
+    st.lists(st.lists(st.integers(0, 5), max_size=8), min_size=3, max_size=3),
+    st.sampled_from([("int2",), ("int4", "int2")]),
+)
 @settings(max_examples=60, deadline=None)
 def test_a_comparison_equals_one_written_down_straight(
-    tokens: str, thinks: bool, seed: int, recorded: list[list[int]]
+    tokens: str, thinks: bool, seed: int, recorded: list[list[int]], cheaper: tuple[str, ...]
 ) -> None:
     prefixes, shape = [[3, 4], [5], [2, 2, 5]], Shape(thinks)
-    streams = {high: TableStreams(3, (seed, high and seed % 5 > 0)) for high in (True, False)}  # sometimes equal ones
+    streams = {rung: TableStreams(3, (seed, rung if seed % 5 else "")) for rung in ("float", *cheaper)}  # or equal ones
     found = compare(streams, [0, 1, 2], prefixes, shape, tokens, recorded)
     for stream in streams.values():
         assert all(text[: len(prefix)] == prefix for text, prefix in zip(stream.texts, prefixes, strict=True))
@@ -112,38 +117,38 @@ def test_a_comparison_equals_one_written_down_straight(
             return slice(0, None)
         return slice(action.index(1) + 1 if 1 in action else len(action), None)
 
-    for one, prefix in zip(found, prefixes, strict=True):
-        actions = {high: greedy(streams[high], prefix) for high in (True, False)}
+    assert [list(by_rung) for by_rung in found] == [list(cheaper)] * 3
+    for rung, (by_rung, prefix) in product(cheaper, zip(found, prefixes, strict=True)):
+        one = by_rung[rung]
+        high, low = (greedy(streams[name], prefix) for name in ("float", rung))
         p, q = (
-            [Categorical(logits=streams[high].logits(prefix + actions[True][:i]).double()) for i in range(8)]
-            for high in (True, False)
+            [Categorical(logits=streams[name].logits(prefix + high[:i]).double()) for i in range(8)]
+            for name in ("float", rung)
         )
-        places = range(len(actions[True]))[counted(actions[True])]
+        places = range(len(high))[counted(high)]
         assert one.kl_high_low == pytest.approx(sum(float(kl_divergence(p[i], q[i])) for i in places), abs=1e-9)
         assert one.kl_low_high == pytest.approx(sum(float(kl_divergence(q[i], p[i])) for i in places), abs=1e-9)
         middle = [Categorical((p[i].probs + q[i].probs) / 2) for i in range(8)]
         js = sum(float(kl_divergence(p[i], middle[i]) + kl_divergence(q[i], middle[i])) / 2 for i in places)
         assert one.js == pytest.approx(js, abs=1e-9)
-        own = [
-            Categorical(logits=streams[False].logits(prefix + actions[False][:i]).double())
-            for i in range(len(actions[False]))
-        ][counted(actions[False])]
+        own = [Categorical(logits=streams[rung].logits(prefix + low[:i]).double()) for i in range(len(low))][counted(low)]
         assert one.entropy_low == pytest.approx(sum(float(each.entropy()) for each in own), abs=1e-9)
         leads = [float(best[0] - best[1]) for best in (each.probs.topk(2).values for each in own)]
         assert one.margin_low == pytest.approx(min(leads, default=1.0), abs=1e-9)
-        assert one.greedy_agree == (actions[True][counted(actions[True])] == actions[False][counted(actions[False])])
+        assert one.greedy_agree == (high[counted(high)] == low[counted(low)])
 
 
 @torch.no_grad()
 def test_comparison_on_a_prefix_equals_plain_forward_passes() -> None:
     prefixes = [[2, 40, 41, 42, 4], [3, 50, 4], [2, 60, 61, 62, 63, 64, 65, 4]]
-    streams = {True: Streams(HIGH, 3, 64), False: Streams(LOW, 3, 64)}
+    streams = {"float": Streams(HIGH, 3, 64), "int2": Streams(LOW, 3, 64)}
     for part in (slice(2), slice(None)):  # in two calls: the second continues the caches
         found = compare(streams, [0, 1, 2], [prefix[part] for prefix in prefixes], PROMPTER)
-    for one, prefix in zip(found, prefixes, strict=True):
+    for by_rung, prefix in zip(found, prefixes, strict=True):
+        one = by_rung["int2"]
         action, own = greedy_uncached(HIGH, prefix), greedy_uncached(LOW, prefix)
-        assert prefix + action[:-1] in streams[True].texts, "so that it need not be read again"
-        assert any(text[: len(prefix + own) - 1] == prefix + own[:-1] for text in streams[False].texts)
+        assert prefix + action[:-1] in streams["float"].texts, "so that it need not be read again"
+        assert any(text[: len(prefix + own) - 1] == prefix + own[:-1] for text in streams["int2"].texts)
         both = [
             model(torch.tensor([prefix + action])).logits[0, len(prefix) - 1 : -1].double().log_softmax(-1)
             for model in (HIGH, LOW)
@@ -161,7 +166,7 @@ def test_a_step_is_sensitive_from_tau_on() -> None:
     columns = {"kl_high_low": [0.0, 0.1, 0.2, 0.3], "kl_low_high": [1.0] * 4, "js": [0.0, 0.0, 0.5, 0.6]}
     others = {
         "episode_id": ["a"] * 4, "task_id": ["t"] * 4, "task_type": ["x"] * 4, "policy": ["p"] * 4,
-        "turn": [0, 1, 2, 3], "greedy_agree": [True] * 4, "entropy_low": [0.0] * 4, "margin_low": [0.0] * 4,
+        "turn": [0, 1, 2, 3], "precision": ["int2"] * 4, "greedy_agree": [True] * 4, "entropy_low": [0.0] * 4, "margin_low": [0.0] * 4,
         "success": [True] * 4,
     }  # fmt: skip
     rows = pl.DataFrame({**others, **columns})

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy.special import softmax
 from torch import Tensor
 
 from dmr_pipeline.environments.alfworld.generator import generate_game
@@ -15,7 +16,6 @@ from dmr_pipeline.errors import UserError
 from dmr_pipeline.recipe import KlRouter, Probe, Prompt, Recipe, RouterModel, load_recipe, problems_across
 from dmr_pipeline.rollout.cost import episode_cost
 from dmr_pipeline.rollout.engine import Run, Trajectory, play
-from dmr_pipeline.rollout.kv_cache.padded import Streams
 from dmr_pipeline.rollout.prompts import Prompter
 from dmr_pipeline.router.calibration import auroc
 from dmr_pipeline.router.grpo_trainer import Rollout, RoutingTrainer
@@ -25,27 +25,26 @@ from dmr_pipeline.router.model import (
     load_router,
     new_router,
     routing_margins,
-    routing_sequence,
     save_router,
     sequence_of_trajectory,
     with_features,
 )
 from dmr_pipeline.router.policies import routing_policy
-from tests.helpers.grpo_trainer import CHOICES, EPISODES, section
+from tests.helpers.grpo_trainer import CHOICES, section, sequences
 from tests.helpers.kl_router import expert_episodes, flat
-from tests.helpers.probes import HIGH, LOW, PROBE, by_hand, greedy, new_probe, transcripts
-from tests.helpers.routers import CPU, TOKENIZER
+from tests.helpers.probes import PROBE, by_hand, greedy, new_probe, transcripts
+from tests.helpers.routers import AGENTS, CPU, ROUTE, ROUTES, TOKENIZER, streams
 
 
 def play_with(router: Router, slots: int = 3, action: str = "generate", sample: bool = True) -> list[Trajectory]:
     runs = [Run(generate_game(number, 50)[0]) for number in range(4)]
-    agents = {False: Streams(LOW, slots, 4096), True: Streams(HIGH, slots, 4096)}
-    policy = routing_policy(router, slots, sample=sample, seed=5)
+    policy, agents = routing_policy(router, slots, sample=sample, seed=5), streams(router.settings.route, slots)
     return play(runs, agents, Prompter.of(TOKENIZER, Prompt()), policy, step_limit=6, action=action)
 
 
-def test_decisions_are_the_heads_on_what_low_has_read_and_actions_stay_exact() -> None:
-    router = new_probe(scale=3.0, offset=0.1)
+@pytest.mark.parametrize("route", ROUTES, ids=len)
+def test_decisions_are_the_heads_on_what_the_cheapest_has_read_and_actions_stay_exact(route: tuple[str, ...]) -> None:
+    router = new_probe(route=route, scale=3.0, offsets={"float": 0.1})
     precisions = set()
     for trajectory in play_with(router):
         for turn, (step, prefix) in enumerate(zip(trajectory.steps, transcripts(trajectory), strict=True)):
@@ -53,11 +52,13 @@ def test_decisions_are_the_heads_on_what_low_has_read_and_actions_stay_exact() -
             assert step.features is not None
             assert step.features.tolist() == pytest.approx(features.tolist(), abs=1e-3)
             with torch.no_grad():
-                low, high = router.model(features[None])[0].tolist()
-            assert step.probability == pytest.approx(1 / (1 + np.exp(-3 * (high - low) - 0.1)), abs=1e-3)
-            assert step.action == greedy(HIGH if step.high else LOW, prefix)
-            precisions.add(step.high)
-    assert precisions == {False, True}
+                logits = router.model(features[None])[0].flip(0).numpy()  # dearest first
+            shifts = np.array([0.1, *[0.0] * (len(route) - 1)])
+            assert step.exceedance == pytest.approx(softmax(3 * logits + shifts).cumsum()[:-1], abs=1e-3)
+            assert step.action == greedy(AGENTS[step.precision], prefix)
+            assert step.wasted == ({} if step.precision == "int2" else {"int2": 1})
+            precisions.add(step.precision)
+    assert precisions == set(route)
 
 
 def test_slots_do_not_matter_and_the_threshold_decides_where_nothing_is_drawn() -> None:
@@ -65,7 +66,8 @@ def test_slots_do_not_matter_and_the_threshold_decides_where_nothing_is_drawn() 
     drawn = [[step.action for step in t.steps] for t in play_with(router, slots=4)]
     assert drawn == [[step.action for step in t.steps] for t in play_with(router, slots=1)]
     played = play_with(router, sample=False)
-    assert all(step.high == (step.probability >= 0.5) for t in played for step in t.steps)
+    steps = [step for trajectory in played for step in trajectory.steps]
+    assert all((step.precision == "float") == (step.exceedance[0] >= 0.5) for step in steps)
 
 
 @torch.no_grad()
@@ -75,28 +77,33 @@ def test_scored_actions_are_the_likeliest_after_what_was_read() -> None:
         episode = trajectory.run.task.episode()
         episode.reset()
         for step, prefix in zip(trajectory.steps, transcripts(trajectory), strict=True):
-            model, scores = HIGH if step.high else LOW, {}
+            model, scores = AGENTS[step.precision], {}
             for command in episode.admissible_commands():
                 action = prompter.action(command)
                 logits = model(torch.tensor([prefix + action])).logits[0].log_softmax(-1)
                 scores[command] = sum(float(logits[len(prefix) - 1 + i, token]) for i, token in enumerate(action))
             assert step.command == max(scores, key=scores.__getitem__)
             episode.step(step.command)
-            precisions.add(step.high)
-    assert precisions == {False, True}
+            precisions.add(step.precision)
+    assert precisions == set(ROUTE)
 
 
-def test_a_decision_costs_a_low_pass_where_high_acts_and_the_head() -> None:
-    trajectory = max(play_with(new_probe(scale=3.0)), key=lambda t: t.high_ratio)
-    assert trajectory.high_ratio > 0
-    passes = sum(len(s.action) * (1000 if s.high else 100) + 100 * s.high + 7 for s in trajectory.steps)
-    assert episode_cost(trajectory, {True: 1000, False: 100}, router_bytes=7) == passes
+@pytest.mark.parametrize("route", ROUTES, ids=len)
+def test_a_decision_costs_a_pass_of_the_cheapest_where_another_acts_and_the_head(route: tuple[str, ...]) -> None:
+    sizes, taken = {"float": 1000, "int4": 300, "int2": 100}, set()
+    for trajectory in play_with(new_probe(route=route, scale=3.0)):
+        passes = sum(
+            len(s.action) * sizes[s.precision] + 100 * (s.precision != "int2") + 7 for s in trajectory.steps
+        )
+        assert episode_cost(trajectory, {rung: sizes[rung] for rung in route}, router_bytes=7) == passes
+        taken |= {step.precision for step in trajectory.steps}
+    assert taken == set(route)
 
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_features_of_whole_sequences_are_those_of_acting(processes: int) -> None:
     router = new_probe(scale=3.0)
-    acted = [sequence_of_trajectory(trajectory, router.settings) for trajectory in play_with(router)]
+    acted = [sequence_of_trajectory(trajectory, router) for trajectory in play_with(router)]
     bare = [replace(sequence, features=None) for sequence in acted]
     for sequence, again in zip(acted, with_features(router, bare, batch=3, processes=processes), strict=True):
         assert again.tokens == sequence.tokens
@@ -114,20 +121,21 @@ def test_standardized_features_have_mean_0_and_deviation_1() -> None:
     torch.testing.assert_close(standard.std(0), torch.ones(66), atol=1e-3, rtol=0)
 
 
-def test_saved_and_loaded_it_is_the_same_and_holds_nothing_of_the_agent(tmp_path: Path) -> None:
-    router = new_probe(seed=3, scale=1.5, threshold=0.2)
+@pytest.mark.parametrize("route", ROUTES, ids=len)
+def test_saved_and_loaded_it_is_the_same_and_holds_nothing_of_the_agent(tmp_path: Path, route: tuple[str, ...]) -> None:
+    router = new_probe(3, route, scale=1.5, threshold=0.2)
     router.model.standardize(torch.randn(50, 66) + 2)
     for name in ("one", "two"):
         save_router(router, tmp_path / name)
     for path in (tmp_path / "one").iterdir():
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
-    loaded = load_router(tmp_path / "one", CPU, LOW)
+    loaded = load_router(tmp_path / "one", CPU, AGENTS["int2"])
     assert loaded.settings == router.settings
     features = torch.randn(9, 66)
     with torch.no_grad():
         assert torch.equal(loaded.model(features), router.model(features))
-    assert loaded.weight_bytes == 4 * (66 * 8 + 8 + 8 * 2 + 2)
-    with pytest.raises(TypeError, match="needs the low-precision agent"):
+    assert loaded.weight_bytes == 4 * (66 * 8 + 8 + (8 + 1) * len(route))
+    with pytest.raises(TypeError, match="needs the cheapest rung's agent"):
         load_router(tmp_path / "one", CPU)
 
 
@@ -154,11 +162,10 @@ def test_it_learns_what_the_agent_has_read(tmp_path: Path) -> None:
 def test_iterations_are_clipped_steps_on_the_same_episodes(tmp_path: Path) -> None:
     """Against a loop of our own: AdamW on min(ratio * A, clip(ratio) * A), the ratio to the policy that sampled."""
     settings = section(iterations=3, clip=0.01, learning_rate=0.01)
-    router, other = new_probe(scale=0.7, offset=-0.2), new_probe(scale=0.7, offset=-0.2)
+    router, other = new_probe(scale=0.7, offsets={"float": -0.2}), new_probe(scale=0.7, offsets={"float": -0.2})
     torch.manual_seed(1)
     played = [
-        replace(routing_sequence(*episode, high, router.settings), features=torch.randn(len(high), 66))
-        for episode, high in zip(EPISODES, CHOICES, strict=True)
+        replace(sequence, features=torch.randn(len(sequence.acted), 66)) for sequence in sequences(router, CHOICES)
     ]
     rewards = [0.9, 0.1, 0.5, 0.2]
     asked: list[int] = []
@@ -171,7 +178,7 @@ def test_iterations_are_clipped_steps_on_the_same_episodes(tmp_path: Path) -> No
     assert asked == [1]
 
     features = torch.cat([s.features for s in played if s.features is not None])
-    high = torch.tensor([taken for s in played for taken in s.high])
+    high = torch.tensor([taken == 1 for s in played for taken in s.acted])
     advantages = torch.tensor([0.4] * 2 + [-0.4] * 3 + [0.15] + [-0.15] * 2)
     optimizer = torch.optim.AdamW(other.model.parameters(), lr=0.01, weight_decay=0.0)
 
@@ -197,7 +204,7 @@ def test_iterations_are_clipped_steps_on_the_same_episodes(tmp_path: Path) -> No
 
 def test_a_layer_that_the_agent_has_not_is_refused() -> None:
     with pytest.raises(UserError, match=r"probe.layers: \[3\], but the agent has 2"):
-        new_router(RouterModel(probe=Probe(layers=(3,))), TOKENIZER, 0, CPU, LOW)
+        new_router(RouterModel(probe=Probe(layers=(3,))), ROUTE, TOKENIZER, 0, CPU, AGENTS["int2"])
 
 
 def test_beta_is_refused() -> None:
