@@ -2,6 +2,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.special import expit
+from scipy.special import softmax
 
 from dmr_pipeline.artifacts.manifest import hash_files
 from dmr_pipeline.artifacts.resume import save_state
@@ -19,13 +20,14 @@ from dmr_pipeline.environments.benchmark import benchmark_of
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.rollout.cost import episode_cost
 from dmr_pipeline.rollout.engine import Run, Trajectory
-from dmr_pipeline.rollout.playing import Ladder
+from dmr_pipeline.rollout.playing import Rollouts
 from dmr_pipeline.router import grpo
-from dmr_pipeline.router.grpo import LOG, Scorer, Session, divergence, game_order, offset_for
+from dmr_pipeline.router.baselines import RandomMixing
+from dmr_pipeline.router.grpo import LOG, Scorer, Session, divergence, game_order, tilt_for
 from dmr_pipeline.router.grpo_trainer import Rollout
 from dmr_pipeline.router.kl import ROUTER_FOLDER
 from dmr_pipeline.router.model import load_router
-from dmr_pipeline.router.policies import LmRouter
+from dmr_pipeline.router.policies import routing_policy
 from dmr_pipeline.stages import grpo_router as the_stage
 from tests.helpers.grpo_router import run_stage, tiny_recipe
 from tests.helpers.routers import CPU
@@ -33,24 +35,27 @@ from tests.helpers.routers import CPU
 REPOSITORY = Path(__file__).parents[2]
 
 
-@given(st.lists(st.floats(-30, 30), min_size=1, max_size=20), st.floats(0.05, 0.95))
-def test_offset_gives_the_ratio(scores: list[float], ratio: float) -> None:
-    assert expit(np.array(scores) + offset_for(np.array(scores), ratio)).mean() == pytest.approx(ratio, abs=1e-6)
+@given(st.lists(st.lists(st.floats(-30, 30), min_size=2, max_size=2), min_size=1, max_size=20), st.floats(0.05, 0.95))
+def test_a_tilt_gives_the_spend_whatever_the_scores(scores: list[list[float]], ratio: float) -> None:
+    spend = np.array([0.2, 1.0])
+    tilt = tilt_for(np.array(scores), spend, ratio)
+    shares = softmax(np.pad(np.array(scores) + tilt * spend, [(0, 0), (1, 0)]), axis=1)
+    assert (shares[:, 1:] @ spend).mean() == pytest.approx(ratio, abs=1e-6)
 
 
 @pytest.mark.parametrize("ratio", [0.0, 1.0])
-def test_a_ratio_that_no_offset_gives_is_refused(ratio: float) -> None:
+def test_a_ratio_that_no_tilt_gives_is_refused(ratio: float) -> None:
     with pytest.raises(UserError, match="initial_ratio"):
-        offset_for(np.zeros(3), ratio)
+        tilt_for(np.zeros((3, 1)), np.ones(1), ratio)
 
 
 @given(st.floats(0.0, 1.0), st.floats(-20, 20))
-def test_divergence_is_that_of_two_bernoullis(p: float, score: float) -> None:
+def test_divergence_of_two_rungs_is_that_of_two_bernoullis(p: float, score: float) -> None:
     other = torch.distributions.Bernoulli(logits=torch.tensor(score, dtype=torch.double))
     expected = torch.distributions.kl_divergence(
         torch.distributions.Bernoulli(torch.tensor(p, dtype=torch.double)), other
     )
-    assert divergence(np.array([p]), np.array([score]))[0] == pytest.approx(float(expected), abs=1e-6)
+    assert divergence(np.array([[p]]), np.array([[score]]))[0] == pytest.approx(float(expected), abs=1e-6)
 
 
 def test_every_pass_over_the_games_meets_all_of_them() -> None:
@@ -71,7 +76,8 @@ def test_artefact_and_log(artefacts: Path, unbroken: tuple[Path, StageResult]) -
     router, stage_1 = (load_router(path / ROUTER_FOLDER, CPU) for path in (folder / "output", artefacts / "kl_router"))
     assert router.settings.threshold == 0.5
     assert router.settings.scale == stage_1.settings.scale
-    assert router.settings.offset == result.summary["start_offset"] != stage_1.settings.offset
+    assert router.settings.offsets == result.summary["start_offsets"] != stage_1.settings.offsets
+    assert list(router.settings.offsets) == ["float"]
 
     log = pl.read_parquet(folder / "output" / "training.parquet")
     assert log.schema == LOG
@@ -89,22 +95,25 @@ def test_artefact_and_log(artefacts: Path, unbroken: tuple[Path, StageResult]) -
 
     # What the manifest says of the chosen weights holds for those in the artefact.
     recipe = tiny_recipe()
-    scorer = Scorer(Ladder.load(artefacts / "quantized_checkpoints", recipe), router.weight_bytes)
+    rollouts = Rollouts.load(artefacts / "quantized_checkpoints", recipe)
+    scorer = Scorer(rollouts, router.weight_bytes, recipe.grpo_router)
     games = benchmark_of(recipe.benchmark).read_tasks(artefacts / "benchmark_tasks", "validation", 3)
-    means = scorer.means(scorer.ladder.play([Run(game) for game in games], LmRouter(router, 3), seed=0))
+    means = scorer.means(rollouts.play([Run(game) for game in games], routing_policy(router, 3), seed=0))
     for name, value in means.items():
         assert result.summary[f"validation_{name}"] == pytest.approx(value, abs=1e-6)
 
 
 def test_cost_is_in_always_high_episodes_with_the_router(artefacts: Path) -> None:
-    ladder = Ladder.load(artefacts / "quantized_checkpoints", tiny_recipe())
-    scorer = Scorer(ladder, router_bytes=1000)
-    run = Run(benchmark_of(tiny_recipe().benchmark).read_tasks(artefacts / "benchmark_tasks", "validation", 1)[0])
-    trajectory = scorer.ladder.play([run], grpo.RandomMixing(0.5, 1), seed=0)[0]
-    agent_alone = episode_cost(trajectory, ladder.weight_bytes)
-    expected = (agent_alone + 1000 * len(trajectory.steps)) / ladder.always_high_cost
+    recipe = tiny_recipe()
+    rollouts = Rollouts.load(artefacts / "quantized_checkpoints", recipe)
+    scorer = Scorer(rollouts, 1000, recipe.grpo_router)
+    run = Run(benchmark_of(recipe.benchmark).read_tasks(artefacts / "benchmark_tasks", "validation", 1)[0])
+    trajectory = rollouts.play([run], RandomMixing({"float": 0.5, "int2": 0.5}, 1), seed=0)[0]
+    agent_alone = episode_cost(trajectory, rollouts.acting.weight_bytes)
+    expected = (agent_alone + 1000 * len(trajectory.steps)) / rollouts.unit_cost
     assert scorer.cost(trajectory) == pytest.approx(expected)
-    high = Trajectory(run, "", [step.__class__(**{**vars(step), "high": True}) for step in trajectory.steps])
+    assert 0 < trajectory.share("float") < 1
+    high = Trajectory(run, "", [replace(step, precision="float") for step in trajectory.steps])
     assert scorer.cost(high) > scorer.cost(trajectory)
 
 

@@ -15,7 +15,7 @@ from dmr_pipeline.artifacts.stage import StageContext
 from dmr_pipeline.environments.benchmark import benchmark_of
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.recipe import Lora, Pretrained, Recipe, RouterModel
-from dmr_pipeline.rollout.playing import Ladder
+from dmr_pipeline.rollout.playing import Rollouts
 from dmr_pipeline.rollout.tables import read_trajectories
 from dmr_pipeline.router import kl
 from dmr_pipeline.router.calibration import auroc
@@ -30,12 +30,12 @@ from dmr_pipeline.router.model import (
     routing_sequence,
     save_router,
 )
-from dmr_pipeline.router.policies import LmRouter
+from dmr_pipeline.router.policies import routing_policy
 from dmr_pipeline.stages import kl_router as the_stage
 from dmr_pipeline.stages.ingested_trajectories import ingested_trajectories
 from dmr_pipeline.stages.sensitivity_dataset import sensitivity_dataset
 from tests.helpers.kl_router import Labelled, expert_episodes, flat, run_stage, section
-from tests.helpers.routers import ARCHITECTURE, CPU, TOKENIZER, make_llm
+from tests.helpers.routers import ARCHITECTURE, CPU, ROUTE, ROUTES, TOKENIZER, make_llm
 
 
 def same_weights(first: Router, second: Router) -> bool:
@@ -44,7 +44,7 @@ def same_weights(first: Router, second: Router) -> bool:
 
 
 def new() -> Router:
-    return new_router(RouterModel(architecture=ARCHITECTURE), TOKENIZER, 0, CPU)
+    return new_router(RouterModel(architecture=ARCHITECTURE), ROUTE, TOKENIZER, 0, CPU)
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +55,8 @@ def episodes() -> Labelled:
 @given(st.integers(1, 99))
 def test_class_weights_shift_the_optimal_margin_by_what_is_undone(positives: int) -> None:
     """The stationary point of the weighted loss, less log(w1 / w0), is the log-odds of the class."""
-    labels = [i < positives for i in range(100)]
-    weights = class_weights([labels[:30], labels[30:]])
+    labels = [int(i < positives) for i in range(100)]
+    weights = class_weights([labels[:30], labels[30:]], 2)
     assert np.mean([weights[y] for y in labels]) == pytest.approx(1.0)
     log_odds = math.log(positives / (100 - positives))
     margin = torch.tensor(log_odds + math.log(weights[1] / weights[0]), dtype=torch.double, requires_grad=True)
@@ -69,20 +69,43 @@ def test_class_weights_shift_the_optimal_margin_by_what_is_undone(positives: int
     assert loss.item() == pytest.approx(np.mean(by_hand))
 
 
-@pytest.mark.parametrize("sensitive", [False, True])
-def test_labels_of_one_class_are_refused(sensitive: bool) -> None:
-    with pytest.raises(UserError, match="nothing to tell apart"):
-        class_weights([[sensitive] * 3, [sensitive]])
+@given(st.lists(st.integers(1, 40), min_size=3, max_size=3))
+def test_class_weights_shift_every_rungs_optimal_margin_by_what_is_undone(counts: list[int]) -> None:
+    """At margins log(n_k w_k / n_0 w_0) the gradient of the weighted loss vanishes."""
+    labels = [k for k, count in enumerate(counts) for _ in range(count)]
+    weights = class_weights([labels[:2], labels[2:]], 3)
+    assert np.mean([weights[y] for y in labels]) == pytest.approx(1.0)
+    best = torch.log(torch.tensor(counts, dtype=torch.double) * torch.tensor(weights, dtype=torch.double))
+    margins = (best - best[0]).requires_grad_()
+    routing_loss(margins.expand(len(labels), 3), torch.tensor(labels), weights).backward()
+    assert margins.grad is not None
+    assert margins.grad.tolist() == pytest.approx([0.0] * 3, abs=1e-7)
+
+
+def test_a_class_that_no_step_has_counts_as_if_one_had_it() -> None:
+    assert class_weights([[0, 0, 2], [2, 0, 0]], 3) == [6 / (3 * 4), 6 / 3, 6 / (3 * 2)]
+
+
+@pytest.mark.parametrize("rung", [0, 1, 2])
+def test_labels_of_one_class_are_refused(rung: int) -> None:
+    with pytest.raises(UserError, match=f"{4 if rung else 0} of 4 steps ask for more .* nothing to tell apart"):
+        class_weights([[rung] * 3, [rung]], 3)
 
 
 def test_labels_are_joined_by_episode_and_turn() -> None:
     steps = pl.DataFrame({"episode_id": ["b", "b", "a"], "turn": [0, 1, 0]})
     sensitivity = pl.DataFrame(
-        {"episode_id": ["a", "b", "b", "c"], "turn": [0, 1, 0, 0], "sensitive": [True, True, False, False]}
+        {
+            "episode_id": ["a", "b", "b", "c"] * 2,
+            "turn": [0, 1, 0, 0] * 2,
+            "precision": ["int2"] * 4 + ["int4"] * 4,
+            "sensitive": [True, True, False, False] + [True, False, True, False],
+        }
     )
-    assert labels_of_steps(steps, sensitivity) == [[False, True], [True]]
+    assert labels_of_steps(steps, sensitivity.head(4), ROUTE) == [[0, 1], [1]]
+    assert labels_of_steps(steps, sensitivity, ROUTES[1]) == [[0, 1], [2]]
     with pytest.raises(UserError, match="1 of 3 steps"):
-        labels_of_steps(steps, sensitivity.head(2))
+        labels_of_steps(steps, sensitivity.head(2), ROUTE)
 
 
 def test_the_router_learns_what_the_observation_tells(episodes: Labelled, tmp_path: Path) -> None:
@@ -92,10 +115,10 @@ def test_the_router_learns_what_the_observation_tells(episodes: Labelled, tmp_pa
     assert auroc(held_out, flat(labels[30:]).astype(bool)) > 0.9
     assert log["update"].to_list() == list(range(1, 121))
     assert log["loss"].tail(10).mean() < 0.5 * log["loss"].head(3).mean()
-    weights = class_weights(labels[:30])
-    assert router.settings.offset == pytest.approx(-math.log(weights[1] / weights[0]))
+    weights = class_weights(labels[:30], 2)
+    assert router.settings.offsets == {"float": pytest.approx(-math.log(weights[1] / weights[0]))}
     margins = torch.tensor(flat(routing_margins(router, sequences[:30], 4)))
-    probabilities = torch.sigmoid(router.settings.scale * margins + router.settings.offset)
+    probabilities = torch.sigmoid(router.settings.scale * margins + router.settings.offsets["float"])
     assert float(probabilities.mean()) == pytest.approx(flat(labels[:30]).mean(), abs=0.05)
 
 
@@ -130,7 +153,7 @@ def test_lora_trains_adapters_and_routing_tokens_only_and_is_merged(tmp_path: Pa
     """Sensitive where the segment holds the word `apple`; everything else is noise."""
     llm = make_llm(tmp_path / "llm", ["take", "go", "apple", *"abcdefgh"], tied=tied)
     model = RouterModel(pretrained=Pretrained(model=str(llm.folder)), lora=Lora(rank=4, alpha=8))
-    start = new_router(model, llm.tokenizer, 0, CPU)
+    start = new_router(model, ROUTE, llm.tokenizer, 0, CPU)
     before = {name: value.clone() for name, value in start.model.state_dict().items()}
     apple = llm.tokenizer.convert_tokens_to_ids("apple")
     rng = random.Random(0)
@@ -138,9 +161,9 @@ def test_lora_trains_adapters_and_routing_tokens_only_and_is_merged(tmp_path: Pa
     for _ in range(60):
         segments = [[rng.randrange(2, 13) for _ in range(4)] for _ in range(6)]
         actions = [[rng.randrange(2, 13), 1] for _ in segments]
-        high = [rng.random() < 0.5 for _ in segments]
-        sequences.append(routing_sequence(segments, actions, high, start.settings))
-        labels.append([apple in segment for segment in segments])
+        acted = [rng.choice(ROUTE) for _ in segments]
+        sequences.append(routing_sequence(segments, actions, acted, start.settings))
+        labels.append([int(apple in segment) for segment in segments])
     (tmp_path / "scratch").mkdir()
     lora = section(model, epochs=5, batch_episodes=4, learning_rate=0.02)
     router, _ = train(start, sequences[:50], labels[:50], lora, tmp_path / "scratch")
@@ -148,7 +171,7 @@ def test_lora_trains_adapters_and_routing_tokens_only_and_is_merged(tmp_path: Pa
 
     after = router.model.state_dict()
     assert after.keys() == before.keys()  # merged: no adapters are left
-    routing = router.settings.tokens
+    routing = router.settings.columns
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         changed = (after[name] != before[name]).any(-1).nonzero().flatten().tolist()
         assert changed == routing
@@ -178,16 +201,17 @@ def test_the_stage_is_deterministic_and_its_numbers_hold(
     for file in files:
         assert (output / file).read_bytes() == (again / file).read_bytes(), file
 
-    ladder = Ladder.load(inputs["quantized_checkpoints"], recipe)
+    rollouts = Rollouts.load(inputs["quantized_checkpoints"], recipe)
     router = load_router(output / "router", CPU)
     assert summary["threshold"] == router.settings.threshold
     assert router.settings.target_ratio == 0.3
     games = benchmark_of(recipe.benchmark).read_tasks(inputs["benchmark_tasks"], "validation", 4)
-    played = play_games(games, LmRouter(router, 4), ladder, 0, "", kl.Clock())
-    high = [step.high for trajectory in played for step in trajectory.steps]
-    assert summary["validation_high_ratio"] == pytest.approx(np.mean(high), abs=1e-5)
+    played = play_games(games, routing_policy(router, 4), rollouts, 0, "", kl.Clock())
+    high = [step.precision == "float" for trajectory in played for step in trajectory.steps]
+    assert summary["validation_spend"] == pytest.approx(np.mean(high), abs=1e-5)
+    assert summary["offsets"] == router.settings.offsets
     tried = pl.read_parquet(output / "calibration.parquet")
-    gap = (tried["high_ratio"] - 0.3).abs()
+    gap = (tried["spend"] - 0.3).abs()
     assert tried["threshold"][gap.arg_min()] == router.settings.threshold
 
     validation = pl.read_parquet(output / "validation.parquet")
@@ -200,8 +224,8 @@ def test_the_stage_is_deterministic_and_its_numbers_hold(
 def test_with_nothing_ingested_the_labels_are_those_of_the_played_steps_alone(
     recipe: Recipe, inputs: dict[str, Path]
 ) -> None:
-    ladder = Ladder.load(inputs["quantized_checkpoints"], recipe)
-    rows = measure(ladder, *read_trajectories(inputs["trajectories"]), recipe.runtime.batch_episodes)
+    rollouts = Rollouts.load(inputs["quantized_checkpoints"], recipe)
+    rows = measure(rollouts, *read_trajectories(inputs["trajectories"]), recipe.sensitivity.tokens)
     alone = label(rows, recipe.sensitivity, threshold(rows, recipe.sensitivity))
     assert read_sensitivity(inputs["sensitivity_dataset"]).equals(alone)
 
@@ -221,7 +245,7 @@ def test_ingested_steps_are_labelled_and_learned_from(recipe: Recipe, inputs: di
         log |= {"observation": episode["opening"]} | {
             name: episode[name] for name in ("task_id", "task_type", "success")
         }
-        shown = taken.select("command", "observation", precision=pl.lit(recipe.precisions.high))
+        shown = taken.select("command", "observation", precision=pl.lit(recipe.precisions.route[0]))
         lines.append(json.dumps(log | {"steps": shown.to_dicts()}))
     (tmp_path / "incoming" / "logs.jsonl").write_text("\n".join(lines))
     done, games = dict(inputs), tmp_path / "games"
