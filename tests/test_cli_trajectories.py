@@ -54,7 +54,8 @@ def test_a_good_file_is_summed_up(project: Recipe) -> None:
         "episodes": "2",
         "steps": "5",
         "success rate": "50.0%",
-        "high-precision ratio (float)": "80.0%",
+        "steps at float": "80.0%",
+        "steps at int2": "20.0%",
     }
     assert "Not checked: whether its games are held out" in without_games.output
 

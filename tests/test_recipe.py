@@ -28,7 +28,7 @@ from dmr_pipeline.recipe import (
 from dmr_pipeline.recipe_fields import Section
 from dmr_pipeline.recipe_text import read_mapping
 from dmr_pipeline.versioning import dvc_stages
-from tests.helpers.bad_recipes import AGENT_ALONE, ALFWORLD, ARCHITECTURE, MODEL, OTHERS, G, K, P, T
+from tests.helpers.bad_recipes import AGENT_ALONE, ALFWORLD, ARCHITECTURE, BEHAVIOUR, MIXED, MODEL, OTHERS, G, K, P, T
 from tests.helpers.fake_project import RECIPE_YAML, REPOSITORY
 from tests.helpers.recipes import BAD_NAMES, TEXTS, content
 
@@ -66,7 +66,17 @@ def test_what_would_fail_later_is_refused_in_one_line(
         (AGENT_ALONE | {MODEL + ".probe.layers": [36]}, "kl_router.model.probe.layers.0", 36),
         (AGENT_ALONE | {P + "ladder.4.keep_float": ["*.q"]}, "precisions.ladder.4.keep_float.0", "*.q"),
         ({"benchmark.splits.validation": 150}, "precisions.kl_episodes", 50),
-        ({P + "ladder.0.name": "high", P + "high": "high"}, "precisions.high", "high"),
+        (
+            {P + "ladder.0.name": "high", P + "route.0": "high", BEHAVIOUR: [MIXED | {"shares": {"high": 1}}]},
+            "precisions.route.0", "high",
+        ),
+        ({P + "route": ["float", "int4", "int2"]}, "precisions.route.1", "int4"),
+        ({P + "route": ["float", "int8", "int4", "int2-mse", "int2"]}, "precisions.route.4", "int2"),
+        (
+            {P + "route": ["float", "int4", "int2"], BEHAVIOUR + ".2.shares": {"int4": 0.1, "float": 0.7, "int2": 0.2}},
+            BEHAVIOUR + ".2.shares.int4", 0.1,
+        ),
+        ({BEHAVIOUR + ".1.shares": {"float": 0, "int2": 1}}, BEHAVIOUR + ".1.shares.float", 0.0),
         ({"versioning.remote": "s3-store.eu"}, "versioning.remote", "s3-store.eu"),
         ({"evaluation.bootstrap": 40}, "evaluation.bootstrap", 40),
     ],
@@ -81,10 +91,10 @@ def test_what_is_right_is_taken(tmp_path: Path, changes: dict[str, object], path
 
 
 DUMPS = {
-    "alfworld-tiny": "571bc6e31c3a",
-    "alfworld-tiny-official": "8d5db5f19202",
-    "webshop-tiny": "24358fcf9b2f",
-    "webshop-tiny-official": "18f4c0968846",
+    "alfworld-tiny": "aafb0d4bb92b",
+    "alfworld-tiny-official": "8a8385f7a117",
+    "webshop-tiny": "465148411202",
+    "webshop-tiny-official": "b654ee284b4d",
 }
 """SHA-256 of what agents that lie in Git were made from; a new field is left out where it is not set."""
 
@@ -97,14 +107,14 @@ def test_committed_recipes_stay_what_published_artefacts_were_made_from(name: st
 
 def test_all_problems_are_named_at_once_and_commands_name_the_first(tmp_path: Path) -> None:
     changes = {
-        T + "updates": "1000", P + "gate_gap": [0.5, 0.2], P + "low": "float", "evaluation.bootstrap": 1,
+        T + "updates": "1000", P + "gate_gap": [0.5, 0.2], P + "route": ["float", "float"], "evaluation.bootstrap": 1,
         "grpo_router.lerning_rate": 1, K + "validation_games": 500, "benchmark.splits.validation": 100,
     }  # fmt: skip
     found = problems(tmp_path, "alfworld-tiny", changes)
     wanted = [
         "grpo_router.lerning_rate: Extra inputs are not permitted",
         "agent.training.updates: Input should be a valid integer (it is '1000')",
-        "precisions.low: 'float' has to be below high, 'float'; the ladder is highest first: ",
+        "precisions.route: 'float' has to be below 'float'; the ladder is highest first: ",
         "precisions.gate_gap: [0.5, 0.2]: the first is the lower bound, the second the upper one",
         "evaluation.bootstrap: 1 resamples, but an interval of 0.95 has one beyond its ends from 40 on",
     ]

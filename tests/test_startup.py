@@ -44,7 +44,9 @@ def run_with_metrics(context: StageContext) -> StageResult:
         {"always_high": 1.0, "always_low": 0.0, "kl_router": 0.4},
         {"always_high": 1.0, "always_low": 0.2, "kl_router": 0.5},
     )
-    metrics = compute_metrics(episodes, recipe=RECIPE, high="always_high", low="always_low", headline="kl_router")
+    metrics = compute_metrics(
+        episodes, recipe=RECIPE, route=("float", "int2"), high="always_high", low="always_low", headline="kl_router"
+    )
     (context.output / "metrics.json").write_text(json.dumps(metrics))
     return done
 

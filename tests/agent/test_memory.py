@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,15 +10,13 @@ from polars.testing import assert_frame_equal
 from dmr_pipeline.agent.memory import halving, in_pieces, out_of_memory_names
 from dmr_pipeline.environments.alfworld.game import Game
 from dmr_pipeline.errors import UserError
-from dmr_pipeline.recipe import Recipe, load_recipe
 from dmr_pipeline.rollout.engine import Trajectory, play_alone
 from dmr_pipeline.rollout.kv_cache.packed import PackedStreams
-from dmr_pipeline.rollout.playing import Ladder
 from dmr_pipeline.rollout.tables import to_frames
 from dmr_pipeline.router.baselines import RandomMixing
 from dmr_pipeline.router.labels import measure
 from tests.helpers.memory import fits
-from tests.helpers.rollouts import HIGH, LOW, PROMPTER, RUNS, STEPS, taken
+from tests.helpers.rollouts import HALF, HIGH, PROMPTER, ROUTE, RUNS, STEPS, rollouts_of, taken
 
 GAMES = [run.task for run in RUNS]
 
@@ -116,19 +113,12 @@ def test_pieces_stay_as_small_as_fitted() -> None:
     assert in_pieces([], 8, "episodes", work) == []
 
 
-def ladder() -> Ladder:
-    recipe = load_recipe("alfworld-tiny", Path(__file__).parents[2] / "recipes")
-    changes = {"benchmark": {**recipe.benchmark.model_dump(), "step_limit": STEPS}, "runtime": {"processes": 1}}
-    recipe = Recipe.model_validate(recipe.model_dump() | changes)
-    return Ladder({True: HIGH, False: LOW}, {True: 2, False: 1}, 1.0, PROMPTER, torch.device("cpu"), recipe)
-
-
 def test_routed_episodes_and_their_labels_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    policy = RandomMixing(0.5, seed=1)
-    expected = ladder().play(RUNS, policy, seed=0)
+    policy = RandomMixing(HALF, seed=1)
+    expected = rollouts_of(ROUTE).play(RUNS, policy, seed=0)
     frames = to_frames(expected, "mixed")
-    rows = measure(ladder(), *frames, slots=7)
+    rows = measure(rollouts_of(ROUTE), *frames, "action")
     fits(monkeypatch, rows=2)
-    assert taken(ladder().play(RUNS, policy, seed=0)) == taken(expected)
-    fewer = measure(ladder(), *frames, slots=7)
+    assert taken(rollouts_of(ROUTE).play(RUNS, policy, seed=0)) == taken(expected)
+    fewer = measure(rollouts_of(ROUTE), *frames, "action")
     assert_frame_equal(fewer, rows, abs_tol=1e-5)

@@ -83,7 +83,7 @@ def test_a_rung_nearer_to_float_than_the_one_above_is_found(finished_project: Re
 @pytest.mark.parametrize(("ratio", "fine"), [(0.0, False), (0.005, False), (0.01, True), (0.99, True), (1.0, False)])
 def test_collapsed_routers_are_found(finished_project: Recipe, ratio: float, fine: bool):
     for stage, summary in (
-        ("kl_router", {"validation_high_ratio": ratio}),
+        ("kl_router", {"validation_spend": ratio}),
         ("grpo_router", {"validation_ratio": ratio}),
         ("grpo_router", {"validation_ratio": 0.5, "calibrated_validation_ratio": ratio}),
     ):
@@ -97,6 +97,7 @@ def test_collapsed_routers_are_found(finished_project: Recipe, ratio: float, fin
         ("kl_router", {"ci95": [0.55, 0.6]}, "kl_router: success 0.5 with interval 0.55 to 0.6"),
         ("kl_router", {"success": 1.2, "ci95": [1.1, 1.3]}, "kl_router: success 1.2"),
         ("kl_router", {"high_ratio": -0.1}, "kl_router: high-precision ratio -0.1"),
+        ("kl_router", {"spend": 1.1}, "kl_router: high-precision ratio 0.3, spend 1.1"),
         ("always_high", {"high_ratio": 0.9}, "always_high: high-precision ratio 0.9, which must be 1"),
         ("always_low", {"cost": 0.0}, "always_low: cost 0.0"),
         ("always_low", {"n": 2}, "not all policies played the same number"),

@@ -19,6 +19,7 @@ def steps() -> pl.DataFrame:
         {
             "episode_id": ["a", "a", "b", "b"],
             "turn": [0, 1, 0, 1],
+            "precision": ["int2"] * 4,
             "task_type": [TYPES[0], TYPES[0], TYPES[5], TYPES[5]],
             "kl_high_low": [0.0, 1.5, -1e-8, 0.2],
             "kl_low_high": [0.0, 1.5, 0.0, 0.2],
@@ -52,6 +53,13 @@ def test_each_expectation_of_the_sensitivity_dataset_can_fail(column: str, value
     assert not validation.success
     assert len(validation.failures) == 1
     assert pl.Series(validation.failures).str.contains(explained).all(), validation.failures
+
+
+def test_a_step_has_a_row_for_each_cheaper_rung():
+    of_three = pl.concat([steps(), steps().with_columns(precision=pl.lit("int4"))])
+    assert validate_sensitivity_steps(of_three, TYPES, SHARE).success
+    (failure,) = validate_sensitivity_steps(pl.concat([of_three, of_three.head(1)]), TYPES, SHARE).failures
+    assert "expect_compound_columns_to_be_unique" in failure
 
 
 def test_missing_columns_and_empty_tables_fail():

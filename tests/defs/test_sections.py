@@ -21,7 +21,7 @@ CHANGES = {
     "benchmark": ("agent_train: 1", "agent_train: 2"),
     "agent": ("agent: {pretrained: {model: models/tiny}}", "agent: {pretrained: {model: models/other}}"),
     "precisions": ("{name: int2, weights: int2}]", "{name: int2, weights: int4}]"),
-    "trajectories": ("high_ratio: 1.0", "high_ratio: 0.5"),
+    "trajectories": ("shares: {float: 1.0}", "shares: {float: 0.5, int2: 0.5}"),
     "sensitivity": ("quantile: 0.5", "quantile: 0.4"),
     "kl_router": ("batch_episodes: 1", "batch_episodes: 2"),
     "grpo_router": ("cost_weight: 0.1", "cost_weight: 0.2"),

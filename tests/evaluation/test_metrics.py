@@ -25,11 +25,13 @@ from dmr_pipeline.evaluation.metrics import (
     wilson,
 )
 from dmr_pipeline.evaluation.results import Metrics, failures_of
+from tests.helpers.evaluations import ROUTE, THREE
 
 
 def compute(episodes: pl.DataFrame, **changes: object) -> Metrics:
     arguments: dict = {
         "recipe": "r",
+        "route": ROUTE,
         "high": "always_high",
         "low": "always_low",
         "headline": "kl_router",
@@ -246,6 +248,52 @@ def test_a_rung_that_acts_alone_recovers_its_part_of_the_gap_and_is_no_router(ep
     assert metrics == before
 
 
+def test_shares_spend_and_bits_of_two_rungs(episodes: pl.DataFrame) -> None:
+    metrics = compute(episodes)
+    assert metrics["route"] == ["float", "int2"]
+    assert metrics["policies"]["kl_router"]["shares"] == {"float": 0.4, "int2": 0.6}
+    assert metrics["policies"]["kl_router"]["mean_bits"] == pytest.approx(0.4 * 32 + 0.6 * 2.5)
+    for policy in metrics["policies"].values():
+        assert policy["spend"] == policy["high_ratio"] == policy["shares"]["float"]
+
+
+def test_shares_spend_and_bits_of_three_rungs_by_hand(of_three: pl.DataFrame) -> None:
+    """The means are over all steps together: of two episodes the longer one counts for more."""
+    metrics = compute(of_three, route=THREE)
+    assert metrics["route"] == list(THREE)
+    found = {name: tuple(policy["shares"].items()) for name, policy in metrics["policies"].items()}
+    assert found["kl_router"] == found["random@kl_router"] == (("float", 0.3), ("int4", 0.4), ("int2", 0.3))
+    assert found["always_int4"] == (("float", 0.0), ("int4", 1.0), ("int2", 0.0))
+    router = metrics["policies"]["kl_router"]
+    assert router["high_ratio"] == router["token_high_ratio"] == 0.3
+    assert router["spend"] == pytest.approx(0.3 * 1 + 0.4 * 0.25)
+    assert router["mean_bits"] == pytest.approx(0.3 * 32 + 0.4 * 4.5 + 0.3 * 2.5)
+    assert (metrics["policies"]["always_int4"]["spend"], metrics["policies"]["always_int4"]["mean_bits"]) == (0.25, 4.5)
+    # The curve is over the spend: 0.875 of the gap at 0.4.
+    assert metrics["apgr"] == pytest.approx(0.4 * 0.875 / 2 + 0.6 * 1.875 / 2)
+    assert metrics["cpt50"] == pytest.approx(0.4 * 0.5 / 0.875, abs=1e-6)
+    longer = pl.col("policy").eq("kl_router") & pl.col("game_id").eq("game-0000")
+    changes = {"steps": 30, "steps_at": [30, 0, 0], "high_steps": 30, "spend": 30.0, "bits": 30 * 32.0}
+    changed = of_three.with_columns(
+        pl.when(longer).then(pl.lit(value, of_three.schema[name])).otherwise(name).alias(name)
+        for name, value in changes.items()
+    )
+    router = compute(changed, route=THREE)["policies"]["kl_router"]
+    assert router["shares"] == pytest.approx(
+        {"float": (99 * 3 + 30) / 1020, "int4": 99 * 4 / 1020, "int2": 99 * 3 / 1020}, abs=1e-6
+    )
+    assert router["spend"] == pytest.approx((99 * 4 + 30) / 1020, abs=1e-6)
+    assert router["mean_bits"] == pytest.approx((99 * 121.5 + 30 * 32) / 1020, abs=1e-6)
+
+
+def test_a_rung_that_is_not_routed_has_no_share(episodes: pl.DataFrame) -> None:
+    alone = episodes.filter(policy="always_low").with_columns(
+        policy=pl.lit("always_int4"), kind=pl.lit("rung"), steps_at=pl.lit([], pl.List(pl.Int64)), bits=pl.lit(45.0)
+    )
+    found = compute(pl.concat([episodes, alone]))["policies"]["always_int4"]
+    assert (found["shares"], found["spend"], found["mean_bits"]) == ({"float": 0.0, "int2": 0.0}, 0.0, 4.5)
+
+
 def test_scores_of_known_rewards(make: Callable) -> None:
     """Even games give the router 0.25, odd ones 0.75: the bootstrap's mean is 0.25 + Binomial(100, 1/2) / 200."""
     rewards = np.tile([0.25, 0.75], 50)
@@ -318,7 +366,7 @@ def test_paired_rows(episodes: pl.DataFrame) -> None:
 
 def test_headline_comes_first_and_routers_are_compared(episodes: pl.DataFrame) -> None:
     def renamed(rows: pl.DataFrame) -> pl.DataFrame:
-        return rows.with_columns(pl.col("policy").str.replace("kl_router", "a_router"))
+        return rows.with_columns(pl.col("policy", "variant_of").str.replace("kl_router", "a_router"))
 
     both = pl.concat([episodes, renamed(episodes.filter(pl.col("policy").str.contains("kl_router")))])
     pairs = [(row["policy"], row["against"]) for row in compute(both)["paired"]]
@@ -333,7 +381,11 @@ def test_headline_comes_first_and_routers_are_compared(episodes: pl.DataFrame) -
 
 def test_a_router_is_compared_with_itself_with_searches_switched(episodes: pl.DataFrame) -> None:
     switched = episodes.filter(policy="kl_router").with_columns(
-        policy=pl.lit("kl_router-search"), kind=pl.lit("ablation"), success=pl.lit(False), reward=pl.lit(0.0)
+        policy=pl.lit("kl_router-search"),
+        kind=pl.lit("ablation"),
+        variant_of=pl.lit("kl_router"),
+        success=pl.lit(False),
+        reward=pl.lit(0.0),
     )
     without, metrics = compute(episodes), compute(pl.concat([episodes, switched]))
     pairs = {(row["policy"], row["against"]): row for row in metrics["paired"]}
@@ -378,6 +430,10 @@ def test_any_episodes(make: Callable, success: np.ndarray, seed: int) -> None:
         (lambda rows: pl.concat([rows, rows.head(1)]), "appears twice"),
         (lambda rows: rows.with_columns(kind=pl.lit("magic")), "unknown kind magic"),
         (lambda rows: rows.with_columns(high_steps=pl.lit(11, pl.Int64)), "impossible steps"),
+        (lambda rows: rows.with_columns(steps_at=pl.lit([6, 5], pl.List(pl.Int64))), "impossible steps"),
+        (lambda rows: rows.with_columns(spend=pl.lit(10.5)), "impossible steps"),
+        (lambda rows: rows.with_columns(bits=pl.lit(0.0)), "impossible steps"),
+        (lambda rows: rows.drop("variant_of"), "missing columns: variant_of"),
         (lambda rows: rows.with_columns(cost=pl.lit(float("nan"))), "impossible steps, tokens, cost or reward"),
         (lambda rows: rows.with_columns(reward=pl.lit(0.5)), "impossible steps, tokens, cost or reward"),
         (lambda rows: rows.with_columns(success=pl.lit(None, pl.Boolean)), "missing values in success"),

@@ -11,13 +11,14 @@ from hypothesis import strategies as st
 
 from dmr_pipeline.evaluation import plots
 from dmr_pipeline.evaluation.metrics import compute_metrics
+from tests.helpers.evaluations import ROUTE
 
 
 def draw_all(folder: Path, episodes: pl.DataFrame, shift: float = 0.0) -> dict[str, bytes]:
     """All four pictures of fixed data; `shift` changes every picture's data a little."""
     generator = np.random.default_rng(0)
     metrics = compute_metrics(
-        episodes, recipe="tiny", high="always_high", low="always_low", headline="kl_router", bootstrap=100
+        episodes, recipe="tiny", route=ROUTE, high="always_high", low="always_low", headline="kl_router", bootstrap=100
     )
     metrics["policies"]["kl_router"]["cost"] += shift
     plots.plot_accuracy_cost(metrics, folder / "accuracy_cost.png")

@@ -5,10 +5,11 @@ from dmr_pipeline.recipe import load_recipe
 from dmr_pipeline.stages.evaluation_report import outgrown_notes
 
 
-def validation_frame(won: int, cost: float, high_steps: int) -> pl.DataFrame:
+def validation_frame(won: int, cost: float, high_steps: int, spend: float | None = None) -> pl.DataFrame:
     """100 episodes of ten steps."""
     rows = pl.DataFrame({"success": [i < won for i in range(100)]})
-    return rows.with_columns(cost=pl.lit(cost), steps=pl.lit(10), high_steps=pl.lit(high_steps))
+    spend = high_steps if spend is None else spend
+    return rows.with_columns(cost=pl.lit(cost), steps=pl.lit(10), high_steps=pl.lit(high_steps), spend=pl.lit(spend))
 
 
 def test_the_headline_router_is_the_one_of_the_higher_reward_within_the_budget() -> None:
@@ -16,13 +17,17 @@ def test_the_headline_router_is_the_one_of_the_higher_reward_within_the_budget()
     dear, cheap = validation_frame(80, 0.9, 2), validation_frame(78, 0.5, 2)
     chosen, facts = choose_headline({"dear": dear, "cheap": cheap}, section)
     assert chosen == "cheap"
-    assert facts["cheap"] == {"stage_2_reward": 0.53, "success": 0.78, "high_ratio": 0.2, "cost": 0.5}
+    assert facts["cheap"] == {"stage_2_reward": 0.53, "success": 0.78, "spend": 0.2, "cost": 0.5}
     assert facts["dear"]["stage_2_reward"] == 0.35
     free = section.model_copy(update={"cost_weight": 0.0})
     assert choose_headline({"dear": dear, "cheap": cheap}, free)[0] == "dear"
     over_budget = validation_frame(99, 0.5, 5)
     assert choose_headline({"cheap": cheap, "over budget": over_budget}, section)[0] == "cheap"
     assert choose_headline({"over budget": over_budget}, section)[0] == "over budget"
+    # The budget is of bytes: of three rungs not of steps at the dearest.
+    of_three = validation_frame(99, 0.5, 1, spend=4.1)
+    chosen, facts = choose_headline({"cheap": cheap, "of three": of_three}, section)
+    assert (chosen, facts["of three"]["spend"]) == ("cheap", 0.41)
 
 
 def test_episodes_that_outgrew_their_transcript_are_told_by_policy() -> None:

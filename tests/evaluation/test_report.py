@@ -13,11 +13,14 @@ from dmr_pipeline.evaluation.metrics import compute_metrics
 from dmr_pipeline.evaluation.plots import plot_accuracy_cost
 from dmr_pipeline.evaluation.report import console_table, headline, markdown_table, render_html
 from dmr_pipeline.evaluation.results import Metrics
+from tests.helpers.evaluations import ROUTE
 
 
 @pytest.fixture
 def metrics(episodes: pl.DataFrame) -> Metrics:
-    return compute_metrics(episodes, recipe="tiny", high="always_high", low="always_low", headline="kl_router")
+    return compute_metrics(
+        episodes, recipe="tiny", route=ROUTE, high="always_high", low="always_low", headline="kl_router"
+    )
 
 
 @pytest.fixture
@@ -85,7 +88,7 @@ def test_headline_says_what_came_out(metrics: Metrics) -> None:
 
 def test_headline_is_honest_about_bad_news(episodes: pl.DataFrame) -> None:
     """The router's episodes swapped with random's, a dear router, and a high precision that is no better than low."""
-    arguments = {"recipe": "tiny", "high": "always_high", "low": "always_low", "headline": "kl_router"}
+    arguments = {"recipe": "tiny", "route": ROUTE, "high": "always_high", "low": "always_low", "headline": "kl_router"}
 
     def like(policy: str, model: str) -> pl.DataFrame:
         copied = episodes.filter(policy=model, draw=0).select("game_id", "success", "reward")
@@ -116,7 +119,12 @@ def test_headline_names_the_precision_that_makes_a_router_needless(
         policy=pl.lit("always_int4"), kind=pl.lit("rung"), success=won, reward=won.cast(pl.Float64), cost=pl.lit(cost)
     )
     metrics = compute_metrics(
-        pl.concat([episodes, rung]), recipe="tiny", high="always_high", low="always_low", headline="kl_router"
+        pl.concat([episodes, rung]),
+        recipe="tiny",
+        route=ROUTE,
+        high="always_high",
+        low="always_low",
+        headline="kl_router",
     )
     sentence = f"Without a router, at no higher cost, as much is reached by: always_int4 ({solved}.0% at a cost of {cost:.2f})."
     assert (sentence in headline(metrics)) is said
@@ -126,7 +134,9 @@ def test_headline_names_the_precision_that_makes_a_router_needless(
 def graded(episodes: pl.DataFrame) -> Metrics:
     """The same successes; who fails gets half of the reward."""
     rewards = episodes.with_columns(reward=pl.when("success").then(1.0).otherwise(0.5))
-    return compute_metrics(rewards, recipe="tiny", high="always_high", low="always_low", headline="kl_router")
+    return compute_metrics(
+        rewards, recipe="tiny", route=ROUTE, high="always_high", low="always_low", headline="kl_router"
+    )
 
 
 def test_scores_are_shown_where_rewards_are_graded(graded: Metrics, metrics: Metrics, tmp_path: Path) -> None:

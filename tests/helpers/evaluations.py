@@ -1,6 +1,6 @@
 """Made-up evaluations with known properties."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import polars as pl
@@ -11,21 +11,39 @@ Success = Mapping[str, tuple[str, np.ndarray]]
 """Policy -> kind and success, or reward, [draws, games]."""
 
 
-def make_episodes(success: Success, ratios: Mapping[str, float], costs: Mapping[str, float]) -> pl.DataFrame:
-    """Episodes of ten steps and a hundred tokens, with constant ratio and cost; game g is of type 'even' or 'odd'."""
+ROUTE, THREE = ("float", "int2"), ("float", "int4", "int2")
+BITS = {"float": 32.0, "int4": 4.5, "int2": 2.5}
+SPEND = {"float": 1.0, "int4": 0.25, "int2": 0.0}
+Ratio = float | Sequence[float]
+"""Share of the high-precision steps, of two rungs; or the shares of three, dearest first."""
+
+
+def make_episodes(success: Success, ratios: Mapping[str, Ratio], costs: Mapping[str, float]) -> pl.DataFrame:
+    """Episodes of ten steps and a hundred tokens, with constant shares and cost; game g is of type 'even' or 'odd'. Random
+    policies are variants of the routers that their names tell."""
+
+    def steps_at(policy: str) -> dict[str, int]:
+        ratio = ratios[policy]
+        shares = (ratio, 1 - ratio) if isinstance(ratio, float) else ratio
+        return dict(zip(ROUTE if len(shares) == 2 else THREE, (round(10 * share) for share in shares), strict=True))
+
     rows = [
         {
             "policy": policy,
             "kind": kind,
+            "variant_of": policy.removeprefix("random@") if kind == "random" else "",
             "draw": draw,
             "game_id": f"game-{game:04d}",
             "task_type": ("even", "odd")[game % 2],
             "success": bool(solved == 1),
             "reward": float(solved),
             "steps": 10,
-            "high_steps": round(10 * ratios[policy]),
+            "high_steps": steps_at(policy)["float"],
             "tokens": 100,
-            "high_tokens": round(100 * ratios[policy]),
+            "high_tokens": 10 * steps_at(policy)["float"],
+            "steps_at": list(steps_at(policy).values()),
+            "spend": sum(SPEND[rung] * steps for rung, steps in steps_at(policy).items()),
+            "bits": sum(BITS[rung] * steps for rung, steps in steps_at(policy).items()),
             "switches": 2,
             "cost": costs[policy],
         }

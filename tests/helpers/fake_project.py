@@ -26,9 +26,8 @@ benchmark: {splits: {agent_train: 1, router_train: 1, validation: 1, test: 1}}
 agent: {pretrained: {model: models/tiny}}
 precisions:
   ladder: [{name: float, weights: float}, {name: int2, weights: int2}]
-  high: float
-  low: int2
-trajectories: {behaviour: [{name: all_high, high_ratio: 1.0}]}
+  route: [float, int2]
+trajectories: {behaviour: [{name: all_high, shares: {float: 1.0}}]}
 sensitivity: {quantile: 0.5}
 kl_router:
   model: {pretrained: {model: models/tiny}}
@@ -61,6 +60,7 @@ def fake_run(context: StageContext) -> StageResult:
             "game_id": ["g", "g", "h"],
             "task_type": ["pick_and_place_simple"] * 3,
             "turn": [0, 1, 0],
+            "precision": ["int2"] * 3,
             "kl_high_low": [0.0, 0.5, 0.1],
             "kl_low_high": [0.0, 0.4, 0.1],
             "js": [0.0, 0.1, 0.1],
@@ -81,6 +81,7 @@ def fake_run(context: StageContext) -> StageResult:
     if name == "evaluation_report":
         metrics = {
             "recipe": context.recipe.name,
+            "route": ["float", "int2"],
             "high": "always_high",
             "low": "always_low",
             "headline": "kl_router",
@@ -106,7 +107,7 @@ SUMMARIES: dict[str, dict[str, object]] = {
     },
     "ingested_trajectories": {"files": 0, "episodes": 0, "steps": 0},
     "sensitivity_dataset": {"ingested_steps": 0},
-    "kl_router": {"validation_high_ratio": 0.3},
+    "kl_router": {"validation_spend": 0.3},
     "grpo_router": {"validation_ratio": 0.3},
 }
 """What the real stages say of themselves and the checks look at."""
@@ -114,7 +115,7 @@ SUMMARIES: dict[str, dict[str, object]] = {
 
 def fake_policy(name: str) -> dict[str, object]:
     ratio = {"always_high": 1.0, "always_low": 0.0}.get(name, 0.3)
-    return {"success": 0.5, "ci95": [0.4, 0.6], "high_ratio": ratio, "cost": 0.5, "n": 1}
+    return {"success": 0.5, "ci95": [0.4, 0.6], "high_ratio": ratio, "spend": ratio, "cost": 0.5, "n": 1}
 
 
 def fake_stages() -> tuple[Stage, ...]:

@@ -50,7 +50,7 @@ TEXTS: list[tuple[str, bytes, str]] = [
     ("open", b"a: [1, 2", "not valid YAML: line 1, column 9: expected ',' or ']'"),
     ("tab", b"a:\n\t- b", "not valid YAML: line 2, column 1: found character"),
     ("twice", RECIPE_YAML.encode() + b"release: {}\n",
-     "not valid YAML: line 26, column 1: found duplicate key \"release\""),
+     "not valid YAML: line 25, column 1: found duplicate key \"release\""),
     ("twice-within", b"a: {b: 1, b: 2}", "not valid YAML: line 1, column 11: found duplicate key \"b\""),
     ("deep", b"a: " + b"[" * 50_000, "not valid YAML: line 1: more than 20 levels of nesting"),
     ("deep-blocks", b"".join(b" " * i + b"a:\n" for i in range(300)), "not valid YAML: line 21: more than 20 levels"),

@@ -1,19 +1,23 @@
-"""Two random agents that act at high and at low precision, a few games, and what they must do by plain forward passes."""
+"""Random agents that act as rungs of a ladder, a few games, and what they must do by plain forward passes."""
 
 import copy
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 
 from dmr_pipeline.environments.alfworld.generator import generate_game
 from dmr_pipeline.environments.alfworld.words import alfworld_texts
+from dmr_pipeline.precision.acting import ActingModels
 from dmr_pipeline.recipe import Architecture, Prompt
 from dmr_pipeline.rollout.engine import (
     Run,
+    SinglePrecision,
     Trajectory,
     play,
 )
 from dmr_pipeline.rollout.kv_cache.padded import Streams
+from dmr_pipeline.rollout.playing import Rollouts
 from dmr_pipeline.rollout.prompts import Prompter
 from dmr_pipeline.training.train import new_model
 from dmr_pipeline.training.vocabulary import word_tokenizer
@@ -27,18 +31,53 @@ with torch.no_grad():  # fresh weights repeat the token they read; these wander
     LOW = copy.deepcopy(HIGH)
     for parameter in LOW.parameters():
         parameter += 0.01 * torch.randn_like(parameter)
+    MIDDLE = copy.deepcopy(HIGH)
+    for parameter in MIDDLE.parameters():
+        parameter += 0.005 * torch.randn_like(parameter)
+MODELS = {"float": HIGH, "int4": MIDDLE, "int2": LOW}
+ROUTE = ("float", "int2")
+THREE = ("float", "int4", "int2")
+ALL_HIGH, ALL_LOW = (SinglePrecision(rung, ROUTE) for rung in ROUTE)
+HALF = dict.fromkeys(ROUTE, 0.5)
+"""Shares of random mixing."""
 RUNS = [Run(generate_game(seed)[0]) for seed in range(7)]
 STEPS = 6
 
 
-def roll(policy, slots=7, action="generate", temperature=0.0, seed=0, runs=RUNS, known=None) -> list[Trajectory]:
-    agents = {True: Streams(HIGH, slots, 2048), False: Streams(LOW, slots, 2048)}
-    return play(runs, agents, PROMPTER, policy, STEPS, action, temperature, seed, known=known)
+def streams_of(rungs: Sequence[str], slots: int) -> dict[str, Streams]:
+    return {rung: Streams(MODELS[rung], slots, 2048) for rung in rungs}
+
+
+def roll(
+    policy, slots=7, action="generate", temperature=0.0, seed=0, runs=RUNS, known=None, route=ROUTE
+) -> list[Trajectory]:
+    return play(runs, streams_of(route, slots), PROMPTER, policy, STEPS, action, temperature, seed, known=known)
+
+
+def rollouts_of(rungs: Sequence[str]) -> Rollouts:
+    """These models as `Rollouts.load` would hold them, in one process."""
+    models, sizes = {rung: MODELS[rung] for rung in rungs}, {"float": 8, "int4": 4, "int2": 2}
+    return Rollouts(
+        ActingModels(models, {rung: sizes[rung] for rung in rungs}, torch.device("cpu")),
+        PROMPTER,
+        unit_cost=1.0,
+        step_limit=STEPS,
+        action="generate",
+        temperature=0.0,
+        capacity=2048,
+        batch_episodes=64,
+        processes=1,
+        reuse_actions=True,
+    )
 
 
 def but_for_rounding(played: list[Trajectory]) -> list[Trajectory]:
     """The same episodes, the policy's probabilities in full thousandths."""
-    return [replace(t, steps=[replace(s, probability=round(s.probability, 3)) for s in t.steps]) for t in played]
+
+    def rounded(levels: Sequence[float]) -> tuple[float, ...]:
+        return tuple(round(level, 3) for level in levels)
+
+    return [replace(t, steps=[replace(s, exceedance=rounded(s.exceedance)) for s in t.steps]) for t in played]
 
 
 def taken(played: list[Trajectory]) -> list[list[list[int]]]:

@@ -41,17 +41,16 @@ from dmr_pipeline.ingestion.inbox import file_away, lying_files, misplaced_files
 from dmr_pipeline.ingestion.rules import Rules, read_episodes
 from dmr_pipeline.ingestion.schema import EXAMPLE, LoggedEpisode
 from dmr_pipeline.ingestion.stored import read_ingested
-from dmr_pipeline.ingestion.tables import INGESTED, ingested_tables, read_all_trajectories
-from dmr_pipeline.recipe import Prompt, Recipe
+from dmr_pipeline.ingestion.tables import INGESTED, ingested_tables, read_all_trajectories, routed
+from dmr_pipeline.recipe import Prompt, Recipe, load_recipe
 from dmr_pipeline.rollout.engine import Trajectory, play
-from dmr_pipeline.rollout.kv_cache.padded import Streams
 from dmr_pipeline.rollout.prompts import Prompter
 from dmr_pipeline.rollout.tables import to_frames
 from dmr_pipeline.router.baselines import RandomMixing
 from dmr_pipeline.stages.ingested_trajectories import ingested_trajectories
 from dmr_pipeline.training.examples import expert_example
 from tests.helpers.fake_project import RECIPE_YAML, REPOSITORY, fake_run
-from tests.helpers.rollouts import HIGH, LOW, PROMPTER, RUNS
+from tests.helpers.rollouts import HALF, PROMPTER, ROUTE, RUNS, streams_of
 
 REAL = pipeline.find_stage("ingested_trajectories", pipeline.STAGES)
 BENCHMARK = replace(pipeline.find_stage("benchmark_tasks", pipeline.STAGES), run=fake_run)
@@ -794,8 +793,8 @@ def log_of(trajectory: Trajectory) -> Episode:
             {
                 "command": s.command,
                 "observation": s.observation,
-                "precision": "float" if s.high else "int2",
-                "probability": s.probability,
+                "precision": s.precision,
+                "probability": s.exceedance[0],
             }
             for s in trajectory.steps
         ],
@@ -806,17 +805,16 @@ def log_of(trajectory: Trajectory) -> Episode:
 
 @pytest.fixture(scope="module")
 def played() -> list[Trajectory]:
-    agents = {True: Streams(HIGH, 3, 2048), False: Streams(LOW, 3, 2048)}
-    return play(RUNS[:3], agents, PROMPTER, RandomMixing(0.5, seed=3), 4, action="score")
+    return play(RUNS[:3], streams_of(ROUTE, 3), PROMPTER, RandomMixing(HALF, seed=3), 4, action="score")
 
 
 def test_a_played_episode_that_was_logged_gives_the_same_tables(prepared: Recipe, played: list[Trajectory]) -> None:
     drop(DATA, "a.jsonl", jsonl(*map(log_of, played)))
     folder = ingest(prepared).artifact.path
-    episodes, steps = ingested_tables(read_ingested(folder), PROMPTER, "float", CAPACITY)
+    episodes, steps = ingested_tables(read_ingested(folder), RECIPE.precisions, PROMPTER, CAPACITY)
     wanted_episodes, wanted_steps = to_frames(played, INGESTED)
-    assert wanted_steps["high"].n_unique() == 2
-    assert set(wanted_steps["probability"]) == {0.5}
+    assert set(wanted_steps["precision"]) == set(ROUTE)
+    assert set(wanted_steps["exceedance"].explode()) == {0.5}
     known = wanted_steps.with_columns(processed=pl.lit(0, pl.Int64))
     assert episodes.equals(wanted_episodes)
     assert steps.equals(known)
@@ -827,7 +825,7 @@ def test_a_played_episode_that_was_logged_gives_the_same_tables(prepared: Recipe
     own_episodes.write_parquet(given_folder / "episodes.parquet")
     own_steps.write_parquet(given_folder / "steps.parquet")
     inputs = {"trajectories": given_folder, "ingested_trajectories": folder}
-    union = read_all_trajectories(inputs, PROMPTER, "float", CAPACITY)
+    union = read_all_trajectories(inputs, RECIPE.precisions, PROMPTER, CAPACITY)
     assert union.episodes.equals(pl.concat([own_episodes, wanted_episodes]))
     assert union.steps.equals(pl.concat([own_steps, known]))
     assert union.ingested_steps == len(known)
@@ -843,11 +841,38 @@ def test_a_probability_that_was_not_logged_is_what_acted(prepared: Recipe) -> No
     columns = {stem: [field.name for field in schema.field("steps").type.value_type] for stem, schema in stored.items()}
     without = ["command", "thought", "observation", "precision"]
     assert sorted(columns.values()) == [without, [*without, "probability"]]
-    _, table = ingested_tables(read_ingested(folder), PROMPTER, "float", CAPACITY)
+    _, table = ingested_tables(read_ingested(folder), RECIPE.precisions, PROMPTER, CAPACITY)
     found = {row["episode_id"]: [] for row in table.iter_rows(named=True)}
     for row in table.iter_rows(named=True):
-        found[row["episode_id"]].append(row["probability"])
-    assert found == {"ingested/a": [1.0, 0.0], "ingested/b": [0.125, 0.0]}
+        found[row["episode_id"]].append(row["exceedance"])
+    assert found == {"ingested/a": [[1.0], [0.0]], "ingested/b": [[0.125], [0.0]]}
+
+
+LADDER = ("float", "int8", "int4", "int2-mse", "int2")
+
+
+@pytest.mark.parametrize(
+    ("route", "counts_as"),
+    [
+        (("float", "int2"), ("float", "int2", "int2", "int2", "int2")),
+        (("int8", "int2-mse"), ("int8", "int8", "int2-mse", "int2-mse", "int2-mse")),
+        (("float", "int4", "int2"), ("float", "int4", "int4", "int2", "int2")),
+        (LADDER, LADDER),
+    ],
+)
+def test_a_step_counts_as_the_dearest_routed_rung_that_is_no_dearer(
+    route: tuple[str, ...], counts_as: tuple[str, ...]
+) -> None:
+    """Below the cheapest one it counts as that one. A probability that was logged is of the dearer of two."""
+    precisions = load_recipe("alfworld-tiny", REPOSITORY / "recipes").precisions.model_copy(update={"route": route})
+    assert tuple(rung.name for rung in precisions.ladder) == LADDER
+    assert tuple(routed(rung, precisions) for rung in LADDER) == counts_as
+    steps = [{"command": "look", "observation": "", "precision": rung, "probability": 0.25} for rung in LADDER]
+    episode = LoggedEpisode.model_validate(logged("a", steps=steps))
+    _, table = ingested_tables([episode], precisions, PROMPTER, CAPACITY)
+    assert tuple(table["precision"]) == counts_as
+    certainly = [[float(route.index(rung) <= k) for k in range(len(route) - 1)] for rung in counts_as]
+    assert table["exceedance"].to_list() == ([[0.25]] * len(LADDER) if len(route) == 2 else certainly)
 
 
 def test_thoughts_are_tokenized_as_the_agent_writes_them() -> None:
@@ -865,7 +890,7 @@ def test_thoughts_are_tokenized_as_the_agent_writes_them() -> None:
         expert.observe(command, observation)
         steps.append({"command": command, "thought": thought, "observation": observation, "precision": "float"})
     whole = logged("a", task=game.instruction, observation=opening, steps=steps)
-    _, table = ingested_tables([LoggedEpisode.model_validate(whole)], prompter, "float", CAPACITY)
+    _, table = ingested_tables([LoggedEpisode.model_validate(whole)], RECIPE.precisions, prompter, CAPACITY)
     assert any(step["thought"] for step in steps)
     assert [token for row in table.iter_rows(named=True) for token in row["segment"] + row["action"]] == example.tokens
 
@@ -875,10 +900,10 @@ def test_an_episode_that_is_too_long_for_the_agent_is_left_out_and_counted(caplo
         step = {"command": "look", "observation": "apple " * number, "precision": "int2"}
         return LoggedEpisode.model_validate(logged(f"{number}", steps=[step, step]))
 
-    empty = ingested_tables([with_words(0)], PROMPTER, "float", CAPACITY)[1]
+    empty = ingested_tables([with_words(0)], RECIPE.precisions, PROMPTER, CAPACITY)[1]
     taken = sum(empty["segment"].list.len()) + sum(empty["action"].list.len())
     fits = CAPACITY - PROMPTER.prompt.max_action_tokens - taken
-    episodes, steps = ingested_tables([with_words(fits), with_words(fits + 1)], PROMPTER, "float", CAPACITY)
+    episodes, steps = ingested_tables([with_words(fits), with_words(fits + 1)], RECIPE.precisions, PROMPTER, CAPACITY)
     assert episodes["episode_id"].to_list() == [f"{INGESTED}/{fits}"]
     assert steps["episode_id"].unique().to_list() == [f"{INGESTED}/{fits}"]
     assert "1 ingested episodes are left out: too long" in caplog.text

@@ -18,22 +18,37 @@ from dmr_pipeline.artifacts.stage import StageContext
 from dmr_pipeline.environments.alfworld.store import write_games
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.precision import quantization
+from dmr_pipeline.precision.acting import ActingModels
 from dmr_pipeline.precision.frontier import RungFacts, gate, read_ladder
 from dmr_pipeline.recipe import Architecture, Precisions, Recipe, Rung, load_recipe
 from dmr_pipeline.rollout.engine import Clock, Run, SinglePrecision, Trajectory
 from dmr_pipeline.rollout.kv_cache.packed import PackedStreams
-from dmr_pipeline.rollout.playing import Ladder, PolicyRuns, deal_by_game
+from dmr_pipeline.rollout.playing import PolicyRuns, Rollouts, deal_by_game
 from dmr_pipeline.router.baselines import Confidence, Disagreement, RandomMixing
 from dmr_pipeline.stages import quantized_checkpoints as stage
 from dmr_pipeline.stages.quantized_checkpoints import divergence_to_float, expert_steps, quantized_checkpoints
 from dmr_pipeline.training.examples import IGNORED
 from dmr_pipeline.training.train import new_model
 from tests.helpers.memory import fits
-from tests.helpers.rollouts import HIGH, LOW, PROMPTER, RUNS, STEPS, but_for_rounding, roll
+from tests.helpers.rollouts import (
+    ALL_HIGH,
+    ALL_LOW,
+    HALF,
+    HIGH,
+    LOW,
+    MODELS,
+    PROMPTER,
+    ROUTE,
+    RUNS,
+    THREE,
+    but_for_rounding,
+    roll,
+    rollouts_of,
+)
 
 REPOSITORY = Path(__file__).parents[2]
 PRECISIONS = Precisions(
-    ladder=(Rung(name="float", weights="float"), Rung(name="int2", weights="int2")), high="float", low="int2"
+    ladder=(Rung(name="float", weights="float"), Rung(name="int2", weights="int2")), route=("float", "int2")
 )
 
 
@@ -75,7 +90,7 @@ def test_divergence_is_the_mean_over_steps_of_plain_forward_passes() -> None:
 def ladder_recipe(ladder: list[dict[str, str]]) -> Recipe:
     changes = {
         "benchmark": {"splits": {"agent_train": 1, "router_train": 1, "validation": 1, "test": 1}, "step_limit": 3},
-        "precisions": {"ladder": ladder, "high": ladder[0]["name"], "low": ladder[-1]["name"], "kl_episodes": 1},
+        "precisions": {"ladder": ladder, "route": [ladder[0]["name"], ladder[-1]["name"]], "kl_episodes": 1},
         "runtime": {"device": "cpu", "threads": 1, "processes": 1},
     }
     return Recipe.model_validate(load_recipe("alfworld-tiny", REPOSITORY / "recipes").model_dump() | changes)
@@ -168,8 +183,13 @@ def test_weights_that_were_not_saved_as_they_were_are_noticed(
         quantization.save_rung(changed, folder)
 
     monkeypatch.setattr(stage, "save_rung", save_changed)
-    only = context.recipe.precisions.model_copy(update={"ladder": context.recipe.precisions.ladder[:1], "low": "float"})
-    changed = replace(context, recipe=context.recipe.model_copy(update={"precisions": only}))
+    only = context.recipe.precisions.model_copy(
+        update={"ladder": context.recipe.precisions.ladder[:1], "route": ("float", "float")}
+    )
+    changed = replace(
+        context,
+        recipe=context.recipe.model_copy(update={"precisions": context.recipe.precisions.model_copy(update=only)}),
+    )
     assert [rung["reloads_equal"] for rung in quantized_checkpoints(changed).summary["rungs"]] == [False]
 
 
@@ -186,33 +206,23 @@ def test_every_rung_acts_until_one_of_the_models_own_eos_tokens(context: StageCo
     model.generation_config.eos_token_id = [3, 7]
     save_causal_lm(model, tokenizer, folder, torch.float16)
     quantized_checkpoints(context)
-    ladders = [Ladder.load(context.output, context.recipe), Ladder.of_rung(context.output, context.recipe, "int8")]
+    ladders = [Rollouts.load(context.output, context.recipe), Rollouts.load(context.output, context.recipe, ("int8",))]
+    assert [loaded.route for loaded in ladders] == [("float", "int2"), ("int8",)]
     for loaded in ladders:
         assert {3, 7} <= loaded.prompter.eos
     assert ladders[0].prompter.eos == ladders[1].prompter.eos
 
 
-def acting_ladder(processes: int, batch_episodes: int = 64, reuse_actions: bool = True) -> Ladder:
-    recipe = load_recipe("alfworld-tiny", REPOSITORY / "recipes")
-    changes = {
-        "benchmark": {**recipe.benchmark.model_dump(), "step_limit": STEPS},
-        "runtime": {
-            "processes": processes,
-            "batch_episodes": batch_episodes,
-            "device": "cpu",
-            "reuse_actions": reuse_actions,
-        },
-    }
-    recipe = Recipe.model_validate(recipe.model_dump() | changes)
-    return Ladder({True: HIGH, False: LOW}, {True: 2, False: 1}, 1.0, PROMPTER, torch.device("cpu"), recipe)
+def acting_ladder(processes: int, batch_episodes: int = 64, reuse_actions: bool = True) -> Rollouts:
+    return replace(rollouts_of(ROUTE), processes=processes, batch_episodes=batch_episodes, reuse_actions=reuse_actions)
 
 
 GROUP = [Run(run.task, member) for member in range(2) for run in RUNS[:3]]
 PLAYS = (
-    (SinglePrecision(high=True), RUNS),
-    (RandomMixing(0.5, seed=3), GROUP),
-    (Confidence(0.9), RUNS[6:]),
-    (Disagreement(), RUNS[:2]),
+    (ALL_HIGH, RUNS),
+    (RandomMixing(HALF, seed=3), GROUP),
+    (Confidence(ROUTE, 0.9), RUNS[6:]),
+    (Disagreement(ROUTE), RUNS[:2]),
 )
 
 
@@ -236,7 +246,36 @@ def test_policies_side_by_side_play_what_each_plays_alone(processes: int) -> Non
         assert but_for_rounding(played) == but_for_rounding(acting_ladder(1).play(runs, policy, 0))
         assert clock.steps == sum(len(trajectory.steps) for trajectory in played)
         assert len(clock.durations) >= max(len(trajectory.steps) for trajectory in played)
-    assert heard[0][1] == roll(SinglePrecision(high=True)), "and what plain `rollout.play` plays"
+    assert heard[0][1] == roll(ALL_HIGH), "and what plain `rollout.play` plays"
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_three_rungs_play_side_by_side_what_plain_play_plays(processes: int) -> None:
+    policies = [RandomMixing(dict.fromkeys(THREE, 1 / 3), seed=3), Confidence(THREE, 0.9), Disagreement(THREE)]
+    ladder, heard = replace(rollouts_of(THREE), processes=processes), list[list[Trajectory]]()
+    plays = [PolicyRuns(policy, RUNS) for policy in policies]
+    ladder.play_each(plays, 0, lambda _, played, __: heard.append(played))
+    for policy, played in zip(policies, heard, strict=True):
+        assert but_for_rounding(played) == but_for_rounding(roll(policy, route=THREE))
+        assert {step.precision for t in played for step in t.steps} <= set(THREE)
+    assert {step.precision for t in heard[0] for step in t.steps} == set(THREE)
+
+
+def test_spend_goes_from_the_cheapest_rung_to_the_dearest_in_bytes() -> None:
+    acting = ActingModels(MODELS, {"float": 1000, "int4": 200, "int2": 100}, torch.device("cpu"))
+    assert (acting.dearest, acting.cheapest) == ("float", "int2")
+    assert acting.spend == pytest.approx({"float": 1.0, "int4": 1 / 9, "int2": 0.0})
+    with pytest.raises(
+        UserError, match=r"^precisions\.route: 'float' has 100 bytes and 'int2' 100, so nothing can be saved"
+    ):
+        _ = replace(acting, weight_bytes={"float": 100, "int2": 100}, models={"float": HIGH, "int2": LOW}).spend
+
+
+def test_a_step_costs_the_bytes_of_its_rung_over_a_mean_episode_of_the_dearest() -> None:
+    ladder = replace(rollouts_of(THREE), unit_cost=500.0)
+    for trajectory in roll(RandomMixing(dict.fromkeys(THREE, 1 / 3), seed=3), route=THREE):
+        sizes = [{"float": 8, "int4": 4, "int2": 2}[step.precision] * len(step.action) for step in trajectory.steps]
+        assert ladder.cost(trajectory, router_bytes=3) == (sum(sizes) + 3 * len(sizes)) / 500
 
 
 def test_a_policy_goes_on_with_the_streams_of_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -252,7 +291,7 @@ def test_a_policy_goes_on_with_the_streams_of_the_one_before(monkeypatch: pytest
 
     monkeypatch.setattr(PackedStreams, "_forward", counted)
     ladder, heard = acting_ladder(1, reuse_actions=False), list[list[Trajectory]]()
-    ladder.play_each([PolicyRuns(SinglePrecision(True), RUNS)] * 2, 0, on_played)
+    ladder.play_each([PolicyRuns(ALL_HIGH, RUNS)] * 2, 0, on_played)
     assert heard[0] == heard[1]
     segments = sum(len(step.segment) for trajectory in heard[0] for step in trajectory.steps)
     assert read[0] - read[1] > 0.2 * segments
@@ -273,7 +312,7 @@ def test_a_policy_is_heard_of_while_the_next_one_plays(tmp_path: Path) -> None:
         heard.append((index, len(played)))
         file.touch()
 
-    plays = [PolicyRuns(SinglePrecision(high=False), RUNS), PolicyRuns(BreaksOnceTheFirstIsHeardOf(high=True), RUNS)]
+    plays = [PolicyRuns(ALL_LOW, RUNS), PolicyRuns(BreaksOnceTheFirstIsHeardOf("float"), RUNS)]
     with pytest.raises(UserError, match="broken"):
         acting_ladder(2).play_each(plays, 0, on_played)
     assert heard == [(0, len(RUNS))]

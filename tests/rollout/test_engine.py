@@ -1,6 +1,7 @@
 """Rollouts: exact switching between precisions, independent of how episodes are batched."""
 
 import copy
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -13,9 +14,9 @@ from dmr_pipeline.errors import UserError
 from dmr_pipeline.rollout.cost import episode_cost
 from dmr_pipeline.rollout.engine import (
     Decision,
+    Forced,
     Peek,
     Run,
-    SinglePrecision,
     Trajectory,
     drawn,
     play,
@@ -27,52 +28,68 @@ from dmr_pipeline.rollout.kv_cache.padded import Streams
 from dmr_pipeline.rollout.prompts import Prompter
 from dmr_pipeline.router.baselines import Confidence, Disagreement, RandomMixing
 from tests.helpers.rollouts import (
+    ALL_HIGH,
+    ALL_LOW,
+    HALF,
     HIGH,
     LOW,
+    MODELS,
     PROMPTER,
+    ROUTE,
     RUNS,
     STEPS,
+    THREE,
     but_for_rounding,
     greedy_uncached,
     roll,
+    streams_of,
     taken,
     transcript,
 )
 
 
-def test_every_action_is_the_acting_precisions_own_without_any_cache() -> None:
-    played = roll(RandomMixing(0.5, seed=3))
-    assert {step.high for trajectory in played for step in trajectory.steps} == {True, False}
+@pytest.mark.parametrize("route", [ROUTE, THREE])
+def test_every_action_is_the_acting_precisions_own_without_any_cache(route: tuple[str, ...]) -> None:
+    played = roll(RandomMixing(dict.fromkeys(route, 1 / len(route)), seed=3), route=route)
+    assert {step.precision for trajectory in played for step in trajectory.steps} == set(route)
     for trajectory in played:
         for turn, step in enumerate(trajectory.steps):
-            model = HIGH if step.high else LOW
-            assert step.action == greedy_uncached(model, transcript(trajectory, turn))
+            assert step.action == greedy_uncached(MODELS[step.precision], transcript(trajectory, turn))
 
 
 def test_an_action_ends_with_the_models_own_eos() -> None:
-    whole = next(
-        a for episode in taken(roll(SinglePrecision(high=True))) for a in episode if len(a) > 2 and a[1] != a[0]
-    )
+    whole = next(a for episode in taken(roll(ALL_HIGH)) for a in episode if len(a) > 2 and a[1] != a[0])
     stopping = Prompter.of(PROMPTER.tokenizer, PROMPTER.prompt, GenerationConfig(eos_token_id=whole[1]))
-    agents = {high: Streams(HIGH, 7, 2048) for high in (True, False)}
-    actions = [a for episode in taken(play(RUNS, agents, stopping, SinglePrecision(high=True), STEPS)) for a in episode]
+    agents = {rung: Streams(HIGH, 7, 2048) for rung in ROUTE}
+    actions = [a for episode in taken(play(RUNS, agents, stopping, ALL_HIGH, STEPS)) for a in episode]
     assert whole[:2] in actions
     assert all(whole[1] not in action[:-1] for action in actions)
 
 
 def test_the_disagreement_oracle_repeats_always_high() -> None:
-    oracle, high, low = roll(Disagreement()), roll(SinglePrecision(high=True)), roll(SinglePrecision(high=False))
+    oracle, high, low = roll(Disagreement(ROUTE)), roll(ALL_HIGH), roll(ALL_LOW)
     assert taken(oracle) == taken(high)
     assert taken(low) != taken(high)
-    ratios = [trajectory.high_ratio for trajectory in oracle]
+    ratios = [trajectory.share("float") for trajectory in oracle]
     assert 0 < sum(ratios) < len(ratios)
+
+
+def test_the_oracle_of_three_takes_the_cheapest_that_does_what_the_dearest_does() -> None:
+    played = roll(Disagreement(THREE), route=THREE)
+    assert taken(played) == taken(roll(ALL_HIGH))
+    for trajectory in played:
+        for turn, step in enumerate(trajectory.steps):
+            prefix = transcript(trajectory, turn)
+            agreeing = [rung for rung in THREE if greedy_uncached(MODELS[rung], prefix) == step.action]
+            assert step.precision == agreeing[-1]
+    assert {step.precision for trajectory in played for step in trajectory.steps} == set(THREE)
 
 
 @torch.no_grad()
 def test_the_cascade_acts_high_where_the_low_draft_was_unsure_and_pays_for_the_draft() -> None:
-    probabilities = [step.probability for t in roll(Confidence(2.0)) for step in t.steps]
+    probabilities = [step.exceedance[0] for t in roll(Confidence(ROUTE, 2.0)) for step in t.steps]
     threshold = (min(probabilities) + max(probabilities)) / 2
-    played = roll(Confidence(threshold), slots=3)
+    played = roll(Confidence(ROUTE, threshold), slots=3)
     precisions = set()
     for trajectory in played:
         for turn, step in enumerate(trajectory.steps):
@@ -82,30 +99,52 @@ def test_the_cascade_acts_high_where_the_low_draft_was_unsure_and_pays_for_the_d
             for i in range(len(draft)):
                 best = LOW(torch.tensor([prefix + draft[:i]])).logits[0, -1].softmax(-1).sort(descending=True).values
                 leads.append(float(best[0] - best[1]))
-            assert step.probability == pytest.approx(1 - min(leads), abs=1e-4)
-            assert step.high == (step.probability >= threshold)
-            assert step.action == (greedy_uncached(HIGH, prefix) if step.high else draft)
-            assert step.drafted == (len(draft) if step.high else 0)
-            precisions.add(step.high)
-        by_hand = sum(100 * (s.drafted or len(s.action)) + 1000 * len(s.action) * s.high for s in trajectory.steps)
-        assert episode_cost(trajectory, {True: 1000, False: 100}) == by_hand
-    assert precisions == {False, True}
+            high = step.precision == "float"
+            assert step.exceedance == pytest.approx((1 - min(leads),), abs=1e-4)
+            assert high == (step.exceedance[0] >= threshold)
+            assert step.action == (greedy_uncached(HIGH, prefix) if high else draft)
+            assert step.wasted == ({"int2": len(draft)} if high else {})
+            precisions.add(step.precision)
+        by_hand = sum(
+            100 * s.wasted["int2"] + 1000 * len(s.action) if s.wasted else 100 * len(s.action) for s in trajectory.steps
+        )
+        assert episode_cost(trajectory, {"float": 1000, "int2": 100}) == by_hand
+    assert precisions == set(ROUTE)
+
+
+def test_the_cascade_of_three_climbs_while_drafts_are_unsure_and_pays_for_each() -> None:
+    levels = sorted(step.exceedance[-1] for t in roll(Confidence(THREE, 2.0), route=THREE) for step in t.steps)
+    threshold = levels[len(levels) // 2]
+    played = roll(Confidence(THREE, threshold), route=THREE, slots=3)
+    for trajectory in played:
+        for turn, step in enumerate(trajectory.steps):
+            prefix, place = transcript(trajectory, turn), THREE.index(step.precision)
+            assert step.action == greedy_uncached(MODELS[step.precision], prefix)
+            assert step.wasted == {rung: len(greedy_uncached(MODELS[rung], prefix)) for rung in THREE[place + 1 :]}
+            assert [level >= threshold for level in step.exceedance] == [place <= k for k in range(2)]
+        weights = {"float": 1000, "int4": 100, "int2": 10}
+        by_hand = sum(
+            weights[s.precision] * len(s.action) + sum(weights[rung] * s.wasted[rung] for rung in s.wasted)
+            for s in trajectory.steps
+        )
+        assert episode_cost(trajectory, weights) == by_hand
+    assert {step.precision for trajectory in played for step in trajectory.steps} == set(THREE)
 
 
 @pytest.mark.parametrize("slots", [1, 2, 5])
 def test_results_do_not_depend_on_the_number_of_slots(slots: int) -> None:
-    assert taken(roll(RandomMixing(0.5, seed=3), slots)) == taken(roll(RandomMixing(0.5, seed=3)))
+    assert taken(roll(RandomMixing(HALF, seed=3), slots)) == taken(roll(RandomMixing(HALF, seed=3)))
 
 
 @pytest.mark.parametrize("action", ["generate", "score"])
 def test_what_is_looked_up_is_what_is_computed(action: str) -> None:
     """Everything of an episode, the counts of tokens and passes too, under policies that meet each other's transcripts."""
     policies = [
-        SinglePrecision(True),
-        Disagreement(),
-        RandomMixing(0.5, seed=3),
-        Confidence(0.9),
-        SinglePrecision(False),
+        ALL_HIGH,
+        Disagreement(ROUTE),
+        RandomMixing(HALF, seed=3),
+        Confidence(ROUTE, 0.9),
+        ALL_LOW,
     ]
     known = Known()
     groups = [Run(run.task, member) for run in RUNS[:3] for member in range(3)]
@@ -118,9 +157,9 @@ def test_what_is_looked_up_is_what_is_computed(action: str) -> None:
 
 def test_what_is_known_needs_no_forward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     known = Known()
-    first = roll(SinglePrecision(True), known=known)
+    first = roll(ALL_HIGH, known=known)
     monkeypatch.setattr(Streams, "extend", lambda *_: pytest.fail("a forward pass"))
-    assert roll(SinglePrecision(True), known=known) == first
+    assert roll(ALL_HIGH, known=known) == first
 
 
 def tokens_read(
@@ -142,22 +181,19 @@ def tokens_read(
 def test_a_transcript_that_another_slot_has_read_is_not_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither one of an episode that has ended, nor by how the precisions take turns; costs are as if all had been read."""
 
-    def of_each_precision(slots: int) -> dict[bool, Streams]:
-        return {True: Streams(HIGH, slots, 2048), False: Streams(LOW, slots, 2048)}
-
     members = [Run(RUNS[0].task, member) for member in range(8)]
-    mixing, known = RandomMixing(0.5, seed=3), Known()
-    alone = [tokens_read(monkeypatch, mixing, [member], of_each_precision(1), known) for member in members]
+    mixing, known = RandomMixing(HALF, seed=3), Known()
+    alone = [tokens_read(monkeypatch, mixing, [member], streams_of(ROUTE, 1), known) for member in members]
     read_alone = sum(read for _, read in alone)
     for slots in (2, 8):
-        played, read = tokens_read(monkeypatch, mixing, members, of_each_precision(slots), Known())
+        played, read = tokens_read(monkeypatch, mixing, members, streams_of(ROUTE, slots), Known())
         assert played == [trajectory for played, _ in alone for trajectory in played]
         assert read < read_alone - len(played[0].steps[0].segment)
 
 
 def test_streams_may_come_from_other_episodes(monkeypatch: pytest.MonkeyPatch) -> None:
     """What they hold already is not read again."""
-    agents, policy = {True: Streams(HIGH, 7, 2048), False: Streams(LOW, 7, 2048)}, SinglePrecision(True)
+    agents, policy = streams_of(ROUTE, 7), ALL_HIGH
     first, read = tokens_read(monkeypatch, policy, RUNS, agents)
     again, read_again = tokens_read(monkeypatch, policy, RUNS, agents)
     others, _ = tokens_read(monkeypatch, policy, RUNS[::-1], agents)
@@ -168,13 +204,13 @@ def test_streams_may_come_from_other_episodes(monkeypatch: pytest.MonkeyPatch) -
 def test_drawn_actions_are_never_looked_up() -> None:
     known = Known()
     members = [Run(RUNS[0].task, member) for member in range(6)]
-    drawn_actions = taken(roll(SinglePrecision(True), temperature=1.0, runs=members, known=known))
+    drawn_actions = taken(roll(ALL_HIGH, temperature=1.0, runs=members, known=known))
     assert len({str(actions) for actions in drawn_actions}) == 6
     assert not known.actions
 
 
 def test_drawn_actions_depend_on_the_seed_alone() -> None:
-    policy = SinglePrecision(high=True)
+    policy = ALL_HIGH
     first = taken(roll(policy, temperature=1.0, seed=5))
     assert first == taken(roll(policy, slots=2, temperature=1.0, seed=5))
     assert first != taken(roll(policy, temperature=1.0, seed=6))
@@ -209,7 +245,7 @@ def test_rows_are_drawn_each_by_its_own_draw(seed: int) -> None:
 
 @torch.no_grad()
 def test_scoring_takes_the_likeliest_admissible_command() -> None:
-    for trajectory in roll(SinglePrecision(high=True), action="score"):
+    for trajectory in roll(ALL_HIGH, action="score"):
         episode = trajectory.run.task.episode()
         episode.reset()
         for turn, step in enumerate(trajectory.steps):
@@ -224,7 +260,7 @@ def test_scoring_takes_the_likeliest_admissible_command() -> None:
 
 def outgrowing(capacity: int, action="generate") -> list[Trajectory]:
     streams = Streams(HIGH, 3, capacity)
-    return play(RUNS, {True: streams, False: streams}, PROMPTER, SinglePrecision(high=True), STEPS, action=action)
+    return play(RUNS, dict.fromkeys(ROUTE, streams), PROMPTER, ALL_HIGH, STEPS, action=action)
 
 
 def tokens_of(trajectory: Trajectory, turns: int) -> int:
@@ -233,7 +269,7 @@ def tokens_of(trajectory: Trajectory, turns: int) -> int:
 
 @pytest.mark.parametrize("action", ["generate", "score"])
 def test_an_episode_that_outgrows_its_transcript_ends_as_lost(action: str, caplog: pytest.LogCaptureFixture) -> None:
-    whole = roll(SinglePrecision(high=True), action=action)
+    whole = roll(ALL_HIGH, action=action)
     capacity = max(len(trajectory.steps[0].segment) for trajectory in whole) + 60
     cut = outgrowing(capacity, action)
     assert {trajectory.outgrown for trajectory in cut} >= {True}
@@ -257,12 +293,12 @@ def test_an_episode_that_outgrows_its_transcript_ends_as_lost(action: str, caplo
 
 
 def test_the_last_step_that_fits_is_taken() -> None:
-    whole = roll(SinglePrecision(high=True))[:1]
+    whole = roll(ALL_HIGH)[:1]
     needed = tokens_of(whole[0], 2) + len(whole[0].steps[2].segment) + PROMPTER.prompt.max_action_tokens
     for capacity, steps in ((needed, 3), (needed - 1, 2)):
         streams = Streams(HIGH, 1, capacity)
-        agents = {True: streams, False: streams}
-        assert len(play(RUNS[:1], agents, PROMPTER, SinglePrecision(high=True), 3)[0].steps) == steps
+        agents = dict.fromkeys(ROUTE, streams)
+        assert len(play(RUNS[:1], agents, PROMPTER, ALL_HIGH, 3)[0].steps) == steps
 
 
 def test_a_first_step_that_does_not_fit_is_refused() -> None:
@@ -278,34 +314,75 @@ def test_the_policy_hears_of_every_segment_and_action() -> None:
     class Recorder:
         def __init__(self) -> None:
             self.heard: dict[str, list[int]] = {}
+            self.told: dict[str, list[tuple[list[int], str, list[int]]]] = {}
             self.task_of: dict[int, str] = {}
 
         def begin(self, slot: int, run: Run) -> None:
             self.task_of[slot] = run.task.task_id
-            self.heard[run.task.task_id] = []
+            self.heard[run.task.task_id], self.told[run.task.task_id] = [], []
 
         def decide(self, slots: list[int], segments: list[list[int]], peek: Peek) -> list[Decision]:
             for slot, segment in zip(slots, segments, strict=True):
                 self.heard[self.task_of[slot]] += segment
-            return [Decision(True, 1.0) for _ in slots]
+            return [Decision(ROUTE[len(self.told[self.task_of[slot]]) % 2], (0.5,)) for slot in slots]
 
-        def acted(self, slot: int, action: list[int]) -> None:
+        def acted(self, slot: int, segment: list[int], precision: str, action: list[int]) -> None:
             self.heard[self.task_of[slot]] += action
+            self.told[self.task_of[slot]].append((segment, precision, action))
 
     recorder = Recorder()
     for trajectory in roll(recorder, slots=3):
         last = len(trajectory.steps) - 1
         whole = transcript(trajectory, last) + trajectory.steps[last].action
         assert recorder.heard[trajectory.run.task.task_id] == whole
+        told = [(step.segment, step.precision, step.action) for step in trajectory.steps]
+        assert recorder.told[trajectory.run.task.task_id] == told
+        assert [precision for _, precision, _ in told] == [ROUTE[turn % 2] for turn in range(len(told))]
+
+
+def test_a_rule_decides_before_the_policy_which_hears_of_all_steps() -> None:
+    """Whoever decides, the transcript is the policy's to follow; the peek of the policy is of the slots it is asked for."""
+
+    class Watching(Confidence):
+        def begin(self, slot: int, run: Run) -> None:
+            heard.setdefault(run.task.task_id, [])
+            task_of[slot] = run.task.task_id
+
+        def acted(self, slot: int, segment: list[int], precision: str, action: list[int]) -> None:
+            heard[task_of[slot]].append((segment, precision, action))
+
+    heard: dict[str, list[tuple[list[int], str, list[int]]]] = {}
+    task_of: dict[int, str] = {}
+
+    def even(slots: Sequence[int], peek: Peek) -> list[bool]:
+        return [len(commands) % 2 == 0 for commands in peek.admissible_commands(slots)]
+
+    forced = set()
+    # At a threshold of 0 no draft is taken.
+    for trajectory in roll(Forced(Watching(ROUTE, 0.0), "int2", ROUTE, even), slots=3):
+        episode = trajectory.run.task.episode()
+        episode.reset()
+        for step in trajectory.steps:
+            rule = len(episode.admissible_commands()) % 2 == 0
+            forced.add(rule)
+            assert step.forced == rule
+            assert step.precision == ("int2" if rule else "float")
+            assert (step.exceedance == (0.0,)) == rule
+            episode.step(step.command)
+        assert heard[trajectory.run.task.task_id] == [(s.segment, s.precision, s.action) for s in trajectory.steps]
+        passes = {"float": 1000, "int2": 100}
+        unforced = sum(not step.forced for step in trajectory.steps)
+        assert episode_cost(trajectory, passes, 7) - episode_cost(trajectory, passes) == 7 * unforced
+    assert forced == {True, False}
 
 
 def test_cost_counts_a_forward_pass_for_each_generated_token() -> None:
-    trajectory = roll(RandomMixing(0.5, seed=3))[0]
-    by_hand = sum((1000 if step.high else 100) * len(step.action) + 7 for step in trajectory.steps)
-    assert episode_cost(trajectory, {True: 1000, False: 100}, router_bytes=7) == by_hand
+    trajectory, weights = roll(RandomMixing(HALF, seed=3))[0], {"float": 1000, "int2": 100}
+    by_hand = sum(weights[step.precision] * len(step.action) + 7 for step in trajectory.steps)
+    assert episode_cost(trajectory, weights, router_bytes=7) == by_hand
 
 
 def test_processed_tokens_cover_the_transcript_once_for_a_single_precision() -> None:
-    for trajectory in roll(SinglePrecision(high=True)):
+    for trajectory in roll(ALL_HIGH):
         whole = sum(len(step.segment) + len(step.action) for step in trajectory.steps)
         assert sum(step.processed for step in trajectory.steps) == whole - 1
