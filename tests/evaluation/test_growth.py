@@ -18,11 +18,11 @@ from dmr_pipeline.artifacts.stage import StageContext
 from dmr_pipeline.environments.alfworld.generator import generate_game
 from dmr_pipeline.environments.alfworld.store import write_games
 from dmr_pipeline.evaluation.play import acting_facts
-from dmr_pipeline.precision.frontier import LADDER_FILE
+from dmr_pipeline.precision.frontier import LADDER_FILE, read_ladder
 from dmr_pipeline.recipe import Recipe, load_recipe
 from dmr_pipeline.rollout.engine import Clock, SinglePrecision, Trajectory
 from dmr_pipeline.rollout.known import Known
-from dmr_pipeline.rollout.playing import Ladder, PolicyRuns
+from dmr_pipeline.rollout.playing import PolicyRuns, Rollouts
 from dmr_pipeline.router.baselines import Confidence, Disagreement, RandomMixing
 from dmr_pipeline.router.kl import ROUTER_FOLDER
 from dmr_pipeline.router.labels import STEPS
@@ -38,15 +38,16 @@ GAMES = 3
 THRESHOLDS = {"kl_router": 0.45, "grpo_router": 0.55}
 
 
-def make_recipe(rungs: Sequence[str] = ("float", "int4", "int2"), **evaluation: float) -> Recipe:
+def make_recipe(
+    rungs: Sequence[str] = ("float", "int4", "int2"), route: Sequence[str] = ("float", "int2"), **evaluation: float
+) -> Recipe:
     recipe = load_recipe("alfworld-tiny", REPOSITORY / "recipes")
     changes = {
         "benchmark": {"splits": {"agent_train": 1, "router_train": 1, "validation": 2, "test": GAMES}, "step_limit": 3},
         "agent": recipe.agent.model_dump() | {"prompt": {**recipe.agent.prompt.model_dump(), "max_action_tokens": 4}},
         "precisions": {
             "ladder": [{"name": name, "weights": name} for name in rungs],
-            "high": "float",
-            "low": "int2",
+            "route": list(route),
             "kl_episodes": 1,
         },
         "evaluation": {"random_draws": 2, "bootstrap": 50, "confidence_games": 1, **evaluation},
@@ -129,11 +130,11 @@ class Bench:
         return hash_files(self.output)
 
 
-def label(ladder: Ladder, play: PolicyRuns) -> str:
+def label(rollouts: Rollouts, play: PolicyRuns) -> str:
     match play.policy:
-        case SinglePrecision(high=high):
-            alone = ladder.models[True] is ladder.models[False]
-            return "rung" if alone else "high" if high else "low"
+        case SinglePrecision(precision=precision):
+            alone = rollouts.route == (precision,)
+            return "rung" if alone else {"float": "high", "int2": "low"}.get(precision, precision)
         case RandomMixing():
             return "random"
         case LmRouter():
@@ -149,21 +150,21 @@ def label(ladder: Ladder, play: PolicyRuns) -> str:
 def counted() -> Iterator[list[Bench]]:
     """Evaluations count what they play for the last of these, without the pictures and the times."""
     benches: list[Bench] = []
-    play_each = Ladder.play_each
+    play_each = Rollouts.play_each
 
-    def counting(ladder: Ladder, plays: Sequence[PolicyRuns], seed: int, on_played: Callable, known: Known) -> None:
+    def counting(rollouts: Rollouts, plays: Sequence[PolicyRuns], seed: int, on_played: Callable, known: Known) -> None:
         bench = benches[-1]
 
         def finished(index: int, played: list[Trajectory], clock: Clock) -> None:
             if len(bench.played) == bench.fails_after:
                 raise RuntimeError("interrupted")
             on_played(index, played, clock)
-            bench.played.append(f"{label(ladder, plays[index])} {len(played)}")
+            bench.played.append(f"{label(rollouts, plays[index])} {len(played)}")
 
-        play_each(ladder, plays, seed, finished, known)
+        play_each(rollouts, plays, seed, finished, known)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Ladder, "play_each", counting)
+        patch.setattr(Rollouts, "play_each", counting)
         patch.setattr(evaluate, "seconds_per_step", lambda *_: {"mean": 0.0})
         for name in ("plot_accuracy_cost", "plot_kl_by_turn", "plot_training_curves", "plot_calibration"):
             patch.setattr(evaluate, name, lambda *_: None)
@@ -374,9 +375,47 @@ def test_all_that_acting_reads_of_the_recipe_is_among_the_facts(artefacts: Path)
         recipe.model_copy(update={"benchmark": recipe.benchmark.model_copy(update={"step_limit": 4})}),
         recipe.model_copy(update={"evaluation": recipe.evaluation.model_copy(update={"seed": 5})}),
     ]
-    facts = [json.dumps(acting_facts(checkpoints, other, "float", "int2")) for other in [recipe, *changed]]
-    facts += [json.dumps(acting_facts(checkpoints, recipe, *rungs)) for rungs in (("int4", "int2"), ("float", "int4"))]
+    facts = [json.dumps(acting_facts(checkpoints, other, ("float", "int2"))) for other in [recipe, *changed]]
+    other_rungs = (("int4", "int2"), ("float", "int4"), ("float", "int4", "int2"), ("float",), ("int2",))
+    facts += [json.dumps(acting_facts(checkpoints, recipe, rungs)) for rungs in other_rungs]
     assert len(set(facts)) == len(facts)
     training = recipe.agent.training.model_copy(update={"updates": 7})
     trained = recipe.model_copy(update={"agent": agent.model_copy(update={"training": training})})
-    assert json.dumps(acting_facts(checkpoints, trained, "float", "int2")) == facts[0]
+    assert json.dumps(acting_facts(checkpoints, trained, ("float", "int2"))) == facts[0]
+
+
+def test_of_three_routed_rungs_each_is_a_policy_and_the_mix_has_the_routers_shares(bench: Bench) -> None:
+    """And what is told of an episode is what its steps are, by hand."""
+    bench.recipe = make_recipe(route=("float", "int4", "int2"))
+    for name, threshold in THRESHOLDS.items():
+        router = random_router(("float", "int4", "int2"), threshold=threshold, offsets={"float": -0.5})
+        save_router(router, bench.folder / name / ROUTER_FOLDER)
+        publish(bench.folder / name)
+    on_test = ["high 3", "low 3", "disagreement 3", "int4 3", "confidence 3", "kl_router 3", "grpo_router 3"]
+    assert without_calibration(bench.run("of three")) == [*ROUTERS, *on_test, "random 6", "random 6"]
+    assert bench.run("of three") == []
+    episodes = pl.read_parquet(bench.output / "episodes.parquet")
+    kinds = dict(episodes.select("policy", "kind").iter_rows())
+    assert list(kinds)[:4] == ["always_high", "always_low", "always_int4", "confidence"]
+    assert kinds["always_int4"] == "rung"
+    assert (episodes["steps_at"].list.sum() == episodes["steps"]).all()
+    assert (episodes["steps_at"].list.first() == episodes["high_steps"]).all()
+    at_int4 = episodes.filter(policy="always_int4")
+    assert at_int4["steps_at"].to_list() == [[0, steps, 0] for steps in at_int4["steps"]]
+    folder = bench.folder / "quantized_checkpoints"
+    sizes = {rung.name: rung for rung in read_ladder(folder).rungs}
+    bits = [sizes[rung].bits_per_weight for rung in ("float", "int4", "int2")]
+    assert episodes["bits"].to_list() == pytest.approx(
+        [float(np.dot(bits, steps)) for steps in episodes["steps_at"].to_list()]
+    )
+    spent = (sizes["int4"].bytes - sizes["int2"].bytes) / (sizes["float"].bytes - sizes["int2"].bytes)
+    assert episodes["spend"].to_list() == pytest.approx(
+        [steps[0] + spent * steps[1] for steps in episodes["steps_at"].to_list()]
+    )
+    metrics = json.loads((bench.output / "metrics.json").read_text())
+    assert metrics["route"] == ["float", "int4", "int2"]
+    mixes = {name: f"random@{name}" for name in THRESHOLDS}
+    assert dict(episodes.filter(kind="random").select("variant_of", "policy").iter_rows()) == mixes
+    for name, policy in metrics["policies"].items():
+        of_all = np.array(episodes.filter(policy=name)["steps_at"].to_list()).sum(axis=0)
+        assert list(policy["shares"].values()) == pytest.approx(of_all / of_all.sum(), abs=1e-6), name
