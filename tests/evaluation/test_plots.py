@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from dmr_pipeline.evaluation import plots
 from dmr_pipeline.evaluation.metrics import compute_metrics
-from tests.helpers.evaluations import ROUTE
+from tests.helpers.evaluations import ROUTE, THREE
 
 
 def draw_all(folder: Path, episodes: pl.DataFrame, shift: float = 0.0) -> dict[str, bytes]:
@@ -80,6 +80,34 @@ def test_labels_of_close_points_do_not_overlap(
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
     assert all(box.x0 >= 0 and box.x1 <= figure.bbox.width for box in boxes)
     assert all(box.y0 >= 0 and box.y1 <= figure.bbox.height for box in boxes)
+
+
+@pytest.mark.parametrize("route", [ROUTE, THREE])
+def test_policies_lie_at_their_spend_and_the_axis_says_so(
+    tmp_path: Path,
+    episodes: pl.DataFrame,
+    of_three: pl.DataFrame,
+    monkeypatch: pytest.MonkeyPatch,
+    route: tuple[str, ...],
+) -> None:
+    names = {"high": "always_high", "low": "always_low", "headline": "kl_router", "bootstrap": 100}
+    played = episodes if route == ROUTE else of_three
+    metrics, figures, figure_of = compute_metrics(played, recipe="tiny", route=route, **names), [], plots.Figure
+    monkeypatch.setattr(plots, "Figure", lambda **arguments: figures.append(figure_of(**arguments)) or figures[-1])
+    plots.plot_accuracy_cost(metrics, tmp_path / "accuracy_cost.png")
+    by_spend, by_cost = figures[0].axes
+    title, label = ("By ratio", "steps in high precision") if route == ROUTE else ("By spend", "spend: bytes of")
+    assert by_spend.get_title(loc="left") == title
+    assert by_spend.get_xlabel().startswith(label)
+    for axes, key in ((by_spend, "spend"), (by_cost, "cost")):
+        wanted = {(round(policy[key], 6), round(policy["success"], 6)) for policy in metrics["policies"].values()}
+        found = {
+            (round(float(x), 6), round(float(y), 6))
+            for line in axes.lines
+            if line.get_marker() in ("s", "o", "X", "D", "^")
+            for x, y in zip(line.get_xdata(), line.get_ydata(), strict=True)
+        }
+        assert found == wanted
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=10))

@@ -13,7 +13,7 @@ from dmr_pipeline.evaluation.metrics import compute_metrics
 from dmr_pipeline.evaluation.plots import plot_accuracy_cost
 from dmr_pipeline.evaluation.report import console_table, headline, markdown_table, render_html
 from dmr_pipeline.evaluation.results import Metrics
-from tests.helpers.evaluations import ROUTE
+from tests.helpers.evaluations import ROUTE, THREE
 
 
 @pytest.fixture
@@ -21,6 +21,12 @@ def metrics(episodes: pl.DataFrame) -> Metrics:
     return compute_metrics(
         episodes, recipe="tiny", route=ROUTE, high="always_high", low="always_low", headline="kl_router"
     )
+
+
+@pytest.fixture
+def metrics_of_three(of_three: pl.DataFrame) -> Metrics:
+    names = {"high": "always_high", "low": "always_low", "headline": "kl_router"}
+    return compute_metrics(of_three, recipe="tiny", route=THREE, **names)
 
 
 @pytest.fixture
@@ -188,6 +194,57 @@ def test_console_table_fits_and_cuts_nothing(metrics: Metrics, width: int) -> No
     assert "85.0% [" in line
     assert "40.0%" in line
     assert "0.500" in line
+
+
+def test_the_headline_of_three_rungs_tells_the_share_of_each(metrics_of_three: Metrics) -> None:
+    text = " ".join(headline(metrics_of_three))
+    mixed = "with float at 30.0%, int4 at 40.0%, int2 at 30.0% of the steps, 12.15 bits a weight in the mean"
+    assert f"acting {mixed}; always_high succeeds in 90.0%, always_low in 50.0%." in text
+    assert f"Against random routing ({mixed}) it is better in the paired test" in text
+    assert "high precision" not in text
+
+
+def test_the_markdown_table_of_three_rungs_has_a_column_for_each(metrics_of_three: Metrics) -> None:
+    lines = markdown_table(metrics_of_three).splitlines()
+    columns, _, *rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")
+    ]
+    acting = ["steps at float", "steps at int4", "steps at int2", "mean bits"]
+    assert columns == ["policy", "success", *acting, "cost", "steps", "gap recovered"]
+    found = {row[0].strip("*"): row[2:6] for row in rows}
+    assert list(found) == list(metrics_of_three["policies"])
+    assert found["kl_router"] == found["random@kl_router"] == ["30.0%", "40.0%", "30.0%", "12.15"]
+    assert found["always_high"] == ["100.0%", "0.0%", "0.0%", "32.00"]
+    assert found["always_int4"] == ["0.0%", "100.0%", "0.0%", "4.50"]
+    assert found["always_low"] == ["0.0%", "0.0%", "100.0%", "2.50"]
+
+
+def test_the_console_table_of_three_rungs_fits_and_tells_the_mean_bits(metrics_of_three: Metrics) -> None:
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(console_table(metrics_of_three))
+    lines = console.export_text().splitlines()
+    assert max(map(len, lines)) <= 80
+    assert not any("…" in line for line in lines)
+    assert next(line for line in lines if "policy" in line).split() == [
+        "policy", "success", "bits", "cost", "steps", "gap", "recovered",
+    ]  # fmt: skip
+    line = next(line for line in lines if line.strip().startswith("kl_router *"))
+    assert " 12.15 " in line
+    assert " 0.500 " in line
+
+
+def test_the_html_of_three_rungs_has_a_column_for_each(folder: Path, metrics_of_three: Metrics) -> None:
+    two = render(folder).text
+    assert "high-precision steps" in two
+    assert "steps at" not in two
+    (folder / "metrics.json").write_text(json.dumps(metrics_of_three))
+    page = render(folder)
+    assert headline(metrics_of_three)[0] in page.text
+    assert "steps at float steps at int4 steps at int2 mean bits cost" in page.text
+    assert "30.0% 40.0% 30.0% 12.15 0.500" in page.text
+    assert "0.0% 100.0% 0.0% 4.50 0.400" in page.text
+    for word in ("high-precision steps", "high-precision tokens", "high-precision ratio"):
+        assert word not in page.text
 
 
 def test_html_from_metrics_alone(folder: Path, metrics: Metrics) -> None:

@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import polars as pl
 import pytest
+import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,7 +20,7 @@ from scipy import stats
 from dmr_pipeline.artifacts.manifest import MANIFEST, Manifest, folder_hash, hash_files
 from dmr_pipeline.artifacts.stage import StageContext, StageResult
 from dmr_pipeline.errors import UserError
-from dmr_pipeline.evaluation.play import Entry
+from dmr_pipeline.evaluation.play import Arena, Entry
 from dmr_pipeline.recipe import Recipe, Release, load_recipe
 from dmr_pipeline.release.comparison import CANDIDATE, RELEASED, Comparison, compare_routers
 from dmr_pipeline.release.history import (
@@ -30,8 +31,7 @@ from dmr_pipeline.release.history import (
     in_use,
     read_releases,
 )
-from dmr_pipeline.rollout.playing import Ladder
-from dmr_pipeline.router.model import HIGH, LOW, Router, RouterSettings, save_router
+from dmr_pipeline.router.model import save_router
 from dmr_pipeline.stages import released_router as the_stage
 from dmr_pipeline.stages.benchmark_tasks import benchmark_tasks
 from dmr_pipeline.stages.quantized_checkpoints import quantized_checkpoints
@@ -483,8 +483,7 @@ def real_recipe() -> Recipe:
         },
         "precisions": {
             "ladder": [{"name": "float", "weights": "float"}, {"name": "int2", "weights": "int2"}],
-            "high": "float",
-            "low": "int2",
+            "route": ["float", "int2"],
             "kl_episodes": 1,
         },
         "runtime": {"device": "cpu", "threads": 1, "processes": 1},
@@ -506,15 +505,14 @@ def real_inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def real_router(folder: Path, checkpoints: Path, threshold: float, note: str = "") -> Path:
     """An artefact `grpo_router` with a router of random weights, which acts in high precision from its threshold on."""
     from dmr_pipeline.agent.checkpoint import load_tokenizer
-    from dmr_pipeline.recipe import Architecture
-    from dmr_pipeline.training.train import new_model
+    from dmr_pipeline.recipe import Architecture, RouterModel
+    from dmr_pipeline.router.model import new_router
 
     tokenizer = load_tokenizer(checkpoints / "tokenizer")
-    tokenizer.add_tokens([LOW, HIGH], special_tokens=True)
-    low, high = tokenizer.convert_tokens_to_ids([LOW, HIGH])
     architecture = Architecture(layers=1, width=8, heads=1, key_value_heads=1, head_width=8, feed_forward=8)
-    settings = RouterSettings(low_token=low, high_token=high, threshold=threshold)
-    save_router(Router(new_model(architecture, len(tokenizer), seed=0), tokenizer, settings), folder / "router")
+    router = new_router(RouterModel(architecture=architecture), ("float", "int2"), tokenizer, 0, torch.device("cpu"))
+    settings = router.settings.model_copy(update={"threshold": threshold})
+    save_router(replace(router, settings=settings), folder / "router")
     manifest = Manifest(
         stage="grpo_router",
         recipe="alfworld-tiny",
@@ -581,8 +579,8 @@ def test_actions_are_drawn_by_the_releases_seed(
     """Not by the evaluation's, which is no part of what the artefact was made from."""
     seeds = []
 
-    def evaluate(entries: Sequence[Entry], ladder: Ladder, *_: object) -> dict[str, pl.DataFrame]:
-        seeds.append(ladder.recipe.evaluation.seed)
+    def evaluate(entries: Sequence[Entry], arena: Arena, *_: object) -> dict[str, pl.DataFrame]:
+        seeds.append(arena.seed)
         return {entry.name: pl.DataFrame({"policy": [entry.name]}) for entry in entries}
 
     monkeypatch.setattr(the_stage, "evaluate", evaluate)
