@@ -9,7 +9,7 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from scipy.special import expit
+from scipy.special import expit, softmax
 
 from dmr_pipeline.environments.alfworld.engine import AlfWorldEpisode
 from dmr_pipeline.environments.alfworld.game import Game
@@ -20,8 +20,7 @@ from dmr_pipeline.evaluation.policies import search_entries
 from dmr_pipeline.recipe import Prompt, Recipe
 from dmr_pipeline.rollout.cost import episode_cost
 from dmr_pipeline.rollout.engine import RoutingPolicy, Run, Trajectory, play
-from dmr_pipeline.rollout.kv_cache.padded import Streams
-from dmr_pipeline.rollout.playing import Ladder
+from dmr_pipeline.rollout.playing import Rollouts
 from dmr_pipeline.rollout.prompts import Prompter
 from dmr_pipeline.rollout.tables import read_trajectories
 from dmr_pipeline.router.baselines import RandomMixing
@@ -31,11 +30,11 @@ from dmr_pipeline.router.kl import search_summary
 from dmr_pipeline.router.labels import read_sensitivity
 from dmr_pipeline.router.model import Router, routing_margins, sequence_of_trajectory, with_features
 from dmr_pipeline.router.policies import routing_policy
-from dmr_pipeline.router.search_steps import opens_at_search_bar
+from dmr_pipeline.router.search_steps import opens_at_search_bar, with_searches_forced
 from tests.helpers.grpo_router import tiny_recipe
 from tests.helpers.kl_router import run_stage, section
-from tests.helpers.probes import HIGH, LOW, by_hand, greedy, new_probe, transcripts
-from tests.helpers.routers import TOKENIZER, random_router
+from tests.helpers.probes import by_hand, greedy, new_probe, transcripts
+from tests.helpers.routers import AGENTS, ROUTE, ROUTES, TOKENIZER, random_router, streams
 
 GAMES = [generate_game(number, 50)[0] for number in range(4)]
 
@@ -65,58 +64,61 @@ def shop(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Game, "episode", lambda game: Shop(game))
 
 
-def play_with(policy: RoutingPolicy, slots: int = 3) -> list[Trajectory]:
-    agents = {False: Streams(LOW, slots, 4096), True: Streams(HIGH, slots, 4096)}
+def play_with(policy: RoutingPolicy, slots: int = 3, route: Sequence[str] = ROUTE) -> list[Trajectory]:
     runs = [Run(game) for game in GAMES]
-    return play(runs, agents, Prompter.of(TOKENIZER, Prompt()), policy, step_limit=6)
+    return play(runs, streams(route, slots), Prompter.of(TOKENIZER, Prompt()), policy, step_limit=6)
 
 
-def new_router(kind: str) -> Router:
+def new_router(kind: str, route: Sequence[str] = ROUTE) -> Router:
     make = new_probe if kind == "probe" else random_router
-    return make(scale=3.0, offset=0.1, force_search=True)
+    offsets = {"float": 0.1, "int4": -1.0}
+    return make(route=route, scale=3.0, offsets={rung: offsets[rung] for rung in route[:-1]}, force_search=True)
 
 
 @torch.no_grad()
-def uncached_probability(router: Router, trajectory: Trajectory, turn: int) -> float:
-    """P(high) from one plain forward pass over all that came before."""
+def uncached_exceedance(router: Router, trajectory: Trajectory, turn: int) -> list[float]:
+    """From one plain forward pass over all that came before."""
     settings = router.settings
     if settings.kind == "probe":
-        low, high = router.model(by_hand(router, transcripts(trajectory)[turn], turn)[None])[0].tolist()
+        logits = router.model(by_hand(router, transcripts(trajectory)[turn], turn)[None])[0].flip(0)
     else:
-        sequence = sequence_of_trajectory(trajectory, settings)
+        sequence = sequence_of_trajectory(trajectory, router)
         before = sequence.tokens[: sequence.positions[turn] + 1]
-        low, high = router.model(torch.tensor([before])).logits[0, -1, settings.tokens].tolist()
-    return float(expit(settings.scale * (high - low) + settings.offset))
+        logits = router.model(torch.tensor([before])).logits[0, -1, list(settings.tokens.values())]
+    offsets = [settings.offsets.get(rung, 0.0) for rung in settings.route]
+    return softmax(settings.scale * logits.numpy() + offsets).cumsum()[:-1].tolist()
 
 
 @pytest.mark.usefixtures("shop")
 @pytest.mark.parametrize("kind", ["probe", "lm"])
-@pytest.mark.parametrize("slots", [1, 3])
-def test_a_router_is_not_asked_at_search_steps_and_decides_the_others_as_ever(kind: str, slots: int) -> None:
-    router = new_router(kind)
+@pytest.mark.parametrize(("slots", "route"), [(1, ROUTE), (3, ROUTE), (3, ROUTES[1])])
+def test_a_router_is_not_asked_at_search_steps_and_decides_the_others_as_ever(
+    kind: str, slots: int, route: tuple[str, ...]
+) -> None:
+    router, sizes = new_router(kind, route), {"float": 1000, "int4": 300, "int2": 100}
     taken = set()
-    for trajectory in play_with(routing_policy(router, slots, sample=True, seed=5), slots):
+    for trajectory in play_with(routing_policy(router, slots, sample=True, seed=5), slots, route):
         for turn, (step, prefix) in enumerate(zip(trajectory.steps, transcripts(trajectory), strict=True)):
             assert step.forced == at_bar(trajectory.run.task.task_id, turn)
             if step.forced:
-                assert (step.high, step.probability, step.drafted) == (True, 1.0, 0)
+                assert (step.precision, step.exceedance, step.wasted) == ("float", (1.0,) * (len(route) - 1), {})
             else:
-                assert step.probability == pytest.approx(uncached_probability(router, trajectory, turn), abs=1e-3)
-                assert step.drafted == (kind == "probe" and step.high)
-            assert step.action == greedy(HIGH if step.high else LOW, prefix)
-            taken.add((step.forced, step.high))
-        passes = sum(len(s.action) * (1000 if s.high else 100) + 100 * s.drafted for s in trajectory.steps)
+                assert step.exceedance == pytest.approx(uncached_exceedance(router, trajectory, turn), abs=1e-3)
+                assert step.wasted == ({"int2": 1} if kind == "probe" and step.precision != "int2" else {})
+            assert step.action == greedy(AGENTS[step.precision], prefix)
+            taken.add((step.forced, step.precision))
+        passes = sum(len(s.action) * sizes[s.precision] + 100 * s.wasted.get("int2", 0) for s in trajectory.steps)
         asked = sum(not s.forced for s in trajectory.steps)
-        assert episode_cost(trajectory, {True: 1000, False: 100}, router_bytes=7) == passes + 7 * asked
-    assert taken == {(True, True), (False, False), (False, True)}
+        assert episode_cost(trajectory, {rung: sizes[rung] for rung in route}, router_bytes=7) == passes + 7 * asked
+    assert taken == {(True, "float"), *((False, rung) for rung in route)}
 
 
 @pytest.mark.usefixtures("shop")
 def test_nothing_is_forced_unless_the_settings_say_so() -> None:
     router = new_router("probe")
-    router = replace(router, settings=router.settings.model_copy(update={"force_search": False, "offset": -99.0}))
+    router = replace(router, settings=router.settings.model_copy(update={"force_search": False, "offsets": {"float": -99.0}}))
     steps = [step for trajectory in play_with(routing_policy(router, 3)) for step in trajectory.steps]
-    assert not any(step.forced or step.high for step in steps)
+    assert not any(step.forced or step.precision == "float" for step in steps)
 
 
 @pytest.mark.usefixtures("shop")
@@ -124,16 +126,19 @@ def test_the_evaluation_switches_it_and_plays_searches_alone() -> None:
     forcing = new_router("lm")
     plain = replace(forcing, settings=forcing.settings.model_copy(update={"force_search": False, "threshold": 1.0}))
     files = {"kl_router": {"model.safetensors": "a"}, "grpo_router": {"model.safetensors": "b"}}
-    found = {entry.name: entry for entry in search_entries({"kl_router": forcing, "grpo_router": plain}, files, 3)}
+    routers = {"kl_router": forcing, "grpo_router": plain}
+    found = {entry.name: entry for entry in search_entries(ROUTE, routers, files, 3)}
     assert {name: entry.kind for name, entry in found.items()} == {
         "search_only": "baseline", "kl_router-search": "ablation", "grpo_router+search": "ablation",
     }  # fmt: skip
+    assert [found[name].variant_of for name in ("search_only", "kl_router-search", "grpo_router+search")] == ["", *routers]
     assert found["search_only"].router_bytes == 0 < found["kl_router-search"].router_bytes == forcing.weight_bytes
     assert not any(s.forced for t in play_with(found["kl_router-search"].policy) for s in t.steps)
     for name in ("search_only", "grpo_router+search"):  # this router's threshold is never reached
         for trajectory in play_with(found[name].policy):
             bars = [at_bar(trajectory.run.task.task_id, turn) for turn in range(len(trajectory.steps))]
-            assert [step.high for step in trajectory.steps] == [step.forced for step in trajectory.steps] == bars
+            assert [step.precision == "float" for step in trajectory.steps] == bars
+            assert [step.forced for step in trajectory.steps] == bars
     assert [opens_at_search_bar(game) for game in GAMES] == [at_bar(game.task_id, 0) for game in GAMES]
 
 
@@ -212,32 +217,34 @@ def test_stage_1_calibrates_at_the_other_steps_and_hands_the_rule_on(
     asked = {(f"validation/{game}/0", turn) for game in games for turn in range(6) if not at_bar(game, turn)}
     assert set(validation.select("episode_id", "turn").rows()) == asked
     # Half of the steps are forced, so that no threshold gets to a ratio below.
-    assert 0.5 <= summary["validation_high_ratio"] < 0.7
+    assert 0.5 <= summary["validation_spend"] < 0.7
 
 
 @pytest.mark.usefixtures("shop")
 @pytest.mark.parametrize("kind", ["probe", "lm"])
 def test_stage_2_learns_from_the_other_steps_alone(artefacts: Path, tmp_path: Path, kind: str) -> None:
-    ladder = Ladder.load(artefacts / "quantized_checkpoints", tiny_recipe())
-    router = replace(new_router(kind), agent=ladder.models[False])
-    scorer = Scorer(ladder, router.weight_bytes)
-    games = benchmark_of(tiny_recipe().benchmark).read_tasks(artefacts / "benchmark_tasks", "validation")
+    recipe = tiny_recipe()
+    rollouts = Rollouts.load(artefacts / "quantized_checkpoints", recipe)
+    router = replace(new_router(kind), agent=rollouts.acting.models["int2"])
+    games = benchmark_of(recipe.benchmark).read_tasks(artefacts / "benchmark_tasks", "validation")
+    scorer = Scorer(rollouts, router.weight_bytes, recipe.grpo_router)
     settings = tempered_settings(router, scorer, games, tmp_path)
     assert settings.force_search
-    mixed = ladder.play([Run(game) for game in games], RandomMixing(0.6, 0, force_search=True), 0)
-    sequences = with_features(router, [sequence_of_trajectory(t, settings) for t in mixed], 16)
-    margins = np.concatenate(routing_margins(router, sequences, 16))
+    mixing = with_searches_forced(RandomMixing({"float": 0.6, "int2": 0.4}, 0), ROUTE)
+    mixed = rollouts.play([Run(game) for game in games], mixing, 0)
+    sequences = with_features(router, [sequence_of_trajectory(t, router) for t in mixed], 16)
+    margins = np.concatenate(routing_margins(router, sequences, 16))[:, 0]
     asked = [not step.forced for trajectory in mixed for step in trajectory.steps]
     assert 0 < sum(asked) < len(asked)
-    assert expit(settings.scale * margins + settings.offset)[asked].mean() == pytest.approx(0.6, abs=1e-6)
+    assert expit(settings.scale * margins + settings.offsets["float"])[asked].mean() == pytest.approx(0.6, abs=1e-6)
 
     tempered = replace(router, settings=settings)
     session = Session(tempered, tempered, scorer, games, games)
     played = session.rollouts(1, [game.task_id for game in games for _ in range(3)])
     assert session.rows[0]["divergence"] == pytest.approx(0.0, abs=1e-6)  # 1.0 is no probability of the router's
     for rollout, mask in zip(played, as_completions(played)["env_mask"], strict=True):
-        positions, high = rollout.sequence.positions, rollout.sequence.high
+        positions, acted = rollout.sequence.positions, rollout.sequence.acted
         assert 0 < len(rollout.forced) < len(positions)
-        assert all(high[turn] for turn in rollout.forced)
+        assert all(acted[turn] == 1 for turn in rollout.forced)  # the dearest of two
         learned = [i + positions[0] + 1 for i, trained in enumerate(mask) if trained]
         assert learned == [position + 1 for turn, position in enumerate(positions) if turn not in rollout.forced]
