@@ -1,4 +1,4 @@
-"""The smallest recipe that runs through all real stages."""
+"""The smallest recipes that run through all real stages."""
 
 RECIPE_YAML = """\
 benchmark: {step_limit: 4, splits: {agent_train: 6, router_train: 4, validation: 4, test: 4}}
@@ -21,11 +21,13 @@ agent:
     mistake_rate: 0.05
 precisions:
   ladder: [{name: float, weights: float}, {name: int4, weights: int4, ranges: mse}, {name: int2, weights: int2}]
-  high: float
-  low: int2
+  route: [float, int2]
   kl_episodes: 2
 trajectories:
-  behaviour: [{name: all-high, high_ratio: 1.0}, {name: all-low, high_ratio: 0.0}, {name: mixed, high_ratio: 0.5}]
+  behaviour:
+    - {name: all-high, shares: {float: 1}}
+    - {name: all-low, shares: {int2: 1}}
+    - {name: mixed, shares: {float: 0.5, int2: 0.5}}
 sensitivity: {quantile: 0.5}
 kl_router:
   model: {probe: {layers: [1, 2], hidden: 4}}

@@ -53,9 +53,9 @@ def reached(logits: np.ndarray) -> np.ndarray:
 def test_cached_exceedances_equal_a_plain_forward_pass(route: tuple[str, ...]) -> None:
     router = random_router(route)
     sequences = [sequence_of_trajectory(trajectory, router) for trajectory in play_with(router, games=3, slots=6)]
-    centre = np.median(np.concatenate(routing_margins(router, sequences, 6)), axis=0)[::-1]
-    offsets = [*(-30 * centre), 0.0]  # so that every rung acts
-    router = with_settings(router, scale=30.0, offsets=dict(zip(route, offsets, strict=True)), threshold=0.45)
+    openings = np.median([margins[0] for margins in routing_margins(router, sequences, 6)], axis=0)[::-1]
+    offsets = [*(-100 * openings), 0.0]  # so that every rung acts
+    router = with_settings(router, scale=100.0, offsets=dict(zip(route, offsets, strict=True)), threshold=0.45)
     played = play_with(router, games=3, slots=4)  # fewer slots than episodes: slots are used again
     tokens = router.tokenizer.convert_tokens_to_ids([routing_token(rung) for rung in route])
     taken = set()
@@ -66,7 +66,7 @@ def test_cached_exceedances_equal_a_plain_forward_pass(route: tuple[str, ...]) -
         ]
         with torch.no_grad():
             logits = router.model(torch.tensor([sequence.tokens])).logits[0, sequence.positions][:, tokens].numpy()
-        expected = reached(30 * logits + offsets)
+        expected = reached(100 * logits + offsets)
         for step, levels in zip(trajectory.steps, expected.tolist(), strict=True):
             assert step.exceedance == pytest.approx(levels, abs=1e-3)
             places = [k for k, level in enumerate(step.exceedance) if level >= 0.45]
