@@ -22,4 +22,6 @@ def section(**changes: float | str) -> GrpoRouter:
 
 
 def sequences(router: Router, choices: Sequence[Sequence[str]]) -> list[RoutingSequence]:
-    return [routing_sequence(*episode, acted, router.settings) for episode, acted in zip(EPISODES, choices, strict=True)]
+    return [
+        routing_sequence(*episode, acted, router.settings) for episode, acted in zip(EPISODES, choices, strict=True)
+    ]

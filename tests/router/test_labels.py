@@ -131,7 +131,9 @@ def test_a_comparison_equals_one_written_down_straight(
         middle = [Categorical((p[i].probs + q[i].probs) / 2) for i in range(8)]
         js = sum(float(kl_divergence(p[i], middle[i]) + kl_divergence(q[i], middle[i])) / 2 for i in places)
         assert one.js == pytest.approx(js, abs=1e-9)
-        own = [Categorical(logits=streams[rung].logits(prefix + low[:i]).double()) for i in range(len(low))][counted(low)]
+        own = [Categorical(logits=streams[rung].logits(prefix + low[:i]).double()) for i in range(len(low))][
+            counted(low)
+        ]
         assert one.entropy_low == pytest.approx(sum(float(each.entropy()) for each in own), abs=1e-9)
         leads = [float(best[0] - best[1]) for best in (each.probs.topk(2).values for each in own)]
         assert one.margin_low == pytest.approx(min(leads, default=1.0), abs=1e-9)

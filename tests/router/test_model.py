@@ -180,7 +180,9 @@ def test_another_vocabulary_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_new_router_depends_on_its_seed_alone() -> None:
-    one, again, other = (new_router(RouterModel(architecture=ARCHITECTURE), ROUTE, TOKENIZER, seed, CPU) for seed in (0, 0, 1))
+    one, again, other = (
+        new_router(RouterModel(architecture=ARCHITECTURE), ROUTE, TOKENIZER, seed, CPU) for seed in (0, 0, 1)
+    )
     weights = [router.model.get_input_embeddings().weight for router in (one, again, other)]
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])

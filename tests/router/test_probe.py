@@ -92,9 +92,7 @@ def test_scored_actions_are_the_likeliest_after_what_was_read() -> None:
 def test_a_decision_costs_a_pass_of_the_cheapest_where_another_acts_and_the_head(route: tuple[str, ...]) -> None:
     sizes, taken = {"float": 1000, "int4": 300, "int2": 100}, set()
     for trajectory in play_with(new_probe(route=route, scale=3.0)):
-        passes = sum(
-            len(s.action) * sizes[s.precision] + 100 * (s.precision != "int2") + 7 for s in trajectory.steps
-        )
+        passes = sum(len(s.action) * sizes[s.precision] + 100 * (s.precision != "int2") + 7 for s in trajectory.steps)
         assert episode_cost(trajectory, {rung: sizes[rung] for rung in route}, router_bytes=7) == passes
         taken |= {step.precision for step in trajectory.steps}
     assert taken == set(route)

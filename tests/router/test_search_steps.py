@@ -116,7 +116,9 @@ def test_a_router_is_not_asked_at_search_steps_and_decides_the_others_as_ever(
 @pytest.mark.usefixtures("shop")
 def test_nothing_is_forced_unless_the_settings_say_so() -> None:
     router = new_router("probe")
-    router = replace(router, settings=router.settings.model_copy(update={"force_search": False, "offsets": {"float": -99.0}}))
+    router = replace(
+        router, settings=router.settings.model_copy(update={"force_search": False, "offsets": {"float": -99.0}})
+    )
     steps = [step for trajectory in play_with(routing_policy(router, 3)) for step in trajectory.steps]
     assert not any(step.forced or step.precision == "float" for step in steps)
 
@@ -131,7 +133,10 @@ def test_the_evaluation_switches_it_and_plays_searches_alone() -> None:
     assert {name: entry.kind for name, entry in found.items()} == {
         "search_only": "baseline", "kl_router-search": "ablation", "grpo_router+search": "ablation",
     }  # fmt: skip
-    assert [found[name].variant_of for name in ("search_only", "kl_router-search", "grpo_router+search")] == ["", *routers]
+    assert [found[name].variant_of for name in ("search_only", "kl_router-search", "grpo_router+search")] == [
+        "",
+        *routers,
+    ]
     assert found["search_only"].router_bytes == 0 < found["kl_router-search"].router_bytes == forcing.weight_bytes
     assert not any(s.forced for t in play_with(found["kl_router-search"].policy) for s in t.steps)
     for name in ("search_only", "grpo_router+search"):  # this router's threshold is never reached
