@@ -45,13 +45,14 @@ def find(name: str) -> Any:  # noqa: ANN401 - a Benchmark, which this module is 
         KeyError: none has this name.
         UserError: an installed package names a class that cannot be imported.
     """
-    if name not in _KNOWN:
-        for point in entry_points(group=ENTRY_POINTS, name=name):
-            _KNOWN[name] = point.value
-    place = _KNOWN[name]
-    if not isinstance(place, str):
-        return place
+    known = _KNOWN.get(name)
+    if known is not None and not isinstance(known, str):
+        return known
+    place = known or next((point.value for point in entry_points(group=ENTRY_POINTS, name=name)), None)
+    if place is None:
+        raise KeyError(name)
     try:
-        return resolve_name(place)
+        _KNOWN[name] = resolve_name(place)
     except (ImportError, AttributeError) as error:
         raise UserError(f"benchmark {name!r}: there is no {place} ({error}): mend or remove the package") from error
+    return _KNOWN[name]

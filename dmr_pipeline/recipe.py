@@ -735,6 +735,11 @@ def _thoughts_of_looks(benchmark: Games, agent: Agent) -> Iterator[str]:
         yield f"agent: the looks of {benchmark.environment} teach thoughts, so they need 'prompt.thought_end'"
 
 
+def _forced_searches(benchmark: Games, kl_router: KlRouter) -> Iterator[str]:
+    if kl_router.force_search and "search" not in benchmarks.find(benchmark.environment).step_kinds:
+        yield f"kl_router.force_search: nothing is searched in {benchmark.environment}; leave it out"
+
+
 def _short_games(agent: Agent) -> Iterator[str]:
     if agent.training and agent.training.short_until and agent.training.short_steps < 3:
         yield f"agent.training.short_steps: {agent.training.short_steps}, but no game can be won in fewer than 3 steps"
@@ -768,6 +773,7 @@ _ACROSS: tuple[Callable[..., Iterator[str]], ...] = (
     _behaviour_on_the_route,
     _reference_model,
     _thoughts_of_looks,
+    _forced_searches,
     _short_games,
     _probe_layers,
     _kept_in_float,

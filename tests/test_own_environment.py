@@ -1,7 +1,9 @@
 """The example of an own benchmark: its games by their rules, and the whole pipeline on it."""
 
 import importlib.util
+import os
 import random
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -118,12 +120,36 @@ def test_demonstrations_are_of_what_the_expert_would_do(example: ModuleType) -> 
     }
 
 
+def test_an_installed_package_brings_it_to_every_command(example: ModuleType, tmp_path: Path) -> None:
+    example.make_project(tmp_path / "project")
+    installed = tmp_path / "site" / "corridor-1.0.dist-info"
+    installed.mkdir(parents=True)
+    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: corridor\nVersion: 1.0\n")
+    (installed / "entry_points.txt").write_text("[dmr_pipeline.benchmarks]\ncorridor = my_corridor:CorridorBenchmark\n")
+    shutil.copy(SCRIPT, tmp_path / "site" / "my_corridor.py")
+    for path, code, said in (
+        ([tmp_path / "site"], 0, "corridor"),
+        (
+            [],
+            2,
+            "Input should be one of 'alfworld', 'alfworld-official', 'webshop', 'webshop-official' (it is 'corridor')",
+        ),
+    ):
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, [*path, REPOSITORY])), "COLUMNS": "500"}
+        command = [sys.executable, "-m", "dmr_pipeline", "recipe", "check", "corridor"]
+        done = subprocess.run(
+            command, cwd=tmp_path / "project", env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == code, done.stdout + done.stderr
+        assert said in done.stdout + done.stderr
+
+
 @pytest.mark.slow
 def test_the_whole_pipeline_runs_on_it_and_has_nothing_to_do_the_second_time(tmp_path: Path) -> None:
-    first, again = (
-        subprocess.run([sys.executable, str(SCRIPT), str(tmp_path)], capture_output=True, text=True, check=True)
-        for _ in range(2)
-    )
+    command = [sys.executable, str(SCRIPT), str(tmp_path)]
+    first, again = (subprocess.run(command, capture_output=True, text=True, check=False) for _ in range(2))
+    assert first.returncode == 0, first.stdout + first.stderr
+    assert again.returncode == 0, again.stdout + again.stderr
     for stage in pipeline.STAGES:
         assert verify(artifact_folder(stage.name, "corridor", tmp_path / "data")).manifest.stage == stage.name
     table = {line.split()[0] for line in first.stdout.splitlines() if "%" in line and "[" in line}

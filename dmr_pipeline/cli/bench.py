@@ -155,7 +155,7 @@ def _bench_alfworld(games: Path, sample: int, steps: int) -> None:
 
     from dmr_pipeline.environments.alfworld import bench as benchmark
     from dmr_pipeline.environments.alfworld.game import read_game
-    from dmr_pipeline.environments.alfworld.official import engine as stock
+    from dmr_pipeline.environments.alfworld.official import engine
     from dmr_pipeline.environments.alfworld.official.verify import game_files
     from dmr_pipeline.environments.alfworld.store import to_json
 
@@ -164,7 +164,7 @@ def _bench_alfworld(games: Path, sample: int, steps: int) -> None:
     timed = some[:sample]
     pairs = list(
         track(
-            benchmark.timings(timed, steps, stock=stock.is_installed()),
+            benchmark.timings(timed, steps, official=engine.is_installed()),
             description="the same walks in both engines",
             total=len(timed),
         )
@@ -182,7 +182,7 @@ def _bench_alfworld(games: Path, sample: int, steps: int) -> None:
         )
     table.add_row("load a packed game", _duration(median(map(benchmark.packed_load_seconds, packed[:sample]))))
     console.print(table)
-    if not stock.is_installed():
+    if not engine.is_installed():
         console.print(
             "left out: the official engine, which is not installed (pip install 'dmr-pipeline[alfworld]')", markup=False
         )

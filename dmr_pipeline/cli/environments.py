@@ -134,13 +134,13 @@ def compare_alfworld(
     from rich.progress import track
 
     from dmr_pipeline.environments.alfworld.generator import generate_game
-    from dmr_pipeline.environments.alfworld.official import distributions as likeness
+    from dmr_pipeline.environments.alfworld.official import distributions
     from dmr_pipeline.environments.alfworld.official.packing import read_official
 
     theirs = read_official("train")
     ours = [generate_game(seed)[0] for seed in track(range(generated), description="games")]
     with console.status("planning every game"):
-        measured = likeness.numbers(theirs, ours)
+        measured = distributions.numbers(theirs, ours)
     table = Table(title=f"{len(theirs):,} official games, {len(ours):,} generated: mean ± sd", box=box.SIMPLE)
     for column in ("room", "measure", "official", "generated", "KS distance"):
         table.add_column(column, justify="left" if column in ("room", "measure") else "right")
@@ -152,7 +152,7 @@ def compare_alfworld(
         table.add_row("" if row.room == room else row.room, row.measure, *pairs, f"{row.distance:.2f}")
         room = row.room
     console.print(table)
-    for spread in likeness.shares(theirs, ours):
+    for spread in distributions.shares(theirs, ours):
         table = Table(title=f"{spread.what}: {spread.distance:.1%} of the games apart", box=box.SIMPLE)
         for column in (spread.what, "official", "generated"):
             table.add_column(column, justify="left" if column == spread.what else "right")

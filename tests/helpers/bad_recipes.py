@@ -127,6 +127,7 @@ ALFWORLD: list[tuple[str, dict[str, object], str]] = [
     ("scored-thoughts", {"agent.action": "score"},
      "agent.action: an agent that thinks first must generate its actions"),
     ("thoughtless-looks", {"agent.prompt.thought_end": LEFT_OUT}, "agent: the looks of alfworld teach thoughts"),
+    ("nothing-to-search", {"kl_router.force_search": True}, "kl_router.force_search: nothing is searched in alfworld"),
     ("empty-hide", {"agent.prompt.page": {"hide": [""]}},
      "agent.prompt.page.hide.0: String should have at least 1 character"),
     # The ladder.

@@ -13,7 +13,7 @@ import psutil
 
 from dmr_pipeline.environments.alfworld.engine import AlfWorldEpisode
 from dmr_pipeline.environments.alfworld.game import Game, read_game
-from dmr_pipeline.environments.alfworld.official.engine import StockEpisode
+from dmr_pipeline.environments.alfworld.official.engine import OfficialEpisode
 from dmr_pipeline.environments.alfworld.official.verify import GAMES_A_PROCESS
 from dmr_pipeline.environments.vector import TextVectorEnv
 
@@ -34,18 +34,18 @@ class Timing:
     """Mean of a walk, admissible commands included."""
 
 
-def timings(paths: Sequence[Path], steps: int, *, stock: bool) -> Iterator[tuple[Timing, Timing | None]]:
-    """Ours and the official engine's (None without `stock`), game by game."""
+def timings(paths: Sequence[Path], steps: int, *, official: bool) -> Iterator[tuple[Timing, Timing | None]]:
+    """Ours and the official engine's (None without `official`), game by game."""
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=GAMES_A_PROCESS) as pool:
         for path in paths:
-            yield pool.apply(_timings, (path, steps, stock))
+            yield pool.apply(_timings, (path, steps, official))
 
 
-def _timings(path: Path, steps: int, stock: bool) -> tuple[Timing, Timing | None]:
+def _timings(path: Path, steps: int, official: bool) -> tuple[Timing, Timing | None]:
     commands = _walk(path, steps)
     ours = [_timing(lambda: AlfWorldEpisode(read_game(path)), commands) for _ in range(_REPEATS)]
     timing = Timing(*(median(getattr(one, field) for one in ours) for field in ("load", "reset", "step")))
-    return timing, _timing(lambda: StockEpisode(path), commands) if stock else None
+    return timing, _timing(lambda: OfficialEpisode(path), commands) if official else None
 
 
 def _walk(path: Path, steps: int) -> list[str]:
@@ -57,7 +57,7 @@ def _walk(path: Path, steps: int) -> list[str]:
     return commands
 
 
-def _timing(load: Callable[[], AlfWorldEpisode | StockEpisode], commands: Sequence[str]) -> Timing:
+def _timing(load: Callable[[], AlfWorldEpisode | OfficialEpisode], commands: Sequence[str]) -> Timing:
     clock = [time.perf_counter()]
     episode = load()
     clock.append(time.perf_counter())

@@ -12,7 +12,7 @@ from dmr_pipeline.environments.alfworld.expert import ExploringExpert, Wish, rea
 from dmr_pipeline.environments.alfworld.game import Game
 from dmr_pipeline.environments.alfworld.generator import SENTENCES, expert_wins, generate_game
 from dmr_pipeline.environments.alfworld.household import count_household, household, room_of, search_order
-from dmr_pipeline.environments.alfworld.official import distributions as likeness
+from dmr_pipeline.environments.alfworld.official import distributions
 
 GAMES = [generate_game(seed)[0] for seed in range(300)]
 
@@ -108,16 +108,16 @@ def test_counting_by_hand() -> None:
     assert counted.targets == {"pick_and_place_simple": [("bedroom", "book", "drawer", 1)]}
 
 
-def test_likeness_of_games_with_themselves_and_with_others() -> None:
-    same = likeness.numbers(GAMES[:40], GAMES[:40])
-    assert {row.measure for row in same} == set(likeness.MEASURES)
+def test_comparing_games_with_themselves_and_with_others() -> None:
+    same = distributions.numbers(GAMES[:40], GAMES[:40])
+    assert {row.measure for row in same} == set(distributions.MEASURES)
     assert all(row.distance == 0 and row.official == row.generated for row in same)
-    assert all(spread.distance == 0 for spread in likeness.shares(GAMES[:40], GAMES[:40]))
+    assert all(spread.distance == 0 for spread in distributions.shares(GAMES[:40], GAMES[:40]))
     kitchens, bathrooms = ([game for game in GAMES if room_of(game) == room][:15] for room in ("kitchen", "bathroom"))
-    apart = {row.measure: row for row in likeness.numbers(kitchens, bathrooms) if row.room == "all"}
+    apart = {row.measure: row for row in distributions.numbers(kitchens, bathrooms) if row.room == "all"}
     assert apart["receptacles"].distance > 0.9
     assert apart["receptacles"].official[0] == pytest.approx(sum(len(game.receptacles) for game in kitchens) / 15)
-    spreads = {spread.what: spread for spread in likeness.shares(kitchens, bathrooms)}
+    spreads = {spread.what: spread for spread in distributions.shares(kitchens, bathrooms)}
     assert spreads["room"].official == {"kitchen": 1.0}
     assert spreads["room"].distance == 1.0
 

@@ -16,7 +16,7 @@ import pytest
 from dmr_pipeline.environments.alfworld.engine import AlfWorldEpisode
 from dmr_pipeline.environments.alfworld.game import Game, Thing
 from dmr_pipeline.environments.alfworld.official import verify
-from dmr_pipeline.environments.alfworld.official.engine import StockEpisode
+from dmr_pipeline.environments.alfworld.official.engine import OfficialEpisode
 from dmr_pipeline.environments.alfworld.official.export import write_game
 from dmr_pipeline.environments.alfworld.store import to_json
 from tests.helpers.games import ODD_GAMES, generated
@@ -92,20 +92,20 @@ def record(game: Game) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / game.task_id / "game.tw-pddl"
         write_game(game, path)
-        stock, ours = StockEpisode(path), AlfWorldEpisode(game)
+        theirs, ours = OfficialEpisode(path), AlfWorldEpisode(game)
         plan = SELDOM.get(game.task_id) or (verify.read_walkthrough(path) if game.goal.count == 2 else [])
         plan = plan[::-1]
         recorded: dict[str, Any] = {
             "game": json.loads(to_json(game)),
-            "first_observation": stock.first_observation(),
-            "admissible": digest(stock.admissible_commands()),
+            "first_observation": theirs.first_observation(),
+            "admissible": digest(theirs.admissible_commands()),
             "steps": [],
         }
         rng = random.Random(game.task_id)
         for _ in range(STEPS):
             command = verify._next_command(rng, ours, plan)
             ours.step(command)
-            recorded["steps"].append([command, *stock.step(command), digest(stock.admissible_commands())])
+            recorded["steps"].append([command, *theirs.step(command), digest(theirs.admissible_commands())])
     return recorded
 
 

@@ -17,7 +17,7 @@ def is_installed() -> bool:
     return find_spec("alfworld") is not None and find_spec("textworld") is not None
 
 
-class StockEpisode:
+class OfficialEpisode:
     """A game in the official engine, its names not shuffled.
 
     Raises:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from dmr_pipeline.environments.alfworld.engine import KNIVES, AlfWorldEpisode
 from dmr_pipeline.environments.alfworld.game import Game, read_game
-from dmr_pipeline.environments.alfworld.official.engine import StockEpisode
+from dmr_pipeline.environments.alfworld.official.engine import OfficialEpisode
 from dmr_pipeline.errors import UserError
 
 GAMES_A_PROCESS = 25
@@ -86,33 +86,33 @@ def compare(paths: Sequence[Path], steps: int, seed: int, processes: int) -> Ite
 
 def compare_game(path: Path, steps: int, seed: int) -> Comparison:
     game = read_game(path)
-    ours, stock = AlfWorldEpisode(game), StockEpisode(path)
+    ours, theirs = AlfWorldEpisode(game), OfficialEpisode(path)
     # Seeded by the game's name, not its path: the walk is the same wherever the games lie.
     rng = random.Random(f"{seed}-{game.task_id}")
     plan = read_walkthrough(path) if rng.random() < _FOLLOWS_WALKTHROUGH else []
     plan.reverse()
     history: list[str] = []
-    differences = _differences("the first observation", stock.first_observation(), ours.first_observation())
-    differences += _differences("admissible commands", stock.admissible_commands(), ours.admissible_commands())
+    differences = _differences("the first observation", theirs.first_observation(), ours.first_observation())
+    differences += _differences("admissible commands", theirs.admissible_commands(), ours.admissible_commands())
     while not differences and len(history) < steps:
         command = _next_command(rng, ours, plan)
         history.append(command)
-        for name, theirs, mine in zip(
-            ("observation", "reward", "done"), stock.step(command), ours.step(command), strict=True
+        for name, other, mine in zip(
+            ("observation", "reward", "done"), theirs.step(command), ours.step(command), strict=True
         ):
-            differences += _differences(name, theirs, mine)
-        differences += _differences("won", stock.won(), ours.won())
-        differences += _differences("admissible commands", stock.admissible_commands(), ours.admissible_commands())
+            differences += _differences(name, other, mine)
+        differences += _differences("won", theirs.won(), ours.won())
+        differences += _differences("admissible commands", theirs.admissible_commands(), ours.admissible_commands())
     after = f" after {history}" if history else ""
     return Comparison(path, len(history), tuple(difference + after for difference in differences))
 
 
-def _differences(name: str, stock: object, ours: object) -> list[str]:
-    if stock == ours:
+def _differences(name: str, official: object, ours: object) -> list[str]:
+    if official == ours:
         return []
-    if isinstance(stock, list) and isinstance(ours, list):
-        return [f"{name}: only stock {sorted({*stock} - {*ours})}, only ours {sorted({*ours} - {*stock})}"]
-    return [f"{name}: stock {stock!r}, ours {ours!r}"]
+    if isinstance(official, list) and isinstance(ours, list):
+        return [f"{name}: only official {sorted({*official} - {*ours})}, only ours {sorted({*ours} - {*official})}"]
+    return [f"{name}: official {official!r}, ours {ours!r}"]
 
 
 def _next_command(rng: random.Random, episode: AlfWorldEpisode, plan: list[str]) -> str:

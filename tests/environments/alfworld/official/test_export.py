@@ -11,7 +11,7 @@ import pytest
 from dmr_pipeline.environments.alfworld.game import Game, read_game
 from dmr_pipeline.environments.alfworld.generator import generate_game
 from dmr_pipeline.environments.alfworld.official import export
-from dmr_pipeline.environments.alfworld.official.engine import StockEpisode
+from dmr_pipeline.environments.alfworld.official.engine import OfficialEpisode
 from dmr_pipeline.environments.alfworld.official.export import write_game
 from dmr_pipeline.environments.alfworld.official.verify import compare, read_walkthrough, replay
 from dmr_pipeline.errors import UserError
@@ -74,7 +74,7 @@ def test_without_the_official_engine_the_remedy_is_named(tmp_path: Path, monkeyp
 
 def play_walkthrough(path: Path) -> tuple[float, bool]:
     """The last reward, and whether the episode is over, in the official engine."""
-    episode = StockEpisode(path)
+    episode = OfficialEpisode(path)
     episode.first_observation()
     reward, over = 0.0, False
     for command in read_walkthrough(path):

@@ -15,8 +15,7 @@ from dmr_pipeline.environments.alfworld import bench
 from dmr_pipeline.environments.alfworld.engine import NOTHING, AlfWorldEpisode
 from dmr_pipeline.environments.alfworld.game import read_game
 from dmr_pipeline.environments.alfworld.generator import generate_game
-from dmr_pipeline.environments.alfworld.official import engine as stock
-from dmr_pipeline.environments.alfworld.official import verify
+from dmr_pipeline.environments.alfworld.official import engine, verify
 from dmr_pipeline.environments.alfworld.store import to_json
 from dmr_pipeline.errors import UserError
 from tests.helpers import needs
@@ -111,18 +110,18 @@ class _NeverDone(_Copy):
     ("engine", "difference"),
     [
         (_Copy, None),
-        (_OtherWelcome, "the first observation: stock"),
-        (_OtherText, "observation: stock 'You arrive at desk 1. Upon the desk"),
-        (_OtherCommands, "admissible commands: only stock [], only ours ['take book 1 from bed 1']"),
-        (_OtherReward, "reward: stock 0.5, ours 1.0"),
-        (_NeverDone, "done: stock False, ours True"),
+        (_OtherWelcome, "the first observation: official"),
+        (_OtherText, "observation: official 'You arrive at desk 1. Upon the desk"),
+        (_OtherCommands, "admissible commands: only official [], only ours ['take book 1 from bed 1']"),
+        (_OtherReward, "reward: official 0.5, ours 1.0"),
+        (_NeverDone, "done: official False, ours True"),
     ],
 )
 def test_every_kind_of_difference_is_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: Callable[[Path], AlfWorldEpisode], difference: str | None
 ) -> None:
     path = write(tmp_path / "task" / "trial", WALKTHROUGH)
-    monkeypatch.setattr(verify, "StockEpisode", engine)
+    monkeypatch.setattr(verify, "OfficialEpisode", engine)
     found = [verify.compare_game(path, steps=60, seed=seed) for seed in range(4)]
     if difference is None:
         assert all(comparison.differences == () and comparison.steps == 60 for comparison in found)
@@ -144,7 +143,7 @@ def test_walks_try_every_verb_win_and_do_what_does_nothing(monkeypatch: pytest.M
             said["won"] += done
             return observation, reward, done
 
-    monkeypatch.setattr(verify, "StockEpisode", Listening)
+    monkeypatch.setattr(verify, "OfficialEpisode", Listening)
     monkeypatch.setattr(verify, "read_game", lambda path: generate_game(int(path.name))[0])
     monkeypatch.setattr(verify, "read_walkthrough", lambda _: [])
     for seed in range(40):
@@ -156,9 +155,9 @@ def test_walks_try_every_verb_win_and_do_what_does_nothing(monkeypatch: pytest.M
 
 
 def test_the_missing_engine_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(stock, "find_spec", lambda _: None)
+    monkeypatch.setattr(engine, "find_spec", lambda _: None)
     with pytest.raises(UserError, match=r"pip install 'dmr-pipeline\[alfworld\]'"):
-        stock.StockEpisode(tmp_path / "game.tw-pddl")
+        engine.OfficialEpisode(tmp_path / "game.tw-pddl")
 
 
 @needs.official_engine
@@ -180,7 +179,7 @@ def test_every_official_game_is_equal_in_the_official_engine() -> None:
 
 def test_the_bench_times_what_it_says(tmp_path: Path) -> None:
     path = write(tmp_path / "task" / "trial", WALKTHROUGH)
-    ((ours, official),) = bench.timings([path], steps=20, stock=False)
+    ((ours, official),) = bench.timings([path], steps=20, official=False)
     assert official is None
     assert 0 < ours.step < ours.load < 0.1
     packed = [to_json(generate_game(seed)[0]) for seed in range(5)]
@@ -192,7 +191,7 @@ def test_the_bench_times_what_it_says(tmp_path: Path) -> None:
 
 def test_the_bench_command_prints_every_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "task" / "trial", WALKTHROUGH)
-    monkeypatch.setattr(stock, "find_spec", lambda _: None)
+    monkeypatch.setattr(engine, "find_spec", lambda _: None)
     result = CliRunner().invoke(app, ["bench", "env", "--games", str(tmp_path), "--sample", "1", "--steps", "5"])
     assert result.exit_code == 0, result.output
     for words in ("load a game file", "reset", "step", "load a packed game", "left out", "1,000 live environments"):
@@ -201,7 +200,7 @@ def test_the_bench_command_prints_every_number(tmp_path: Path, monkeypatch: pyte
     sys.stderr.write("left out of this test: the official engine (dmr bench env shows it)\n")
 
 
-def test_experts_and_likeness_of_packed_games(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_experts_and_comparison_of_packed_games(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trial = tmp_path / "games" / "json_2.1.1" / "train" / "pick_and_place_simple-Book-None-Desk-301" / "trial"
     path = write(trial, WALKTHROUGH)
     path.write_text(json.dumps(json.loads(path.read_text()) | {"solvable": True}))
