@@ -90,7 +90,7 @@ def test_a_clone_starts_from_the_committed_agent_and_ends_with_the_same_hashes(
 def test_report_as_json_is_json_alone(finished_project: Recipe):
     result = dmr("report", RECIPE, "--json")
     report = json.loads(result.stdout)
-    assert report.keys() == {"recipe", "high", "low", "headline", "policies", "paired", "html"}
+    assert report.keys() == {"recipe", "route", "high", "low", "headline", "policies", "paired", "html"}
     assert Path(report["html"]).read_text() == "evaluation_report"
     assert "policies of fake" in dmr("report", RECIPE).stdout
 

@@ -237,13 +237,18 @@ def test_the_html_of_three_rungs_has_a_column_for_each(folder: Path, metrics_of_
     two = render(folder).text
     assert "high-precision steps" in two
     assert "steps at" not in two
+    assert "High precision exactly where the two greedy actions differ; it needs both at every step, so" in two
     (folder / "metrics.json").write_text(json.dumps(metrics_of_three))
     page = render(folder)
     assert headline(metrics_of_three)[0] in page.text
     assert "steps at float steps at int4 steps at int2 mean bits cost" in page.text
     assert "30.0% 40.0% 30.0% 12.15 0.500" in page.text
     assert "0.0% 100.0% 0.0% 4.50 0.400" in page.text
-    for word in ("high-precision steps", "high-precision tokens", "high-precision ratio"):
+    assert (
+        "The cheapest precision whose greedy action is that of the dearest; it needs them all at every step, so"
+        in page.text
+    )
+    for word in ("high-precision steps", "high-precision tokens", "high-precision ratio", "the two greedy"):
         assert word not in page.text
 
 
