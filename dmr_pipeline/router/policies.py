@@ -71,6 +71,7 @@ class LmRouter:
         self._streams.reset([slot])
         self._chooser.begin(slot, run)
         self._pending[slot] = []
+        self._read.discard(slot)
 
     def decide(self, slots: Sequence[int], segments: Sequence[list[int]], peek: Peek) -> list[Decision]:
         new = [self._pending[slot] + segment for slot, segment in zip(slots, segments, strict=True)]

@@ -5,19 +5,24 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import polars as pl
 import pytest
 
 from dmr_pipeline import pipeline
 from dmr_pipeline.artifacts.folders import artifact_folder
 from dmr_pipeline.artifacts.manifest import verify
 from dmr_pipeline.environments.benchmark import benchmark_of
+from dmr_pipeline.evaluation.results import POLICIES
 from dmr_pipeline.recipe import load_recipe
-from dmr_pipeline.rollout.cost import episode_cost
 from dmr_pipeline.rollout.engine import Run, SinglePrecision
-from dmr_pipeline.rollout.playing import Ladder
-from tests.helpers.fake_project import make_project
-from tests.helpers.micro_recipe import RECIPE_YAML
+from dmr_pipeline.rollout.playing import Rollouts
+from dmr_pipeline.router.kl import ROUTER_FOLDER
+from tests.helpers.fake_project import REPOSITORY, make_project
+from tests.helpers.micro_recipe import RECIPE_YAML, THREE_RUNGS_YAML
+
+LADDER = ["float", "int4", "int2"]
 
 
 def dmr(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -37,16 +42,12 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def assert_the_rung_acted_alone(cost: float) -> None:
-    """As where int4 is the low precision, and low acts throughout."""
+    """As where int4 is the cheapest of two routed rungs, and acts throughout."""
     recipe = load_recipe("micro")
-    precisions = recipe.precisions.model_copy(update={"low": "int4"})
-    ladder = Ladder.load(
-        artifact_folder("quantized_checkpoints", "micro"), recipe.model_copy(update={"precisions": precisions})
-    )
+    rollouts = Rollouts.load(artifact_folder("quantized_checkpoints", "micro"), recipe, ("float", "int4"))
     games = benchmark_of(recipe.benchmark).read_tasks(artifact_folder("benchmark_tasks", "micro"), "test")
-    played = ladder.play([Run(game) for game in games], SinglePrecision(high=False), seed=0)
-    spent = [episode_cost(trajectory, ladder.weight_bytes) / ladder.always_high_cost for trajectory in played]
-    assert cost == pytest.approx(sum(spent) / len(spent), abs=1e-6)
+    played = rollouts.play([Run(game) for game in games], SinglePrecision("int4", rollouts.route), seed=0)
+    assert cost == pytest.approx(sum(map(rollouts.cost, played)) / len(played), abs=1e-6)
 
 
 def test_the_whole_pipeline_runs_and_repeats_itself(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,17 +60,8 @@ def test_the_whole_pipeline_runs_and_repeats_itself(project: Path, monkeypatch: 
 
     report = json.loads(dmr("report", "micro", "--json").stdout)
     policies = report["policies"]
-    assert set(policies) == {
-        "always_high",
-        "always_low",
-        "always_int4",
-        "confidence",
-        "kl_router",
-        "grpo_router",
-        "random@kl_router",
-        "random@grpo_router",
-        "disagreement",
-    }
+    assert set(policies) == POLICIES | {"always_int4"}
+    assert all(policy["spend"] == policy["high_ratio"] for policy in policies.values())
     assert all(policy["n"] == 4 for policy in policies.values())
     assert (policies["always_high"]["high_ratio"], policies["always_int4"]["high_ratio"]) == (1.0, 0.0)
     assert policies["random@kl_router"]["episodes"] == 12
@@ -84,3 +76,57 @@ def test_the_whole_pipeline_runs_and_repeats_itself(project: Path, monkeypatch: 
         done = dmr("materialize", name, "--recipe", "micro", "--force")
         assert done.returncode == 0, done.stdout + done.stderr
         assert verify(artifact_folder(name, "micro")).hash == hashes[name], name
+
+
+def assert_three_rungs_were_compared(report: dict[str, Any]) -> None:
+    policies = report["policies"]
+    assert report["route"] == LADDER
+    assert set(policies) == POLICIES | {"always_int4"}
+    for policy in policies.values():
+        assert list(policy["shares"]) == LADDER
+        assert sum(policy["shares"].values()) == pytest.approx(1, abs=1e-5)
+        assert policy["shares"]["float"] <= policy["spend"] <= 1 - policy["shares"]["int2"]
+    for name, rung in (("always_high", "float"), ("always_int4", "int4"), ("always_low", "int2")):
+        assert policies[name]["shares"][rung] == 1
+    assert 0 == policies["always_low"]["spend"] < policies["always_int4"]["spend"] < policies["always_high"]["spend"]
+    assert policies["always_low"]["cost"] < policies["always_int4"]["cost"] < policies["always_high"]["cost"]
+    for router in ("kl_router", "grpo_router"):
+        mixed, routed = policies[f"random@{router}"]["shares"], policies[router]["shares"]
+        assert list(mixed.values()) == pytest.approx(list(routed.values()), abs=0.35)
+
+
+@pytest.mark.slow
+def test_the_whole_pipeline_routes_between_three_rungs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.helpers.fake_project.RECIPE_YAML", THREE_RUNGS_YAML)
+    monkeypatch.setattr("tests.helpers.fake_project.RECIPE", "micro")
+    make_project(tmp_path, pipeline.STAGES)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DAGSTER_HOME", str(tmp_path / "dagster_home"))
+    done = dmr("run", "micro")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert_three_rungs_were_compared(json.loads(dmr("report", "micro", "--json").stdout))
+
+    labels = pl.read_parquet(artifact_folder("sensitivity_dataset", "micro") / "steps.parquet")
+    played = pl.read_parquet(artifact_folder("trajectories", "micro") / "steps.parquet")
+    assert set(played["precision"]) == set(LADDER)
+    compared = labels.group_by("episode_id", "turn").agg(pl.col("precision").sort())
+    assert len(compared) == len(played)
+    assert all(rungs == ["int2", "int4"] for rungs in compared["precision"].to_list())
+    for stage in ("kl_router", "grpo_router"):
+        settings = json.loads((artifact_folder(stage, "micro") / ROUTER_FOLDER / "router.json").read_text())
+        assert list(settings["tokens"]) == LADDER
+
+
+@pytest.mark.slow
+def test_the_committed_ladder_recipe_runs_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clone = tmp_path / "clone"
+    subprocess.run(["git", "clone", "-q", str(REPOSITORY), str(clone)], check=True)
+    monkeypatch.chdir(clone)
+    monkeypatch.setenv("DAGSTER_HOME", str(clone / "dagster_home"))
+    done = dmr("run", "alfworld-tiny-ladder")
+    assert done.returncode == 0, done.stdout + done.stderr
+    for policy in (*POLICIES, "always_int4"):
+        assert policy in done.stdout
+    report = json.loads(dmr("report", "alfworld-tiny-ladder", "--json").stdout)
+    assert_three_rungs_were_compared(report)
+    assert report["gap"]["difference"] > 0

@@ -49,3 +49,13 @@ grpo_router:
 evaluation: {bootstrap: 50}
 release: {bootstrap: 50}
 """
+_CHANGES = {
+    "route: [float, int2]": "route: [float, int4, int2]",
+    "{float: 0.5, int2: 0.5}": "{float: 0.3, int4: 0.4, int2: 0.3}",
+    "quantile: 0.5": "quantile: 0.75",  # of the rows of both cheaper rungs: half of them would be all of int2's
+}
+THREE_RUNGS_YAML = RECIPE_YAML
+"""The same, with routers that choose from the whole ladder."""
+for _old, _new in _CHANGES.items():
+    assert _old in THREE_RUNGS_YAML
+    THREE_RUNGS_YAML = THREE_RUNGS_YAML.replace(_old, _new)

@@ -178,7 +178,7 @@ def test_a_rule_decides_where_it_holds_and_the_policy_elsewhere() -> None:
     heard = []
 
     class Listening(SinglePrecision):
-        def decide(self, slots, segments, peek):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+        def decide(self, slots, segments, peek):  # type: ignore[no-untyped-def]
             heard.append((list(slots), list(segments)))
             return super().decide(slots, segments, peek)
 
