@@ -99,7 +99,7 @@ def test_labels_are_joined_by_episode_and_turn() -> None:
             "episode_id": ["a", "b", "b", "c"] * 2,
             "turn": [0, 1, 0, 0] * 2,
             "precision": ["int2"] * 4 + ["int4"] * 4,
-            "sensitive": [True, True, False, False] + [True, False, True, False],
+            "sensitive": [True, True, False, False, True, False, True, False],
         }
     )
     assert labels_of_steps(steps, sensitivity.head(4), ROUTE) == [[0, 1], [1]]

@@ -168,7 +168,8 @@ def test_a_step_is_sensitive_from_tau_on() -> None:
     columns = {"kl_high_low": [0.0, 0.1, 0.2, 0.3], "kl_low_high": [1.0] * 4, "js": [0.0, 0.0, 0.5, 0.6]}
     others = {
         "episode_id": ["a"] * 4, "task_id": ["t"] * 4, "task_type": ["x"] * 4, "policy": ["p"] * 4,
-        "turn": [0, 1, 2, 3], "precision": ["int2"] * 4, "greedy_agree": [True] * 4, "entropy_low": [0.0] * 4, "margin_low": [0.0] * 4,
+        "turn": [0, 1, 2, 3], "precision": ["int2"] * 4,
+        "greedy_agree": [True] * 4, "entropy_low": [0.0] * 4, "margin_low": [0.0] * 4,
         "success": [True] * 4,
     }  # fmt: skip
     rows = pl.DataFrame({**others, **columns})
