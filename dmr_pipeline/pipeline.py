@@ -127,10 +127,10 @@ STAGES: tuple[Stage, ...] = (
         run=_stage("sensitivity_dataset"),
         group="labels",
         kinds=frozenset({"pytorch", "parquet"}),
-        description="One row a step: how far the precisions' action distributions diverge on a prefix, and the label.",
+        description="One row a step and cheaper rung: how far its action distribution is from the dearest's, and the label.",
         reading=(
-            "`summary/label_share` is the share of sensitive steps, `summary/greedy_disagreement` that of steps at "
-            "which the precisions would act differently."
+            "`summary/label_share` is the share of rows (a step and a cheaper rung) that are sensitive, "
+            "`summary/greedy_disagreement` that of rows where the two precisions would act differently."
         ),
         pool="gpu",
         resources=ONE_GPU,

@@ -142,8 +142,7 @@ def report_context(
         "gate": {"passed": facts.gate.passed, "verdict": facts.gate.verdict},
         "sensitivity": {
             "steps": table.select("episode_id", "turn").n_unique(),
-            "share of steps that are sensitive": float(table["sensitive"].mean()),  # type: ignore[arg-type]
-            "share of steps whose greedy actions differ": 1 - float(table["greedy_agree"].mean()),  # type: ignore[arg-type]
+            **_label_facts(table, route),
         },
         **{
             name: {
@@ -163,6 +162,16 @@ def report_context(
             *more_notes,
         ],
     }
+
+
+def _label_facts(table: pl.DataFrame, route: Sequence[str]) -> dict[str, JsonValue]:
+    """Of each cheaper rung; its name is told where there are several."""
+    facts: dict[str, JsonValue] = {}
+    for rung in route[1:]:
+        rows, of_rung = table.filter(pl.col("precision") == rung), "" if len(route) == 2 else f", {rung}"
+        facts[f"share of steps that are sensitive{of_rung}"] = rows["sensitive"].mean()  # type: ignore[assignment]
+        facts[f"share of steps whose greedy actions differ{of_rung}"] = 1 - rows["greedy_agree"].mean()  # type: ignore[operator]
+    return facts
 
 
 def outgrown_notes(episodes: pl.DataFrame) -> list[str]:
