@@ -9,6 +9,7 @@ from dmr_pipeline.artifacts.folders import DATA_ROOT, artifact_folder
 from dmr_pipeline.artifacts.manifest import MANIFEST, Manifest
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.recipe import Recipe, load_recipe, recipe_names
+from dmr_pipeline.summaries import IngestedSummary, SensitivitySummary
 
 INGEST_TAG = "dmr/incoming"
 RETRAIN_TAG = "dmr/ingested"
@@ -119,10 +120,8 @@ def new_steps(recipe: str) -> int | None:
     ingested, labelled = (_manifest(stage, recipe) for stage in ("ingested_trajectories", "sensitivity_dataset"))
     if ingested is None or labelled is None:
         return None
-    steps, seen = ingested.summary["steps"], labelled.summary["ingested_steps"]
-    if not isinstance(steps, int) or not isinstance(seen, int):
-        raise TypeError(f"{recipe}: numbers of steps are {steps!r} and {seen!r}")
-    return steps - seen
+    seen = SensitivitySummary.model_validate(labelled.summary).ingested_steps
+    return IngestedSummary.model_validate(ingested.summary).steps - seen
 
 
 def _manifest(stage: str, recipe: str) -> Manifest | None:

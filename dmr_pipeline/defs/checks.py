@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import dagster as dg
 import polars as pl
@@ -21,7 +21,9 @@ from dmr_pipeline.defs.versions import recorded_version
 from dmr_pipeline.environments.benchmark import benchmark_of
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.pipeline import STAGES, find_stage
+from dmr_pipeline.precision.frontier import LadderFacts
 from dmr_pipeline.recipe import Recipe, load_recipe
+from dmr_pipeline.summaries import GrpoSummary, KlSummary
 
 if TYPE_CHECKING:
     from dmr_pipeline.defs.expectations import Validation
@@ -70,26 +72,27 @@ def tasks_are_disjoint(folder: Path, manifest: Manifest, recipe: Recipe) -> Find
 
 
 def precisions_leave_a_gap(folder: Path, manifest: Manifest, recipe: Recipe) -> Finding:
-    gate: Any = manifest.summary["gate"]
-    return Finding([] if gate["passed"] else [gate["verdict"]], gate)
+    gate = LadderFacts.model_validate(manifest.summary).gate
+    return Finding([] if gate.passed else [gate.verdict], gate.model_dump())
 
 
 def rungs_reload_equal(folder: Path, manifest: Manifest, recipe: Recipe) -> Finding:
-    rungs: Any = manifest.summary["rungs"]
-    failures = [f"{rung['name']}: a reloaded model gives other logits" for rung in rungs if not rung["reloads_equal"]]
-    missing = [rung.name for rung in recipe.precisions.ladder if rung.name not in {rung["name"] for rung in rungs}]
+    rungs = LadderFacts.model_validate(manifest.summary).rungs
+    failures = [f"{rung.name}: a reloaded model gives other logits" for rung in rungs if not rung.reloads_equal]
+    made = {rung.name for rung in rungs}
+    missing = [rung.name for rung in recipe.precisions.ladder if rung.name not in made]
     return Finding([*failures, *(f"{name}: not on the ladder that was made" for name in missing)])
 
 
 def divergence_grows_down_the_ladder(folder: Path, manifest: Manifest, recipe: Recipe) -> Finding:
-    rungs: Any = manifest.summary["rungs"]
+    rungs = LadderFacts.model_validate(manifest.summary).rungs
     failures = [
-        f"{below['name']} is nearer to the float model ({below['kl_to_float']:.6f} nats an action) than"
-        f" {above['name']} ({above['kl_to_float']:.6f})"
+        f"{below.name} is nearer to the float model ({below.kl_to_float:.6f} nats an action) than"
+        f" {above.name} ({above.kl_to_float:.6f})"
         for above, below in pairwise(rungs)
-        if below["kl_to_float"] < above["kl_to_float"]
+        if below.kl_to_float < above.kl_to_float
     ]
-    return Finding(failures, {rung["name"]: rung["kl_to_float"] for rung in rungs})
+    return Finding(failures, {rung.name: rung.kl_to_float for rung in rungs})
 
 
 def trajectories_are_complete(folder: Path, manifest: Manifest, recipe: Recipe) -> Finding:
@@ -128,12 +131,13 @@ def labels_are_sane(folder: Path, manifest: Manifest, recipe: Recipe) -> Finding
 
 
 def kl_router_has_not_collapsed(folder: Path, manifest: Manifest, recipe: Recipe) -> Finding:
-    return _ratio_within_bounds(manifest.summary["validation_spend"])
+    return _spend_within_bounds(KlSummary.model_validate(manifest.summary).validation_spend)
 
 
 def grpo_router_has_not_collapsed(folder: Path, manifest: Manifest, recipe: Recipe) -> Finding:
-    calibrated = manifest.summary.get("calibrated_validation_ratio")
-    return _ratio_within_bounds(manifest.summary["validation_ratio"] if calibrated is None else calibrated)
+    found = GrpoSummary.model_validate(manifest.summary)
+    calibrated = found.calibrated_validation_ratio
+    return _spend_within_bounds(found.validation_ratio if calibrated is None else calibrated)
 
 
 def report_is_whole(folder: Path, manifest: Manifest, recipe: Recipe) -> Finding:
@@ -143,16 +147,10 @@ def report_is_whole(folder: Path, manifest: Manifest, recipe: Recipe) -> Finding
     return Finding(failures_of(metrics), {"policies": ", ".join(metrics["policies"])})
 
 
-def _ratio_within_bounds(ratio: JsonValue) -> Finding:
-    if not isinstance(ratio, float):
-        raise TypeError(f"a spend is a float, this is {ratio!r}")
+def _spend_within_bounds(spend: float) -> Finding:
     lowest, highest = RATIO_BOUNDS
-    failures = (
-        []
-        if lowest <= ratio <= highest
-        else [f"spend (of two rungs the high-precision ratio) {ratio} on validation games"]
-    )
-    return Finding(failures, {"spend": ratio})
+    outside = f"spend (of two rungs the high-precision ratio) {spend} on validation games"
+    return Finding([] if lowest <= spend <= highest else [outside], {"spend": spend})
 
 
 def _expectations(**validations: "Validation") -> Finding:

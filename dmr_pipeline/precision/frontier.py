@@ -6,15 +6,14 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from dmr_pipeline.errors import UserError
+from dmr_pipeline.frozen_model import FrozenModel
 from dmr_pipeline.recipe import Precisions
 
 LADDER_FILE = "ladder.json"
 
 
-class RungFacts(BaseModel):
+class RungFacts(FrozenModel):
     """One rung, measured."""
-
-    model_config = ConfigDict(extra="forbid")
 
     name: str
     bytes: int
@@ -33,10 +32,8 @@ class RungFacts(BaseModel):
     """Whether the saved weights, loaded again, give the logits of the model that was saved, bit by bit."""
 
 
-class Gate(BaseModel):
+class Gate(FrozenModel):
     """Whether there is anything for a router to do: measured in closed loop, before any router is trained."""
-
-    model_config = ConfigDict(extra="forbid")
 
     high: float
     low: float
@@ -46,7 +43,9 @@ class Gate(BaseModel):
 
 
 class LadderFacts(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    """The stage's summary, and its file."""
+
+    model_config = ConfigDict(frozen=True, defer_build=True)
 
     rungs: list[RungFacts]
     gate: Gate

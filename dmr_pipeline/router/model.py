@@ -25,7 +25,7 @@ import numpy as np
 import polars as pl
 import torch
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -35,6 +35,7 @@ from dmr_pipeline.agent.formats import refuse_pickles
 from dmr_pipeline.agent.logits import decoder_of, logits_of
 from dmr_pipeline.agent.memory import in_pieces
 from dmr_pipeline.errors import UserError, problems_of
+from dmr_pipeline.frozen_model import FrozenModel
 from dmr_pipeline.recipe import RouterModel
 from dmr_pipeline.rollout.engine import Trajectory
 from dmr_pipeline.rollout.kv_cache.choice import positions_of
@@ -47,10 +48,8 @@ T = TypeVar("T")
 SETTINGS_FILE = "router.json"
 
 
-class RouterSettings(BaseModel):
+class RouterSettings(FrozenModel):
     """What `router.json` holds beside the weights."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: Literal["lm", "probe"] = "lm"
     tokens: dict[str, int] = Field(min_length=2)

@@ -22,6 +22,7 @@ from dmr_pipeline.router.model import (
     save_router,
 )
 from dmr_pipeline.router.policies import routing_policy
+from dmr_pipeline.summaries import GrpoSummary
 
 
 def grpo_router(context: StageContext) -> StageResult:
@@ -65,7 +66,7 @@ def grpo_router(context: StageContext) -> StageResult:
     save_router(chosen, context.output / ROUTER_FOLDER)
     log.write_parquet(context.output / "training.parquet")
     measured = {"seconds": time.perf_counter() - started, "share_of_validation_actions_looked_up": session.known.share}
-    return StageResult(summary=summary, measured=measured)
+    return StageResult(summary=GrpoSummary(**summary).model_dump(exclude_unset=True), measured=measured)
 
 
 def summarize(log: pl.DataFrame, chosen_update: int, settings: RouterSettings) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from dmr_pipeline.errors import printable
 from dmr_pipeline.ingestion.inbox import NOT_MOVED, dropped_files, put_in_quarantine, read_dropped, shortened
 from dmr_pipeline.ingestion.rules import Rules
 from dmr_pipeline.ingestion.stored import EPISODES_FOLDER, LEFT_OUT_FILE, read_stored, store_episodes, stored_files
+from dmr_pipeline.summaries import IngestedSummary
 
 log = logging.getLogger(__name__)
 
@@ -48,10 +49,10 @@ def ingested_trajectories(context: StageContext) -> StageResult:
     (context.output / LEFT_OUT_FILE).write_text(text, encoding="utf-8")
     used = [episode for episode in episodes if episode.episode_id not in left_out]
     return StageResult(
-        summary={
-            "files": len(stored_files(context.output)),
-            "episodes": len(used),
-            "steps": sum(len(episode.steps) for episode in used),
-        },
+        summary=IngestedSummary(
+            files=len(stored_files(context.output)),
+            episodes=len(used),
+            steps=sum(len(episode.steps) for episode in used),
+        ).model_dump(),
         measured={NOT_MOVED: not_moved} if not_moved else {},
     )

@@ -37,6 +37,7 @@ from dmr_pipeline.router.model import (
     with_features,
 )
 from dmr_pipeline.router.probe import ProbeHead
+from dmr_pipeline.summaries import KlSummary
 
 
 def kl_router(context: StageContext) -> StageResult:
@@ -98,31 +99,31 @@ def kl_router(context: StageContext) -> StageResult:
     pl.DataFrame([vars(tried_point) for tried_point in tried]).write_parquet(context.output / "calibration.parquet")
     llm = acting.models[acting.dearest].num_parameters()
     return StageResult(
-        summary={
-            "parameters": router.parameters,
-            "share_of_llm_parameters": round(router.parameters / llm, 5),
-            "train_steps": len(steps),
-            "train_label_share": round(float(np.mean([y > 0 for episode in labels for y in episode])), 5),
-            "final_loss": round(float(np.mean(log["loss"].tail(50).to_numpy())), 5),
-            "tau": tau,
+        summary=KlSummary(
+            parameters=router.parameters,
+            share_of_llm_parameters=round(router.parameters / llm, 5),
+            train_steps=len(steps),
+            train_label_share=round(float(np.mean([y > 0 for episode in labels for y in episode])), 5),
+            final_loss=round(float(np.mean(log["loss"].tail(50).to_numpy())), 5),
+            tau=tau,
             **searches,
-            "validation_games": len(games),
-            "validation_steps": len(validation),
-            "validation_label_share": round(float(sensitive.mean()), 5),
-            "auroc": round(auroc(probabilities, sensitive), 5),
-            "auprc": round(auprc(probabilities, sensitive), 5),
-            "brier": round(brier(probabilities, sensitive), 5),
-            "ece": round(expected_calibration_error(probabilities, sensitive), 5),
-            "brier_before_platt": round(brier(before[:, -1], sensitive), 5),
-            "platt_scale": scale,
-            "platt_shifts": shifts,
-            "scale": router.settings.scale,
-            "offsets": router.settings.offsets,
-            "threshold": point.threshold,
-            "target_ratio": section.target_ratio,
-            "validation_spend": round(point.spend, 5),
-            "validation_success": round(point.success, 5),
-        },
+            validation_games=len(games),
+            validation_steps=len(validation),
+            validation_label_share=round(float(sensitive.mean()), 5),
+            auroc=round(auroc(probabilities, sensitive), 5),
+            auprc=round(auprc(probabilities, sensitive), 5),
+            brier=round(brier(probabilities, sensitive), 5),
+            ece=round(expected_calibration_error(probabilities, sensitive), 5),
+            brier_before_platt=round(brier(before[:, -1], sensitive), 5),
+            platt_scale=scale,
+            platt_shifts=shifts,
+            scale=router.settings.scale,
+            offsets=router.settings.offsets,
+            threshold=point.threshold,
+            target_ratio=section.target_ratio,
+            validation_spend=round(point.spend, 5),
+            validation_success=round(point.success, 5),
+        ).model_dump(),
         measured={
             "seconds_per_step": (clock.router + clock.agent + clock.environment) / clock.steps,
             "share_of_actions_looked_up": known.share,

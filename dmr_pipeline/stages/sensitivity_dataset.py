@@ -7,6 +7,7 @@ from dmr_pipeline.artifacts.stage import StageContext, StageResult
 from dmr_pipeline.ingestion.tables import read_all_trajectories
 from dmr_pipeline.rollout.playing import Rollouts
 from dmr_pipeline.router.labels import label, measure, threshold
+from dmr_pipeline.summaries import SensitivitySummary
 
 
 def sensitivity_dataset(context: StageContext) -> StageResult:
@@ -22,17 +23,17 @@ def sensitivity_dataset(context: StageContext) -> StageResult:
     table.write_parquet(context.output / "steps.parquet")
     late = pl.col("turn") >= 10
     return StageResult(
-        summary={
-            "steps": len(given.steps),
-            "ingested_steps": given.ingested_steps,
-            "tau": tau,
-            "direction": recipe.sensitivity.direction,
-            "label_share": round(float(table["sensitive"].mean()), 5),  # type: ignore[arg-type]
-            "greedy_disagreement": round(1 - float(table["greedy_agree"].mean()), 5),  # type: ignore[arg-type]
-            "mean_kl_high_low": round(float(table["kl_high_low"].mean()), 5),  # type: ignore[arg-type]
-            "label_share_before_turn_10": _share(table.filter(~late)),
-            "label_share_from_turn_10": _share(table.filter(late)),
-        }
+        summary=SensitivitySummary(
+            steps=len(given.steps),
+            ingested_steps=given.ingested_steps,
+            tau=tau,
+            direction=recipe.sensitivity.direction,
+            label_share=round(float(table["sensitive"].mean()), 5),  # type: ignore[arg-type]
+            greedy_disagreement=round(1 - float(table["greedy_agree"].mean()), 5),  # type: ignore[arg-type]
+            mean_kl_high_low=round(float(table["kl_high_low"].mean()), 5),  # type: ignore[arg-type]
+            label_share_before_turn_10=_share(table.filter(~late)),
+            label_share_from_turn_10=_share(table.filter(late)),
+        ).model_dump()
     )
 
 

@@ -132,7 +132,7 @@ def test_the_gate_is_shown_and_does_not_block(project: Recipe, passed: bool):
     def run(context: StageContext) -> StageResult:
         fake_run(context)
         summary = SUMMARIES["quantized_checkpoints"]
-        gate = {"high": 0.9, "low": 0.88, "passed": passed, "verdict": "no gap"}
+        gate = {"high": 0.9, "low": 0.88, "gap": 0.02, "passed": passed, "verdict": "no gap"}
         return StageResult(summary={**summary, "gate": gate})
 
     runs.materialize(with_run("quantized_checkpoints", run), RECIPE, NAMES)

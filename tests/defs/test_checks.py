@@ -17,7 +17,7 @@ from dmr_pipeline.defs import checks, runs
 from dmr_pipeline.defs.checks import CHECKS, Finding
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.recipe import Recipe
-from tests.helpers.fake_project import RECIPE, SUMMARIES, fake_run
+from tests.helpers.fake_project import RECIPE, SUMMARIES, fake_run, fake_rung
 
 
 def found(name: str, recipe: Recipe, summary: dict[str, object] | None = None, stage: str | None = None) -> Finding:
@@ -75,7 +75,7 @@ def test_rungs_that_reload_otherwise_or_are_missing_are_found(finished_project: 
 
 def test_a_rung_nearer_to_float_than_the_one_above_is_found(finished_project: Recipe):
     summary = copy.deepcopy(SUMMARIES["quantized_checkpoints"])
-    summary["rungs"].append({"name": "int1", "kl_to_float": 0.2, "reloads_equal": True})
+    summary["rungs"].append(fake_rung("int1", kl_to_float=0.2))
     (failure,) = found("divergence_grows_down_the_ladder", finished_project, summary).failures
     assert failure.startswith("int1 is nearer to the float model (0.200000")
 
@@ -151,7 +151,7 @@ def test_files_that_change_behind_dagsters_back_are_found(project: Recipe, monke
     ("stage", "summary", "blocks"),
     [
         ("grpo_router", {"validation_ratio": 0.0}, False),
-        ("quantized_checkpoints", {"rungs": [{"name": "float", "kl_to_float": 0.0, "reloads_equal": False}]}, True),
+        ("quantized_checkpoints", {"rungs": [fake_rung("float", kl_to_float=0.0, reloads_equal=False)]}, True),
     ],
 )
 def test_only_what_makes_the_rest_wrong_blocks_it(

@@ -16,6 +16,7 @@ from dmr_pipeline import pipeline
 from dmr_pipeline.artifacts.manifest import hash_files
 from dmr_pipeline.artifacts.stage import Stage, StageContext, StageResult
 from dmr_pipeline.evaluation.results import POLICIES
+from dmr_pipeline.precision.frontier import RungFacts
 from dmr_pipeline.recipe import RECIPE_FOLDER, Recipe, Splits, load_recipe, recipe_names
 from dmr_pipeline.versioning import dvc_stages
 
@@ -97,13 +98,25 @@ def fake_run(context: StageContext) -> StageResult:
     )
 
 
+def fake_rung(name: str, kl_to_float: float, reloads_equal: bool = True) -> dict[str, object]:
+    return RungFacts(
+        name=name,
+        bytes=1,
+        bits_per_weight=2.0,
+        quantized_share=0.5,
+        kl_to_float=kl_to_float,
+        greedy_disagreement=0.1,
+        validation_success=0.5,
+        validation_steps=3.0,
+        reloads_equal=reloads_equal,
+    ).model_dump()
+
+
 SUMMARIES: dict[str, dict[str, object]] = {
     "quantized_checkpoints": {
-        "gate": {"high": 0.9, "low": 0.5, "passed": True, "verdict": "a gap"},
-        "rungs": [
-            {"name": "float", "kl_to_float": 0.0, "reloads_equal": True},
-            {"name": "int2", "kl_to_float": 0.3, "reloads_equal": True},
-        ],
+        "gate": {"high": 0.9, "low": 0.5, "gap": 0.4, "passed": True, "verdict": "a gap"},
+        "rungs": [fake_rung("float", kl_to_float=0.0), fake_rung("int2", kl_to_float=0.3)],
+        "always_high_cost": 1.0,
     },
     "ingested_trajectories": {"files": 0, "episodes": 0, "steps": 0},
     "sensitivity_dataset": {"ingested_steps": 0},
