@@ -154,8 +154,8 @@ def _bench_alfworld(games: Path, sample: int, steps: int) -> None:
     from rich.progress import track
 
     from dmr_pipeline.environments.alfworld import bench as benchmark
-    from dmr_pipeline.environments.alfworld.game import read_game
     from dmr_pipeline.environments.alfworld.official import engine
+    from dmr_pipeline.environments.alfworld.official.reading import read_game
     from dmr_pipeline.environments.alfworld.official.verify import game_files
     from dmr_pipeline.environments.alfworld.store import to_json
 

@@ -12,8 +12,9 @@ from statistics import median
 import psutil
 
 from dmr_pipeline.environments.alfworld.engine import AlfWorldEpisode
-from dmr_pipeline.environments.alfworld.game import Game, read_game
+from dmr_pipeline.environments.alfworld.game import Game
 from dmr_pipeline.environments.alfworld.official.engine import OfficialEpisode
+from dmr_pipeline.environments.alfworld.official.reading import read_game
 from dmr_pipeline.environments.alfworld.official.verify import GAMES_A_PROCESS
 from dmr_pipeline.environments.vector import TextVectorEnv
 

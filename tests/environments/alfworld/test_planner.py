@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from dmr_pipeline.environments.alfworld.engine import AlfWorldEpisode, State
 from dmr_pipeline.environments.alfworld.expert import ExploringExpert
-from dmr_pipeline.environments.alfworld.game import Game, Goal, Receptacle, Thing, read_game
+from dmr_pipeline.environments.alfworld.game import Game, Goal, Receptacle, Thing
 from dmr_pipeline.environments.alfworld.generator import generate_game
+from dmr_pipeline.environments.alfworld.official.reading import read_game
 from dmr_pipeline.environments.alfworld.official.verify import read_walkthrough
 from dmr_pipeline.environments.alfworld.planner import Plan, shortest_plan
 from tests.helpers import needs

@@ -20,7 +20,8 @@ from rich.progress import track
 from dmr_pipeline.artifacts.folders import locked, published, recover
 from dmr_pipeline.artifacts.full_disk import disk_full_is_user_error
 from dmr_pipeline.download import download
-from dmr_pipeline.environments.alfworld.game import Game, TaskType, read_game
+from dmr_pipeline.environments.alfworld.game import Game, TaskType
+from dmr_pipeline.environments.alfworld.official.reading import read_game
 from dmr_pipeline.environments.alfworld.store import read_games_file, write_games
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.frozen_model import FrozenModel

@@ -9,8 +9,9 @@ from functools import partial
 from pathlib import Path
 
 from dmr_pipeline.environments.alfworld.engine import KNIVES, AlfWorldEpisode
-from dmr_pipeline.environments.alfworld.game import Game, read_game
+from dmr_pipeline.environments.alfworld.game import Game
 from dmr_pipeline.environments.alfworld.official.engine import OfficialEpisode
+from dmr_pipeline.environments.alfworld.official.reading import read_game
 from dmr_pipeline.errors import UserError
 
 GAMES_A_PROCESS = 25

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from dmr_pipeline.environments.alfworld.game import Game, read_game
+from dmr_pipeline.environments.alfworld.game import Game
 from dmr_pipeline.environments.alfworld.generator import generate_game
 from dmr_pipeline.environments.alfworld.official import export
 from dmr_pipeline.environments.alfworld.official.engine import OfficialEpisode
 from dmr_pipeline.environments.alfworld.official.export import write_game
+from dmr_pipeline.environments.alfworld.official.reading import read_game
 from dmr_pipeline.environments.alfworld.official.verify import compare, read_walkthrough, replay
 from dmr_pipeline.errors import UserError
 from tests.helpers import needs

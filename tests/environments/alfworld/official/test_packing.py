@@ -15,7 +15,6 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from dmr_pipeline.cli import app
-from dmr_pipeline.environments.alfworld.game import read_game
 from dmr_pipeline.environments.alfworld.official import packing as official
 from dmr_pipeline.environments.alfworld.official.packing import (
     OFFICIAL_GAMES,
@@ -24,6 +23,7 @@ from dmr_pipeline.environments.alfworld.official.packing import (
     pack,
     read_official,
 )
+from dmr_pipeline.environments.alfworld.official.reading import read_game
 from dmr_pipeline.errors import UserError
 from tests.helpers import needs
 from tests.helpers.games import PROBLEM

@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 from dmr_pipeline.cli import app
 from dmr_pipeline.environments.alfworld import bench
 from dmr_pipeline.environments.alfworld.engine import NOTHING, AlfWorldEpisode
-from dmr_pipeline.environments.alfworld.game import read_game
 from dmr_pipeline.environments.alfworld.generator import generate_game
 from dmr_pipeline.environments.alfworld.official import engine, verify
+from dmr_pipeline.environments.alfworld.official.reading import read_game
 from dmr_pipeline.environments.alfworld.store import to_json
 from dmr_pipeline.errors import UserError
 from tests.helpers import needs

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from dmr_pipeline.environments.alfworld.engine import AlfWorldEpisode
-from dmr_pipeline.environments.alfworld.game import read_game
 from dmr_pipeline.environments.alfworld.generator import expert_wins
 from dmr_pipeline.environments.alfworld.household import count_household, household
+from dmr_pipeline.environments.alfworld.official.reading import read_game
 from dmr_pipeline.errors import UserError
 from tests.helpers import needs
 from tests.helpers.games import PROBLEM
