@@ -15,7 +15,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 INSTALL := $(BIN)/python -m pip install -q --no-compile -c constraints.txt
 
-.PHONY: setup dev official-engine demo test test-slow lint gpu-check ui render screenshots
+.PHONY: setup dev official-engine demo test test-fast test-slow test-timing lint gpu-check ui render screenshots
 
 setup: $(READY)
 
@@ -48,12 +48,22 @@ demo: setup
 	$(BIN)/dmr run $(RECIPE)
 
 # One test process a core, each with one thread: torch would else start a thread a core in each of them.
+TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
+
 test: dev lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow' -n logical --maxprocesses 8 --dist worksteal
+	$(TESTS) -m 'not slow and not timing'
+
+# What needs no Git, DVC or Dagster project: seconds, to run after each change.
+test-fast: dev
+	$(TESTS) -m 'fast and not slow and not timing'
 
 test-slow: dev
 	$(INSTALL) -e '.[dev,slow]'
 	$(BIN)/python -m pytest -m slow
+
+# What asserts on the clock: on a machine that does nothing else.
+test-timing: dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m timing
 
 lint: dev
 	$(BIN)/ruff check .

@@ -65,3 +65,36 @@ def fake_report(monkeypatch: pytest.MonkeyPatch) -> None:
     report.render_beside = render_beside
     report.console_table = lambda metrics: Table(f"policies of {metrics['recipe']}")
     monkeypatch.setitem(sys.modules, report.__name__, report)
+
+
+WHOLE = (
+    *("subprocess", "dagster", "dvc"),
+    *("dmr_pipeline.cli", "dmr_pipeline.defs", "dmr_pipeline.stages", "dmr_pipeline.versioning"),
+)
+"""What starts programs, or works with a project or whole stages."""
+
+
+def is_whole(module: types.ModuleType) -> bool:
+    """Whether it has imported something of these, or a function of a helper that has."""
+    origins = {
+        value.__name__ if isinstance(value, types.ModuleType) else getattr(value, "__module__", None) or ""
+        for value in vars(module).values()
+        if isinstance(value, types.ModuleType | types.FunctionType | type)
+    }
+    helpers = {name for name in origins if name.startswith("tests.helpers.") and name != module.__name__}
+    return any(f"{name}.".startswith(f"{part}.") for name in origins for part in WHOLE) or any(
+        is_whole(sys.modules[name]) for name in helpers
+    )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The mark `fast` is for tests that neither their module nor that of a fixture makes a matter of whole projects."""
+    known: dict[str, bool] = {}
+    for item in items:
+        if isinstance(item, pytest.Function):
+            fixtures = [fixture for found in item._fixtureinfo.name2fixturedefs.values() for fixture in found]
+            modules = {item.function.__module__, *(fixture.func.__module__ for fixture in fixtures)}
+            for name in modules - known.keys():
+                known[name] = is_whole(sys.modules[name])
+            if not any(known[name] for name in modules):
+                item.add_marker("fast")

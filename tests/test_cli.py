@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -37,11 +36,9 @@ def test_run_makes_everything_once_and_the_second_run_does_nothing(project: Reci
     assert "report.html" in first.output
     assert "up to date" in dvc("status")
 
-    started = time.perf_counter()
     second = dmr("run", RECIPE)
     assert second.exit_code == 0
     assert "nothing to do" in second.output
-    assert time.perf_counter() - started < 20
 
 
 @pytest.mark.parametrize("damage", ["stage deleted", "recipe changed", "dvc.lock lost"])

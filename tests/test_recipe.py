@@ -15,19 +15,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
-from dmr_pipeline import pipeline
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.recipe import (
     RECIPE_FOLDER,
     Architecture,
     check_recipe,
-    is_recipe_name,
     load_recipe,
     recipe_names,
 )
 from dmr_pipeline.recipe_fields import Section
 from dmr_pipeline.recipe_text import read_mapping
-from dmr_pipeline.versioning import dvc_stages
 from tests.helpers.bad_recipes import AGENT_ALONE, ALFWORLD, ARCHITECTURE, BEHAVIOUR, MIXED, MODEL, OTHERS, G, K, P, T
 from tests.helpers.fake_project import RECIPE_YAML, REPOSITORY
 from tests.helpers.recipes import BAD_NAMES, TEXTS, content
@@ -211,13 +208,6 @@ def test_names_are_checked_before_any_path_is_made_of_them(
         load_recipe(name, tmp_path)
     assert str(caught.value).isprintable()
     assert len(str(caught.value)) < 300
-
-
-@settings(deadline=None, max_examples=50)
-@given(st.from_regex(r"[a-z0-9][a-z0-9._-]{0,12}", fullmatch=True).filter(is_recipe_name))
-def test_a_name_is_the_same_in_dvc_yaml(name: str) -> None:
-    rendered = YAML(typ="safe").load(dvc_stages.render(pipeline.STAGES, [name]))
-    assert all(stage["matrix"]["recipe"] == [name] for stage in rendered["stages"].values())
 
 
 def test_odd_files_are_named_and_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

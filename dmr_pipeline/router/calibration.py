@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import minimize
 from scipy.special import expit
-from scipy.stats import rankdata
+from scipy.stats import mannwhitneyu
 
 from dmr_pipeline.rollout.engine import Trajectory
 
@@ -78,9 +78,9 @@ def platt(margins: Floats, classes: Classes) -> tuple[float, list[float]]:
 
 def auroc(scores: Floats, labels: Labels) -> float:
     """Chance that a positive scores above a negative, ties counting half."""
-    positives = int(labels.sum())
-    ranks = rankdata(scores)[labels].sum()
-    return float((ranks - positives * (positives + 1) / 2) / (positives * (len(labels) - positives)))
+    positives, negatives = scores[labels], scores[~labels]
+    u = mannwhitneyu(positives, negatives, method="asymptotic").statistic
+    return float(u / (len(positives) * len(negatives)))
 
 
 def auprc(scores: Floats, labels: Labels) -> float:

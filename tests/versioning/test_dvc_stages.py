@@ -7,6 +7,9 @@ import dagster as dg
 import pytest
 import yaml
 from dvc.repo import Repo
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ruamel.yaml import YAML
 
 from dmr_pipeline import pipeline
 from dmr_pipeline.artifacts.folders import artifact_folder
@@ -14,7 +17,7 @@ from dmr_pipeline.artifacts.manifest import verify
 from dmr_pipeline.artifacts.materialize import materialize_stage
 from dmr_pipeline.definitions import defs
 from dmr_pipeline.errors import UserError
-from dmr_pipeline.recipe import RECIPE_FOLDER, Recipe, recipe_names
+from dmr_pipeline.recipe import RECIPE_FOLDER, Recipe, is_recipe_name, recipe_names
 from dmr_pipeline.versioning import dvc_stages
 from tests.helpers.fake_project import RECIPE, REPOSITORY, dvc, write_fake_dmr
 
@@ -26,6 +29,13 @@ def test_committed_dvc_yaml_is_what_the_table_renders():
     recipes = recipe_names(REPOSITORY / RECIPE_FOLDER)
     dvc_stages.check_rendered(pipeline.STAGES, recipes, REPOSITORY / "dvc.yaml")
     assert (REPOSITORY / dvc_stages.IGNORE_FILE).read_text() == dvc_stages.render_ignored(pipeline.STAGES)
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.from_regex(r"[a-z0-9][a-z0-9._-]{0,12}", fullmatch=True).filter(is_recipe_name))
+def test_a_name_is_the_same_in_dvc_yaml(name: str) -> None:
+    rendered = YAML(typ="safe").load(dvc_stages.render(pipeline.STAGES, [name]))
+    assert all(stage["matrix"]["recipe"] == [name] for stage in rendered["stages"].values())
 
 
 def test_a_dvc_yaml_that_is_no_text_is_not_what_the_table_renders(project: Recipe):

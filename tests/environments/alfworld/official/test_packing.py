@@ -4,7 +4,6 @@ import hashlib
 import json
 import struct
 import threading
-import time
 import zipfile
 from collections.abc import Iterator
 from functools import partial
@@ -328,9 +327,7 @@ def test_the_official_games():
     packed = pack(needs.ALFWORLD_DATA)
     for split, found in packed.splits.items():
         assert (split, found.games) == (split, OFFICIAL_GAMES[split])
-    started = time.perf_counter()
     games = read_official("valid_seen")
-    assert time.perf_counter() - started < 3  # 0.03 s at rest
     assert len(games) == 140
     folder = needs.ALFWORLD_DATA / "json_2.1.1" / "valid_seen"
     assert games == [read_game(folder / game.task_id / "game.tw-pddl") for game in games]
