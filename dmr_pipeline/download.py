@@ -125,7 +125,11 @@ def _continues(response: requests.Response, source: _Source, offset: int) -> boo
 
 
 def _append(response: requests.Response, url: str, part: Path, offset: int) -> None:
-    """Raises: UserError: the connection is cut or the disk is full; what has arrived stays in `part`."""
+    """Write what the server sends behind what is there.
+
+    Raises:
+        UserError: the connection is cut or the disk is full; what has arrived stays in `part`.
+    """
     length = response.headers.get("Content-Length")
     size = None if length is None else offset + int(length)
     if size is not None and size - offset > shutil.disk_usage(part.parent).free:

@@ -213,7 +213,11 @@ STAGES: tuple[Stage, ...] = (
 
 
 def find_stage(name: str, stages: Sequence[Stage]) -> Stage:
-    """Raises: UserError: there is no such stage."""
+    """The stage of this name.
+
+    Raises:
+        UserError: there is no such stage.
+    """
     for stage in stages:
         if stage.name == name:
             return stage

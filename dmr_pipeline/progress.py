@@ -4,7 +4,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 def training_progress(note: str = "{task.fields[note]}") -> Progress:
-    """Args: note: format of what stands behind the bar, of the task's fields."""
+    """The bar, to be used in a `with`.
+
+    Args:
+        note: format of what stands behind the bar, of the task's fields.
+    """
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),

@@ -63,7 +63,12 @@ def read_mapping(path: Path) -> dict[Any, Any]:
 
 @functools.lru_cache(maxsize=16)  # each step of a run reads its recipe, and several times
 def _parse(text: str) -> object:
-    """Raises: YAMLError, ValueError."""
+    """What plain YAML says.
+
+    Raises:
+        YAMLError: it is no YAML.
+        ValueError: it is no plain YAML, or out of proportion.
+    """
     # In pure Python, which reads nested text without recursion here; what it recurses over below is bounded.
     depth = aliases = 0
     for event in YAML(typ="safe", pure=True).parse(text):

@@ -45,7 +45,11 @@ class Provenance:
 
 
 def provenance(stage: Stage, recipe: Recipe, inputs: Mapping[str, str]) -> Provenance:
-    """Args: inputs: input stage -> hash of its folder."""
+    """What decides the content of a stage's artefact.
+
+    Args:
+        inputs: input stage -> hash of its folder.
+    """
     sections = {name: getattr(recipe, name).model_dump(mode="json") for name in stage.sections}
     model = stage.pretrained(recipe) if stage.pretrained is not None else None
     folders = pretrained_folders(model.model) if model is not None else []

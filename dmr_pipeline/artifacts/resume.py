@@ -16,7 +16,11 @@ log = logging.getLogger(__name__)
 
 
 def save_state(path: Path, state: Mapping[str, Any]) -> None:
-    """Args: state: tensors, numbers, strings, and lists, tuples and dictionaries of them."""
+    """Write the state whole, in place of the one before.
+
+    Args:
+        state: tensors, numbers, strings, and lists, tuples and dictionaries of them.
+    """
     with replaced(path) as part:
         torch.save(dict(state), part)
 

@@ -45,6 +45,10 @@ def _hash(folder: Path) -> str | None:
 
 
 def push(stage: Stage, recipe: Recipe, artifact: Artifact) -> None:
-    """Raises: UserError: the remote cannot be written."""
+    """Put the artefact into the recipe's remote.
+
+    Raises:
+        UserError: the remote cannot be written.
+    """
     sent = dvc_objects.push(artifact.hash, recipe.versioning.remote)
     log.info("%s: %d objects sent to the DVC remote %s", stage.name, sent, recipe.versioning.remote)

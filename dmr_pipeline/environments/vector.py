@@ -108,7 +108,11 @@ class TextVectorEnv(VectorEnv[tuple[str, ...], Sequence[str], Any]):
 
     @state.setter
     def state(self, state: VectorState) -> None:
-        """Raises: ValueError: it is of another number of slots."""
+        """Go back to a state.
+
+        Raises:
+            ValueError: it is of another number of slots.
+        """
         if len(state.slots) != self.num_envs:
             raise ValueError(f"a state of {len(state.slots)} slots, but the environment has {self.num_envs}")
         if not self._episodes:

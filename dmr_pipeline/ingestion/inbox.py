@@ -165,6 +165,10 @@ def _not_moved(data_root: Path, recipe: str) -> dict[str, str]:
 
 
 def _has_its_place(parts: tuple[str, ...], recipes: Sequence[str]) -> bool:
-    """Args: parts: of a file's path under `data/incoming/`."""
+    """Whether a file lies where a recipe's files lie.
+
+    Args:
+        parts: of a file's path under `data/incoming/`.
+    """
     filed = (INGESTED_FOLDER, QUARANTINE_FOLDER)
     return parts[0] in recipes and (len(parts) == 2 or (len(parts) == 3 and parts[1] in filed))

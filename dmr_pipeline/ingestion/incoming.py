@@ -70,7 +70,12 @@ def look(incoming: Path) -> tuple[list[Dropped], list[str]]:
 
 
 def _look_at(path: Path) -> Dropped:
-    """Raises: UserError: it has to stay where it is; why, and what to do. OSError: nothing can be said of it."""
+    """What lies there.
+
+    Raises:
+        UserError: it has to stay where it is; why, and what to do.
+        OSError: nothing can be said of it.
+    """
     found = path.lstat()
     kind = stat.S_IFMT(found.st_mode)
     if stat.S_ISDIR(kind):

@@ -33,7 +33,11 @@ def json_lines(content: bytes) -> list[tuple[str, bytes]]:
 
 
 def json_value(line: bytes) -> Any:  # noqa: ANN401 - whatever a line holds
-    """Raises: UserError: it is no JSON, or says something twice."""
+    """What a line of JSON says.
+
+    Raises:
+        UserError: it is no JSON, or says something twice.
+    """
     try:
         line.decode()
         value = from_json(line)
@@ -46,7 +50,11 @@ def json_value(line: bytes) -> Any:  # noqa: ANN401 - whatever a line holds
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> None:
-    """Raises: ValueError: a key is there twice."""
+    """Take a JSON object's pairs.
+
+    Raises:
+        ValueError: a key is there twice.
+    """
     seen: set[str] = set()
     for key, _ in pairs:
         if key in seen:
@@ -128,7 +136,11 @@ def _check_type(type_: Any, where: str) -> None:  # noqa: ANN401 - a pyarrow.Dat
 
 
 def _check_declared(metadata: Any, limit: int) -> None:  # noqa: ANN401 - pyarrow's FileMetaData
-    """By what the file says of itself. Raises: UserError: that is too large."""
+    """By what the file says of itself.
+
+    Raises:
+        UserError: that is too large.
+    """
     chunks = [
         metadata.row_group(group).column(column)
         for group in range(metadata.num_row_groups)

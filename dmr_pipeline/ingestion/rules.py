@@ -29,7 +29,11 @@ class Rules:
 
     @classmethod
     def of(cls, recipe: Recipe, benchmark_tasks: Path | None) -> "Rules":
-        """Args: benchmark_tasks: that stage's folder; without it no game is known to be held out but by its split's name."""
+        """The rules of a recipe.
+
+        Args:
+            benchmark_tasks: that stage's folder; without it no game is known to be held out but by its split's name.
+        """
         benchmark = benchmark_of(recipe.benchmark)
         return cls(
             benchmark.task_types,

@@ -103,7 +103,11 @@ class NoEpisode(Exception):
 
 
 def parse_episode(row: Any) -> LoggedEpisode:  # noqa: ANN401 - a line of JSON, or what a row of Parquet holds
-    """Raises: NoEpisode: which one, and all that is wrong with it."""
+    """The episode that a row holds.
+
+    Raises:
+        NoEpisode: which one, and all that is wrong with it.
+    """
     try:
         value = json_value(row) if isinstance(row, bytes) else row
     except UserError as error:

@@ -55,7 +55,11 @@ def store_episodes(episodes: Sequence[LoggedEpisode], path: Path) -> None:
 
 
 def read_stored(artefact: Path) -> list[LoggedEpisode]:
-    """Raises: UserError: an episode does not follow the schema, or its id is there twice."""
+    """The artefact's episodes, checked again, in the order of their files' hashes.
+
+    Raises:
+        UserError: an episode does not follow the schema, or its id is there twice.
+    """
     remedy = f"get it back with `dmr restore {STAGE} --recipe {artefact.parent.name}`"
     episodes: dict[str, LoggedEpisode] = {}
     for path in stored_files(artefact):

@@ -69,7 +69,11 @@ def gate(facts: Sequence[RungFacts], precisions: Precisions) -> Gate:
 
 
 def read_ladder(checkpoints: Path) -> LadderFacts:
-    """Raises: UserError: another version of the stage has written it."""
+    """What `quantized_checkpoints` measured.
+
+    Raises:
+        UserError: another version of the stage has written it.
+    """
     path = checkpoints / LADDER_FILE
     try:
         return LadderFacts.model_validate_json(path.read_text(encoding="utf-8"))

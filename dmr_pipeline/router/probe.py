@@ -69,7 +69,11 @@ class ProbeHead(PreTrainedModel):
 
 
 def new_probe(section: Probe, rungs: int, agent: PreTrainedModel, seed: int) -> ProbeHead:
-    """Raises: UserError: the agent has fewer layers."""
+    """A head that has learned nothing.
+
+    Raises:
+        UserError: the agent has fewer layers.
+    """
     if max(section.layers) > agent.config.num_hidden_layers:
         raise UserError(
             f"kl_router.model.probe.layers: {list(section.layers)}, but the agent has {agent.config.num_hidden_layers}"

@@ -113,7 +113,11 @@ def play_both(context: StageContext, released: Path, candidate: Candidate) -> pl
 
 
 def _write(context: StageContext, history: History, source: Path) -> StageResult:
-    """Args: source: the artefact, of either stage, that holds the router now in use."""
+    """The artefact: the router in use, and the history of decisions.
+
+    Args:
+        source: the artefact, of either stage, that holds the router now in use.
+    """
     shutil.copytree(source / ROUTER_FOLDER, context.output / ROUTER_FOLDER)
     current, latest = in_use(history), history[-1]
     text = Releases(current=current.number, decisions=history).model_dump_json(indent=2) + "\n"

@@ -119,7 +119,11 @@ def restore_recorded(stage: Stage, recipe: str, remote: str | None = None) -> No
 
 
 def check(stage: Stage, recipe: str, artifact: Artifact) -> None:
-    """Raises: UserError: the artefact is damaged (see `damage`)."""
+    """Compare the artefact with what is recorded of it.
+
+    Raises:
+        UserError: the artefact is damaged (see `damage`).
+    """
     problem = damage(stage, recipe, artifact, lock_file.read_entries())
     if problem is not None:
         raise UserError(problem)
@@ -226,7 +230,11 @@ def _restore_from_git(folder: Path) -> None:
 
 
 def _git(*arguments: str, stdin: str | None = None) -> str:
-    """What Git prints; nothing where this is no checkout. Raises: UserError: it refuses."""
+    """What Git prints; nothing where this is no checkout.
+
+    Raises:
+        UserError: it refuses.
+    """
     if not in_git():
         return ""
     try:

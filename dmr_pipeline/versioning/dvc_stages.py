@@ -103,7 +103,11 @@ def has_content(file: Path, text: str) -> bool:
 
 
 def check_rendered(stages: Sequence[Stage], recipes: Sequence[str], file: Path = DVC_FILE) -> None:
-    """Raises: UserError: the file differs from the table or from the folder of recipes."""
+    """Compare `dvc.yaml` with what it is rendered from.
+
+    Raises:
+        UserError: the file differs from the table or from the folder of recipes.
+    """
     if not has_content(file, render(stages, recipes)):
         raise UserError(f"{file} is not what the pipeline table and {RECIPE_FOLDER}/ say: run `dmr render`")
 

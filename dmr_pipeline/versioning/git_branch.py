@@ -130,7 +130,11 @@ def _identity() -> dict[str, str]:
 
 
 def _git(*arguments: str, stdin: str | None = None, environment: Mapping[str, str] | None = None) -> str:
-    """What Git prints. Raises: UserError: it refuses."""
+    """What Git prints.
+
+    Raises:
+        UserError: it refuses.
+    """
     done = _run(*arguments, stdin=stdin, environment=environment)
     if done.returncode != 0:
         raise UserError(f"git {arguments[0]}: {_one_line(done.stderr)}")

@@ -91,7 +91,11 @@ def lost_entries(entries: Entries) -> Entries:
 
 
 def parse(content: bytes) -> Entries:
-    """Raises: ValueError: why it is no `dvc.lock`, in a few words that follow its name."""
+    """The entries of the file's stages.
+
+    Raises:
+        ValueError: why it is no `dvc.lock`, in a few words that follow its name.
+    """
     entries: Entries = _load(content).get("stages", {})
     return entries
 

@@ -71,7 +71,11 @@ def trace(path: Path) -> Chain:
 
 
 def _verified(folder: Path) -> Artifact:
-    """Raises: UserError: it is damaged."""
+    """The artefact in the folder.
+
+    Raises:
+        UserError: it is damaged.
+    """
     artifact = verify(folder)
     stage = next((stage for stage in STAGES if stage.name == folder.name), None)
     if stage is not None and folder == artifact_folder(stage.name, folder.parent.name).resolve():

@@ -33,7 +33,11 @@ def generated_games(settings: "GeneratedAlfWorld") -> Dealt:
 
 
 def official_games(settings: "OfficialAlfWorld") -> Dealt:
-    """Raises: UserError: the games are not packed, or there are fewer than the splits ask for."""
+    """Games of the official splits.
+
+    Raises:
+        UserError: the games are not packed, or there are fewer than the splits ask for.
+    """
     train, test = read_official("train"), read_official(settings.test_split)
     random.Random(f"alfworld-official-{settings.seed}").shuffle(train)
     chosen: Dealt = {}

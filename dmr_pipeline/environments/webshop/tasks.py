@@ -44,7 +44,11 @@ def generated_catalogue(settings: "GeneratedWebShop", folder: Path) -> Catalogue
 
 
 def official_catalogue(settings: "OfficialWebShop", folder: Path) -> Catalogue:
-    """Raises: UserError: the official catalogue is not packed."""
+    """The packed catalogue, copied into the folder.
+
+    Raises:
+        UserError: the official catalogue is not packed.
+    """
     tagger = installed_tagger() if settings.nouns == "installed" else settings.nouns
     packed, pack = official_shop()
     shutil.copytree(packed, folder, ignore=shutil.ignore_patterns("pack.json"))

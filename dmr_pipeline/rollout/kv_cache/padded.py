@@ -327,7 +327,11 @@ def refuse_bad_calls(
 
 
 def refuse_bad_cut(slot: int, text: Sequence[int], length: int) -> None:
-    """Raises: ValueError: a slot that holds this text cannot be cut to so many tokens."""
+    """Only what is there can be cut.
+
+    Raises:
+        ValueError: a slot that holds this text cannot be cut to so many tokens.
+    """
     if not 0 <= length <= len(text):
         raise ValueError(f"slot {slot} has {len(text)} tokens, it cannot be cut to {length}")
 

@@ -76,7 +76,11 @@ class Comparison:
 
 
 def read_episodes(path: Path) -> list[list[RecordedStep]]:
-    """Raises: UserError: it is missing, or a line is not a recorded episode."""
+    """Recorded episodes, one a line.
+
+    Raises:
+        UserError: it is missing, or a line is not a recorded episode.
+    """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except FileNotFoundError as error:
