@@ -114,7 +114,7 @@ def dvc_remote() -> Finding:
         return Finding("DVC remote", False, _line(error), "mend .dvc/config")
     if remotes:
         return Finding("DVC remote", True, ", ".join(f"{name} ({remote['url']})" for name, remote in remotes.items()))
-    return Finding("DVC remote", False, "none: artefacts stay on this machine", "dvc remote add -d NAME URL")
+    return Finding("DVC remote", False, "none: artifacts stay on this machine", "dvc remote add -d NAME URL")
 
 
 def dagster_home() -> Finding:
@@ -258,7 +258,7 @@ def chromium() -> Finding:
 
 
 def free_disk() -> Finding:
-    """Of the disk that artefacts go to."""
+    """Of the disk that artifacts go to."""
     folder = DATA_ROOT if DATA_ROOT.is_dir() else Path()
     free = shutil.disk_usage(folder).free
     detail = f"{free / 1e9:.0f} GB for {folder.resolve()}"

@@ -23,7 +23,7 @@ def _later(function: str) -> Callable[..., Any]:
 
 
 def _stage(name: str) -> Callable[[StageContext], StageResult]:
-    """The function that makes a stage's artefact, with as many of torch's threads as the recipe says."""
+    """The function that makes a stage's artifact, with as many of torch's threads as the recipe says."""
 
     def run(context: StageContext) -> StageResult:
         stage: Callable[[StageContext], StageResult] = resolve_name(f"dmr_pipeline.stages.{name}:{name}")

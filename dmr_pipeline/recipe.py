@@ -52,7 +52,7 @@ RECIPE_FOLDER = Path("recipes")
 
 
 def _unset(value: object) -> bool:
-    """Of a field that came after artefacts had been published: where it is not used it stays out of their provenance."""
+    """Of a field that came after artifacts had been published: where it is not used it stays out of their provenance."""
     return not value
 
 
@@ -629,7 +629,7 @@ class Retraining(Section):
 
 
 class Versioning(Section):
-    """What becomes of materialised artefacts besides DVC's cache and `dvc.lock`. Not part of any hash."""
+    """What becomes of materialised artifacts besides DVC's cache and `dvc.lock`. Not part of any hash."""
 
     git: Literal["none", "commit"] = Field(
         "none",
@@ -638,7 +638,7 @@ class Versioning(Section):
     )
     remote: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)] | None = Field(
         None,
-        description="DVC remote over which machines exchange artefacts by hash: a worker pulls the inputs that Dagster's"
+        description="DVC remote over which machines exchange artifacts by hash: a worker pulls the inputs that Dagster's"
         " instance records and pushes what it made; without it all stages work on one data folder",
     )
 

@@ -1,4 +1,4 @@
-"""What stages tell of their artefacts and other modules read. Every other fact of a summary is for people."""
+"""What stages tell of their artifacts and other modules read. Every other fact of a summary is for people."""
 
 from pydantic import BaseModel, ConfigDict
 

@@ -87,7 +87,7 @@ def decisions() -> list[str]:
 
 
 def assert_recorded() -> None:
-    """In DVC, and in Dagster as the artefact's version."""
+    """In DVC, and in Dagster as the artifact's version."""
     stage = pipeline.find_stage("released_router", pipeline.STAGES)
     artifact = verify(RELEASED_ROUTER)
     assert dvc_stages.is_committed(stage, RECIPE, artifact)

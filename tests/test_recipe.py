@@ -97,7 +97,7 @@ DUMPS = {
 
 
 @pytest.mark.parametrize("name", DUMPS)
-def test_committed_recipes_stay_what_published_artefacts_were_made_from(name: str) -> None:
+def test_committed_recipes_stay_what_published_artifacts_were_made_from(name: str) -> None:
     dump = load_recipe(name, REPOSITORY / RECIPE_FOLDER).model_dump_json()
     assert hashlib.sha256(dump.encode()).hexdigest().startswith(DUMPS[name])
 

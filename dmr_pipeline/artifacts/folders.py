@@ -1,4 +1,4 @@
-"""Where artefacts lie, and how a folder is replaced whole: the new one is made beside it, and takes its place by renames, of
+"""Where artifacts lie, and how a folder is replaced whole: the new one is made beside it, and takes its place by renames, of
 which a kill leaves none half done. One process at a time works on a folder."""
 
 import logging
@@ -24,12 +24,12 @@ def incoming_folder(recipe: str, data_root: Path = DATA_ROOT) -> Path:
 
 
 def sidecar_path(folder: Path) -> Path:
-    """The unhashed record of the run that made the artefact in `folder`."""
+    """The unhashed record of the run that made the artifact in `folder`."""
     return folder.with_name(f"{folder.name}.run.json")
 
 
 def recover(folder: Path) -> None:
-    """Put back the old artefact where a kill fell between the two renames of `publish`."""
+    """Put back the old artifact where a kill fell between the two renames of `publish`."""
     old = _old_folder(folder)
     if folder.exists() or not old.is_dir():
         return

@@ -1,8 +1,8 @@
-"""Artefacts: a stage's folder of files, published whole, described by a manifest, verified on every read.
+"""Artifacts: a stage's folder of files, published whole, described by a manifest, verified on every read.
 
-`data/<recipe>/<stage>/` is the artefact and all of it is hashed; nothing in it differs from run to run. What does
+`data/<recipe>/<stage>/` is the artifact and all of it is hashed; nothing in it differs from run to run. What does
 differ (times, versions, machine) lies beside it in `<stage>.run.json`. The hash of a folder is DVC's own, so that one
-number names an artefact in Dagster and in DVC.
+number names an artifact in Dagster and in DVC.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ MANIFEST = "manifest.json"
 
 
 class Manifest(FrozenModel):
-    """What an artefact was made from and what it holds. Part of the hashed folder."""
+    """What an artifact was made from and what it holds. Part of the hashed folder."""
 
     stage: str
     recipe: str
@@ -45,7 +45,7 @@ class Manifest(FrozenModel):
 
 @dataclass(frozen=True)
 class Artifact:
-    """An artefact that was verified."""
+    """An artifact that was verified."""
 
     path: Path
     hash: str
@@ -70,7 +70,7 @@ def verify(folder: Path) -> Artifact:
     """Read the manifest of `data/<recipe>/<stage>` and compare every file with it.
 
     Raises:
-        UserError: the artefact is missing, or a file of it is missing, changed or one too many.
+        UserError: the artifact is missing, or a file of it is missing, changed or one too many.
     """
     command = f"dmr materialize {folder.name} --recipe {folder.parent.name}"
     remedy = remedies(folder)
@@ -97,6 +97,6 @@ def verify(folder: Path) -> Artifact:
 
 
 def remedies(folder: Path) -> str:
-    """What to do where the artefact of `data/<recipe>/<stage>` is damaged."""
+    """What to do where the artifact of `data/<recipe>/<stage>` is damaged."""
     address = f"{folder.name} --recipe {folder.parent.name}"
     return f"get it back with `dmr restore {address}`, or make it again with `dmr materialize {address} --force`"

@@ -1,4 +1,4 @@
-"""How a stage's artefact is made: unless it is there already, from verified inputs, published whole."""
+"""How a stage's artifact is made: unless it is there already, from verified inputs, published whole."""
 
 import logging
 import platform
@@ -37,7 +37,7 @@ PICKLE_SUFFIXES = frozenset({".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt", 
 class Materialized:
     artifact: Artifact
     skipped: bool
-    """True where a valid artefact of the same inputs, recipe sections and code version was there already."""
+    """True where a valid artifact of the same inputs, recipe sections and code version was there already."""
 
 
 def materialize_stage(
@@ -50,20 +50,20 @@ def materialize_stage(
     expected: str | None = None,
     accept: Callable[[Artifact], None] = lambda _: None,
 ) -> Materialized:
-    """Make a stage's artefact from its inputs' artefacts, unless a valid one of the same provenance is there already.
+    """Make a stage's artifact from its inputs' artifacts, unless a valid one of the same provenance is there already.
 
-    Dagster and DVC both come here. A kill at any moment leaves the old artefact or the new one. One process at a time
+    Dagster and DVC both come here. A kill at any moment leaves the old artifact or the new one. One process at a time
     works on a stage of a recipe; a second one waits, and then finds the work done. A stage that keeps its history is
-    given the artefact that it replaces.
+    given the artifact that it replaces.
 
     Args:
-        run_id: the orchestrator's name of this run, for the record beside the artefact.
-        expected: the only hash that the artefact may have, for a history that is recorded but lost.
-        accept: called with each verified input before the stage runs, and with the artefact that is there already; raises
+        run_id: the orchestrator's name of this run, for the record beside the artifact.
+        expected: the only hash that the artifact may have, for a history that is recorded but lost.
+        accept: called with each verified input before the stage runs, and with the artifact that is there already; raises
             where it must not be used.
 
     Raises:
-        UserError: an input is missing or damaged, the disk is full, the committed artefact is damaged, the artefact is not
+        UserError: an input is missing or damaged, the disk is full, the committed artifact is damaged, the artifact is not
             the expected one, or the stage itself found bad input.
     """
     folder = artifact_folder(stage.name, recipe.name, data_root)
@@ -109,7 +109,7 @@ def _waiting(stage: Stage, recipe: Recipe, data_root: Path) -> bool:
 
 
 def _current(folder: Path, wanted: Provenance, stage: Stage, accept: Callable[[Artifact], None]) -> Artifact | None:
-    """The artefact, where it is valid and of the wanted provenance."""
+    """The artifact, where it is valid and of the wanted provenance."""
     if not folder.is_dir():
         return None
     try:
@@ -129,7 +129,7 @@ def _current(folder: Path, wanted: Provenance, stage: Stage, accept: Callable[[A
 
 
 def _history(folder: Path, accept: Callable[[Artifact], None]) -> Path | None:
-    """The artefact that the new one grows out of."""
+    """The artifact that the new one grows out of."""
     if not folder.is_dir():
         return None
     artifact = verify(folder)
@@ -140,7 +140,7 @@ def _history(folder: Path, accept: Callable[[Artifact], None]) -> Path | None:
 def _build(
     stage: Stage, context: StageContext, wanted: Provenance, folder: Path, run_id: str | None, expected: str | None
 ) -> RunRecord:
-    """Let the stage write, and add its manifest; the record of the run goes beside the artefact that is to be."""
+    """Let the stage write, and add its manifest; the record of the run goes beside the artifact that is to be."""
     output = context.output
     log.info("%s: started", stage.name)
     started, clock = datetime.now(UTC), time.perf_counter()
@@ -151,7 +151,7 @@ def _build(
     pickles = [relpath for relpath in files if Path(relpath).suffix in PICKLE_SUFFIXES]
     if pickles:
         raise UserError(
-            f"{folder}: an artefact holds no pickles, found {', '.join(pickles)}: use safetensors, Parquet or JSON"
+            f"{folder}: an artifact holds no pickles, found {', '.join(pickles)}: use safetensors, Parquet or JSON"
         )
     manifest = Manifest(**vars(wanted), files=files, summary=dict(result.summary))
     (output / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")

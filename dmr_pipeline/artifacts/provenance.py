@@ -1,4 +1,4 @@
-"""What decides an artefact's content, and whether one that is there is of it."""
+"""What decides an artifact's content, and whether one that is there is of it."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ from dmr_pipeline.recipe import Recipe
 
 @dataclass(frozen=True)
 class Provenance:
-    """All that decides an artefact's content."""
+    """All that decides an artifact's content."""
 
     stage: str
     recipe: str
@@ -29,7 +29,7 @@ class Provenance:
         return hashlib.sha256(json.dumps(vars(self), sort_keys=True).encode()).hexdigest()[:16]
 
     def difference(self, manifest: Manifest) -> str | None:
-        """Why the manifest's artefact is stale, in a few words; None where it is current."""
+        """Why the manifest's artifact is stale, in a few words; None where it is current."""
         if manifest.code_version != self.code_version:
             return f"code version {manifest.code_version} -> {self.code_version}"
         sections = [name for name in self.sections if manifest.sections.get(name) != self.sections[name]]
@@ -45,7 +45,7 @@ class Provenance:
 
 
 def provenance(stage: Stage, recipe: Recipe, inputs: Mapping[str, str]) -> Provenance:
-    """What decides the content of a stage's artefact.
+    """What decides the content of a stage's artifact.
 
     Args:
         inputs: input stage -> hash of its folder.

@@ -1,4 +1,4 @@
-"""The record of the run that made an artefact, beside its folder: all that differs from run to run."""
+"""The record of the run that made an artifact, beside its folder: all that differs from run to run."""
 
 import logging
 import os
@@ -55,10 +55,10 @@ class Device(FrozenModel):
 
 
 class RunRecord(FrozenModel):
-    """The run that made an artefact: all that differs from run to run. Lies beside the hashed folder."""
+    """The run that made an artifact: all that differs from run to run. Lies beside the hashed folder."""
 
     hash: str
-    """Of the artefact that it made."""
+    """Of the artifact that it made."""
     run_id: str | None
     """Of the orchestrator's run."""
     started: AwareDatetime
@@ -77,14 +77,14 @@ class RunRecord(FrozenModel):
 
 
 def read_run_record(artifact: Artifact) -> RunRecord | None:
-    """The run that made the artefact; None where it was made elsewhere, so that no record of it, or one of another
-    artefact, lies beside it."""
+    """The run that made the artifact; None where it was made elsewhere, so that no record of it, or one of another
+    artifact, lies beside it."""
     record = run_record_beside(artifact.path)
     return record if record is not None and record.hash == artifact.hash else None
 
 
 def run_record_beside(folder: Path) -> RunRecord | None:
-    """The record beside an artefact's folder, which may be of an artefact that was there before; None where there is none,
+    """The record beside an artifact's folder, which may be of an artifact that was there before; None where there is none,
     or a damaged one. Nothing depends on it."""
     sidecar = sidecar_path(folder)
     if not sidecar.is_file():

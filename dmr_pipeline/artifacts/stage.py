@@ -10,7 +10,7 @@ from dmr_pipeline.recipe import Pretrained, Recipe
 
 class DeclaredSections(Recipe):
     """A recipe's name, its way of running, and those sections alone that a stage declares, which are those in its
-    provenance: what it reads of another one would make an artefact that counts as current after a change there."""
+    provenance: what it reads of another one would make an artifact that counts as current after a change there."""
 
     @classmethod
     def of(cls, recipe: Recipe, sections: Sequence[str]) -> "DeclaredSections":
@@ -36,11 +36,11 @@ class StageContext:
     inputs: Mapping[str, Path]
     """Upstream asset name -> its folder, verified."""
     output: Path
-    """An empty folder that becomes the artefact once the stage returns; nothing run-dependent may be written here."""
+    """An empty folder that becomes the artifact once the stage returns; nothing run-dependent may be written here."""
     scratch: Path
     """Private resume state; survives a kill, never tracked, emptied after success."""
     previous: Path | None = None
-    """The artefact that `output` will replace, verified; given only to stages that keep their history."""
+    """The artifact that `output` will replace, verified; given only to stages that keep their history."""
     incoming: Path | None = None
     """Folder in which people drop new trajectories for this recipe; it need not exist."""
     kept: Path | None = None
@@ -50,10 +50,10 @@ class StageContext:
 
 @dataclass(frozen=True)
 class StageResult:
-    """What a stage tells people about its artefact."""
+    """What a stage tells people about its artifact."""
 
     summary: Mapping[str, Any]
-    """JSON. Deterministic facts, kept in the artefact's manifest: counts, rates, metrics."""
+    """JSON. Deterministic facts, kept in the artifact's manifest: counts, rates, metrics."""
     measured: Mapping[str, Any] = field(default_factory=dict)
     """JSON. What differs from run to run (times, throughput): goes to the unhashed sidecar."""
 
@@ -69,12 +69,12 @@ class Resources:
 
 @dataclass(frozen=True)
 class Stage:
-    """A row of the pipeline table: a Dagster asset, a DVC stage and a folder of artefacts, all under one name (DVC's of an
-    artefact that could lie in Git but does not: see `dvc_stages.group_name`)."""
+    """A row of the pipeline table: a Dagster asset, a DVC stage and a folder of artifacts, all under one name (DVC's of an
+    artifact that could lie in Git but does not: see `dvc_stages.group_name`)."""
 
     name: str
     inputs: tuple[str, ...]
-    """Names of the stages whose artefacts this one reads."""
+    """Names of the stages whose artifacts this one reads."""
     sections: tuple[str, ...]
     """Recipe sections it reads; a change to any of them makes it stale."""
     code_version: str
@@ -88,16 +88,16 @@ class Stage:
     reading: str
     """How to read it: what is in which file, and which numbers tell whether it is good. Markdown."""
     committed_recipes: tuple[str, ...] = ()
-    """Recipes whose artefact of this stage lies in Git (DVC output with `cache: false`), so that a clone can start from it.
+    """Recipes whose artifact of this stage lies in Git (DVC output with `cache: false`), so that a clone can start from it.
     Those of all other recipes are in DVC's cache, and Git ignores them."""
     pool: str | None = None
     """Dagster pool that limits how many of these run at once."""
     resources: Resources = Resources()
     keeps_history: bool = False
-    """Its artefact grows out of the one before, so that one is never thrown away: a damaged one stops the stage."""
+    """Its artifact grows out of the one before, so that one is never thrown away: a damaged one stops the stage."""
     pretrained: Callable[[Recipe], Pretrained | None] | None = None
     """The model that people brought and that it reads: new files in the same folder make it stale."""
     waiting: Callable[[Path, str], Sequence[Path]] | None = None
     """(data root, recipe) -> files that it has yet to take in; any make it stale."""
     after: Callable[[Path, str], None] | None = None
-    """(data root, recipe): what is left to do once the artefact is published, outside of it. Repeated after a kill."""
+    """(data root, recipe): what is left to do once the artifact is published, outside of it. Repeated after a kill."""

@@ -1,4 +1,4 @@
-"""`dmr provenance`: where an artefact comes from, back to the seeds."""
+"""`dmr provenance`: where an artifact comes from, back to the seeds."""
 
 import json
 from pathlib import Path
@@ -14,10 +14,10 @@ from dmr_pipeline.versioning.provenance import Chain, Origin, common_libraries, 
 
 @user_errors_exit_2
 def provenance(
-    path: Annotated[Path, typer.Argument(help="an artefact's folder, data/<recipe>/<stage>, or a file in it")],
+    path: Annotated[Path, typer.Argument(help="an artifact's folder, data/<recipe>/<stage>, or a file in it")],
     as_json: Annotated[bool, typer.Option("--json", help="print JSON and nothing else")] = False,
 ) -> None:
-    """Show which artefacts, code, seeds and runs an artefact was made from."""
+    """Show which artifacts, code, seeds and runs an artifact was made from."""
     chain = trace(path)
     if as_json:
         typer.echo(json.dumps(_as_json(chain), indent=2))
@@ -31,7 +31,7 @@ def provenance(
 
 
 def _add_inputs(tree: Tree, chain: Chain, stage: str, shared: dict[str, str], shown: set[str]) -> None:
-    """Each artefact in full where it comes up first; later only its name."""
+    """Each artifact in full where it comes up first; later only its name."""
     for name, used in chain.origins[stage].artifact.manifest.inputs.items():
         note = _note(used, chain.now(name))
         if name in chain.problems:
@@ -81,10 +81,10 @@ def _listed(values: dict[str, Any]) -> str:
 
 
 def _as_json(chain: Chain) -> dict[str, Any]:
-    """The chain as a flat list, since an artefact may be an input of several."""
+    """The chain as a flat list, since an artifact may be an input of several."""
     return {
         "stage": chain.stage,
-        "artefacts": [
+        "artifacts": [
             {
                 "stage": stage,
                 "recipe": origin.artifact.manifest.recipe,

@@ -86,7 +86,7 @@ def _release(recipe: str, run: Callable[[StageContext], StageResult]) -> None:
 
 @contextmanager
 def _trained_router(recipe: str, wanted: str) -> Iterator[Path]:
-    """A folder with the artefact `grpo_router` of this hash: the present one, or a restored one for as long as needed."""
+    """A folder with the artifact `grpo_router` of this hash: the present one, or a restored one for as long as needed."""
     present = artifact_folder("grpo_router", recipe)
     if present.is_dir() and folder_hash(hash_files(present)) == wanted:
         yield present

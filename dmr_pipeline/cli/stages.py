@@ -71,7 +71,7 @@ def restore(
     stage: Annotated[str, typer.Argument(help="a stage of the pipeline")],
     recipe: RecipeOption = DEFAULT_RECIPE,
 ) -> None:
-    """Get a damaged or lost artefact back as dvc.lock records it, from DVC's cache or remote; a committed agent from Git."""
+    """Get a damaged or lost artifact back as dvc.lock records it, from DVC's cache or remote; a committed agent from Git."""
     found = pipeline.find_stage(stage, pipeline.STAGES)
     dvc_objects.restore_recorded(found, recipe, load_recipe(recipe).versioning.remote)
     console.print(f"{artifact_folder(stage, recipe)} is {verify(artifact_folder(stage, recipe)).hash}.", soft_wrap=True)
@@ -104,7 +104,7 @@ def pull(recipe: RecipeArgument) -> None:
     """Bring here what other machines have made of a recipe, and record it in dvc.lock."""
     loaded = load_recipe(recipe)
     if loaded.versioning.remote is None:
-        raise UserError(f"{recipe} names no versioning.remote, over which machines exchange artefacts: use `dvc pull`")
+        raise UserError(f"{recipe} names no versioning.remote, over which machines exchange artifacts: use `dvc pull`")
     from dmr_pipeline.defs import runs
 
     with progress_lines():
@@ -147,7 +147,7 @@ def report(
 
 
 def _tell_lost_entries(recipe: str) -> None:
-    """Of stages whose artefacts are there: they count, and are recorded again, as they are found."""
+    """Of stages whose artifacts are there: they count, and are recorded again, as they are found."""
     lost = lock_file.lost_entries(lock_file.read_entries())
     names = [
         stage.name
@@ -156,7 +156,7 @@ def _tell_lost_entries(recipe: str) -> None:
     ]
     if names:
         errors.print(
-            f"{lock_file.LOCK_FILE} has lost its entries of {', '.join(names)}, whose artefacts are there: `dmr run {recipe}`"
+            f"{lock_file.LOCK_FILE} has lost its entries of {', '.join(names)}, whose artifacts are there: `dmr run {recipe}`"
             f" records them as they are, `cp {lock_file.COPY} {lock_file.LOCK_FILE}` brings all lost entries back",
             style="yellow",
             markup=False,
@@ -173,7 +173,7 @@ def _materialize(recipe: str, stages: list[str], *, force: bool = False) -> None
 
 
 def stage_states(recipe: Recipe) -> Iterator[tuple[str, str, str, Artifact | None]]:
-    """Each stage's name, state, reason in a few words, and artefact where there is a valid one."""
+    """Each stage's name, state, reason in a few words, and artifact where there is a valid one."""
     present: dict[str, str] = {}
     entries = lock_file.read_entries()
     for stage in pipeline.STAGES:
@@ -207,7 +207,7 @@ def _name_what_lies(recipe: str) -> None:
 
 
 def _all_done(recipe: Recipe) -> bool:
-    """Every artefact is there, valid, current, and recorded in DVC."""
+    """Every artifact is there, valid, current, and recorded in DVC."""
     entries = lock_file.read_entries()
     return all(
         state == "present" and artifact is not None and dvc_stages.records(entries, stage, recipe.name, artifact)

@@ -25,7 +25,7 @@ OWNERS = ["team:dmr-pipeline"]
 class Materialization(dg.Config):
     """How an asset is materialised."""
 
-    force: bool = Field(False, description="make the artefact again although a current one is there")
+    force: bool = Field(False, description="make the artifact again although a current one is there")
 
 
 def recipe_partitions() -> dg.StaticPartitionsDefinition:

@@ -45,7 +45,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Check:
-    """One check of one stage's artefact."""
+    """One check of one stage's artifact."""
 
     stage: str
     name: str

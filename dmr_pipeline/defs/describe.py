@@ -1,4 +1,4 @@
-"""What the Dagster UI shows of an artefact: where it is, its summary, tables, pictures, and the run that made it."""
+"""What the Dagster UI shows of an artifact: where it is, its summary, tables, pictures, and the run that made it."""
 
 import base64
 import io
@@ -14,7 +14,7 @@ from dmr_pipeline.artifacts.materialize import Materialized
 from dmr_pipeline.artifacts.run_record import read_run_record
 
 MAIN_TABLES = ("steps.parquet", "episodes.parquet", "training.parquet")
-"""The table that stands for an artefact in the catalogue: the first of these that it has."""
+"""The table that stands for an artifact in the catalogue: the first of these that it has."""
 
 PICTURE_WIDTH = 1100
 """In pixels: Dagster's dialog is little wider, and cuts off what is."""
@@ -109,7 +109,7 @@ def _tables(folder: Path) -> dict[str, dg.MetadataValue]:
 
 
 def _run(artifact: Artifact) -> dict[str, dg.MetadataValue]:
-    """The run that made the artefact; a committed artefact of a fresh clone has none on this machine."""
+    """The run that made the artifact; a committed artifact of a fresh clone has none on this machine."""
     record = read_run_record(artifact)
     if record is None:
         return {}

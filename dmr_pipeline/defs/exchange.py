@@ -1,4 +1,4 @@
-"""Artefacts between machines: a stage's inputs come from the DVC remote by hash, and what it made goes there."""
+"""Artifacts between machines: a stage's inputs come from the DVC remote by hash, and what it made goes there."""
 
 import logging
 from collections.abc import Sequence
@@ -18,10 +18,10 @@ log = logging.getLogger(__name__)
 
 
 def pull(instance: dg.DagsterInstance, stages: Sequence[Stage], recipe: Recipe) -> None:
-    """Make these stages' artefacts here the ones that Dagster's instance records, where they are others.
+    """Make these stages' artifacts here the ones that Dagster's instance records, where they are others.
 
     Raises:
-        UserError: an object is neither in DVC's cache here nor in the remote, or an artefact that Git carries is another one.
+        UserError: an object is neither in DVC's cache here nor in the remote, or an artifact that Git carries is another one.
     """
     for stage in stages:
         recorded = recorded_version(instance, dg.AssetKey(stage.name), recipe.name)
@@ -37,7 +37,7 @@ def pull(instance: dg.DagsterInstance, stages: Sequence[Stage], recipe: Recipe) 
 
 
 def _hash(folder: Path) -> str | None:
-    """None where there is no valid artefact."""
+    """None where there is no valid artifact."""
     try:
         return verify(folder).hash
     except UserError:
@@ -45,7 +45,7 @@ def _hash(folder: Path) -> str | None:
 
 
 def push(stage: Stage, recipe: Recipe, artifact: Artifact) -> None:
-    """Put the artefact into the recipe's remote.
+    """Put the artifact into the recipe's remote.
 
     Raises:
         UserError: the remote cannot be written.

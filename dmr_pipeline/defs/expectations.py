@@ -1,4 +1,4 @@
-"""Great Expectations suites for the tabular artefacts. Imported lazily: the library alone takes seconds."""
+"""Great Expectations suites for the tabular artifacts. Imported lazily: the library alone takes seconds."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -74,7 +74,7 @@ def _validate(frame: pl.DataFrame, expectations: Sequence[Expectation]) -> Valid
     context = gx.get_context(mode="ephemeral")
     context.variables.progress_bars = {"globally": False}
     batch = (
-        context.data_sources.add_pandas("artefact")
+        context.data_sources.add_pandas("artifact")
         .add_dataframe_asset("table")
         .add_batch_definition_whole_dataframe("all")
         .get_batch({"dataframe": frame.select(columns).to_pandas()})

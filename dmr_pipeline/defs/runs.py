@@ -67,7 +67,7 @@ def materialize(stages: Sequence[Stage], recipe: str, selected: Sequence[str], *
 
 
 def pull(stages: Sequence[Stage], recipe: Recipe) -> None:
-    """Bring the artefacts that other machines have made here, at the versions that the instance records, and record them
+    """Bring the artifacts that other machines have made here, at the versions that the instance records, and record them
     in this checkout's `dvc.lock`.
 
     Raises:

@@ -43,7 +43,7 @@ class Benchmark(ABC, Generic[S]):
 
     @abstractmethod
     def make_tasks(self, folder: Path) -> dict[str, Any]:
-        """Write the tasks of the four splits, and all that they need, into the artefact of the stage `benchmark_tasks`.
+        """Write the tasks of the four splits, and all that they need, into the artifact of the stage `benchmark_tasks`.
 
         A table `<split>.parquet` has a row a task, with columns `task_id`, `task_type` and `instruction` at least.
 

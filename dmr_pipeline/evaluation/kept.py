@@ -1,6 +1,6 @@
 """Tables that outlive the run that made them, each under all that it depends on: who asks with anything changed finds nothing.
 
-They spare work and are no artefact: where one is missing or damaged, what it holds is computed again.
+They spare work and are no artifact: where one is missing or damaged, what it holds is computed again.
 """
 
 import hashlib

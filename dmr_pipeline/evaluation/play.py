@@ -124,7 +124,7 @@ def acting_facts(checkpoints: Path, recipe: Recipe, rungs: Sequence[str]) -> dic
     rung that is added to it changes nothing.
 
     Args:
-        checkpoints: artefact of the stage `quantized_checkpoints`.
+        checkpoints: artifact of the stage `quantized_checkpoints`.
         rungs: that act, dearest first.
     """
     return {
@@ -137,9 +137,9 @@ def acting_facts(checkpoints: Path, recipe: Recipe, rungs: Sequence[str]) -> dic
     }
 
 
-def content(artefact: Path, prefix: str = "") -> dict[str, JsonValue]:
-    """Files of an artefact, which was verified, with such a path in it -> their md5."""
-    manifest = Manifest.model_validate_json((artefact / MANIFEST).read_bytes())
+def content(artifact: Path, prefix: str = "") -> dict[str, JsonValue]:
+    """Files of an artifact, which was verified, with such a path in it -> their md5."""
+    manifest = Manifest.model_validate_json((artifact / MANIFEST).read_bytes())
     return {path.removeprefix(prefix): md5 for path, md5 in manifest.files.items() if path.startswith(prefix)}
 
 

@@ -143,7 +143,7 @@ def console_table(metrics: Metrics) -> Table:
 
 def render_beside(data_root: Path, recipe: str) -> Path:
     """The HTML report of `data/<recipe>/evaluation_report`, in the folder above: it shows measured times, so it is no part of
-    the artefact."""
+    the artifact."""
     folder = artifact_folder("evaluation_report", recipe, data_root)
     html = folder.with_name("report.html")
     render_html(folder, sidecar_path(folder) if run_record_beside(folder) is not None else None, html)

@@ -135,7 +135,7 @@ POLICIES = frozenset(
 
 
 def read_metrics(folder: Path) -> Metrics:
-    """Of the artefact in `folder`."""
+    """Of the artifact in `folder`."""
     metrics: Metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     return metrics
 

@@ -1,7 +1,7 @@
 """Episodes that an agent logged at work, dropped as files into `data/incoming/<recipe>/`.
 
 A file is known by its content (sha256), never by its name or time, and is taken in whole or not at all. It moves once: a bad
-one into `quarantine/`, the reasons beside it; a good one into `ingested/`, after the artefact that holds it was published. So a
+one into `quarantine/`, the reasons beside it; a good one into `ingested/`, after the artifact that holds it was published. So a
 kill at any moment loses no file, and no content is taken in twice. What cannot be moved stops nothing: `dmr status` names it.
 """
 
@@ -103,7 +103,7 @@ def _waiting(data_root: Path, recipe: str) -> list[Dropped]:
 
 
 def file_away(data_root: Path, recipe: str) -> None:
-    """Move dropped files that the published artefact holds into `ingested/`. Any number of processes may do so at once."""
+    """Move dropped files that the published artifact holds into `ingested/`. Any number of processes may do so at once."""
     held = _held(data_root, recipe)
     dropped, _ = look(incoming_folder(recipe, data_root))
     for file in dropped:
@@ -150,12 +150,12 @@ def misplaced_lines(data_root: Path, recipes: Sequence[str]) -> list[str]:
 
 
 def _held(data_root: Path, recipe: str) -> set[str]:
-    """sha256 of every dropped file that the published artefact holds."""
+    """sha256 of every dropped file that the published artifact holds."""
     return {path.stem for path in stored_files(artifact_folder(STAGE, recipe, data_root))}
 
 
 def _not_moved(data_root: Path, recipe: str) -> dict[str, str]:
-    """What the record of the run that made the artefact says of refused files that still lie where they were dropped."""
+    """What the record of the run that made the artifact says of refused files that still lie where they were dropped."""
     try:
         record = run_record_beside(artifact_folder(STAGE, recipe, data_root))
     except OSError:

@@ -1,5 +1,5 @@
-"""The artefact: `episodes/<sha256 of the dropped file>.parquet`, one row an episode, and `left_out.json`: episodes that the
-recipe no longer allows, since it has changed, and why. They stay in the artefact, but nothing reads them.
+"""The artifact: `episodes/<sha256 of the dropped file>.parquet`, one row an episode, and `left_out.json`: episodes that the
+recipe no longer allows, since it has changed, and why. They stay in the artifact, but nothing reads them.
 """
 
 import json
@@ -20,7 +20,7 @@ LEFT_OUT_FILE = "left_out.json"
 
 
 def read_ingested(folder: Path) -> list[LoggedEpisode]:
-    """The artefact's episodes but those left out, checked again, in the order of their files' hashes.
+    """The artifact's episodes but those left out, checked again, in the order of their files' hashes.
 
     Raises:
         UserError: an episode does not follow the schema, or its id is there twice.
@@ -30,7 +30,7 @@ def read_ingested(folder: Path) -> list[LoggedEpisode]:
 
 
 def stored_ids(folder: Path) -> set[str]:
-    """Ids of all episodes that the artefact holds, those left out too."""
+    """Ids of all episodes that the artifact holds, those left out too."""
     return {episode.episode_id for episode in read_stored(folder)}
 
 
@@ -54,15 +54,15 @@ def store_episodes(episodes: Sequence[LoggedEpisode], path: Path) -> None:
     pyarrow.parquet.write_table(table, path, compression="zstd")
 
 
-def read_stored(artefact: Path) -> list[LoggedEpisode]:
-    """The artefact's episodes, checked again, in the order of their files' hashes.
+def read_stored(artifact: Path) -> list[LoggedEpisode]:
+    """The artifact's episodes, checked again, in the order of their files' hashes.
 
     Raises:
         UserError: an episode does not follow the schema, or its id is there twice.
     """
-    remedy = f"get it back with `dmr restore {STAGE} --recipe {artefact.parent.name}`"
+    remedy = f"get it back with `dmr restore {STAGE} --recipe {artifact.parent.name}`"
     episodes: dict[str, LoggedEpisode] = {}
-    for path in stored_files(artefact):
+    for path in stored_files(artifact):
         for row in parquet_rows(path.read_bytes(), limit=None):
             try:
                 episode = parse_episode(row)
@@ -74,5 +74,5 @@ def read_stored(artefact: Path) -> list[LoggedEpisode]:
     return list(episodes.values())
 
 
-def stored_files(artefact: Path) -> list[Path]:
-    return sorted((artefact / EPISODES_FOLDER).glob("*.parquet"))
+def stored_files(artifact: Path) -> list[Path]:
+    return sorted((artifact / EPISODES_FOLDER).glob("*.parquet"))

@@ -39,7 +39,7 @@ def read_all_trajectories(
         capacity: tokens that a transcript may have.
 
     Raises:
-        UserError: one of the artefacts is not what it should be.
+        UserError: one of the artifacts is not what it should be.
     """
     episodes, steps = read_trajectories(inputs["trajectories"])
     logged = read_ingested(inputs["ingested_trajectories"])

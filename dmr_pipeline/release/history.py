@@ -5,7 +5,7 @@ validation games, each at its own threshold, and the candidate takes over only i
 lower end of the paired interval of its success minus the released one's is above a margin, and it costs no more than the
 recipe allows. The rule is ours. People can overrule it in both directions, by `promote` and `roll_back`.
 
-The history only grows. It is one with the artefact: whoever restores an older artefact restores its history.
+The history only grows. It is one with the artifact: whoever restores an older artifact restores its history.
 """
 
 import logging
@@ -36,9 +36,9 @@ class Decision(FrozenModel):
 
     number: int
     router: FolderHash
-    """Hash of the artefact `grpo_router` that was decided on."""
+    """Hash of the artifact `grpo_router` that was decided on."""
     ladder: FolderHash
-    """Hash of the artefact `quantized_checkpoints` that this router was trained for."""
+    """Hash of the artifact `quantized_checkpoints` that this router was trained for."""
     decision: Verdict
     reason: str
     comparison: Comparison | None = None
@@ -76,7 +76,7 @@ class Releases(FrozenModel):
 
 @dataclass(frozen=True)
 class Candidate:
-    """The artefact of the stage `grpo_router`."""
+    """The artifact of the stage `grpo_router`."""
 
     router: str
     """Its hash."""
@@ -149,7 +149,7 @@ def earlier_release(history: History, to: int | None = None) -> Decision:
 
 
 def read_releases(folder: Path) -> Releases:
-    """From the folder of the artefact `released_router`.
+    """From the folder of the artifact `released_router`.
 
     Raises:
         UserError: the file is missing or malformed.

@@ -59,7 +59,7 @@ class TinyAgent:
     data: Path
     """Project's data folder."""
     tasks: Path
-    """Artefact of the stage `benchmark_tasks`."""
+    """Artifact of the stage `benchmark_tasks`."""
 
     @property
     def name(self) -> str:

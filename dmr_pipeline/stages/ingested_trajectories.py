@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 
 def ingested_trajectories(context: StageContext) -> StageResult:
-    """Takes in what was dropped since the artefact before; counts in the summary are without the episodes left out."""
+    """Takes in what was dropped since the artifact before; counts in the summary are without the episodes left out."""
     rules = Rules.of(context.recipe, context.inputs["benchmark_tasks"])
     folder = context.output / EPISODES_FOLDER
     folder.mkdir()

@@ -70,7 +70,7 @@ def roll_back(context: StageContext, to: int, router: Path) -> StageResult:
 
     Args:
         to: number of the decision that released it.
-        router: folder of the artefact `grpo_router` of that time.
+        router: folder of the artifact `grpo_router` of that time.
 
     Raises:
         UserError: the history is malformed, `to` is no earlier release, or the folder holds another router.
@@ -87,7 +87,7 @@ def roll_back(context: StageContext, to: int, router: Path) -> StageResult:
 
 
 def play_both(context: StageContext, released: Path, candidate: Candidate) -> pl.DataFrame:
-    """Episodes of the candidate and of the router in the artefact `released`, as `compare_routers` reads them.
+    """Episodes of the candidate and of the router in the artifact `released`, as `compare_routers` reads them.
 
     Raises:
         UserError: the candidate was trained for other precisions than there are now.
@@ -104,8 +104,8 @@ def play_both(context: StageContext, released: Path, candidate: Candidate) -> pl
         context.inputs["benchmark_tasks"], "validation", rule.games
     )
     entries = []
-    for name, artefact in ((RELEASED, released), (CANDIDATE, context.inputs["grpo_router"])):
-        router = load_router(artefact / ROUTER_FOLDER, acting.device, acting.models[acting.cheapest])
+    for name, artifact in ((RELEASED, released), (CANDIDATE, context.inputs["grpo_router"])):
+        router = load_router(artifact / ROUTER_FOLDER, acting.device, acting.models[acting.cheapest])
         policy = routing_policy(router, arena.rollouts.slots(len(games)))
         entries.append(Entry(name, "router", policy, router_bytes=router.weight_bytes))
     with Progress() as progress:
@@ -113,10 +113,10 @@ def play_both(context: StageContext, released: Path, candidate: Candidate) -> pl
 
 
 def _write(context: StageContext, history: History, source: Path) -> StageResult:
-    """The artefact: the router in use, and the history of decisions.
+    """The artifact: the router in use, and the history of decisions.
 
     Args:
-        source: the artefact, of either stage, that holds the router now in use.
+        source: the artifact, of either stage, that holds the router now in use.
     """
     shutil.copytree(source / ROUTER_FOLDER, context.output / ROUTER_FOLDER)
     current, latest = in_use(history), history[-1]

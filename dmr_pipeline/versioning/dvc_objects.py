@@ -84,19 +84,19 @@ def push(folder_hash: str, remote: str | None = None) -> int:
 
 
 def recorded_hash(stage: Stage, recipe: str) -> str | None:
-    """The hash that `dvc.lock` records of a stage's artefact; None where it has no entry."""
+    """The hash that `dvc.lock` records of a stage's artifact; None where it has no entry."""
     entry = dvc_stages.lock_entry(stage, recipe)
     return None if entry is None else _output_hash(entry, stage, recipe)
 
 
 def restore_recorded(stage: Stage, recipe: str, remote: str | None = None) -> None:
-    """Make a stage's artefact the one that `dvc.lock` records, or Git's where it is one that Git carries.
+    """Make a stage's artifact the one that `dvc.lock` records, or Git's where it is one that Git carries.
 
     Args:
         remote: name of a DVC remote; the default one where it is None.
 
     Raises:
-        UserError: there is no such artefact, or it cannot be had; the message says what can be done instead.
+        UserError: there is no such artifact, or it cannot be had; the message says what can be done instead.
     """
     folder = artifact_folder(stage.name, recipe)
     if recipe in stage.committed_recipes:
@@ -119,10 +119,10 @@ def restore_recorded(stage: Stage, recipe: str, remote: str | None = None) -> No
 
 
 def check(stage: Stage, recipe: str, artifact: Artifact) -> None:
-    """Compare the artefact with what is recorded of it.
+    """Compare the artifact with what is recorded of it.
 
     Raises:
-        UserError: the artefact is damaged (see `damage`).
+        UserError: the artifact is damaged (see `damage`).
     """
     problem = damage(stage, recipe, artifact, lock_file.read_entries())
     if problem is not None:
@@ -130,9 +130,9 @@ def check(stage: Stage, recipe: str, artifact: Artifact) -> None:
 
 
 def damage(stage: Stage, recipe: str, artifact: Artifact, entries: Entries) -> str | None:
-    """Why a verified artefact is not one that was ever made, and what to do; None where all is well.
+    """Why a verified artifact is not one that was ever made, and what to do; None where all is well.
 
-    A manifest describes all other files but not itself, so this is what guards it. An artefact is known by its hash: from
+    A manifest describes all other files but not itself, so this is what guards it. An artifact is known by its hash: from
     `dvc.lock`, from the record of the run beside it, from DVC's cache, or as the one that Git has. It need not be that of
     `dvc.lock`: it may have been built a moment ago, or another commit is checked out.
     """
@@ -157,16 +157,16 @@ def damage(stage: Stage, recipe: str, artifact: Artifact, entries: Entries) -> s
 def ensure_history(
     stage: Stage, recipe: str, data_root: Path = DATA_ROOT, remote: str | None = None, *, force: bool = False
 ) -> str | None:
-    """Restore the artefact of a stage that keeps its history where `dvc.lock` records one and its folder is missing, so that
+    """Restore the artifact of a stage that keeps its history where `dvc.lock` records one and its folder is missing, so that
     a clone never starts an empty history; also where it is damaged, if it is to be made again all the same. An entry that
     `dvc.lock` has lost counts.
 
     Returns:
-        The recorded hash where it cannot be restored: the artefact may be made anew only if it comes out the same, as that of
+        The recorded hash where it cannot be restored: the artifact may be made anew only if it comes out the same, as that of
         a history of one entry does.
 
     Raises:
-        UserError: a damaged artefact cannot be restored.
+        UserError: a damaged artifact cannot be restored.
     """
     if not stage.keeps_history:
         return None
@@ -240,7 +240,7 @@ def _git(*arguments: str, stdin: str | None = None) -> str:
     try:
         done = subprocess.run(["git", *arguments], input=stdin, capture_output=True, text=True, check=False)
     except FileNotFoundError as error:
-        raise UserError("git is not installed, and has the artefact") from error
+        raise UserError("git is not installed, and has the artifact") from error
     if done.returncode != 0:
         raise UserError(f"git {arguments[0]}: {' '.join(done.stderr.split())}")
     return done.stdout

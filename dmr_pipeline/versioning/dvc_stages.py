@@ -44,7 +44,7 @@ def stage_address(stage: Stage, recipe: str) -> str:
 def group_name(stage: Stage, recipe: str) -> str:
     """Name of the matrix in `dvc.yaml` that has a stage for a recipe.
 
-    Whether an output is cached cannot vary within a matrix, so a stage whose artefacts lie in Git for some recipes has two:
+    Whether an output is cached cannot vary within a matrix, so a stage whose artifacts lie in Git for some recipes has two:
     `agent` for these and `cached_agent` for the others.
     """
     cached = stage.committed_recipes and recipe not in stage.committed_recipes
@@ -76,7 +76,7 @@ def render(stages: Sequence[Stage], recipes: Sequence[str]) -> str:
 
 
 def render_ignored(stages: Sequence[Stage]) -> str:
-    """Content of the data folder's `.gitignore`: of all artefacts, those that the table names are Git's."""
+    """Content of the data folder's `.gitignore`: of all artifacts, those that the table names are Git's."""
     committed = [f"!/{recipe}/{stage.name}/\n" for stage in stages for recipe in stage.committed_recipes]
     return f"{HEADER}/*\n!/.gitignore\n!/*/\n/*/*\n{''.join(committed)}{NEVER_TRACKED}"
 
@@ -84,7 +84,7 @@ def render_ignored(stages: Sequence[Stage]) -> str:
 def _render_stage(stage: Stage, recipes: Sequence[str], *, cached: bool) -> dict[str, Any]:
     recipe = "${item.recipe}"
     # `dvc repro` would delete an output before the command runs: `persist` leaves that to our own atomic replacement,
-    # so that a kill loses nothing and an artefact that is still current is not made again.
+    # so that a kill loses nothing and an artifact that is still current is not made again.
     options: dict[str, bool] = {"persist": True}
     if not cached:
         options["cache"] = False
@@ -127,7 +127,7 @@ def recorded_outputs(entry: Mapping[str, Any]) -> dict[str, str | None]:
 
 
 def is_committed(stage: Stage, recipe: str, artifact: Artifact) -> bool:
-    """Does `dvc.lock` record this artefact, made by this command from these inputs and parameters, as DVC would write it?"""
+    """Does `dvc.lock` record this artifact, made by this command from these inputs and parameters, as DVC would write it?"""
     return records(lock_file.read_entries(), stage, recipe, artifact)
 
 
@@ -155,14 +155,14 @@ def _expected_item(folder: Path, md5: str) -> dict[str, str | int]:
 
 
 def commit(stage: Stage, recipe: str, *, rebuilt: bool, artifact: Artifact) -> bool:
-    """Record a materialised artefact in DVC; True where there was something to record. As `dvc commit` does, to the byte, but a
+    """Record a materialised artifact in DVC; True where there was something to record. As `dvc commit` does, to the byte, but a
     kill at any moment leaves the old `dvc.lock` or the new one, an object of the cache that is damaged is replaced, and
-    `dvc.yaml`, which takes longer to read than most artefacts to hash, stays closed.
+    `dvc.yaml`, which takes longer to read than most artifacts to hash, stays closed.
 
     Inside `dvc repro` nothing is to be done: DVC records the stage itself when its command ends.
 
     Raises:
-        UserError: DVC refuses; its reason is in the message. Or the artefact was changed meanwhile.
+        UserError: DVC refuses; its reason is in the message. Or the artifact was changed meanwhile.
     """
     if "DVC_STAGE" in os.environ:
         return False

@@ -154,7 +154,7 @@ def _run(
             env={**os.environ, **(environment or {})},
         )
     except FileNotFoundError as error:
-        raise UserError("git is not installed, and retrained artefacts are to be committed to it") from error
+        raise UserError("git is not installed, and retrained artifacts are to be committed to it") from error
 
 
 def _one_line(text: str) -> str:

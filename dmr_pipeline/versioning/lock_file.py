@@ -141,7 +141,7 @@ def _copied() -> Entries:
 
 
 def _remedy() -> str:
-    """What is recorded after that is what the artefacts on the disk are, so that none of these loses work."""
+    """What is recorded after that is what the artifacts on the disk are, so that none of these loses work."""
     if _copied():
         return f"`cp {COPY} {LOCK_FILE}`"
     if _in_head():

@@ -1,4 +1,4 @@
-"""Where an artefact comes from: the artefacts and runs behind it, back to the seeds."""
+"""Where an artifact comes from: the artifacts and runs behind it, back to the seeds."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from dmr_pipeline.versioning import dvc_objects
 
 @dataclass(frozen=True)
 class Origin:
-    """An artefact of the chain as it is there now."""
+    """An artifact of the chain as it is there now."""
 
     artifact: Artifact
     run: RunRecord | None
@@ -29,26 +29,26 @@ class Origin:
 
 @dataclass(frozen=True)
 class Chain:
-    """An artefact and all that it was made from."""
+    """An artifact and all that it was made from."""
 
     stage: str
-    """Of the artefact that was asked for."""
+    """Of the artifact that was asked for."""
     origins: dict[str, Origin]
-    """Stage -> its artefact, that one first."""
+    """Stage -> its artifact, that one first."""
     problems: dict[str, str]
-    """Stage -> why there is no valid artefact of it any more, in one line."""
+    """Stage -> why there is no valid artifact of it any more, in one line."""
 
     def now(self, stage: str) -> str | None:
-        """Hash of a stage's artefact as it is there now."""
+        """Hash of a stage's artifact as it is there now."""
         origin = self.origins.get(stage)
         return None if origin is None else origin.artifact.hash
 
 
 def trace(path: Path) -> Chain:
-    """Follow the manifests of the artefact that `path` is, or lies in. Its inputs are looked for beside it.
+    """Follow the manifests of the artifact that `path` is, or lies in. Its inputs are looked for beside it.
 
     Raises:
-        UserError: the path is missing or belongs to no artefact, or the artefact is damaged.
+        UserError: the path is missing or belongs to no artifact, or the artifact is damaged.
     """
     first = _verified(_artifact_around(path))
     origins: dict[str, Origin] = {}
@@ -71,7 +71,7 @@ def trace(path: Path) -> Chain:
 
 
 def _verified(folder: Path) -> Artifact:
-    """The artefact in the folder.
+    """The artifact in the folder.
 
     Raises:
         UserError: it is damaged.
@@ -97,12 +97,12 @@ def run_libraries(run: RunRecord) -> dict[str, str]:
 
 def _artifact_around(path: Path) -> Path:
     if not path.exists():
-        raise UserError(f"{path} does not exist: give an artefact's folder, data/<recipe>/<stage>, or a file in it")
+        raise UserError(f"{path} does not exist: give an artifact's folder, data/<recipe>/<stage>, or a file in it")
     absolute = path.resolve()
     for folder in (absolute, *absolute.parents):
         if (folder / MANIFEST).is_file():
             return folder
-    raise UserError(f"{path} belongs to no artefact: give data/<recipe>/<stage>, or a file in it")
+    raise UserError(f"{path} belongs to no artifact: give data/<recipe>/<stage>, or a file in it")
 
 
 def _seeds(value: JsonValue, prefix: str) -> Iterator[tuple[str, JsonValue]]:

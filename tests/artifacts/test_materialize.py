@@ -28,7 +28,7 @@ def leftovers(recipe: Recipe) -> list[str]:
     return [path.name for path in Path("data", recipe.name).iterdir() if path.name.startswith(".") and path.is_dir()]
 
 
-def test_artefact_holds_its_files_and_where_they_come_from(project: Recipe):
+def test_artifact_holds_its_files_and_where_they_come_from(project: Recipe):
     first = materialize_stage(stage(write("x")), project).artifact
     second = materialize_stage(stage(write("y"), "two", ("one",)), project).artifact
     assert second.manifest.inputs == {"one": first.hash}
@@ -110,7 +110,7 @@ def test_missing_input_names_the_command_that_makes_it(project: Recipe):
         materialize_stage(stage(write("y"), "two", ("one",)), project)
 
 
-def test_damaged_committed_artefact_is_not_silently_made_again(project: Recipe):
+def test_damaged_committed_artifact_is_not_silently_made_again(project: Recipe):
     one = stage(write("x"), committed_recipes=("fake",))
     folder = materialize_stage(one, project).artifact.path
     (folder / "folder/text").write_text("z")
@@ -152,7 +152,7 @@ materialize_stage(stage(run, code_version="2"), load_recipe("fake"))
 @pytest.mark.parametrize(
     "moment", [0, 1, 2, 3], ids=["in the stage", "before renames", "between renames", "after renames"]
 )
-def test_a_kill_leaves_the_old_artefact_or_the_new_one(project: Recipe, moment: int):
+def test_a_kill_leaves_the_old_artifact_or_the_new_one(project: Recipe, moment: int):
     old = materialize_stage(stage(write("old")), project).artifact
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     killed = subprocess.run([sys.executable, "-c", KILLED, str(moment)], env=environment, check=False)
@@ -192,7 +192,7 @@ def hidden_full_disk(context: StageContext) -> StageResult:
 
 
 @pytest.mark.parametrize("run", [full_disk, hidden_full_disk])
-def test_full_disk_is_one_clear_error_and_the_old_artefact_stays(
+def test_full_disk_is_one_clear_error_and_the_old_artifact_stays(
     project: Recipe, run: Run, monkeypatch: pytest.MonkeyPatch
 ):
     old = materialize_stage(stage(write("old")), project).artifact

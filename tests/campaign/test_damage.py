@@ -114,7 +114,7 @@ def edit(path: Path, key: str) -> Callable[[random.Random], None]:
 def from_damaged_cache(
     name: str, harm: Callable[[Path], Callable[[random.Random], None]]
 ) -> Callable[[random.Random], None]:
-    """An object of the stage's artefact is damaged in DVC's cache, and the folder comes from there."""
+    """An object of the stage's artifact is damaged in DVC's cache, and the folder comes from there."""
 
     def do(rng: random.Random) -> None:
         folder = artifact_folder(name, RECIPE)
@@ -128,10 +128,10 @@ def from_damaged_cache(
 def damages() -> Iterator[Damage]:
     for name in NAMES:
         content = artifact_folder(name, RECIPE) / "content.json"
-        yield Damage("artefact", f"{name} flipped", flip(content))
-        yield Damage("artefact", f"{name} cut", cut(content, 0.5))
-        yield Damage("artefact", f"{name} removed", remove(content))
-        yield Damage("artefact", f"{name} stray file", put(content.with_name("stray"), b"x"))
+        yield Damage("artifact", f"{name} flipped", flip(content))
+        yield Damage("artifact", f"{name} cut", cut(content, 0.5))
+        yield Damage("artifact", f"{name} removed", remove(content))
+        yield Damage("artifact", f"{name} stray file", put(content.with_name("stray"), b"x"))
         yield Damage("manifest", f"{name} flipped", flip(content.with_name(MANIFEST)))
         yield Damage("run record", f"{name} flipped", flip(sidecar_path(content.parent)))
     for name in ("benchmark_tasks", "agent", "released_router", "evaluation_report"):
@@ -180,16 +180,16 @@ class Project:
     """What a user has of a run, in bytes and hashes."""
 
     recipe: bytes
-    artefacts: dict[str, str]
+    artifacts: dict[str, str]
     lock: bytes
     entries: dict[str, object]
     """Of `dvc.lock`, those of stages that there are."""
 
     @classmethod
     def read(cls) -> "Project":
-        artefacts = {name: verify(artifact_folder(name, RECIPE)).hash for name in NAMES}
+        artifacts = {name: verify(artifact_folder(name, RECIPE)).hash for name in NAMES}
         entries = {address: entry for address, entry in lock_file.read_entries().items() if address in ADDRESSES}
-        return cls(Path("recipes/fake.yaml").read_bytes(), artefacts, Path("dvc.lock").read_bytes(), entries)
+        return cls(Path("recipes/fake.yaml").read_bytes(), artifacts, Path("dvc.lock").read_bytes(), entries)
 
 
 def outcome(before: Project, state: dict[str, torch.Tensor]) -> str:
@@ -212,7 +212,7 @@ def outcome(before: Project, state: dict[str, torch.Tensor]) -> str:
     if after == before:
         return "said" if said or loaded is None else "harmless"
     # Other results are right only where other ones were asked for.
-    same = (after.artefacts, after.entries) == (before.artefacts, before.entries)
+    same = (after.artifacts, after.entries) == (before.artifacts, before.entries)
     return "said" if said and (same or after.recipe != before.recipe) else "silent"
 
 

@@ -634,7 +634,7 @@ def tried(build: Build, expected: str, data: Path, recipe: Recipe) -> str | None
     if "good" not in episode_ids(data):
         return "wrong: what lay beside it was not ingested"
     if expected == INGESTED and len(episode_ids(data)) < 2:
-        return "wrong: not in the artefact"
+        return "wrong: not in the artifact"
     if expected != "any" and not re.search(
         expected if expected == INGESTED else expected.removeprefix("named: "), ended
     ):

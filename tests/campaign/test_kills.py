@@ -1,4 +1,4 @@
-"""Kills of `dmr` at random and aimed moments, over all stages and ingestion: `dmr run` then ends with the artefacts of an
+"""Kills of `dmr` at random and aimed moments, over all stages and ingestion: `dmr run` then ends with the artifacts of an
 undisturbed run."""
 
 import json
@@ -144,7 +144,7 @@ def hashes() -> Mapping[str, str]:
 
 
 def lost(expected: Mapping[str, str]) -> list[str]:
-    """What is not as after an undisturbed run: artefacts, DVC's record of them, and the dropped files."""
+    """What is not as after an undisturbed run: artifacts, DVC's record of them, and the dropped files."""
     found, dropped = hashes(), incoming_folder(RECIPE)
     wrong = [name for name in expected if found[name] != expected[name]]
     for stage in pipeline.STAGES:

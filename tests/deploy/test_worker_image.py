@@ -105,7 +105,7 @@ def test_it_runs_as_a_numbered_user() -> None:
 
 
 @pytest.mark.usefixtures("image")
-def test_dvc_records_artefacts_without_git() -> None:
+def test_dvc_records_artifacts_without_git() -> None:
     recipe = load_recipe(recipe_names()[0])
     dvc_stages.check_rendered(pipeline.STAGES, recipe_names())
     stage = find_stage("benchmark_tasks", fake_stages())

@@ -72,9 +72,9 @@ def write_router(folder: Path, threshold: float) -> None:
 
 
 @pytest.fixture(scope="module")
-def artefacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("artefacts")
+    folder = tmp_path_factory.mktemp("artifacts")
     save_causal_lm(random_model(7), TOKENIZER, folder / "agent" / "model", torch.float16)
     games = [generate_game(seed, 50)[0] for seed in range(GAMES)]
     inputs = {name: folder / name for name in ("agent", "benchmark_tasks", "quantized_checkpoints")}
@@ -101,7 +101,7 @@ def artefacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @dataclass
 class Bench:
-    """Evaluations of one folder of artefacts, one after another."""
+    """Evaluations of one folder of artifacts, one after another."""
 
     folder: Path
     recipe: Recipe = field(default_factory=make_recipe)
@@ -172,9 +172,9 @@ def counted() -> Iterator[list[Bench]]:
 
 
 @pytest.fixture(scope="module")
-def finished(artefacts: Path, counted: list[Bench]) -> Bench:
+def finished(artifacts: Path, counted: list[Bench]) -> Bench:
     """An evaluation that has played everything."""
-    counted.append(Bench(artefacts))
+    counted.append(Bench(artifacts))
     counted[-1].run()
     return counted.pop()
 
@@ -260,7 +260,7 @@ def another_threshold(bench: Bench) -> None:
     write_router(bench.folder / "kl_router", threshold=0.0)
 
 
-def more_of_a_routers_artefact(bench: Bench) -> None:
+def more_of_a_routers_artifact(bench: Bench) -> None:
     (bench.folder / "kl_router" / "training.txt").write_text("took longer")
     publish(bench.folder / "kl_router")
 
@@ -309,7 +309,7 @@ def recipe_with(**evaluation: float) -> Callable[[Bench], None]:
         (recipe_with(seed=1), EVERYTHING),
         (another_router, ["grpo_router 2", "grpo_router 3"]),
         (another_threshold, ["kl_router 2", "kl_router 3", "random 6"]),
-        (more_of_a_routers_artefact, []),
+        (more_of_a_routers_artifact, []),
         (another_rung, ["rung 3"]),
         (other_low_weights, EVERYTHING[1:]),
         (other_unit_of_cost, EVERYTHING),
@@ -361,9 +361,9 @@ def test_nothing_is_kept_that_the_last_evaluation_did_not_need(bench: Bench) -> 
     assert len(list((bench.folder / "kept").iterdir())) == count - 2
 
 
-def test_all_that_acting_reads_of_the_recipe_is_among_the_facts(artefacts: Path) -> None:
+def test_all_that_acting_reads_of_the_recipe_is_among_the_facts(artifacts: Path) -> None:
     recipe = make_recipe()
-    checkpoints = artefacts / "quantized_checkpoints"
+    checkpoints = artifacts / "quantized_checkpoints"
     agent, prompt = recipe.agent, recipe.agent.prompt
     changed = [
         recipe.model_copy(update={"agent": agent.model_copy(update={"temperature": 0.5})}),

@@ -28,11 +28,11 @@ def tiny_recipe() -> Recipe:
     return Recipe.model_validate(load_recipe("alfworld-tiny", REPOSITORY / "recipes").model_dump() | changes)
 
 
-def run_stage(artefacts: Path, folder: Path) -> StageResult:
+def run_stage(artifacts: Path, folder: Path) -> StageResult:
     names = ("benchmark_tasks", "quantized_checkpoints", "kl_router")
     for name in ("output", "scratch"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    inputs = {name: artefacts / name for name in names}
+    inputs = {name: artifacts / name for name in names}
     return grpo_router(StageContext(tiny_recipe(), inputs, folder / "output", folder / "scratch"))
 
 

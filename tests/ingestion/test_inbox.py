@@ -258,7 +258,7 @@ def episodes_of_any_kind(draw: st.DrawFn) -> list[Episode]:
 
 @given(episodes_of_any_kind())
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_both_formats_hold_the_same_and_so_does_the_artefact(
+def test_both_formats_hold_the_same_and_so_does_the_artifact(
     games: Path, tmp_path: Path, episodes: list[Episode]
 ) -> None:
     by_json, problems = read_episodes(Path("x.jsonl"), jsonl(*episodes), RULES, set())
@@ -565,7 +565,7 @@ def test_an_episode_that_is_no_longer_allowed_is_kept_but_not_read(prepared: Rec
 
 
 @pytest.mark.parametrize("harm", ["twice", "schema"])
-def test_the_artefact_is_checked_again_on_reading(prepared: Recipe, harm: str) -> None:
+def test_the_artifact_is_checked_again_on_reading(prepared: Recipe, harm: str) -> None:
     drop(DATA, "a.jsonl", jsonl(logged("a")))
     folder = ingest(prepared).artifact.path
     (file,) = folder.rglob("*.parquet")
@@ -696,7 +696,7 @@ def test_power_may_go_off_at_every_operation_on_files(template: Path, tmp_path: 
 @given(st.data())
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_number_of_kills_while_more_arrives(template: Path, tmp_path: Path, data: st.DataObject) -> None:
-    """Whatever the order: each file ends in one place unchanged, and what is ingested is in the artefact once."""
+    """Whatever the order: each file ends in one place unchanged, and what is ingested is in the artifact once."""
     root = tmp_path / "data"
     shutil.rmtree(root, ignore_errors=True)
     shutil.copytree(template, root)
@@ -832,7 +832,7 @@ def test_a_played_episode_that_was_logged_gives_the_same_tables(prepared: Recipe
 
 
 def test_a_probability_that_was_not_logged_is_what_acted(prepared: Recipe) -> None:
-    """And the artefact of a file that holds none has no column of them."""
+    """And the artifact of a file that holds none has no column of them."""
     steps = [{"command": "look", "observation": "", "precision": rung} for rung in ("float", "int2")]
     drop(DATA, "a.jsonl", jsonl(logged("a", steps=steps)))
     drop(DATA, "b.jsonl", jsonl(logged("b", steps=[steps[0] | {"probability": 0.125}, steps[1]])))

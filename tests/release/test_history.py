@@ -170,7 +170,7 @@ class World:
     runs: int = 0
 
     def train(self, skill: int, ladder: str = LADDER) -> Path:
-        """The artefact `grpo_router`; equal arguments give an equal one."""
+        """The artifact `grpo_router`; equal arguments give an equal one."""
         folder = self.folder / f"grpo_router_{skill}_{ladder[0]}"
         if not folder.exists():
             (folder / "router").mkdir(parents=True)
@@ -193,7 +193,7 @@ class World:
         grpo_router: Path,
         rule: Release = FAKE.release,
     ) -> StageResult:
-        """As `materialize_stage` does: the old artefact stays if the stage fails, else the new one replaces it."""
+        """As `materialize_stage` does: the old artifact stays if the stage fails, else the new one replaces it."""
         self.runs += 1
         output = self.folder / f"output_{self.runs}"
         output.mkdir()
@@ -503,7 +503,7 @@ def real_inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def real_router(folder: Path, checkpoints: Path, threshold: float, note: str = "") -> Path:
-    """An artefact `grpo_router` with a router of random weights, which acts in high precision from its threshold on."""
+    """An artifact `grpo_router` with a router of random weights, which acts in high precision from its threshold on."""
     from dmr_pipeline.agent.checkpoint import load_tokenizer
     from dmr_pipeline.recipe import Architecture, RouterModel
     from dmr_pipeline.router.model import new_router
@@ -576,7 +576,7 @@ def test_real_routers_play_and_a_crippled_one_is_kept_out(real_inputs: dict[str,
 def test_actions_are_drawn_by_the_releases_seed(
     real_inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not by the evaluation's, which is no part of what the artefact was made from."""
+    """Not by the evaluation's, which is no part of what the artifact was made from."""
     seeds = []
 
     def evaluate(entries: Sequence[Entry], arena: Arena, *_: object) -> dict[str, pl.DataFrame]:

@@ -39,7 +39,7 @@ def recipe() -> Recipe:
 @pytest.fixture(scope="session")
 def inputs(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The real stages up to the labels, with an agent that babbles."""
-    folder = tmp_path_factory.mktemp("artefacts")
+    folder = tmp_path_factory.mktemp("artifacts")
     save_causal_lm(random_model(7), TOKENIZER, folder / "agent" / "model", torch.float16)
     done = {"agent": folder / "agent"}
     for stage in (
@@ -56,8 +56,8 @@ def inputs(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 
 
 @pytest.fixture(scope="session")
-def artefacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("artefacts")
+def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("artifacts")
     save_causal_lm(random_model(7), TOKENIZER, folder / "agent" / "model", torch.float16)
     done = {"agent": folder / "agent"}
     for stage in (benchmark_tasks, quantized_checkpoints):
@@ -69,6 +69,6 @@ def artefacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def unbroken(artefacts: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, StageResult]:
+def unbroken(artifacts: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, StageResult]:
     folder = tmp_path_factory.mktemp("unbroken")
-    return folder, grpo_router.run_stage(artefacts, folder)
+    return folder, grpo_router.run_stage(artifacts, folder)

@@ -71,9 +71,9 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
-def test_artefact_and_log(artefacts: Path, unbroken: tuple[Path, StageResult]) -> None:
+def test_artifact_and_log(artifacts: Path, unbroken: tuple[Path, StageResult]) -> None:
     folder, result = unbroken
-    router, stage_1 = (load_router(path / ROUTER_FOLDER, CPU) for path in (folder / "output", artefacts / "kl_router"))
+    router, stage_1 = (load_router(path / ROUTER_FOLDER, CPU) for path in (folder / "output", artifacts / "kl_router"))
     assert router.settings.threshold == 0.5
     assert router.settings.scale == stage_1.settings.scale
     assert router.settings.offsets == result.summary["start_offsets"] != stage_1.settings.offsets
@@ -93,21 +93,21 @@ def test_artefact_and_log(artefacts: Path, unbroken: tuple[Path, StageResult]) -
     assert result.summary["chosen_update"] == best["update"][0] > 0
     assert log["validation_cost"].drop_nulls()[-1] < log["validation_cost"][0]  # all there is to learn here
 
-    # What the manifest says of the chosen weights holds for those in the artefact.
+    # What the manifest says of the chosen weights holds for those in the artifact.
     recipe = tiny_recipe()
-    rollouts = Rollouts.load(artefacts / "quantized_checkpoints", recipe)
+    rollouts = Rollouts.load(artifacts / "quantized_checkpoints", recipe)
     scorer = Scorer(rollouts, router.weight_bytes, recipe.grpo_router)
-    games = benchmark_of(recipe.benchmark).read_tasks(artefacts / "benchmark_tasks", "validation", 3)
+    games = benchmark_of(recipe.benchmark).read_tasks(artifacts / "benchmark_tasks", "validation", 3)
     means = scorer.means(rollouts.play([Run(game) for game in games], routing_policy(router, 3), seed=0))
     for name, value in means.items():
         assert result.summary[f"validation_{name}"] == pytest.approx(value, abs=1e-6)
 
 
-def test_cost_is_in_always_high_episodes_with_the_router(artefacts: Path) -> None:
+def test_cost_is_in_always_high_episodes_with_the_router(artifacts: Path) -> None:
     recipe = tiny_recipe()
-    rollouts = Rollouts.load(artefacts / "quantized_checkpoints", recipe)
+    rollouts = Rollouts.load(artifacts / "quantized_checkpoints", recipe)
     scorer = Scorer(rollouts, 1000, recipe.grpo_router)
-    run = Run(benchmark_of(recipe.benchmark).read_tasks(artefacts / "benchmark_tasks", "validation", 1)[0])
+    run = Run(benchmark_of(recipe.benchmark).read_tasks(artifacts / "benchmark_tasks", "validation", 1)[0])
     trajectory = rollouts.play([run], RandomMixing({"float": 0.5, "int2": 0.5}, 1), seed=0)[0]
     agent_alone = episode_cost(trajectory, rollouts.acting.weight_bytes)
     expected = (agent_alone + 1000 * len(trajectory.steps)) / rollouts.unit_cost
@@ -118,12 +118,12 @@ def test_cost_is_in_always_high_episodes_with_the_router(artefacts: Path) -> Non
 
 
 def test_a_killed_training_resumes_with_the_bytes_of_an_unbroken_one(
-    artefacts: Path, unbroken: tuple[Path, StageResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    artifacts: Path, unbroken: tuple[Path, StageResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed by SIGKILL in its fourth update, two after the last checkpoint."""
     killed = "from tests.helpers.grpo_router import run_and_be_killed; run_and_be_killed()"
     run = subprocess.run(
-        [sys.executable, "-c", killed, artefacts, tmp_path], cwd=REPOSITORY, capture_output=True, text=True, check=False
+        [sys.executable, "-c", killed, artifacts, tmp_path], cwd=REPOSITORY, capture_output=True, text=True, check=False
     )
     assert run.returncode == -signal.SIGKILL, run.stderr
     assert not any((tmp_path / "output").iterdir())
@@ -136,15 +136,15 @@ def test_a_killed_training_resumes_with_the_bytes_of_an_unbroken_one(
         return rollouts(session, update, task_ids)
 
     monkeypatch.setattr(Session, "rollouts", counted)
-    result = run_stage(artefacts, tmp_path)
+    result = run_stage(artifacts, tmp_path)
     assert updates == [3, 4]
     expected, summary = contents(unbroken[0] / "output"), unbroken[1].summary
     assert contents(tmp_path / "output") == expected
     assert result.summary == summary
 
-    # Killed once more, after the training and before the artefact was whole.
+    # Killed once more, after the training and before the artifact was whole.
     (tmp_path / "output").rename(tmp_path / "first")
-    assert run_stage(artefacts, tmp_path).summary == summary
+    assert run_stage(artifacts, tmp_path).summary == summary
     assert updates == [3, 4]
     assert contents(tmp_path / "output") == expected
 
@@ -168,11 +168,11 @@ def test_a_damaged_checkpoint_is_not_resumed_from(tmp_path: Path, caplog: pytest
 
 
 def test_a_training_that_does_not_fit_a_gpu_names_its_knob(
-    artefacts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    artifacts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def out_of_memory(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     monkeypatch.setattr(the_stage, "train", out_of_memory)
     with pytest.raises(UserError, match=r"make grpo_router\.group_size smaller"):
-        run_stage(artefacts, tmp_path)
+        run_stage(artifacts, tmp_path)

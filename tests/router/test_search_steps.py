@@ -227,11 +227,11 @@ def test_stage_1_calibrates_at_the_other_steps_and_hands_the_rule_on(
 
 @pytest.mark.usefixtures("shop")
 @pytest.mark.parametrize("kind", ["probe", "lm"])
-def test_stage_2_learns_from_the_other_steps_alone(artefacts: Path, tmp_path: Path, kind: str) -> None:
+def test_stage_2_learns_from_the_other_steps_alone(artifacts: Path, tmp_path: Path, kind: str) -> None:
     recipe = tiny_recipe()
-    rollouts = Rollouts.load(artefacts / "quantized_checkpoints", recipe)
+    rollouts = Rollouts.load(artifacts / "quantized_checkpoints", recipe)
     router = replace(new_router(kind), agent=rollouts.acting.models["int2"])
-    games = benchmark_of(recipe.benchmark).read_tasks(artefacts / "benchmark_tasks", "validation")
+    games = benchmark_of(recipe.benchmark).read_tasks(artifacts / "benchmark_tasks", "validation")
     scorer = Scorer(rollouts, router.weight_bytes, recipe.grpo_router)
     settings = tempered_settings(router, scorer, games, tmp_path)
     assert settings.force_search

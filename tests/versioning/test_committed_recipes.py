@@ -1,4 +1,4 @@
-"""An artefact is Git's for the recipes that the table names, and in DVC's cache for all others."""
+"""An artifact is Git's for the recipes that the table names, and in DVC's cache for all others."""
 
 import shutil
 import subprocess

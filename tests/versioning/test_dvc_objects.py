@@ -209,7 +209,7 @@ def test_recorded_hash_is_that_of_dvc_lock(finished_project: Recipe):
     assert dvc_objects.recorded_hash(pipeline.STAGES[0], RECIPE) is None
 
 
-def test_artefacts_that_dvc_lock_records_pass(finished_project: Recipe):
+def test_artifacts_that_dvc_lock_records_pass(finished_project: Recipe):
     for stage in pipeline.STAGES:
         dvc_objects.check(stage, RECIPE, verify(artifact_folder(stage.name, RECIPE)))
 
@@ -243,7 +243,7 @@ def test_changed_manifest_without_an_entry_is_found_by_the_run_record(finished_p
         dvc_objects.check(stage_called("benchmark_tasks"), RECIPE, changed)
 
 
-def test_artefact_that_was_built_and_not_yet_committed_is_no_damage(finished_project: Recipe):
+def test_artifact_that_was_built_and_not_yet_committed_is_no_damage(finished_project: Recipe):
     """As after a kill between the two: `dvc.lock` has the one before."""
     stage = stage_called("benchmark_tasks")
     recipe = finished_project.model_copy(
@@ -254,7 +254,7 @@ def test_artefact_that_was_built_and_not_yet_committed_is_no_damage(finished_pro
     dvc_objects.check(stage, RECIPE, built)
 
 
-def test_artefact_of_another_commit_is_no_damage(finished_project: Recipe):
+def test_artifact_of_another_commit_is_no_damage(finished_project: Recipe):
     """`dvc.lock` and the run record are of the newer one; what is there came out of the cache."""
     stage, old = stage_called("benchmark_tasks"), verify(TASKS).hash
     recipe = finished_project.model_copy(
@@ -269,7 +269,7 @@ def test_artefact_of_another_commit_is_no_damage(finished_project: Recipe):
     dvc_objects.check(stage, RECIPE, verify(TASKS))
 
 
-def test_committed_artefact_that_git_has_is_no_damage(finished_project: Recipe):
+def test_committed_artifact_that_git_has_is_no_damage(finished_project: Recipe):
     stage, folder = replace(stage_called("agent"), committed_recipes=(RECIPE,)), artifact_folder("agent", RECIPE)
     changed = change_manifest(folder)
     subprocess.run(["git", "add", "--force", str(folder)], check=True)
@@ -279,7 +279,7 @@ def test_committed_artefact_that_git_has_is_no_damage(finished_project: Recipe):
         dvc_objects.check(stage, RECIPE, changed)
 
 
-def test_restore_gets_a_committed_artefact_from_git(finished_project: Recipe):
+def test_restore_gets_a_committed_artifact_from_git(finished_project: Recipe):
     stage, folder = replace(stage_called("agent"), committed_recipes=(RECIPE,)), artifact_folder("agent", RECIPE)
     before = content(folder)
     with pytest.raises(UserError, match=r"Git has no data/fake/agent: make it with `dmr materialize agent .* --force`"):

@@ -46,10 +46,10 @@ def shown(path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 def as_json(path: Path) -> dict[str, dict]:
     done = CliRunner().invoke(APP, [str(path), "--json"])
     assert done.exit_code == 0, done.output
-    return {artefact["stage"]: artefact for artefact in json.loads(done.output)["artefacts"]}
+    return {artifact["stage"]: artifact for artifact in json.loads(done.output)["artifacts"]}
 
 
-def test_chain_is_the_tables_graph_above_the_artefact(finished_project: Recipe):
+def test_chain_is_the_tables_graph_above_the_artifact(finished_project: Recipe):
     chain = trace(ROUTER)
     assert next(iter(chain.origins)) == chain.stage == "grpo_router"
     assert set(chain.origins) == ancestors("grpo_router")
@@ -60,18 +60,18 @@ def test_chain_is_the_tables_graph_above_the_artefact(finished_project: Recipe):
 
 
 @pytest.mark.parametrize("inside", ["", MANIFEST, "content.json"])
-def test_any_file_of_an_artefact_leads_to_it(finished_project: Recipe, inside: str, monkeypatch):
+def test_any_file_of_an_artifact_leads_to_it(finished_project: Recipe, inside: str, monkeypatch):
     assert trace(ROUTER / inside).stage == "grpo_router"
     monkeypatch.chdir(ROUTER)
     assert trace(Path(inside)).stage == "grpo_router"
 
 
-def test_a_file_in_a_subfolder_leads_to_the_artefact(finished_project: Recipe):
+def test_a_file_in_a_subfolder_leads_to_the_artifact(finished_project: Recipe):
     assert trace(artifact_folder("evaluation_report", RECIPE) / "plots" / "cost.png").stage == "evaluation_report"
 
 
 @pytest.mark.parametrize(
-    ("path", "message"), [("nowhere", "nowhere does not exist"), ("recipes/fake.yaml", "belongs to no artefact")]
+    ("path", "message"), [("nowhere", "nowhere does not exist"), ("recipes/fake.yaml", "belongs to no artifact")]
 )
 def test_other_paths_are_user_errors(finished_project: Recipe, path: str, message: str):
     with pytest.raises(UserError, match=message):
@@ -93,7 +93,7 @@ def test_seeds_are_those_of_the_recipe(finished_project: Recipe):
     assert trace(ROUTER).origins["grpo_router"].seeds()["grpo_router.seed"] == finished_project.grpo_router.seed
 
 
-def test_tree_shows_each_artefact_once_in_full(finished_project: Recipe, monkeypatch):
+def test_tree_shows_each_artifact_once_in_full(finished_project: Recipe, monkeypatch):
     text = shown(ROUTER, monkeypatch)
     for name in ancestors("grpo_router"):
         found = verify(artifact_folder(name, RECIPE)).hash
@@ -146,13 +146,13 @@ def test_missing_and_damaged_inputs_are_said(finished_project: Recipe, monkeypat
     }
 
 
-@pytest.mark.parametrize("record", [None, "of another artefact", "malformed"])
-def test_artefact_without_its_own_record_was_made_elsewhere(finished_project: Recipe, record: str | None, monkeypatch):
+@pytest.mark.parametrize("record", [None, "of another artifact", "malformed"])
+def test_artifact_without_its_own_record_was_made_elsewhere(finished_project: Recipe, record: str | None, monkeypatch):
     sidecar = sidecar_path(ROUTER)
     content = json.loads(sidecar.read_text())
     sidecar.unlink()
     if record is not None:
-        sidecar.write_text(json.dumps({**content, "hash": "0.dir"}) if record == "of another artefact" else "{")
+        sidecar.write_text(json.dumps({**content, "hash": "0.dir"}) if record == "of another artifact" else "{")
     assert read_run_record(verify(ROUTER)) is None
     assert shown(ROUTER, monkeypatch).count("made elsewhere: no record of the run") == 1
     assert as_json(ROUTER)["grpo_router"]["run"] is None
