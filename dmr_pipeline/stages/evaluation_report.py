@@ -170,7 +170,7 @@ def _label_facts(table: pl.DataFrame, route: Sequence[str]) -> dict[str, JsonVal
     for rung in route[1:]:
         rows, of_rung = table.filter(pl.col("precision") == rung), "" if len(route) == 2 else f", {rung}"
         facts[f"share of steps that are sensitive{of_rung}"] = rows["sensitive"].mean()  # type: ignore[assignment]
-        facts[f"share of steps whose greedy actions differ{of_rung}"] = 1 - rows["greedy_agree"].mean()  # type: ignore[operator]
+        facts[f"share of steps whose greedy actions differ{of_rung}"] = 1 - rows["greedy_agree"].mean()  # type: ignore[assignment, operator]
     return facts
 
 
