@@ -1,9 +1,13 @@
 import subprocess
 import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from dmr_pipeline import pipeline
+from dmr_pipeline.artifacts.stage import StageContext
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.pipeline import find_stage
 from dmr_pipeline.recipe import UNHASHED_SECTIONS, Recipe
@@ -27,6 +31,30 @@ def test_every_hashed_section_is_read_by_a_stage():
 def test_unknown_stage_lists_the_known_ones():
     with pytest.raises(UserError, match=r"unknown stage 'nope' .*benchmark_tasks, agent"):
         find_stage("nope", pipeline.STAGES)
+
+
+@pytest.fixture
+def threads() -> Iterator[int]:
+    """Of torch; those of the other tests are as they were again."""
+    import torch
+
+    before = torch.get_num_threads()
+    yield before
+    torch.set_num_threads(before)
+
+
+def test_a_stage_computes_with_as_many_threads_as_its_recipe_says(threads: int, tmp_path: Path):
+    import torch
+
+    from dmr_pipeline.stages import ingested_trajectories
+
+    asked, seen = threads + 1, list[int]()
+    runtime = SimpleNamespace(threads=asked)
+    context = StageContext(SimpleNamespace(runtime=runtime), {}, tmp_path, tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ingested_trajectories, "ingested_trajectories", lambda _: seen.append(torch.get_num_threads()))
+        find_stage("ingested_trajectories", pipeline.STAGES).run(context)
+    assert seen == [asked]
 
 
 def test_reading_the_table_imports_nothing_heavy():
