@@ -128,6 +128,12 @@ ALFWORLD: list[tuple[str, dict[str, object], str]] = [
      "agent.action: an agent that thinks first must generate its actions"),
     ("thoughtless-looks", {"agent.prompt.thought_end": LEFT_OUT}, "agent: the looks of alfworld teach thoughts"),
     ("nothing-to-search", {"kl_router.force_search": True}, "kl_router.force_search: nothing is searched in alfworld"),
+    ("looks-that-know-no-step", {"agent.prompt.opening": "{task} {observation} {steps_left}"},
+     "agent.training.looks_per_update: looks know no {steps_left}, which prompt.opening names: set it to 0"),
+    ("unknown-placeholder", {"agent.prompt.opening": "{tusk}"},
+     "agent.prompt.opening: '{tusk}' is no placeholder: there are {task}, {observation}"),
+    ("open-brace", {"agent.prompt.turn": "{observation"},
+     "agent.prompt.turn: expected '}' before end of string; write a brace that is meant as such twice"),
     ("empty-hide", {"agent.prompt.page": {"hide": [""]}},
      "agent.prompt.page.hide.0: String should have at least 1 character"),
     # The ladder.
