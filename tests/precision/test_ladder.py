@@ -186,10 +186,7 @@ def test_weights_that_were_not_saved_as_they_were_are_noticed(
     only = context.recipe.precisions.model_copy(
         update={"ladder": context.recipe.precisions.ladder[:1], "route": ("float", "float")}
     )
-    changed = replace(
-        context,
-        recipe=context.recipe.model_copy(update={"precisions": context.recipe.precisions.model_copy(update=only)}),
-    )
+    changed = replace(context, recipe=context.recipe.model_copy(update={"precisions": only}))
     assert [rung["reloads_equal"] for rung in quantized_checkpoints(changed).summary["rungs"]] == [False]
 
 
