@@ -68,10 +68,11 @@ def fake_report(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 WHOLE = (
-    *("subprocess", "dagster", "dvc"),
-    *("dmr_pipeline.cli", "dmr_pipeline.defs", "dmr_pipeline.stages", "dmr_pipeline.versioning"),
+    *("subprocess", "typer", "dagster", "dvc"),
+    *("dmr_pipeline.artifacts.provenance", "dmr_pipeline.defs", "dmr_pipeline.stages", "dmr_pipeline.versioning"),
+    *("dmr_pipeline.gpu_check", "dmr_pipeline.rollout_bench"),
 )
-"""What starts programs, or works with a project or whole stages."""
+"""What starts programs or commands, works with a project or whole stages, or measures."""
 
 
 def is_whole(module: types.ModuleType) -> bool:
