@@ -35,8 +35,8 @@ def test_training_and_routing_see_the_models_own_logits(kind: str) -> None:
     logits, targets = trained_logits(model, examples, CPU)
     assert targets.tolist() == TOKENS[0][1:] + TOKENS[1][1:]
     torch.testing.assert_close(logits, torch.cat([rows[:-1] for rows in whole]), atol=1e-4, rtol=1e-4)
-    sequences = [RoutingSequence(tokens, [1, len(tokens) - 1], [True, False]) for tokens in TOKENS]
-    routed = routing_logits(model, sequences, RouterSettings(low_token=4, high_token=5))
+    sequences = [RoutingSequence(tokens, [1, len(tokens) - 1], [1, 0]) for tokens in TOKENS]
+    routed = routing_logits(model, sequences, RouterSettings(tokens={"float": 5, "int2": 4}))
     expected = torch.cat([rows[[1, -1]][:, [4, 5]] for rows in whole])
     torch.testing.assert_close(routed, expected, atol=1e-4, rtol=1e-4)
 
