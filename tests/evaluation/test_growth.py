@@ -95,7 +95,8 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     row = {name: [np.zeros(1, int).item() if kind == pl.Int64 else 0.1] for name, kind in STEPS.items()}
     texts = {name: ["x"] for name, kind in STEPS.items() if kind == pl.String}
     truths = {name: [True] for name, kind in STEPS.items() if kind == pl.Boolean}
-    pl.DataFrame(row | texts | truths, schema=STEPS).write_parquet(folder / "sensitivity_dataset" / "steps.parquet")
+    of_rungs = [pl.DataFrame(row | texts | truths | {"precision": [rung]}, schema=STEPS) for rung in ("int4", "int2")]
+    pl.concat(of_rungs).write_parquet(folder / "sensitivity_dataset" / "steps.parquet")
     return folder
 
 
