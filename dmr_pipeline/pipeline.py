@@ -115,9 +115,9 @@ STAGES: tuple[Stage, ...] = (
             "`episodes/` has a file for each file that was ingested. Bad ones are in "
             "`data/incoming/<recipe>/quarantine/`, the reason beside them."
         ),
-        keeps_history=True,
-        waiting=_later("ingestion.inbox:waiting_files"),
-        after=_later("ingestion.inbox:file_away"),
+        append_only=True,
+        pending_inputs=_later("ingestion.inbox:waiting_files"),
+        on_published=_later("ingestion.inbox:archive"),
     ),
     Stage(
         name="sensitivity_dataset",
@@ -189,7 +189,7 @@ STAGES: tuple[Stage, ...] = (
         ),
         pool="gpu",
         resources=ONE_GPU,
-        after=_later("evaluation.report:render_beside"),
+        on_published=_later("evaluation.report:render_beside"),
     ),
     Stage(
         name="released_router",
@@ -206,7 +206,7 @@ STAGES: tuple[Stage, ...] = (
         ),
         pool="gpu",
         resources=ONE_GPU,
-        keeps_history=True,
+        append_only=True,
     ),
 )
 """In an order in which each stage comes after its inputs."""

@@ -88,7 +88,7 @@ def materialize_stage(
                         {name: artifact.path for name, artifact in inputs.items()},
                         output,
                         scratch,
-                        _history(folder, accept) if stage.keeps_history else None,
+                        _history(folder, accept) if stage.append_only else None,
                         incoming_folder(recipe.name, data_root),
                         anew if force else kept,
                     )
@@ -99,13 +99,13 @@ def materialize_stage(
                     kept.parent.mkdir(exist_ok=True)
                     publish(anew, kept)
                 shutil.rmtree(scratch.parent)
-            if stage.after is not None:
-                stage.after(data_root, recipe.name)
+            if stage.on_published is not None:
+                stage.on_published(data_root, recipe.name)
             return Materialized(current or built, skipped=current is not None)
 
 
 def _waiting(stage: Stage, recipe: Recipe, data_root: Path) -> bool:
-    return stage.waiting is not None and bool(stage.waiting(data_root, recipe.name))
+    return stage.pending_inputs is not None and bool(stage.pending_inputs(data_root, recipe.name))
 
 
 def _current(folder: Path, wanted: Provenance, stage: Stage, accept: Callable[[Artifact], None]) -> Artifact | None:
@@ -116,7 +116,7 @@ def _current(folder: Path, wanted: Provenance, stage: Stage, accept: Callable[[A
         artifact = verify(folder)
     except UserError as error:
         # Hours of training must not start because a file in Git was touched, and what a history holds is nowhere else.
-        if wanted.recipe in stage.committed_recipes or stage.keeps_history:
+        if wanted.recipe in stage.committed_recipes or stage.append_only:
             raise
         log.warning("%s; it is made again", error)
         return None

@@ -93,11 +93,11 @@ class Stage:
     pool: str | None = None
     """Dagster pool that limits how many of these run at once."""
     resources: Resources = Resources()
-    keeps_history: bool = False
+    append_only: bool = False
     """Its artifact grows out of the one before, so that one is never thrown away: a damaged one stops the stage."""
     pretrained: Callable[[Recipe], Pretrained | None] | None = None
     """The model that people brought and that it reads: new files in the same folder make it stale."""
-    waiting: Callable[[Path, str], Sequence[Path]] | None = None
+    pending_inputs: Callable[[Path, str], Sequence[Path]] | None = None
     """(data root, recipe) -> files that it has yet to take in; any make it stale."""
-    after: Callable[[Path, str], None] | None = None
+    on_published: Callable[[Path, str], None] | None = None
     """(data root, recipe): what is left to do once the artifact is published, outside of it. Repeated after a kill."""

@@ -40,9 +40,9 @@ def run(recipe: RecipeArgument) -> None:
     dvc_stages.check_rendered(pipeline.STAGES, recipe_names())
     _tell_lost_entries(recipe)
     if _all_done(loaded):
-        from dmr_pipeline.ingestion.inbox import file_away
+        from dmr_pipeline.ingestion.inbox import archive
 
-        file_away(DATA_ROOT, recipe)  # what was dropped again, or by a run that was killed before it did so itself
+        archive(DATA_ROOT, recipe)  # what was dropped again, or by a run that was killed before it did so itself
         console.print(f"{recipe}: every stage is up to date, nothing to do.")
     else:
         _materialize(recipe, [stage.name for stage in pipeline.STAGES])
@@ -190,7 +190,7 @@ def stage_states(recipe: Recipe) -> Iterator[tuple[str, str, str, Artifact | Non
         waiting = [name for name in stage.inputs if name not in present]
         wanted = provenance(stage, recipe, {name: present.get(name, "") for name in stage.inputs})
         difference = f"not up to date: {', '.join(waiting)}" if waiting else wanted.difference(artifact.manifest)
-        files = stage.waiting(DATA_ROOT, recipe.name) if stage.waiting is not None else ()
+        files = stage.pending_inputs(DATA_ROOT, recipe.name) if stage.pending_inputs is not None else ()
         if files and difference is None:
             difference = f"to be ingested: {', '.join(file.name for file in files)}"
         if difference is None:

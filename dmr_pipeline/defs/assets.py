@@ -96,7 +96,7 @@ def _materialize(
     if recipe.versioning.remote is None:
         lost_history = dvc_objects.ensure_history(stage, recipe.name, force=config.force)
     else:
-        needed = [find_stage(name, stages) for name in stage.inputs] + ([stage] if stage.keeps_history else [])
+        needed = [find_stage(name, stages) for name in stage.inputs] + ([stage] if stage.append_only else [])
         exchange.pull(context.instance, needed, recipe)
     done = materialize_stage(
         stage, recipe, force=config.force, run_id=context.run_id, expected=lost_history, accept=accept

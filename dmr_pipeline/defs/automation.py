@@ -50,13 +50,13 @@ retrain = dg.define_asset_job(
     " `retraining.min_new_steps` steps of the recipe are new.",
 )
 def new_trajectories(context: dg.SensorEvaluationContext) -> dg.SensorResult | dg.SkipReason:
-    from dmr_pipeline.ingestion.inbox import file_away, lying_files, misplaced_lines, waiting_contents
+    from dmr_pipeline.ingestion.inbox import archive, lying_files, misplaced_lines, waiting_contents
 
     requests, reasons = [], misplaced_lines(DATA_ROOT, recipe_names())
     for name in recipe_names():
         try:
             recipe = load_recipe(name)
-            file_away(DATA_ROOT, name)
+            archive(DATA_ROOT, name)
             waiting = waiting_contents(DATA_ROOT, name)
             reasons += lying_files(DATA_ROOT, name)
         except UserError as error:

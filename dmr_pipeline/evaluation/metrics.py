@@ -45,7 +45,7 @@ EPISODES = pl.Schema(
         "kind": pl.String(),
         "variant_of": pl.String(),
         "draw": pl.Int64(),
-        "game_id": pl.String(),
+        "task_id": pl.String(),
         "task_type": pl.String(),
         "success": pl.Boolean(),
         "reward": pl.Float64(),
@@ -125,7 +125,7 @@ def compute_metrics(
     episodes = _checked(episodes, (high, low, headline))
     outcomes = _outcomes(episodes)
     names = sorted(outcomes, key=lambda name: (_KIND_ORDER[outcomes[name].kind], name != high, name != low, name))
-    weights = game_weights(episodes["game_id"].n_unique(), bootstrap, seed)
+    weights = game_weights(episodes["task_id"].n_unique(), bootstrap, seed)
 
     graded = not episodes["reward"].is_in([0.0, 1.0]).all()
 
@@ -297,7 +297,7 @@ def _checked(episodes: pl.DataFrame, needed: Sequence[str]) -> pl.DataFrame:
     """The episodes' known columns, sorted, after the checks that all numbers rest on."""
     if missing := [name for name in EPISODES.names() if name not in episodes.columns]:
         raise UserError(f"episodes: missing columns: {', '.join(missing)}")
-    episodes = episodes.select(EPISODES.names()).cast(EPISODES).sort("policy", "draw", "game_id")
+    episodes = episodes.select(EPISODES.names()).cast(EPISODES).sort("policy", "draw", "task_id")
     if empty := [name for name, count in episodes.null_count().row(0, named=True).items() if count]:
         raise UserError(f"episodes: missing values in {', '.join(empty)}")
     if absent := [name for name in needed if name not in episodes["policy"]]:
@@ -306,8 +306,8 @@ def _checked(episodes: pl.DataFrame, needed: Sequence[str]) -> pl.DataFrame:
         )
     if unknown := sorted(set(episodes["kind"]) - set(_KIND_ORDER)):
         raise UserError(f"episodes: unknown kind {', '.join(unknown)}; use one of {', '.join(_KIND_ORDER)}")
-    if episodes.select("policy", "draw", "game_id").is_duplicated().any():
-        raise UserError("episodes: a (policy, draw, game_id) appears twice")
+    if episodes.select("policy", "draw", "task_id").is_duplicated().any():
+        raise UserError("episodes: a (policy, draw, task_id) appears twice")
     possible = (
         pl.col("steps").gt(0)
         & pl.col("high_steps").is_between(0, pl.col("steps"))
@@ -322,11 +322,11 @@ def _checked(episodes: pl.DataFrame, needed: Sequence[str]) -> pl.DataFrame:
         & pl.col("cost").ge(0)
     )
     if (impossible := episodes.filter(~possible)).height:
-        name, game = impossible.select("policy", "game_id").row(0)
+        name, game = impossible.select("policy", "task_id").row(0)
         raise UserError(
             f"episodes: impossible steps, tokens, cost or reward, first for policy {name!r} on game {game!r}"
         )
-    games = episodes["game_id"].n_unique()
+    games = episodes["task_id"].n_unique()
     for (name,), rows in episodes.group_by("policy", maintain_order=True):
         if rows.height != rows["draw"].n_unique() * games:
             raise UserError(f"episodes: policy {name!r} lacks episodes; each of its draws must play all {games} games")
@@ -336,7 +336,7 @@ def _checked(episodes: pl.DataFrame, needed: Sequence[str]) -> pl.DataFrame:
 def _outcomes(episodes: pl.DataFrame) -> dict[str, _Outcomes]:
     outcomes = {}
     for (name,), rows in episodes.group_by("policy", maintain_order=True):
-        games = rows.group_by("game_id").agg(pl.mean("success", "reward", "cost")).sort("game_id")
+        games = rows.group_by("task_id").agg(pl.mean("success", "reward", "cost")).sort("task_id")
         outcomes[str(name)] = _Outcomes(
             kind=cast(Kind, rows["kind"][0]),
             variant_of=rows["variant_of"][0],
@@ -361,7 +361,7 @@ def _policy_metrics(
     successes = _total(rows, "success")
     by_type: dict[str, TaskTypeMetrics] = {}
     for (task_type,), part in rows.sort("task_type").group_by("task_type", maintain_order=True):
-        games = part.group_by("game_id").agg(pl.mean("success", "reward")).sort("game_id")
+        games = part.group_by("task_id").agg(pl.mean("success", "reward")).sort("task_id")
         success, reward = games["success"].to_numpy(), games["reward"].to_numpy()
         part_weights = game_weights(success.size, weights.shape[0], seed)
         of_type: TaskTypeMetrics = {

@@ -17,7 +17,7 @@ from dmr_pipeline.evaluation.kept import KeptTables
 from dmr_pipeline.evaluation.metrics import EPISODES
 from dmr_pipeline.precision.frontier import read_ladder
 from dmr_pipeline.recipe import Recipe
-from dmr_pipeline.rollout.engine import Clock, RoutingPolicy, Run, SinglePrecision, Trajectory
+from dmr_pipeline.rollout.engine import RolloutRequest, RoutingPolicy, SinglePrecision, Timings, Trajectory
 from dmr_pipeline.rollout.known import Known
 from dmr_pipeline.rollout.playing import PolicyRuns, Rollouts
 
@@ -86,10 +86,10 @@ def evaluate(
         if draws:
             missing.append((entry, draws))
             # The draws of a game at the same time: they begin alike, and what one has read the others copy.
-            runs = [Run(game, draw) for game in games for draw in draws]
+            runs = [RolloutRequest(game, draw) for game in games for draw in draws]
             plays.append(PolicyRuns(entry.policy, runs, partial(progress.advance, bar)))
 
-    def on_played(index: int, played: list[Trajectory], _: Clock) -> None:
+    def on_played(index: int, played: list[Trajectory], _: Timings) -> None:
         entry, draws = missing[index]
         for draw in draws:
             rows = [_row(entry, trajectory, arena) for trajectory in played if trajectory.run.member == draw]
@@ -163,8 +163,8 @@ def _row(entry: Entry, trajectory: Trajectory, arena: Arena) -> tuple[object, ..
         trajectory.reward,
         len(steps),
         sum(step.precision == dearest for step in steps),
-        sum(step.processed + 1 + sum(step.wasted.values()) for step in steps),
-        sum(step.processed + 1 for step in steps if step.precision == dearest),
+        sum(step.tokens_read + 1 + sum(step.wasted.values()) for step in steps),
+        sum(step.tokens_read + 1 for step in steps if step.precision == dearest),
         [sum(step.precision == rung for step in steps) for rung in rollouts.route] if routed else [],
         sum(rollouts.acting.spend[step.precision] for step in steps) if routed else 0.0,
         sum(arena.bits[step.precision] for step in steps),

@@ -15,7 +15,7 @@ from dmr_pipeline.evaluation.kept import KeptTables
 from dmr_pipeline.evaluation.play import Arena, Entry, evaluate
 from dmr_pipeline.recipe import Evaluation, GrpoRouter
 from dmr_pipeline.rollout.cost import reward
-from dmr_pipeline.rollout.engine import Clock, RoutingPolicy, Run, SinglePrecision, Trajectory
+from dmr_pipeline.rollout.engine import RolloutRequest, RoutingPolicy, SinglePrecision, Timings, Trajectory
 from dmr_pipeline.rollout.known import Known
 from dmr_pipeline.router.baselines import Confidence, Disagreement, RandomMixing
 from dmr_pipeline.router.calibration import OperatingPoint, find_threshold
@@ -119,12 +119,12 @@ def confidence_cascade(
     arena: Arena, games: Sequence[Task], section: Evaluation, progress: Progress, kept: KeptTables, known: Known
 ) -> Confidence:
     """At the threshold that gives the recipe's ratio in closed loop on validation games."""
-    rollouts, runs = arena.rollouts, [Run(game) for game in games]
+    rollouts, runs = arena.rollouts, [RolloutRequest(game) for game in games]
     bar = progress.add_task("confidence on validation", total=None)
 
     def play(threshold: float) -> list[Trajectory]:
         policy = Confidence(rollouts.route, threshold)
-        return rollouts.play(runs, policy, arena.seed, advance=lambda n: progress.advance(bar, n), known=known)
+        return rollouts.play(runs, policy, arena.seed, on_progress=lambda n: progress.advance(bar, n), known=known)
 
     def play_at(threshold: float) -> OperatingPoint:
         return OperatingPoint.of(threshold, play(threshold), rollouts.acting.spend)
@@ -168,8 +168,8 @@ def seconds_per_step(policy: RoutingPolicy, arena: Arena, games: Sequence[Task])
     seconds: list[float] = []
     router = 0.0
     for game in games:
-        clock = Clock()
-        arena.rollouts.play([Run(game)], policy, arena.seed, clock)
+        clock = Timings()
+        arena.rollouts.play([RolloutRequest(game)], policy, arena.seed, clock)
         seconds += clock.durations
         router += clock.router
     return {

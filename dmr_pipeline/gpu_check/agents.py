@@ -24,7 +24,7 @@ from dmr_pipeline.gpu_check.sizes import Shape, Sizes
 from dmr_pipeline.precision.acting import acting_model
 from dmr_pipeline.precision.quantization import dequantize, load_rung, quantize_rung, rung_size, save_rung
 from dmr_pipeline.recipe import Recipe, Rung, load_recipe
-from dmr_pipeline.rollout.engine import Clock, Run, SinglePrecision, Trajectory, play, play_alone
+from dmr_pipeline.rollout.engine import RolloutRequest, SinglePrecision, Timings, Trajectory, play, play_alone
 from dmr_pipeline.rollout.kv_cache.padded import Streams
 from dmr_pipeline.rollout.playing import Rollouts
 from dmr_pipeline.rollout.prompts import Prompter
@@ -170,7 +170,9 @@ def _agreement(
     """Share of steps of the first model's episodes at which the second would act the same; the steps; seconds."""
     started = time.perf_counter()
     streams = {"one": Streams(one, len(games), _CAPACITY), "other": Streams(other, len(games), _CAPACITY)}
-    played = play([Run(game) for game in games], streams, agent.prompter, Disagreement(tuple(streams)), limit)
+    played = play(
+        [RolloutRequest(game) for game in games], streams, agent.prompter, Disagreement(tuple(streams)), limit
+    )
     steps = [step for trajectory in played for step in trajectory.steps]
     agreed = sum(step.precision == "other" for step in steps)
     return agreed / len(steps), len(steps), time.perf_counter() - started
@@ -182,8 +184,8 @@ def speed(agent: TinyAgent, part: Part) -> None:
     float_model = agent.model(agent.device)
     models = {rung.name: acting_model(quantize_rung(float_model, rung), agent.device) for rung in RUNGS}
 
-    def timed(rungs: Sequence[str], batch: int, limit: int) -> Clock:
-        runs, clock = [Run(game) for game in agent.games[:batch]], Clock()
+    def timed(rungs: Sequence[str], batch: int, limit: int) -> Timings:
+        runs, clock = [RolloutRequest(game) for game in agent.games[:batch]], Timings()
         streams = {rung: Streams(models[rung], batch, _CAPACITY) for rung in rungs}
         mixing = RandomMixing(two_way_shares(rungs, MIXED_RATIO), seed=0)
         policy = mixing if len(rungs) > 1 else SinglePrecision(rungs[0])

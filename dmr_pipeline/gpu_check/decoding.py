@@ -15,7 +15,7 @@ from dmr_pipeline.gpu_check.record import Part
 from dmr_pipeline.gpu_check.sizes import Shape, Sizes
 from dmr_pipeline.precision.quantization import quantize_rung, rung_size
 from dmr_pipeline.recipe import Prompt, Rung
-from dmr_pipeline.rollout.engine import ALONE, Clock, Run, SinglePrecision, play
+from dmr_pipeline.rollout.engine import ALONE, RolloutRequest, SinglePrecision, Timings, play
 from dmr_pipeline.rollout.kv_cache.padded import Streams
 from dmr_pipeline.rollout.prompts import Prompter
 from dmr_pipeline.training.vocabulary import word_tokenizer
@@ -108,8 +108,8 @@ def _rollout_ms(model: PreTrainedModel, shape: Shape, sizes: Sizes) -> float:
     known = len(word_tokenizer(texts))
     filled = word_tokenizer([*texts, " ".join(f"word{i}" for i in range(shape.vocabulary - known))])
     prompter = Prompter.of(filled, Prompt(max_action_tokens=sizes.new_tokens))
-    streams, clock = Streams(model, 1, 4096), Clock()
-    run, policy = Run(generate_game(0)[0]), SinglePrecision(ALONE)
+    streams, clock = Streams(model, 1, 4096), Timings()
+    run, policy = RolloutRequest(generate_game(0)[0]), SinglePrecision(ALONE)
     (played,) = play([run], {ALONE: streams}, prompter, policy, 2, clock=clock)
     return 1000 * clock.agent / sum(len(step.action) for step in played.steps)
 

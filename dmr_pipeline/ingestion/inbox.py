@@ -102,7 +102,7 @@ def _waiting(data_root: Path, recipe: str) -> list[Dropped]:
     return [file for file in dropped if file.digest not in settled]
 
 
-def file_away(data_root: Path, recipe: str) -> None:
+def archive(data_root: Path, recipe: str) -> None:
     """Move dropped files that the published artifact holds into `ingested/`. Any number of processes may do so at once."""
     held = _held(data_root, recipe)
     dropped, _ = look(incoming_folder(recipe, data_root))

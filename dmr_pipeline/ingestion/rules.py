@@ -42,7 +42,7 @@ class Rules:
             KnownGames(type(benchmark), {} if benchmark_tasks is None else _games(benchmark_tasks)),
         )
 
-    def objections(self, episode: LoggedEpisode) -> Iterator[str]:
+    def violations(self, episode: LoggedEpisode) -> Iterator[str]:
         """Why the episode must not be trained on; none where it may."""
         if (held_out := self.games.held_out(episode.task_id)) is not None:
             yield f"{held_out}: trained on, it would falsify the report"
@@ -89,7 +89,7 @@ def read_episodes(
         except NoEpisode as error:
             problems += [f"{path.name}: {place}: {problem}" for problem in error.problems]
             continue
-        found = list(rules.objections(episode))
+        found = list(rules.violations(episode))
         if episode.episode_id in episodes:
             found.append("its id is in this file twice")
         elif episode.episode_id in earlier:

@@ -59,7 +59,7 @@ def ingested_tables(
     A step counts as one of the routed rung that is next to the one that acted, see `routed`. Episodes whose transcript leaves the
     agent no room are left out, with a warning, and all of them where templates name what logs do not tell. `exceedance` is the
     probability of the dearer rung that was logged, where there are two, else what is certain by what acted; what forward passes
-    read is not logged, so `processed` is 0.
+    read is not logged, so `tokens_read` is 0.
     """
     episodes, steps, too_long = [], [], 0
     if logged and (untold := prompter.named & {"steps_left", "admissible_commands"}):

@@ -60,7 +60,7 @@ def compare_routers(episodes: pl.DataFrame, rule: Release) -> Comparison:
     )
     low, high = paired["ci95"]
     return Comparison(
-        games=episodes["game_id"].n_unique(),
+        games=episodes["task_id"].n_unique(),
         candidate=_figures(episodes, CANDIDATE),
         released=_figures(episodes, RELEASED),
         difference=paired["difference"],

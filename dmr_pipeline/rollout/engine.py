@@ -40,14 +40,14 @@ class Draft:
 
     action: list[int]
     """Tokens, the end included."""
-    processed: int
+    tokens_read: int
     """Tokens that its forward passes read."""
     margin: float
     """How far the likeliest token led the next, in probability: the least lead of the action (where commands are scored,
     the likeliest command's)."""
 
 
-class Peek(Protocol):
+class DecisionContext(Protocol):
     """What a policy may ask for about the slots being decided."""
 
     def drafts(self, precision: str, slots: Sequence[int]) -> list[Draft]:
@@ -73,7 +73,7 @@ class Peek(Protocol):
 
 
 @dataclass(frozen=True)
-class Run:
+class RolloutRequest:
     """One episode to play."""
 
     task: Task
@@ -99,9 +99,9 @@ class Decision:
 class RoutingPolicy(Protocol):
     """Decides before each step which precision acts. Holds state per slot."""
 
-    def begin(self, slot: int, run: Run) -> None: ...
+    def begin(self, slot: int, run: RolloutRequest) -> None: ...
 
-    def decide(self, slots: Sequence[int], segments: Sequence[list[int]], peek: Peek) -> list[Decision]:
+    def decide(self, slots: Sequence[int], segments: Sequence[list[int]], peek: DecisionContext) -> list[Decision]:
         """`segments` are the tokens that each transcript has grown by since the last action."""
         ...
 
@@ -118,10 +118,10 @@ class SinglePrecision:
     route: Sequence[str] = ()
     """The routed rungs, dearest first, where it is one of them."""
 
-    def begin(self, slot: int, run: Run) -> None:
+    def begin(self, slot: int, run: RolloutRequest) -> None:
         pass
 
-    def decide(self, slots: Sequence[int], segments: Sequence[list[int]], peek: Peek) -> list[Decision]:
+    def decide(self, slots: Sequence[int], segments: Sequence[list[int]], peek: DecisionContext) -> list[Decision]:
         return [Decision(self.precision, certain(self.precision, self.route))] * len(slots)
 
     def acted(self, slot: int, segment: list[int], precision: str, action: list[int]) -> None:
@@ -139,12 +139,12 @@ class Forced:
     policy: RoutingPolicy
     precision: str
     route: Sequence[str]
-    when: Callable[[Sequence[int], Peek], Sequence[bool]]
+    when: Callable[[Sequence[int], DecisionContext], Sequence[bool]]
 
-    def begin(self, slot: int, run: Run) -> None:
+    def begin(self, slot: int, run: RolloutRequest) -> None:
         self.policy.begin(slot, run)
 
-    def decide(self, slots: Sequence[int], segments: Sequence[list[int]], peek: Peek) -> list[Decision]:
+    def decide(self, slots: Sequence[int], segments: Sequence[list[int]], peek: DecisionContext) -> list[Decision]:
         held = self.when(slots, peek)
         asked = [i for i, holds in enumerate(held) if not holds]
         answers = self.policy.decide([slots[i] for i in asked], [segments[i] for i in asked], peek) if asked else []
@@ -180,7 +180,7 @@ class Step:
     """Name of the rung that acted."""
     exceedance: tuple[float, ...]
     """As `Decision.exceedance`."""
-    processed: int
+    tokens_read: int
     """Tokens that the acting precision's forward passes read: catch-up, segment, and all but the last generated one."""
     wasted: Mapping[str, int] = field(default_factory=dict)
     """Rung -> its forward passes that were thrown away."""
@@ -194,7 +194,7 @@ class Step:
 class Trajectory:
     """One played episode."""
 
-    run: Run
+    run: RolloutRequest
     opening: str
     """First observation."""
     steps: list[Step] = field(default_factory=list)
@@ -213,7 +213,7 @@ class Trajectory:
 
 
 @dataclass
-class Clock:
+class Timings:
     """Seconds spent, over a whole batch of episodes; differs from run to run."""
 
     router: float = 0.0
@@ -223,7 +223,7 @@ class Clock:
     """Router and agent together, of each step of the whole batch."""
     steps: int = 0
 
-    def add(self, other: "Clock") -> None:
+    def add(self, other: "Timings") -> None:
         """The seconds of another batch of episodes; of batches that ran at the same time, each counts in full."""
         self.router += other.router
         self.agent += other.agent
@@ -234,7 +234,7 @@ class Clock:
 
 @dataclass
 class _Slot:
-    run: Run
+    run: RolloutRequest
     episode: Episode
     trajectory: Trajectory
     segment: list[int]
@@ -244,7 +244,7 @@ class _Slot:
 
 
 def play(
-    runs: Sequence[Run],
+    runs: Sequence[RolloutRequest],
     agents: Mapping[str, TokenStreams],
     prompter: Prompter,
     policy: RoutingPolicy,
@@ -252,8 +252,8 @@ def play(
     action: Literal["generate", "score"] = "generate",
     temperature: float = 0.0,
     seed: int = 0,
-    clock: Clock | None = None,
-    advance: Callable[[int], None] = lambda _: None,
+    clock: Timings | None = None,
+    on_progress: Callable[[int], None] = lambda _: None,
     done: dict[int, Trajectory] | None = None,
     known: Known | None = None,
 ) -> list[Trajectory]:
@@ -271,7 +271,7 @@ def play(
         known: greedy actions of these agents, which are looked up, and those that are found are added. Without it everything
             is computed.
     """
-    clock = clock if clock is not None else Clock()
+    clock = clock if clock is not None else Timings()
     batch = _Batch(agents, prompter, policy, action, temperature, seed, clock, known if temperature == 0 else None)
     done = done if done is not None else {}
     queue = [(index, run) for index, run in enumerate(runs) if index not in done][::-1]
@@ -288,7 +288,7 @@ def play(
             done[order.pop(slot)] = batch.slots.pop(slot).trajectory
             free.append(slot)
         if ended:
-            advance(len(ended))
+            on_progress(len(ended))
     return [done[i] for i in range(len(runs))]
 
 
@@ -305,7 +305,7 @@ def play_alone(
     action: Literal["generate", "score"] = "generate",
     temperature: float = 0.0,
     max_tokens: int | None = None,
-    advance: Callable[[int], None] = lambda _: None,
+    on_progress: Callable[[int], None] = lambda _: None,
 ) -> list[Trajectory]:
     """One episode of each task, in which one model acts at every step; arguments as in `play`.
 
@@ -317,11 +317,11 @@ def play_alone(
         UserError: the model has positions for fewer tokens, or a first step does not fit.
     """
     capacity = transcript_capacity(model.config, max_tokens)
-    runs, done = [Run(task) for task in tasks], dict[int, Trajectory]()
+    runs, done = [RolloutRequest(task) for task in tasks], dict[int, Trajectory]()
 
     def attempt(slots: int) -> list[Trajectory]:
         agents, policy = {ALONE: token_streams(model, slots, capacity)}, SinglePrecision(ALONE)
-        return play(runs, agents, prompter, policy, step_limit, action, temperature, advance=advance, done=done)
+        return play(runs, agents, prompter, policy, step_limit, action, temperature, on_progress=on_progress, done=done)
 
     return halving(min(slots, len(tasks)), "episodes", attempt)
 
@@ -349,7 +349,7 @@ class _Batch:
         action: Literal["generate", "score"],
         temperature: float,
         seed: int,
-        clock: Clock,
+        clock: Timings,
         known: Known | None,
     ) -> None:
         self.agents, self.prompter, self.policy, self.known = agents, prompter, policy, known
@@ -364,7 +364,7 @@ class _Batch:
         self._after: dict[int, Tensor] = {}
         """Where the cheapest precision has read the transcript in this step: logits [vocabulary] after it."""
 
-    def start(self, slot: int, run: Run, step_limit: int) -> None:
+    def start(self, slot: int, run: RolloutRequest, step_limit: int) -> None:
         episode = run.task.episode()
         opening = episode.reset()
         moment = Moment(1, step_limit, episode.admissible_commands)
@@ -424,7 +424,7 @@ class _Batch:
                     observation,
                     decision.precision,
                     decision.exceedance,
-                    taken.processed,
+                    taken.tokens_read,
                     decision.wasted,
                     decision.features,
                     decision.forced,
@@ -450,7 +450,7 @@ class _Batch:
         return ended
 
     def read_states(self, slots: Sequence[int], layers: Sequence[int]) -> Tensor:
-        """`Peek.states`; what is read here is not read again by an action of this step."""
+        """`DecisionContext.states`; what is read here is not read again by an action of this step."""
 
         def read(new: list[int]) -> Sequence[NDArray[np.float32]]:
             logits, states = self.agents[self._cheapest].read(new, self._unread(self._cheapest, new), layers)
@@ -564,7 +564,7 @@ class _Batch:
 
 
 class _BatchPeek:
-    """`Peek` into a batch, for one step."""
+    """`DecisionContext` into a batch, for one step."""
 
     def __init__(self, batch: _Batch) -> None:
         self._batch = batch

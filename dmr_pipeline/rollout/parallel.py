@@ -35,13 +35,13 @@ def processes_on(device: torch.device, runtime: Runtime) -> int:
     return runtime.processes if can_fork and device.type == "cpu" else 1
 
 
-def deal(items: Sequence[Item], processes: int) -> list[Sequence[Item]]:
+def scatter(items: Sequence[Item], processes: int) -> list[Sequence[Item]]:
     """The items in at most so many parts, dealt out in turn; none is empty, but for the only part of no items."""
     return [items[first::processes] for first in range(min(processes, len(items)))] or [items]
 
 
 def gather(results: Sequence[Sequence[Result]]) -> list[Result]:
-    """Undoes `deal` on results that stand in the order of each part's items."""
+    """Undoes `scatter` on results that stand in the order of each part's items."""
     count = len(results)
     return [results[i % count][i // count] for i in range(sum(map(len, results)))]
 

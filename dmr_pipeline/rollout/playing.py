@@ -15,7 +15,7 @@ from dmr_pipeline.precision.acting import ActingModels
 from dmr_pipeline.precision.frontier import read_ladder
 from dmr_pipeline.recipe import Recipe
 from dmr_pipeline.rollout.cost import episode_cost
-from dmr_pipeline.rollout.engine import Clock, RoutingPolicy, Run, Trajectory, play, warn_of_outgrown
+from dmr_pipeline.rollout.engine import RolloutRequest, RoutingPolicy, Timings, Trajectory, play, warn_of_outgrown
 from dmr_pipeline.rollout.known import Known
 from dmr_pipeline.rollout.kv_cache.choice import rows_that_fit, token_streams, transcript_capacity
 from dmr_pipeline.rollout.kv_cache.padded import TokenStreams
@@ -29,8 +29,8 @@ class PolicyRuns:
 
     policy: RoutingPolicy
     """Each process has a copy of its own; what it remembers of the episodes is lost."""
-    runs: Sequence[Run]
-    advance: Callable[[int], None] = lambda _: None
+    runs: Sequence[RolloutRequest]
+    on_progress: Callable[[int], None] = lambda _: None
     """Called with the number of episodes that have just ended (progress)."""
 
 
@@ -49,7 +49,7 @@ class _Share:
     index: int
     played: dict[int, Trajectory]
     """By their index in the runs."""
-    clock: Clock
+    clock: Timings
 
 
 @dataclass(frozen=True)
@@ -116,11 +116,11 @@ class Rollouts:
 
     def play(
         self,
-        runs: Sequence[Run],
+        runs: Sequence[RolloutRequest],
         policy: RoutingPolicy,
         seed: int,
-        clock: Clock | None = None,
-        advance: Callable[[int], None] = lambda _: None,
+        clock: Timings | None = None,
+        on_progress: Callable[[int], None] = lambda _: None,
         known: Known | None = None,
     ) -> list[Trajectory]:
         """`engine.play` with these rungs, in several processes.
@@ -133,19 +133,19 @@ class Rollouts:
         """
         found: list[Trajectory] = []
 
-        def keep(_: int, played: list[Trajectory], spent: Clock) -> None:
+        def keep(_: int, played: list[Trajectory], spent: Timings) -> None:
             found.extend(played)
             if clock is not None:
                 clock.add(spent)
 
-        self.play_each([PolicyRuns(policy, runs, advance)], seed, keep, known)
+        self.play_each([PolicyRuns(policy, runs, on_progress)], seed, keep, known)
         return found
 
     def play_each(
         self,
         plays: Sequence[PolicyRuns],
         seed: int,
-        on_played: Callable[[int, list[Trajectory], Clock], None],
+        on_played: Callable[[int, list[Trajectory], Timings], None],
         known: Known | None = None,
     ) -> None:
         """As `play`, several policies one after another: a process that has played its share of one goes on with the next,
@@ -159,7 +159,7 @@ class Rollouts:
         """
         known = known if known is not None else Known()
         rows = self.rows  # the same in all processes
-        parts = deal_by_game([play.runs for play in plays], self.processes)
+        parts = scatter_by_game([play.runs for play in plays], self.processes)
 
         def play_part(part: Sequence[Sequence[int]], tell: Callable[[_Ended | _Share], None]) -> Known:
             mine, streams = known.copied(), dict[int, dict[str, TokenStreams]]()
@@ -169,12 +169,12 @@ class Rollouts:
 
         waiting = [len(parts)] * len(plays)
         found: list[dict[int, Trajectory]] = [{} for _ in plays]
-        clocks = [Clock() for _ in plays]
+        clocks = [Timings() for _ in plays]
 
         def told(message: _Ended | _Share) -> None:
             index = message.index
             if isinstance(message, _Ended):
-                plays[index].advance(message.count)
+                plays[index].on_progress(message.count)
                 return
             found[index] |= message.played
             clocks[index].add(message.clock)
@@ -204,7 +204,7 @@ class Rollouts:
             streams: number of slots -> those of the policy before, which hold what it has read; replaced where the number is
                 another.
         """
-        spent, done = Clock(), dict[int, Trajectory]()
+        spent, done = Timings(), dict[int, Trajectory]()
 
         def attempt(slots: int) -> list[Trajectory]:
             if slots not in streams:
@@ -233,7 +233,7 @@ class Rollouts:
         return {rung: token_streams(model, slots, self.capacity) for rung, model in self.acting.models.items()}
 
 
-def deal_by_game(plays: Sequence[Sequence[Run]], processes: int) -> list[list[list[int]]]:
+def scatter_by_game(plays: Sequence[Sequence[RolloutRequest]], processes: int) -> list[list[list[int]]]:
     """For each process, the indices of the runs that it is to play of each of `plays`; none has nothing to do, but for the
     only one of no runs. Games go to the processes in turn, and all runs of a game to the same one; where there are too few
     games for that, the members of a game are dealt as if they were games.

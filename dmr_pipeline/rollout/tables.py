@@ -22,10 +22,10 @@ STEPS = pl.Schema(
         "exceedance": pl.List(pl.Float64),
         "segment": pl.List(pl.Int64),
         "action": pl.List(pl.Int64),
-        "processed": pl.Int64(),
+        "tokens_read": pl.Int64(),
     }
 )
-"""One row a step. `segment` and `action` are token ids; `observation` is what the command showed; `processed` counts the
+"""One row a step. `segment` and `action` are token ids; `observation` is what the command showed; `tokens_read` counts the
 tokens that the acting precision's forward passes read; `precision` is the rung that acted; `exceedance` is `Decision`'s."""
 
 EPISODES = pl.Schema(
@@ -64,7 +64,7 @@ def to_frames(played: Sequence[Trajectory], policy: str) -> tuple[pl.DataFrame, 
             )
         )
         steps += [
-            (episode_id, turn, s.command, s.observation, s.precision, s.exceedance, s.segment, s.action, s.processed)
+            (episode_id, turn, s.command, s.observation, s.precision, s.exceedance, s.segment, s.action, s.tokens_read)
             for turn, s in enumerate(trajectory.steps)
         ]
     return pl.DataFrame(episodes, schema=EPISODES, orient="row"), pl.DataFrame(steps, schema=STEPS, orient="row")

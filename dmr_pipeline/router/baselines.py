@@ -5,7 +5,7 @@ from itertools import accumulate
 
 import numpy as np
 
-from dmr_pipeline.rollout.engine import Decision, Peek, Run, certain, seeded_generator
+from dmr_pipeline.rollout.engine import Decision, DecisionContext, RolloutRequest, certain, seeded_generator
 
 
 def two_way_shares(route: Sequence[str], dearest: float) -> dict[str, float]:
@@ -25,10 +25,10 @@ class RandomMixing:
         self.exceedance = tuple(accumulate(shares.values()))[:-1]
         self._generators: dict[int, np.random.Generator] = {}
 
-    def begin(self, slot: int, run: Run) -> None:
+    def begin(self, slot: int, run: RolloutRequest) -> None:
         self._generators[slot] = seeded_generator("random-mixing", self.seed, run.task.task_id, run.member)
 
-    def decide(self, slots: Sequence[int], segments: Sequence[list[int]], peek: Peek) -> list[Decision]:
+    def decide(self, slots: Sequence[int], segments: Sequence[list[int]], peek: DecisionContext) -> list[Decision]:
         return [Decision(self._drawn(slot), self.exceedance) for slot in slots]
 
     def acted(self, slot: int, segment: list[int], precision: str, action: list[int]) -> None:
@@ -53,10 +53,10 @@ class Confidence:
     def __init__(self, route: Sequence[str], threshold: float) -> None:
         self.route, self.threshold = tuple(route), threshold
 
-    def begin(self, slot: int, run: Run) -> None:
+    def begin(self, slot: int, run: RolloutRequest) -> None:
         pass
 
-    def decide(self, slots: Sequence[int], segments: Sequence[list[int]], peek: Peek) -> list[Decision]:
+    def decide(self, slots: Sequence[int], segments: Sequence[list[int]], peek: DecisionContext) -> list[Decision]:
         doubts: dict[int, list[float]] = {slot: [] for slot in slots}
         """1 - margin of each draft, the cheapest precision's first."""
         wasted: dict[int, dict[str, int]] = {slot: {} for slot in slots}
@@ -89,7 +89,7 @@ class Disagreement:
     def __init__(self, route: Sequence[str]) -> None:
         self.route = tuple(route)
 
-    def decide(self, slots: Sequence[int], segments: Sequence[list[int]], peek: Peek) -> list[Decision]:
+    def decide(self, slots: Sequence[int], segments: Sequence[list[int]], peek: DecisionContext) -> list[Decision]:
         left, chosen = list(slots), dict[int, str]()
         for rung in self.route[:0:-1]:
             drafts = peek.drafts(rung, left)
@@ -102,7 +102,7 @@ class Disagreement:
         decided = [chosen.get(slot, self.route[0]) for slot in slots]
         return [Decision(rung, certain(rung, self.route)) for rung in decided]
 
-    def begin(self, slot: int, run: Run) -> None:
+    def begin(self, slot: int, run: RolloutRequest) -> None:
         pass
 
     def acted(self, slot: int, segment: list[int], precision: str, action: list[int]) -> None:

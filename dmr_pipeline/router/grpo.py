@@ -33,7 +33,7 @@ from dmr_pipeline.errors import UserError
 from dmr_pipeline.progress import training_progress
 from dmr_pipeline.recipe import GrpoRouter
 from dmr_pipeline.rollout.cost import reward
-from dmr_pipeline.rollout.engine import RoutingPolicy, Run, Trajectory, seeded_generator
+from dmr_pipeline.rollout.engine import RolloutRequest, RoutingPolicy, Trajectory, seeded_generator
 from dmr_pipeline.rollout.known import Known
 from dmr_pipeline.rollout.playing import Rollouts
 from dmr_pipeline.router.baselines import RandomMixing, two_way_shares
@@ -101,7 +101,7 @@ class Scorer:
         }
 
 
-def tempered_settings(router: Router, scorer: Scorer, games: Sequence[Task], scratch: Path) -> RouterSettings:
+def settings_at_ratio(router: Router, scorer: Scorer, games: Sequence[Task], scratch: Path) -> RouterSettings:
     """Stage 1's settings, its scores tilted by the rungs' spend so that the mean spend is `initial_ratio`, over the steps of one
     episode of each game that mixes the dearest and the cheapest precision at that ratio, forced steps aside. A resumed run reads
     what it found before."""
@@ -115,7 +115,7 @@ def tempered_settings(router: Router, scorer: Scorer, games: Sequence[Task], scr
         policy = with_searches_forced(policy, route)
     with Progress(TextColumn("{task.description}"), TimeElapsedColumn()) as progress:
         progress.add_task(f"episodes to start from a spend of {section.initial_ratio:.2f}", total=None)
-        played = rollouts.play([Run(game) for game in games], policy, section.seed)
+        played = rollouts.play([RolloutRequest(game) for game in games], policy, section.seed)
     sequences = [sequence_of_trajectory(trajectory, router) for trajectory in played]
     sequences = with_features(router, sequences, _BATCH, rollouts.processes)
     asked = [not step.forced for trajectory in played for step in trajectory.steps]
@@ -208,7 +208,7 @@ class Session(TrainerCallback):
         members: Counter[str] = Counter()
         runs = []
         for task_id in task_ids:
-            runs.append(Run(self.games[task_id], members[task_id]))
+            runs.append(RolloutRequest(self.games[task_id], members[task_id]))
             members[task_id] += 1
         seed = int(seeded_generator("grpo", self.section.seed, update).integers(2**62))
         rollouts = self.scorer.rollouts
@@ -235,7 +235,7 @@ class Session(TrainerCallback):
 
     def validate(self, update: int) -> None:
         """Log how the router acts at its threshold, and keep its weights if none were better."""
-        runs = [Run(game) for game in self.validation]
+        runs = [RolloutRequest(game) for game in self.validation]
         policy = routing_policy(self.router, self.scorer.rollouts.slots(len(runs)))
         means = self.scorer.means(self.scorer.rollouts.play(runs, policy, self.section.seed, known=self.known))
         self.rows[-1] |= {f"validation_{name}": value for name, value in means.items()}

@@ -27,7 +27,7 @@ from dmr_pipeline.environments.webshop.benchmark import SEARCH
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.progress import training_progress
 from dmr_pipeline.recipe import KlRouter, Lora, Recipe
-from dmr_pipeline.rollout.engine import Clock, RoutingPolicy, Run, Trajectory
+from dmr_pipeline.rollout.engine import RolloutRequest, RoutingPolicy, Timings, Trajectory
 from dmr_pipeline.rollout.known import Known
 from dmr_pipeline.rollout.playing import Rollouts
 from dmr_pipeline.rollout.tables import to_frames
@@ -110,7 +110,7 @@ def calibrate_threshold(
     games: Sequence[Task],
     rollouts: Rollouts,
     seed: int,
-    clock: Clock,
+    clock: Timings,
     known: Known,
 ) -> tuple[Router, OperatingPoint, list[OperatingPoint]]:
     """The router at the threshold that gives the target spend in closed loop on these games.
@@ -260,7 +260,7 @@ def validate(router: Router, games: Sequence[Task], rollouts: Rollouts, recipe: 
     mixing: RoutingPolicy = RandomMixing(dict.fromkeys(route, 1 / len(route)), seed)
     if router.settings.force_search:
         mixing = with_searches_forced(mixing, route)
-    played = play_games(games, mixing, rollouts, seed, "episodes to calibrate on", Clock())
+    played = play_games(games, mixing, rollouts, seed, "episodes to calibrate on", Timings())
     episodes, steps = to_frames(played, "validation")
     with Progress() as progress:
         bar = progress.add_task("their labels", total=len(episodes))
@@ -281,12 +281,12 @@ def play_games(
     rollouts: Rollouts,
     seed: int,
     title: str,
-    clock: Clock,
+    clock: Timings,
     known: Known | None = None,
 ) -> list[Trajectory]:
     """One episode of each game under the policy; `known` as in `Rollouts.play`."""
     with Progress() as progress:
         bar = progress.add_task(title, total=len(games))
         return rollouts.play(
-            [Run(game) for game in games], policy, seed, clock, lambda n: progress.advance(bar, n), known
+            [RolloutRequest(game) for game in games], policy, seed, clock, lambda n: progress.advance(bar, n), known
         )

@@ -25,7 +25,7 @@ from dmr_pipeline.errors import UserError
 from dmr_pipeline.recipe import Sensitivity
 from dmr_pipeline.rollout.kv_cache.catching_up import catch_up
 from dmr_pipeline.rollout.kv_cache.padded import TokenStreams
-from dmr_pipeline.rollout.parallel import deal, in_processes
+from dmr_pipeline.rollout.parallel import in_processes, scatter
 from dmr_pipeline.rollout.playing import Rollouts
 from dmr_pipeline.rollout.prompts import Prompter
 from dmr_pipeline.rollout.writing import NgramGuesses, write
@@ -88,7 +88,7 @@ def measure(
     episodes: pl.DataFrame,
     steps: pl.DataFrame,
     counted: Literal["action", "command"],
-    advance: Callable[[int], None] = lambda _: None,
+    on_progress: Callable[[int], None] = lambda _: None,
 ) -> pl.DataFrame:
     """Divergences of every step of these trajectories: the columns of STEPS but `sensitive`, in the steps' order.
 
@@ -123,11 +123,11 @@ def measure(
                 ]
         return rows
 
-    def compare_batches(batches: Sequence[_Batch], advance: Callable[[int], None]) -> list[tuple[object, ...]]:
+    def compare_batches(batches: Sequence[_Batch], on_progress: Callable[[int], None]) -> list[tuple[object, ...]]:
         rows: list[tuple[object, ...]] = []
         for batch in batches:
             rows += in_pieces(batch, len(batch), "episodes", compare_episodes)
-            advance(len(batch))
+            on_progress(len(batch))
         return rows
 
     # Lists, since polars does not survive the fork into several processes.
@@ -135,7 +135,7 @@ def measure(
         [_Transcript(*columns) for columns in batch.select("episode_id", "segment", "action").iter_rows()]
         for batch in longest_first.iter_slices(rollouts.rows)
     ]
-    rows = list(chain(*in_processes(compare_batches, deal(batches, rollouts.processes), advance)))
+    rows = list(chain(*in_processes(compare_batches, scatter(batches, rollouts.processes), on_progress)))
     columns = {name: STEPS[name] for name in ("episode_id", "turn", "precision", *Divergence.__dataclass_fields__)}
     measured = pl.DataFrame(rows, schema=columns, orient="row").join(context, on="episode_id")
     return (

@@ -39,7 +39,7 @@ from dmr_pipeline.frozen_model import FrozenModel
 from dmr_pipeline.recipe import RouterModel
 from dmr_pipeline.rollout.engine import Trajectory
 from dmr_pipeline.rollout.kv_cache.choice import positions_of
-from dmr_pipeline.rollout.parallel import deal, gather, in_processes
+from dmr_pipeline.rollout.parallel import gather, in_processes, scatter
 from dmr_pipeline.router.probe import ProbeHead, new_probe, probe_features
 from dmr_pipeline.training.train import new_model
 
@@ -295,7 +295,7 @@ def with_features(
     def read(indices: Sequence[int], _: object) -> list[NDArray[np.float32]]:
         return in_pieces(indices, batch, "episodes", read_piece)
 
-    found = dict(zip(order, gather(in_processes(read, deal(order, processes))), strict=True))
+    found = dict(zip(order, gather(in_processes(read, scatter(order, processes))), strict=True))
     return [replace(s, features=torch.from_numpy(found[i])) for i, s in enumerate(sequences)]
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dmr_pipeline.recipe import DEFAULT_TRANSCRIPT_TOKENS
-from dmr_pipeline.rollout.engine import Decision, Peek, RoutingPolicy, Run, seeded_generator
+from dmr_pipeline.rollout.engine import Decision, DecisionContext, RolloutRequest, RoutingPolicy, seeded_generator
 from dmr_pipeline.rollout.kv_cache.choice import positions_of, token_streams
 from dmr_pipeline.router.model import Router
 from dmr_pipeline.router.probe import probe_features
@@ -33,10 +33,10 @@ class _Chooser:
 
     def __init__(self, router: Router, sample: bool, seed: int) -> None:
         self.settings, self.sample, self.seed = router.settings, sample, seed
-        self._runs: dict[int, Run] = {}
+        self._runs: dict[int, RolloutRequest] = {}
         self.turns: dict[int, int] = {}
 
-    def begin(self, slot: int, run: Run) -> None:
+    def begin(self, slot: int, run: RolloutRequest) -> None:
         self._runs[slot], self.turns[slot] = run, 0
 
     def choose(self, slots: Sequence[int], logits: Tensor) -> list[tuple[str, tuple[float, ...]]]:
@@ -67,13 +67,13 @@ class LmRouter:
         self._read: set[int] = set()
         """Slots whose stream has read that segment."""
 
-    def begin(self, slot: int, run: Run) -> None:
+    def begin(self, slot: int, run: RolloutRequest) -> None:
         self._streams.reset([slot])
         self._chooser.begin(slot, run)
         self._pending[slot] = []
         self._read.discard(slot)
 
-    def decide(self, slots: Sequence[int], segments: Sequence[list[int]], peek: Peek) -> list[Decision]:
+    def decide(self, slots: Sequence[int], segments: Sequence[list[int]], peek: DecisionContext) -> list[Decision]:
         new = [self._pending[slot] + segment for slot, segment in zip(slots, segments, strict=True)]
         logits = self._streams.extend(slots, new)
         self._pending |= {slot: [] for slot in slots}
@@ -94,11 +94,11 @@ class ProbeRouter:
     def __init__(self, router: Router, chooser: _Chooser) -> None:
         self.router, self._chooser = router, chooser
 
-    def begin(self, slot: int, run: Run) -> None:
+    def begin(self, slot: int, run: RolloutRequest) -> None:
         self._chooser.begin(slot, run)
 
     @torch.no_grad()
-    def decide(self, slots: Sequence[int], segments: Sequence[list[int]], peek: Peek) -> list[Decision]:
+    def decide(self, slots: Sequence[int], segments: Sequence[list[int]], peek: DecisionContext) -> list[Decision]:
         model, cheapest = self.router.model, self.router.settings.route[-1]
         turns = torch.tensor([self._chooser.turns[slot] for slot in slots])
         features = probe_features(peek.states(slots, model.config.layers), turns)

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 
 from dmr_pipeline.environments.base import Task
 from dmr_pipeline.environments.webshop.benchmark import SEARCH
-from dmr_pipeline.rollout.engine import Forced, Peek, RoutingPolicy
+from dmr_pipeline.rollout.engine import DecisionContext, Forced, RoutingPolicy
 
 
-def at_search_bar(slots: Sequence[int], peek: Peek) -> list[bool]:
+def at_search_bar(slots: Sequence[int], peek: DecisionContext) -> list[bool]:
     """For each of these slots: is there a search bar?"""
     return [any(command.startswith(SEARCH) for command in commands) for commands in peek.admissible_commands(slots)]
 

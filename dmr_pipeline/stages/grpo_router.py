@@ -10,10 +10,10 @@ import polars as pl
 from dmr_pipeline.agent.memory import out_of_memory_names
 from dmr_pipeline.artifacts.stage import StageContext, StageResult
 from dmr_pipeline.environments.benchmark import benchmark_of
-from dmr_pipeline.rollout.engine import Clock
+from dmr_pipeline.rollout.engine import Timings
 from dmr_pipeline.rollout.known import Known
 from dmr_pipeline.rollout.playing import Rollouts
-from dmr_pipeline.router.grpo import Scorer, Session, tempered_settings, train
+from dmr_pipeline.router.grpo import Scorer, Session, settings_at_ratio, train
 from dmr_pipeline.router.kl import ROUTER_FOLDER, calibrate_threshold, play_games
 from dmr_pipeline.router.model import (
     Router,
@@ -41,7 +41,7 @@ def grpo_router(context: StageContext) -> StageResult:
 
     start = load()
     scorer = Scorer(rollouts, start.weight_bytes, section)
-    settings = tempered_settings(start, scorer, validation, context.scratch)
+    settings = settings_at_ratio(start, scorer, validation, context.scratch)
     start = replace(start, settings=settings)
     session = Session(replace(load(), settings=settings), start, scorer, games, validation)
     with out_of_memory_names("grpo_router.group_size"):
@@ -52,10 +52,10 @@ def grpo_router(context: StageContext) -> StageResult:
     summary = summarize(log, session.best_update, settings)
     if section.target_ratio is not None:
         policy = routing_policy(chosen, rollouts.slots(len(validation)))
-        played = play_games(validation, policy, rollouts, section.seed, "router at threshold 0.5", Clock())
+        played = play_games(validation, policy, rollouts, section.seed, "router at threshold 0.5", Timings())
         levels = np.array([s.exceedance for trajectory in played for s in trajectory.steps if not s.forced])
         chosen, point, _ = calibrate_threshold(
-            chosen, levels.ravel(), section.target_ratio, validation, rollouts, section.seed, Clock(), Known()
+            chosen, levels.ravel(), section.target_ratio, validation, rollouts, section.seed, Timings(), Known()
         )
         summary |= {
             "target_ratio": section.target_ratio,

@@ -41,7 +41,7 @@ def ingested_trajectories(context: StageContext) -> StageResult:
             if (warning := rules.strangers(new)) is not None:
                 log.warning("%s: %s", printable(file.path), warning)
     left_out = {
-        episode.episode_id: why for episode in episodes if (why := next(rules.objections(episode), None)) is not None
+        episode.episode_id: why for episode in episodes if (why := next(rules.violations(episode), None)) is not None
     }
     if left_out:
         log.warning("%d of %d ingested episodes are left out, see %s", len(left_out), len(episodes), LEFT_OUT_FILE)

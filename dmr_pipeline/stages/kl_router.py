@@ -9,7 +9,7 @@ from dmr_pipeline.artifacts.stage import StageContext, StageResult
 from dmr_pipeline.environments.benchmark import benchmark_of
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.ingestion.tables import read_all_trajectories
-from dmr_pipeline.rollout.engine import Clock
+from dmr_pipeline.rollout.engine import Timings
 from dmr_pipeline.rollout.known import Known
 from dmr_pipeline.rollout.playing import Rollouts
 from dmr_pipeline.router.calibration import (
@@ -85,7 +85,7 @@ def kl_router(context: StageContext) -> StageResult:
     router = with_settings(router, scale=scale, offsets=dict(zip(route[-2::-1], offsets, strict=True)))
     levels = exceedances(scale * margins + offsets)
     probabilities = levels[:, -1]  # that more than the cheapest rung is asked for
-    clock, known = Clock(), Known()
+    clock, known = Timings(), Known()
     router, point, tried = calibrate_threshold(
         router, levels.ravel(), section.target_ratio, games, rollouts, section.seed, clock, known
     )

@@ -23,7 +23,7 @@ from dmr_pipeline.recipe import Recipe, Rung
 from dmr_pipeline.rollout.cost import episode_cost
 from dmr_pipeline.rollout.engine import ALONE, Trajectory, play_alone, warn_of_outgrown
 from dmr_pipeline.rollout.kv_cache.choice import rows_that_fit, transcript_capacity
-from dmr_pipeline.rollout.parallel import deal, gather, in_processes, processes_on
+from dmr_pipeline.rollout.parallel import gather, in_processes, processes_on, scatter
 from dmr_pipeline.rollout.prompts import Prompter
 from dmr_pipeline.training.examples import Example, expert_example
 from dmr_pipeline.training.train import trained_logits
@@ -95,14 +95,14 @@ def _play_validation(
     prompter: Prompter,
     recipe: Recipe,
     device: torch.device,
-    advance: Callable[[int], None],
+    on_progress: Callable[[int], None],
 ) -> list[Trajectory]:
     """One episode of each game by one rung."""
     capacity = transcript_capacity(model.config, recipe.agent.max_transcript_tokens)
     processes = processes_on(device, recipe.runtime)
     rows = rows_that_fit([model], capacity, recipe.runtime.batch_episodes, processes)
 
-    def play_part(part: Sequence[Task], advance: Callable[[int], None]) -> list[Trajectory]:
+    def play_part(part: Sequence[Task], on_progress: Callable[[int], None]) -> list[Trajectory]:
         return play_alone(
             model,
             part,
@@ -112,10 +112,10 @@ def _play_validation(
             recipe.agent.action,
             recipe.agent.temperature,
             capacity,
-            advance,
+            on_progress,
         )
 
-    played = gather(in_processes(play_part, deal(games, processes), advance))
+    played = gather(in_processes(play_part, scatter(games, processes), on_progress))
     warn_of_outgrown(played, capacity)
     return played
 

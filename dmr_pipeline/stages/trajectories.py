@@ -9,7 +9,7 @@ from rich.progress import Progress
 from dmr_pipeline.artifacts.stage import StageContext, StageResult
 from dmr_pipeline.environments.benchmark import benchmark_of
 from dmr_pipeline.recipe import BehaviourPolicy
-from dmr_pipeline.rollout.engine import Clock, RoutingPolicy, Run, SinglePrecision, Trajectory
+from dmr_pipeline.rollout.engine import RolloutRequest, RoutingPolicy, SinglePrecision, Timings, Trajectory
 from dmr_pipeline.rollout.known import Known
 from dmr_pipeline.rollout.playing import PolicyRuns, Rollouts
 from dmr_pipeline.rollout.tables import to_frames
@@ -20,12 +20,12 @@ def trajectories(context: StageContext) -> StageResult:
     recipe = context.recipe
     rollouts = Rollouts.load(context.inputs["quantized_checkpoints"], recipe)
     runs = [
-        Run(game)
+        RolloutRequest(game)
         for game in benchmark_of(recipe.benchmark).read_tasks(context.inputs["benchmark_tasks"], "router_train")
     ]
-    clock, frames, summary = Clock(), [], {}
+    clock, frames, summary = Timings(), [], {}
 
-    def on_played(index: int, played: list[Trajectory], spent: Clock) -> None:
+    def on_played(index: int, played: list[Trajectory], spent: Timings) -> None:
         name = recipe.trajectories.behaviour[index].name
         clock.add(spent)
         frames.append(to_frames(played, name))

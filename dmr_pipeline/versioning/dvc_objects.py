@@ -104,7 +104,7 @@ def restore_recorded(stage: Stage, recipe: str, remote: str | None = None) -> No
         return
     anew = f"make it with `dmr materialize {stage.name} --recipe {recipe} --force`"
     recorded = recorded_hash(stage, recipe)
-    if stage.keeps_history:
+    if stage.append_only:
         anew = (
             f"to give its history up, `rm -r {folder}`"
             + (", remove that entry of dvc.lock" if recorded else "")
@@ -168,7 +168,7 @@ def ensure_history(
     Raises:
         UserError: a damaged artifact cannot be restored.
     """
-    if not stage.keeps_history:
+    if not stage.append_only:
         return None
     folder = artifact_folder(stage.name, recipe, data_root)
     recover(folder)

@@ -28,7 +28,7 @@ def test_the_batch_is_halved_until_it_fits_and_the_episodes_are_the_same(
     ran = fits(monkeypatch, rows=2)
     with caplog.at_level(logging.WARNING, "dmr_pipeline"):
         ended: list[int] = []
-        played = play_alone(HIGH, GAMES, PROMPTER, STEPS, 7, advance=ended.append)
+        played = play_alone(HIGH, GAMES, PROMPTER, STEPS, 7, on_progress=ended.append)
     assert taken(played) == taken(expected)
     assert max(ran) == 1  # 7, 3, 1
     assert sum(ended) == len(GAMES)
@@ -68,7 +68,7 @@ def test_episodes_that_have_ended_are_not_played_again(monkeypatch: pytest.Monke
     monkeypatch.setattr(Game, "episode", lambda game: begun.append(game.task_id) or begin(game))
     fits(monkeypatch, rows=1, after_calls=60)  # the first two episodes have ended by then, and others run
     ended: list[int] = []
-    played = play_alone(HIGH, GAMES, PROMPTER, STEPS, 2, advance=ended.append)
+    played = play_alone(HIGH, GAMES, PROMPTER, STEPS, 2, on_progress=ended.append)
     assert taken(played) == taken(expected)
     assert sum(ended) == len(GAMES)
     assert {begun.count(game.task_id) for game in GAMES} == {1, 2}

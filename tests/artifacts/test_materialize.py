@@ -21,7 +21,7 @@ from dmr_pipeline.artifacts.stage import StageContext, StageResult
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.recipe import Recipe
 from tests.helpers.fake_project import REPOSITORY
-from tests.helpers.text_stages import Run, stage, write
+from tests.helpers.text_stages import RolloutRequest, stage, write
 
 
 def leftovers(recipe: Recipe) -> list[str]:
@@ -193,7 +193,7 @@ def hidden_full_disk(context: StageContext) -> StageResult:
 
 @pytest.mark.parametrize("run", [full_disk, hidden_full_disk])
 def test_full_disk_is_one_clear_error_and_the_old_artifact_stays(
-    project: Recipe, run: Run, monkeypatch: pytest.MonkeyPatch
+    project: Recipe, run: RolloutRequest, monkeypatch: pytest.MonkeyPatch
 ):
     old = materialize_stage(stage(write("old")), project).artifact
     if run is hidden_full_disk:
@@ -243,7 +243,7 @@ def test_resume_state_is_kept_for_the_same_provenance_only(project: Recipe):
     assert not Path("data/scratch/fake/one").exists()
 
 
-def keeping(seen: list[list[str]], fails: Sequence[int] = ()) -> Run:
+def keeping(seen: list[list[str]], fails: Sequence[int] = ()) -> RolloutRequest:
     """A stage that keeps a file more each time, and is killed at these calls."""
 
     def run(context: StageContext) -> StageResult:

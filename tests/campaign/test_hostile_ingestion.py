@@ -30,7 +30,7 @@ from typer.testing import CliRunner
 from dmr_pipeline import pipeline
 from dmr_pipeline.artifacts.materialize import materialize_stage
 from dmr_pipeline.cli import app
-from dmr_pipeline.ingestion.inbox import file_away, lying_files, waiting_files
+from dmr_pipeline.ingestion.inbox import archive, lying_files, waiting_files
 from dmr_pipeline.ingestion.incoming import FILE_LIMIT
 from dmr_pipeline.ingestion.schema import EXAMPLE
 from dmr_pipeline.recipe import Recipe
@@ -625,7 +625,7 @@ def tried(build: Build, expected: str, data: Path, recipe: Recipe) -> str | None
     try:
         with at_most_seconds(120):
             materialize_stage(REAL, recipe, data)
-            file_away(data, RECIPE)
+            archive(data, RECIPE)
             ended = end_of(incoming, before)
     except AssertionError as error:
         return str(error)

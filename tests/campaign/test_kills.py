@@ -35,7 +35,7 @@ SIGNALS = (signal.SIGKILL, signal.SIGINT, signal.SIGTERM)
 INGESTION = "ingested_trajectories"
 FEWEST = "kl_router"
 """No stage writes fewer files."""
-FILING = "dmr_pipeline.ingestion.inbox:file_away"
+FILING = "dmr_pipeline.ingestion.inbox:archive"
 AIMS = (
     "dmr_pipeline.versioning.lock_file:record",
     ANYTHING,

@@ -88,7 +88,7 @@ def test_a_killed_process_of_a_pool_is_transient():
 
 
 def test_a_killed_process_of_a_stage_is_transient():
-    def work(part: object, advance: object) -> None:
+    def work(part: object, on_progress: object) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     with pytest.raises(RuntimeError) as caught:
@@ -97,7 +97,7 @@ def test_a_killed_process_of_a_stage_is_transient():
 
 
 def test_an_error_of_a_stages_process_is_judged_as_itself():
-    def work(part: object, advance: object) -> None:
+    def work(part: object, on_progress: object) -> None:
         raise OSError(errno.ESTALE, "stale") if part == [1] else ValueError("a bug")
 
     for parts, expected in (([[1], [1]], True), ([[2], [2]], False)):
@@ -186,7 +186,7 @@ def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     """The clock jumps to the end of each wait."""
     from dagster._core.execution.plan import active
 
-    class Clock:
+    class Timings:
         now = 0.0
 
         def time(self) -> float:
@@ -195,7 +195,7 @@ def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
         def sleep(self, seconds: float) -> None:
             self.now += seconds
 
-    monkeypatch.setattr(active, "time", Clock())
+    monkeypatch.setattr(active, "time", Timings())
 
 
 @pytest.mark.usefixtures("no_waiting")

@@ -16,7 +16,7 @@ from dmr_pipeline.artifacts.manifest import verify
 from dmr_pipeline.environments.benchmark import benchmark_of
 from dmr_pipeline.evaluation.results import POLICIES
 from dmr_pipeline.recipe import load_recipe
-from dmr_pipeline.rollout.engine import Run, SinglePrecision
+from dmr_pipeline.rollout.engine import RolloutRequest, SinglePrecision
 from dmr_pipeline.rollout.playing import Rollouts
 from dmr_pipeline.router.kl import ROUTER_FOLDER
 from tests.helpers.fake_project import REPOSITORY, make_project
@@ -46,7 +46,7 @@ def assert_the_rung_acted_alone(cost: float) -> None:
     recipe = load_recipe("micro")
     rollouts = Rollouts.load(artifact_folder("quantized_checkpoints", "micro"), recipe, ("float", "int4"))
     games = benchmark_of(recipe.benchmark).read_tasks(artifact_folder("benchmark_tasks", "micro"), "test")
-    played = rollouts.play([Run(game) for game in games], SinglePrecision("int4", rollouts.route), seed=0)
+    played = rollouts.play([RolloutRequest(game) for game in games], SinglePrecision("int4", rollouts.route), seed=0)
     assert cost == pytest.approx(sum(map(rollouts.cost, played)) / len(played), abs=1e-6)
 
 

@@ -20,7 +20,7 @@ from dmr_pipeline.environments.alfworld.store import write_games
 from dmr_pipeline.evaluation.play import acting_facts
 from dmr_pipeline.precision.frontier import LADDER_FILE, read_ladder
 from dmr_pipeline.recipe import Recipe, load_recipe
-from dmr_pipeline.rollout.engine import Clock, SinglePrecision, Trajectory
+from dmr_pipeline.rollout.engine import SinglePrecision, Timings, Trajectory
 from dmr_pipeline.rollout.known import Known
 from dmr_pipeline.rollout.playing import PolicyRuns, Rollouts
 from dmr_pipeline.router.baselines import Confidence, Disagreement, RandomMixing
@@ -156,7 +156,7 @@ def counted() -> Iterator[list[Bench]]:
     def counting(rollouts: Rollouts, plays: Sequence[PolicyRuns], seed: int, on_played: Callable, known: Known) -> None:
         bench = benches[-1]
 
-        def finished(index: int, played: list[Trajectory], clock: Clock) -> None:
+        def finished(index: int, played: list[Trajectory], clock: Timings) -> None:
             if len(bench.played) == bench.fails_after:
                 raise RuntimeError("interrupted")
             on_played(index, played, clock)

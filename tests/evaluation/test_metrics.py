@@ -235,7 +235,7 @@ def test_metrics_of_known_episodes(episodes: pl.DataFrame) -> None:
 
 
 def test_a_rung_that_acts_alone_recovers_its_part_of_the_gap_and_is_no_router(episodes: pl.DataFrame) -> None:
-    won = pl.col("game_id") < "game-0080"
+    won = pl.col("task_id") < "game-0080"
     rung = episodes.filter(policy="always_low").with_columns(
         policy=pl.lit("always_int4"), kind=pl.lit("rung"), success=won, reward=won.cast(pl.Float64), cost=pl.lit(0.3)
     )
@@ -272,7 +272,7 @@ def test_shares_spend_and_bits_of_three_rungs_by_hand(of_three: pl.DataFrame) ->
     # The curve is over the spend: 0.875 of the gap at 0.4.
     assert metrics["apgr"] == pytest.approx(0.4 * 0.875 / 2 + 0.6 * 1.875 / 2)
     assert metrics["cpt50"] == pytest.approx(0.4 * 0.5 / 0.875, abs=1e-6)
-    longer = pl.col("policy").eq("kl_router") & pl.col("game_id").eq("game-0000")
+    longer = pl.col("policy").eq("kl_router") & pl.col("task_id").eq("game-0000")
     changes = {"steps": 30, "steps_at": [30, 0, 0], "high_steps": 30, "spend": 30.0, "bits": 30 * 32.0}
     changed = of_three.with_columns(
         pl.when(longer).then(pl.lit(value, of_three.schema[name])).otherwise(name).alias(name)
@@ -349,7 +349,7 @@ def test_confidence_and_seed_reach_the_intervals(episodes: pl.DataFrame) -> None
 def test_paired_rows(episodes: pl.DataFrame) -> None:
     random, high = compute(episodes)["paired"]
     success = {
-        policy: episodes.filter(policy=policy).group_by("game_id").agg(pl.mean("success")).sort("game_id")["success"]
+        policy: episodes.filter(policy=policy).group_by("task_id").agg(pl.mean("success")).sort("task_id")["success"]
         for policy in ("kl_router", "random@kl_router")
     }
     difference = (success["kl_router"] - success["random@kl_router"]).to_numpy()

@@ -97,8 +97,8 @@ def test_headline_is_honest_about_bad_news(episodes: pl.DataFrame) -> None:
     arguments = {"recipe": "tiny", "route": ROUTE, "high": "always_high", "low": "always_low", "headline": "kl_router"}
 
     def like(policy: str, model: str) -> pl.DataFrame:
-        copied = episodes.filter(policy=model, draw=0).select("game_id", "success", "reward")
-        changed = episodes.filter(policy=policy).drop("success", "reward").join(copied, on="game_id")
+        copied = episodes.filter(policy=model, draw=0).select("task_id", "success", "reward")
+        changed = episodes.filter(policy=policy).drop("success", "reward").join(copied, on="task_id")
         changed = changed.select(episodes.columns)
         return pl.concat([episodes.filter(pl.col("policy") != policy), changed])
 
@@ -120,7 +120,7 @@ def test_headline_is_honest_about_bad_news(episodes: pl.DataFrame) -> None:
 def test_headline_names_the_precision_that_makes_a_router_needless(
     episodes: pl.DataFrame, solved: int, cost: float, said: bool
 ) -> None:
-    won = pl.col("game_id") < f"game-{solved:04d}"
+    won = pl.col("task_id") < f"game-{solved:04d}"
     rung = episodes.filter(policy="always_low").with_columns(
         policy=pl.lit("always_int4"), kind=pl.lit("rung"), success=won, reward=won.cast(pl.Float64), cost=pl.lit(cost)
     )

@@ -33,7 +33,7 @@ def make_episodes(success: Success, ratios: Mapping[str, Ratio], costs: Mapping[
             "kind": kind,
             "variant_of": policy.removeprefix("random@") if kind == "random" else "",
             "draw": draw,
-            "game_id": f"game-{game:04d}",
+            "task_id": f"game-{game:04d}",
             "task_type": ("even", "odd")[game % 2],
             "success": bool(solved == 1),
             "reward": float(solved),

@@ -58,7 +58,7 @@ def fake_run(context: StageContext) -> StageResult:
     steps = pl.DataFrame(
         {
             "episode_id": ["a", "a", "b"],
-            "game_id": ["g", "g", "h"],
+            "task_id": ["g", "g", "h"],
             "task_type": ["pick_and_place_simple"] * 3,
             "turn": [0, 1, 0],
             "precision": ["int2"] * 3,
@@ -133,7 +133,7 @@ def fake_policy(name: str) -> dict[str, object]:
 
 def fake_stages() -> tuple[Stage, ...]:
     """The table with functions of our own; nothing is waited for, and no report is rendered."""
-    return tuple(replace(stage, run=fake_run, waiting=None, after=None) for stage in pipeline.STAGES)
+    return tuple(replace(stage, run=fake_run, pending_inputs=None, on_published=None) for stage in pipeline.STAGES)
 
 
 def make_project(folder: Path, stages: tuple[Stage, ...]) -> Recipe:

@@ -11,7 +11,7 @@ from dmr_pipeline.environments.alfworld.words import alfworld_texts
 from dmr_pipeline.precision.acting import ActingModels
 from dmr_pipeline.recipe import Architecture, Prompt
 from dmr_pipeline.rollout.engine import (
-    Run,
+    RolloutRequest,
     SinglePrecision,
     Trajectory,
     play,
@@ -40,7 +40,7 @@ THREE = ("float", "int4", "int2")
 ALL_HIGH, ALL_LOW = (SinglePrecision(rung, ROUTE) for rung in ROUTE)
 HALF = dict.fromkeys(ROUTE, 0.5)
 """Shares of random mixing."""
-RUNS = [Run(generate_game(seed)[0]) for seed in range(7)]
+RUNS = [RolloutRequest(generate_game(seed)[0]) for seed in range(7)]
 STEPS = 6
 
 

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrai
 from dmr_pipeline.environments.alfworld.generator import generate_game
 from dmr_pipeline.environments.alfworld.words import alfworld_texts
 from dmr_pipeline.recipe import Architecture, Prompt, RouterModel
-from dmr_pipeline.rollout.engine import Run, Trajectory, play
+from dmr_pipeline.rollout.engine import RolloutRequest, Trajectory, play
 from dmr_pipeline.rollout.kv_cache.padded import Streams
 from dmr_pipeline.rollout.prompts import Prompter
 from dmr_pipeline.router.kl import with_settings
@@ -57,7 +57,7 @@ def random_router(route: Sequence[str] = ROUTE, **settings: Any) -> Router:
 
 def play_with(router: Router, games: int, slots: int, sample: bool = False, seed: int = 0) -> list[Trajectory]:
     """The random agents of the router's route, and the router between them."""
-    runs = [Run(generate_game(number, 50)[0], member) for number in range(games) for member in range(2)]
+    runs = [RolloutRequest(generate_game(number, 50)[0], member) for number in range(games) for member in range(2)]
     policy, agents = routing_policy(router, slots, sample=sample, seed=seed), streams(router.settings.route, slots)
     return play(runs, agents, Prompter.of(TOKENIZER, Prompt()), policy, step_limit=7)
 

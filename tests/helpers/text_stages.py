@@ -6,10 +6,10 @@ from dataclasses import replace
 
 from dmr_pipeline.artifacts.stage import Stage, StageContext, StageResult
 
-Run = Callable[[StageContext], StageResult]
+RolloutRequest = Callable[[StageContext], StageResult]
 
 
-def write(text: str) -> Run:
+def write(text: str) -> RolloutRequest:
     def run(context: StageContext) -> StageResult:
         (context.output / "folder").mkdir()
         (context.output / "folder" / "text").write_text(text)
@@ -18,6 +18,6 @@ def write(text: str) -> Run:
     return run
 
 
-def stage(run: Run, name: str = "one", inputs: tuple[str, ...] = (), **changes: object) -> Stage:
+def stage(run: RolloutRequest, name: str = "one", inputs: tuple[str, ...] = (), **changes: object) -> Stage:
     base = Stage(name, inputs, ("benchmark",), "1", run, "group", frozenset(), "A stage.", "Read it.")
     return replace(base, **changes)

@@ -53,10 +53,10 @@ def serve() -> Callable[[], None]:
     assert all((dvc.repo.stage, great_expectations, ingestion, runs))
     assert threading.active_count() == 1, "a fork would lose threads"
 
-    def play(part: Sequence[int], advance: Callable[[int], None]) -> None:
+    def play(part: Sequence[int], on_progress: Callable[[int], None]) -> None:
         for _ in range(3):
             time.sleep(0.02)
-            advance(1)
+            on_progress(1)
 
     def run(context: Any) -> Any:
         parallel.in_processes(play, [[1], [2]])

@@ -37,7 +37,7 @@ from dmr_pipeline.environments.task_ids import KnownGames
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.ingestion import inbox as ingestion
 from dmr_pipeline.ingestion import incoming
-from dmr_pipeline.ingestion.inbox import file_away, lying_files, misplaced_files, waiting_files
+from dmr_pipeline.ingestion.inbox import archive, lying_files, misplaced_files, waiting_files
 from dmr_pipeline.ingestion.rules import Rules, read_episodes
 from dmr_pipeline.ingestion.schema import EXAMPLE, LoggedEpisode
 from dmr_pipeline.ingestion.stored import read_ingested
@@ -320,7 +320,7 @@ def test_files_are_known_by_their_content(prepared: Recipe, caplog: pytest.LogCa
     ]  # fmt: skip
 
     before = tree(DATA)
-    file_away(DATA, "fake")
+    archive(DATA, "fake")
     assert tree(DATA) == before  # nothing moves before it is published
 
     first = ingest(prepared).artifact
@@ -380,7 +380,7 @@ def test_a_file_that_another_process_moves_meanwhile_is_no_trouble(
         return found
 
     monkeypatch.setattr(incoming, "read", moved)
-    file_away(DATA, "fake")
+    archive(DATA, "fake")
     assert seen == ["b.jsonl"]
     assert not (DATA / "incoming/fake/b.jsonl").exists()
     assert len(list((DATA / "incoming/fake/ingested").iterdir())) == 1
@@ -771,7 +771,7 @@ def test_two_processes_at_once_while_a_third_files_away(project: Recipe, templat
     shutil.copytree(template, data)
     processes = [child(tmp_path / "recipes", data) for _ in range(2)]
     while any(process.poll() is None for process in processes):
-        file_away(data, "fake")
+        archive(data, "fake")
         waiting_files(data, "fake")
     assert [process.wait() for process in processes] == [0, 0]
     assert_settled(data)
@@ -815,7 +815,7 @@ def test_a_played_episode_that_was_logged_gives_the_same_tables(prepared: Recipe
     wanted_episodes, wanted_steps = to_frames(played, INGESTED)
     assert set(wanted_steps["precision"]) == set(ROUTE)
     assert set(wanted_steps["exceedance"].explode()) == {0.5}
-    known = wanted_steps.with_columns(processed=pl.lit(0, pl.Int64))
+    known = wanted_steps.with_columns(tokens_read=pl.lit(0, pl.Int64))
     assert episodes.equals(wanted_episodes)
     assert steps.equals(known)
 

@@ -21,9 +21,9 @@ from dmr_pipeline.precision import quantization
 from dmr_pipeline.precision.acting import ActingModels
 from dmr_pipeline.precision.frontier import RungFacts, gate, read_ladder
 from dmr_pipeline.recipe import Architecture, Precisions, Recipe, Rung, load_recipe
-from dmr_pipeline.rollout.engine import Clock, Run, SinglePrecision, Trajectory
+from dmr_pipeline.rollout.engine import RolloutRequest, SinglePrecision, Timings, Trajectory
 from dmr_pipeline.rollout.kv_cache.packed import PackedStreams
-from dmr_pipeline.rollout.playing import PolicyRuns, Rollouts, deal_by_game
+from dmr_pipeline.rollout.playing import PolicyRuns, Rollouts, scatter_by_game
 from dmr_pipeline.router.baselines import Confidence, Disagreement, RandomMixing
 from dmr_pipeline.stages import quantized_checkpoints as stage
 from dmr_pipeline.stages.quantized_checkpoints import divergence_to_float, expert_steps, quantized_checkpoints
@@ -214,7 +214,7 @@ def acting_ladder(processes: int, batch_episodes: int = 64, reuse_actions: bool 
     return replace(rollouts_of(ROUTE), processes=processes, batch_episodes=batch_episodes, reuse_actions=reuse_actions)
 
 
-GROUP = [Run(run.task, member) for member in range(2) for run in RUNS[:3]]
+GROUP = [RolloutRequest(run.task, member) for member in range(2) for run in RUNS[:3]]
 PLAYS = (
     (ALL_HIGH, RUNS),
     (RandomMixing(HALF, seed=3), GROUP),
@@ -226,15 +226,15 @@ PLAYS = (
 @pytest.mark.parametrize("processes", [1, 2, 3])
 def test_policies_side_by_side_play_what_each_plays_alone(processes: int) -> None:
     ladder, ended = acting_ladder(processes), [0] * len(PLAYS)
-    heard: list[tuple[int, list[Trajectory], Clock]] = []
+    heard: list[tuple[int, list[Trajectory], Timings]] = []
 
-    def advance(index: int) -> Callable[[int], None]:
+    def on_progress(index: int) -> Callable[[int], None]:
         def add(count: int) -> None:
             ended[index] += count
 
         return add
 
-    plays = [PolicyRuns(policy, runs, advance(index)) for index, (policy, runs) in enumerate(PLAYS)]
+    plays = [PolicyRuns(policy, runs, on_progress(index)) for index, (policy, runs) in enumerate(PLAYS)]
     ladder.play_each(plays, 0, lambda *found: heard.append(found))
     assert [index for index, _, _ in heard] == list(range(len(PLAYS)))
     assert ended == [len(runs) for _, runs in PLAYS]
@@ -282,7 +282,7 @@ def test_a_policy_goes_on_with_the_streams_of_the_one_before(monkeypatch: pytest
         read[-1] += sum(map(len, chunks))
         return forward(self, slots, chunks, *rest)
 
-    def on_played(_: int, played: list[Trajectory], __: Clock) -> None:
+    def on_played(_: int, played: list[Trajectory], __: Timings) -> None:
         heard.append(played)
         read.append(0)
 
@@ -298,14 +298,14 @@ def test_a_policy_is_heard_of_while_the_next_one_plays(tmp_path: Path) -> None:
     heard, file = [], tmp_path / "heard"
 
     class BreaksOnceTheFirstIsHeardOf(SinglePrecision):
-        def begin(self, slot: int, run: Run) -> None:
+        def begin(self, slot: int, run: RolloutRequest) -> None:
             deadline = time.monotonic() + 60
             while not file.exists():
                 assert time.monotonic() < deadline
                 time.sleep(0.01)
             raise UserError("broken")
 
-    def on_played(index: int, played: list[Trajectory], clock: Clock) -> None:
+    def on_played(index: int, played: list[Trajectory], clock: Timings) -> None:
         heard.append((index, len(played)))
         file.touch()
 
@@ -327,8 +327,8 @@ def test_each_policy_is_halved_for_itself_where_memory_does_not_suffice(monkeypa
 @given(st.lists(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 3)), unique=True), max_size=4), st.integers(1, 5))
 def test_a_game_goes_to_one_process_under_every_policy(members: list[list[tuple[int, int]]], processes: int) -> None:
     games = [RUNS[0].task.model_copy(update={"task_id": str(number)}) for number in range(10)]
-    plays = [[Run(games[game], member) for game, member in pairs] for pairs in members]
-    parts = deal_by_game(plays, processes)
+    plays = [[RolloutRequest(games[game], member) for game, member in pairs] for pairs in members]
+    parts = scatter_by_game(plays, processes)
     assert 1 <= len(parts) <= processes
     for index, runs in enumerate(plays):
         assert sorted(i for part in parts for i in part[index]) == list(range(len(runs)))
@@ -348,6 +348,6 @@ def test_a_game_goes_to_one_process_under_every_policy(members: list[list[tuple[
 
 
 def test_members_of_too_few_games_are_dealt_too() -> None:
-    group = [Run(RUNS[0].task, member) for member in range(8)]
-    assert deal_by_game([group], 3) == [[[0, 3, 6]], [[1, 4, 7]], [[2, 5]]]
-    assert deal_by_game([[]], 3) == [[[]]]
+    group = [RolloutRequest(RUNS[0].task, member) for member in range(8)]
+    assert scatter_by_game([group], 3) == [[[0, 3, 6]], [[1, 4, 7]], [[2, 5]]]
+    assert scatter_by_game([[]], 3) == [[[]]]

@@ -14,9 +14,9 @@ from dmr_pipeline.errors import UserError
 from dmr_pipeline.rollout.cost import episode_cost
 from dmr_pipeline.rollout.engine import (
     Decision,
+    DecisionContext,
     Forced,
-    Peek,
-    Run,
+    RolloutRequest,
     Trajectory,
     drawn,
     play,
@@ -147,7 +147,7 @@ def test_what_is_looked_up_is_what_is_computed(action: str) -> None:
         ALL_LOW,
     ]
     known = Known()
-    groups = [Run(run.task, member) for run in RUNS[:3] for member in range(3)]
+    groups = [RolloutRequest(run.task, member) for run in RUNS[:3] for member in range(3)]
     for policy in policies:
         computed = roll(copy.deepcopy(policy), action=action, runs=groups)
         looked_up = roll(copy.deepcopy(policy), slots=4, action=action, runs=groups, known=known)
@@ -163,7 +163,7 @@ def test_what_is_known_needs_no_forward_pass(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def tokens_read(
-    monkeypatch: pytest.MonkeyPatch, policy, runs: list[Run], agents, known: Known | None = None
+    monkeypatch: pytest.MonkeyPatch, policy, runs: list[RolloutRequest], agents, known: Known | None = None
 ) -> tuple[list[Trajectory], int]:
     """What is played, and the tokens of its forward passes."""
     extend, count = Streams.extend, 0
@@ -181,7 +181,7 @@ def tokens_read(
 def test_a_transcript_that_another_slot_has_read_is_not_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither one of an episode that has ended, nor by how the precisions take turns; costs are as if all had been read."""
 
-    members = [Run(RUNS[0].task, member) for member in range(8)]
+    members = [RolloutRequest(RUNS[0].task, member) for member in range(8)]
     mixing, known = RandomMixing(HALF, seed=3), Known()
     alone = [tokens_read(monkeypatch, mixing, [member], streams_of(ROUTE, 1), known) for member in members]
     read_alone = sum(read for _, read in alone)
@@ -203,7 +203,7 @@ def test_streams_may_come_from_other_episodes(monkeypatch: pytest.MonkeyPatch) -
 
 def test_drawn_actions_are_never_looked_up() -> None:
     known = Known()
-    members = [Run(RUNS[0].task, member) for member in range(6)]
+    members = [RolloutRequest(RUNS[0].task, member) for member in range(6)]
     drawn_actions = taken(roll(ALL_HIGH, temperature=1.0, runs=members, known=known))
     assert len({str(actions) for actions in drawn_actions}) == 6
     assert not known.actions
@@ -317,11 +317,11 @@ def test_the_policy_hears_of_every_segment_and_action() -> None:
             self.told: dict[str, list[tuple[list[int], str, list[int]]]] = {}
             self.task_of: dict[int, str] = {}
 
-        def begin(self, slot: int, run: Run) -> None:
+        def begin(self, slot: int, run: RolloutRequest) -> None:
             self.task_of[slot] = run.task.task_id
             self.heard[run.task.task_id], self.told[run.task.task_id] = [], []
 
-        def decide(self, slots: list[int], segments: list[list[int]], peek: Peek) -> list[Decision]:
+        def decide(self, slots: list[int], segments: list[list[int]], peek: DecisionContext) -> list[Decision]:
             for slot, segment in zip(slots, segments, strict=True):
                 self.heard[self.task_of[slot]] += segment
             return [Decision(ROUTE[len(self.told[self.task_of[slot]]) % 2], (0.5,)) for slot in slots]
@@ -344,7 +344,7 @@ def test_a_rule_decides_before_the_policy_which_hears_of_all_steps() -> None:
     """Whoever decides, the transcript is the policy's to follow; the peek of the policy is of the slots it is asked for."""
 
     class Watching(Confidence):
-        def begin(self, slot: int, run: Run) -> None:
+        def begin(self, slot: int, run: RolloutRequest) -> None:
             heard.setdefault(run.task.task_id, [])
             task_of[slot] = run.task.task_id
 
@@ -354,7 +354,7 @@ def test_a_rule_decides_before_the_policy_which_hears_of_all_steps() -> None:
     heard: dict[str, list[tuple[list[int], str, list[int]]]] = {}
     task_of: dict[int, str] = {}
 
-    def even(slots: Sequence[int], peek: Peek) -> list[bool]:
+    def even(slots: Sequence[int], peek: DecisionContext) -> list[bool]:
         return [len(commands) % 2 == 0 for commands in peek.admissible_commands(slots)]
 
     forced = set()
@@ -385,4 +385,4 @@ def test_cost_counts_a_forward_pass_for_each_generated_token() -> None:
 def test_processed_tokens_cover_the_transcript_once_for_a_single_precision() -> None:
     for trajectory in roll(ALL_HIGH):
         whole = sum(len(step.segment) + len(step.action) for step in trajectory.steps)
-        assert sum(step.processed for step in trajectory.steps) == whole - 1
+        assert sum(step.tokens_read for step in trajectory.steps) == whole - 1

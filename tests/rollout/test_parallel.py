@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.recipe import Runtime
-from dmr_pipeline.rollout.parallel import deal, gather, in_processes, processes_on
+from dmr_pipeline.rollout.parallel import gather, in_processes, processes_on, scatter
 
 
 @given(st.lists(st.integers()), st.integers(1, 6))
 def test_dealt_parts_are_even_and_come_back_in_order(items, processes):
-    parts = deal(items, processes)
+    parts = scatter(items, processes)
     assert len(parts) == max(1, min(processes, len(items)))
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
     assert gather(parts) == items
@@ -27,13 +27,13 @@ def test_dealt_parts_are_even_and_come_back_in_order(items, processes):
 def test_parts_are_worked_on_at_once_each_in_a_process_of_its_own():
     started = time.time()
 
-    def work(part, advance):
+    def work(part, on_progress):
         time.sleep(1)
-        advance(len(part))
+        on_progress(len(part))
         return os.getpid(), time.time(), sum(part)
 
     told = []
-    results = in_processes(work, deal(range(10), 3), told.append)
+    results = in_processes(work, scatter(range(10), 3), told.append)
     pids, ends, sums = zip(*results, strict=True)
     assert len({*pids, os.getpid()}) == 4
     assert max(ends) - started < 2.5  # one after the other would take 3 s
@@ -83,7 +83,7 @@ def test_a_single_part_stays_in_this_process():
 
 
 def test_an_error_comes_back_as_it_was_and_ends_the_others(tmp_path: Path):
-    def work(part, advance):
+    def work(part, on_progress):
         if part[0] == 1:
             raise UserError("stream too long")
         time.sleep(60)
@@ -91,20 +91,20 @@ def test_an_error_comes_back_as_it_was_and_ends_the_others(tmp_path: Path):
 
     others = psutil.Process().children()
     with pytest.raises(UserError, match="stream too long") as caught:
-        in_processes(work, deal([0, 1], 2))
+        in_processes(work, scatter([0, 1], 2))
     assert not any(tmp_path.iterdir())
     assert "in work" in caught.value.__notes__[0]  # where it happened
     assert psutil.Process().children() == others
 
 
 def test_a_killed_process_is_an_error():
-    def work(part, advance):
+    def work(part, on_progress):
         if part[0] == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         return part
 
     with pytest.raises(RuntimeError, match=r"exit code -9 .* runtime\.processes"):
-        in_processes(work, deal([0, 1], 2))
+        in_processes(work, scatter([0, 1], 2))
 
 
 def test_processes_do_not_outlive_a_killed_parent(tmp_path: Path):

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from scipy.special import expit
 
 from dmr_pipeline.environments.alfworld.generator import generate_game
-from dmr_pipeline.rollout.engine import Run, Step, Trajectory
+from dmr_pipeline.rollout.engine import RolloutRequest, Step, Trajectory
 from dmr_pipeline.router.calibration import (
     OperatingPoint,
     auprc,
@@ -95,7 +95,7 @@ def test_an_operating_point_is_the_mean_over_steps_and_episodes() -> None:
 
     def episode(reward: float, *precisions: str) -> Trajectory:
         steps = [Step([1], [2], "look", "", precision, (0.5, 0.5), 1) for precision in precisions]
-        return Trajectory(Run(generate_game(0)[0]), "", steps, reward)
+        return Trajectory(RolloutRequest(generate_game(0)[0]), "", steps, reward)
 
     played = [episode(1.0, "float", "int4", "int2"), episode(0.0, "int4")]
     point = OperatingPoint.of(0.3, played, {"float": 1.0, "int4": 0.2, "int2": 0.0})

@@ -19,7 +19,7 @@ from dmr_pipeline.artifacts.stage import StageResult
 from dmr_pipeline.environments.benchmark import benchmark_of
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.rollout.cost import episode_cost
-from dmr_pipeline.rollout.engine import Run, Trajectory
+from dmr_pipeline.rollout.engine import RolloutRequest, Trajectory
 from dmr_pipeline.rollout.playing import Rollouts
 from dmr_pipeline.router import grpo
 from dmr_pipeline.router.baselines import RandomMixing
@@ -98,7 +98,7 @@ def test_artifact_and_log(artifacts: Path, unbroken: tuple[Path, StageResult]) -
     rollouts = Rollouts.load(artifacts / "quantized_checkpoints", recipe)
     scorer = Scorer(rollouts, router.weight_bytes, recipe.grpo_router)
     games = benchmark_of(recipe.benchmark).read_tasks(artifacts / "benchmark_tasks", "validation", 3)
-    means = scorer.means(rollouts.play([Run(game) for game in games], routing_policy(router, 3), seed=0))
+    means = scorer.means(rollouts.play([RolloutRequest(game) for game in games], routing_policy(router, 3), seed=0))
     for name, value in means.items():
         assert result.summary[f"validation_{name}"] == pytest.approx(value, abs=1e-6)
 
@@ -107,7 +107,7 @@ def test_cost_is_in_always_high_episodes_with_the_router(artifacts: Path) -> Non
     recipe = tiny_recipe()
     rollouts = Rollouts.load(artifacts / "quantized_checkpoints", recipe)
     scorer = Scorer(rollouts, 1000, recipe.grpo_router)
-    run = Run(benchmark_of(recipe.benchmark).read_tasks(artifacts / "benchmark_tasks", "validation", 1)[0])
+    run = RolloutRequest(benchmark_of(recipe.benchmark).read_tasks(artifacts / "benchmark_tasks", "validation", 1)[0])
     trajectory = rollouts.play([run], RandomMixing({"float": 0.5, "int2": 0.5}, 1), seed=0)[0]
     agent_alone = episode_cost(trajectory, rollouts.acting.weight_bytes)
     expected = (agent_alone + 1000 * len(trajectory.steps)) / rollouts.unit_cost

@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 
 from dmr_pipeline.recipe import GrpoRouter
 from dmr_pipeline.rollout.cost import reward
-from dmr_pipeline.rollout.engine import Draft, Run
+from dmr_pipeline.rollout.engine import Draft, RolloutRequest
 from dmr_pipeline.router.grpo_trainer import Rollout, RoutingTrainer, routing_log_probs
 from dmr_pipeline.router.model import (
     Router,
@@ -239,7 +239,7 @@ def test_learns_where_high_precision_pays(tmp_path: Path) -> None:
         slots, tasks = range(len(task_ids)), [Marked(task_id) for task_id in task_ids]
         acted: list[list[str]] = [[] for _ in slots]
         for slot in slots:
-            policy.begin(slot, Run(tasks[slot], member=slot))
+            policy.begin(slot, RolloutRequest(tasks[slot], member=slot))
         for turn in range(4):
             segments = [task.steps()[turn] for task in tasks]
             for slot, decision in enumerate(policy.decide(slots, segments, NothingToPeekAt())):

@@ -206,7 +206,7 @@ def test_the_stage_is_deterministic_and_its_numbers_hold(
     assert summary["threshold"] == router.settings.threshold
     assert router.settings.target_ratio == 0.3
     games = benchmark_of(recipe.benchmark).read_tasks(inputs["benchmark_tasks"], "validation", 4)
-    played = play_games(games, routing_policy(router, 4), rollouts, 0, "", kl.Clock())
+    played = play_games(games, routing_policy(router, 4), rollouts, 0, "", kl.Timings())
     high = [step.precision == "float" for trajectory in played for step in trajectory.steps]
     assert summary["validation_spend"] == pytest.approx(np.mean(high), abs=1e-5)
     assert summary["offsets"] == router.settings.offsets

@@ -13,7 +13,7 @@ from scipy.optimize import minimize
 from scipy.special import expit, log_softmax, rel_entr, softmax
 
 from dmr_pipeline.environments.alfworld.generator import generate_game
-from dmr_pipeline.rollout.engine import Decision, Draft, Forced, Run, SinglePrecision, certain
+from dmr_pipeline.rollout.engine import Decision, Draft, Forced, RolloutRequest, SinglePrecision, certain
 from dmr_pipeline.router.baselines import Confidence, Disagreement, RandomMixing, two_way_shares
 from dmr_pipeline.router.calibration import exceedances, platt
 from dmr_pipeline.router.grpo import divergence, tilt_for
@@ -167,7 +167,7 @@ def test_the_oracle_takes_the_cheapest_rung_that_agrees_with_the_dearest() -> No
 def test_random_mixing_keeps_its_shares() -> None:
     shares = {"float": 0.2, "int4": 0.5, "int2": 0.3}
     policy, game = RandomMixing(shares, 0), generate_game(0)[0]
-    policy.begin(0, Run(game))
+    policy.begin(0, RolloutRequest(game))
     drawn = [policy.decide([0], [[]], FakePeek({}, []))[0] for _ in range(4000)]  # type: ignore[arg-type]
     for rung, share in shares.items():
         assert np.mean([d.precision == rung for d in drawn]) == pytest.approx(share, abs=0.03)

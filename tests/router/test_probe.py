@@ -15,7 +15,7 @@ from dmr_pipeline.environments.alfworld.generator import generate_game
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.recipe import KlRouter, Probe, Prompt, Recipe, RouterModel, load_recipe, problems_across
 from dmr_pipeline.rollout.cost import episode_cost
-from dmr_pipeline.rollout.engine import Run, Trajectory, play
+from dmr_pipeline.rollout.engine import RolloutRequest, Trajectory, play
 from dmr_pipeline.rollout.prompts import Prompter
 from dmr_pipeline.router.calibration import auroc
 from dmr_pipeline.router.grpo_trainer import Rollout, RoutingTrainer
@@ -37,7 +37,7 @@ from tests.helpers.routers import AGENTS, CPU, ROUTE, ROUTES, TOKENIZER, streams
 
 
 def play_with(router: Router, slots: int = 3, action: str = "generate", sample: bool = True) -> list[Trajectory]:
-    runs = [Run(generate_game(number, 50)[0]) for number in range(4)]
+    runs = [RolloutRequest(generate_game(number, 50)[0]) for number in range(4)]
     policy, agents = routing_policy(router, slots, sample=sample, seed=5), streams(router.settings.route, slots)
     return play(runs, agents, Prompter.of(TOKENIZER, Prompt()), policy, step_limit=6, action=action)
 

@@ -19,12 +19,12 @@ from dmr_pipeline.errors import UserError
 from dmr_pipeline.evaluation.policies import search_entries
 from dmr_pipeline.recipe import Prompt, Recipe
 from dmr_pipeline.rollout.cost import episode_cost
-from dmr_pipeline.rollout.engine import RoutingPolicy, Run, Trajectory, play
+from dmr_pipeline.rollout.engine import RolloutRequest, RoutingPolicy, Trajectory, play
 from dmr_pipeline.rollout.playing import Rollouts
 from dmr_pipeline.rollout.prompts import Prompter
 from dmr_pipeline.rollout.tables import read_trajectories
 from dmr_pipeline.router.baselines import RandomMixing
-from dmr_pipeline.router.grpo import Scorer, Session, tempered_settings
+from dmr_pipeline.router.grpo import Scorer, Session, settings_at_ratio
 from dmr_pipeline.router.grpo_trainer import as_completions
 from dmr_pipeline.router.kl import search_summary
 from dmr_pipeline.router.labels import read_sensitivity
@@ -65,7 +65,7 @@ def shop(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def play_with(policy: RoutingPolicy, slots: int = 3, route: Sequence[str] = ROUTE) -> list[Trajectory]:
-    runs = [Run(game) for game in GAMES]
+    runs = [RolloutRequest(game) for game in GAMES]
     return play(runs, streams(route, slots), Prompter.of(TOKENIZER, Prompt()), policy, step_limit=6)
 
 
@@ -233,10 +233,10 @@ def test_stage_2_learns_from_the_other_steps_alone(artifacts: Path, tmp_path: Pa
     router = replace(new_router(kind), agent=rollouts.acting.models["int2"])
     games = benchmark_of(recipe.benchmark).read_tasks(artifacts / "benchmark_tasks", "validation")
     scorer = Scorer(rollouts, router.weight_bytes, recipe.grpo_router)
-    settings = tempered_settings(router, scorer, games, tmp_path)
+    settings = settings_at_ratio(router, scorer, games, tmp_path)
     assert settings.force_search
     mixing = with_searches_forced(RandomMixing({"float": 0.6, "int2": 0.4}, 0), ROUTE)
-    mixed = rollouts.play([Run(game) for game in games], mixing, 0)
+    mixed = rollouts.play([RolloutRequest(game) for game in games], mixing, 0)
     sequences = with_features(router, [sequence_of_trajectory(t, router) for t in mixed], 16)
     margins = np.concatenate(routing_margins(router, sequences, 16))[:, 0]
     asked = [not step.forced for trajectory in mixed for step in trajectory.steps]

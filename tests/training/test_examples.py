@@ -13,7 +13,7 @@ from dmr_pipeline.environments.alfworld.words import alfworld_texts
 from dmr_pipeline.environments.base import Demonstration
 from dmr_pipeline.environments.webshop.benchmark import GeneratedWebShop
 from dmr_pipeline.recipe import Prompt, Recipe, Splits, load_recipe, problems_across
-from dmr_pipeline.rollout.engine import ALONE, Run, Step, Trajectory
+from dmr_pipeline.rollout.engine import ALONE, RolloutRequest, Step, Trajectory
 from dmr_pipeline.rollout.prompts import Prompter
 from dmr_pipeline.training.examples import (
     IGNORED,
@@ -129,12 +129,12 @@ def test_an_episode_that_the_expert_played_teaches_what_the_experts_own_does() -
     game, p = generate_game(5)[0], prompter()
     wanted = expert_example(game, p, 50, mistake_rate=0.0, rng=random.Random(0))
     episode = AlfWorldEpisode(game)
-    played = Trajectory(Run(game), episode.reset())
+    played = Trajectory(RolloutRequest(game), episode.reset())
     segment = p.opening(played.opening, game.instruction)
     for action in taught(wanted):
         command = p.command(action)
         observation, _, _ = episode.step(command)
-        played.steps.append(Step(segment, action, command, observation, ALONE, (), processed=0))
+        played.steps.append(Step(segment, action, command, observation, ALONE, (), tokens_read=0))
         segment = p.turn(observation, game.instruction)
     assert relabelled_example(played, p) == wanted
 

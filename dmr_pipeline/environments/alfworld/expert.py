@@ -15,7 +15,7 @@ _VERB = {"clean": "clean", "hot": "heat", "cool": "cool"}
 
 
 @dataclass(frozen=True)
-class Wish:
+class ParsedGoal:
     """What a task sentence asks for."""
 
     kind: str
@@ -27,19 +27,19 @@ class Wish:
 
 
 _SENTENCES = (
-    (r"put (?:a|some) (clean|hot|cool) (\w+) (?:in|on) (\w+)", lambda m: Wish(m[2], m[3], state=m[1])),
+    (r"put (?:a|some) (clean|hot|cool) (\w+) (?:in|on) (\w+)", lambda m: ParsedGoal(m[2], m[3], state=m[1])),
     (
         r"(clean|heat|cool) some (\w+) and put it (?:in|on) (\w+)",
-        lambda m: Wish(m[2], m[3], state={"heat": "hot"}.get(m[1], m[1])),
+        lambda m: ParsedGoal(m[2], m[3], state={"heat": "hot"}.get(m[1], m[1])),
     ),
-    (r"(?:put|find) two (\w+) (?:and put them )?(?:in|on) (\w+)", lambda m: Wish(m[1], m[2], count=2)),
-    (r"look at (\w+) under the (\w+)", lambda m: Wish(m[1], m[2], light=True)),
-    (r"examine the (\w+) with the (\w+)", lambda m: Wish(m[1], m[2], light=True)),
-    (r"put (?:a|some) (\w+) (?:in|on) (\w+)", lambda m: Wish(m[1], m[2])),
+    (r"(?:put|find) two (\w+) (?:and put them )?(?:in|on) (\w+)", lambda m: ParsedGoal(m[1], m[2], count=2)),
+    (r"look at (\w+) under the (\w+)", lambda m: ParsedGoal(m[1], m[2], light=True)),
+    (r"examine the (\w+) with the (\w+)", lambda m: ParsedGoal(m[1], m[2], light=True)),
+    (r"put (?:a|some) (\w+) (?:in|on) (\w+)", lambda m: ParsedGoal(m[1], m[2])),
 )
 
 
-def read_sentence(sentence: str) -> Wish:
+def read_sentence(sentence: str) -> ParsedGoal:
     """The wish in a task sentence of ALFWorld's grammar.
 
     Raises:
@@ -60,7 +60,7 @@ class ExploringExpert:
     """Searches likely receptacles first, in listing order within a kind; implements `environments.base.Expert`."""
 
     instruction: str
-    wish: Wish = field(init=False)
+    wish: ParsedGoal = field(init=False)
     receptacles: list[str] = field(default_factory=list)
     contents: dict[str, set[str]] = field(default_factory=dict)
     """What was last seen in each receptacle that has been looked into."""

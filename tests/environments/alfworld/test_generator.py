@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 
 from dmr_pipeline.environments.alfworld.engine import AlfWorldEpisode
-from dmr_pipeline.environments.alfworld.expert import ExploringExpert, Wish, read_sentence
+from dmr_pipeline.environments.alfworld.expert import ExploringExpert, ParsedGoal, read_sentence
 from dmr_pipeline.environments.alfworld.game import Game
 from dmr_pipeline.environments.alfworld.generator import SENTENCES, expert_wins, generate_game
 from dmr_pipeline.environments.alfworld.household import count_household, household, room_of, search_order
@@ -135,8 +135,8 @@ def test_the_expert_reads_every_sentence_of_the_grammar(task: str, sentences: tu
 
 
 def test_a_wish_for_a_state_is_not_taken_for_a_kind() -> None:
-    assert read_sentence("put a clean mug in cabinet") == Wish("mug", "cabinet", state="clean")
-    assert read_sentence("cool some pan and put it in stoveburner") == Wish("pan", "stoveburner", state="cool")
+    assert read_sentence("put a clean mug in cabinet") == ParsedGoal("mug", "cabinet", state="clean")
+    assert read_sentence("cool some pan and put it in stoveburner") == ParsedGoal("pan", "stoveburner", state="cool")
 
 
 def test_likely_places_come_first() -> None:
