@@ -466,7 +466,9 @@ class Sensitivity(Section):
         None, description="absolute threshold in nats"
     )
     quantile: Ratio | None = Field(
-        None, description="threshold as a quantile of the KL over all steps; at 0 or 1 there would be a single class"
+        None,
+        description="threshold as a quantile of the KL over all steps, each with every cheaper routed rung; at 0 or 1 there would be"
+        " a single class",
     )
     won_only: bool = Field(
         False,

@@ -5,8 +5,8 @@ import sys
 import types
 from pathlib import Path
 
-# Before torch is imported, here and in what tests start: its threads do not survive the fork in which episodes are played, and the
-# stages, which a pipeline gives one thread, are called without it here.
+# Before torch is imported, here and in what tests start: its threads do not survive the fork in which episodes are played, and
+# the stages, which a pipeline gives one thread, are called without it here.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest

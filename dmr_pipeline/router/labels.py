@@ -276,7 +276,7 @@ def own_numbers(logits: Tensor) -> list[tuple[float, float]]:
 
 
 def threshold(rows: pl.DataFrame, section: Sensitivity) -> float:
-    """Tau in nats, given or a quantile of all steps."""
+    """Tau in nats, given or a quantile of all rows: of every step with each cheaper rung."""
     if section.tau is not None:
         return section.tau
     value = rows[divergence_column(section)].quantile(section.quantile or 0.0, interpolation="linear")
