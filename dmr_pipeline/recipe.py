@@ -467,8 +467,8 @@ class Sensitivity(Section):
     )
     quantile: Ratio | None = Field(
         None,
-        description="threshold as a quantile of the KL over all steps, each with every cheaper routed rung; at 0 or 1 there would be"
-        " a single class",
+        description="threshold as a quantile of the KL over all steps, each with every cheaper routed rung; at 0 or 1 there"
+        " would be a single class",
     )
     won_only: bool = Field(
         False,
