@@ -61,7 +61,7 @@ def plot_accuracy_cost(metrics: Metrics, path: Path) -> None:
             for name, policy in policies.items():
                 _point(axes, _coordinate(policy, key), policy, colours[name])
         two = len(metrics["route"]) == 2
-        spent = "steps in high precision" if two else "spend: bytes of the acting precision, cheapest 0%, dearest 100%"
+        spent = "steps in high precision" if two else "spend: cheapest rung 0%, dearest 100%"
         by_ratio.set(title="By ratio" if two else "By spend", xlabel=spent, ylabel="success", xlim=(-0.05, 1.05))
         by_ratio.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         by_ratio.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
