@@ -74,7 +74,7 @@ def validate(
 
 def _summary(episodes: "list[LoggedEpisode]", route: Sequence[str], title: str) -> Table:
     steps = [step for episode in episodes for step in episode.steps]
-    table = Table(title=Text(title), box=box.SIMPLE, show_header=False)
+    table = Table(title=Text(title), box=box.SIMPLE, show_header=False, min_width=len(title))
     table.add_column()
     table.add_column(justify="right")
     table.add_row("episodes", str(len(episodes)))
