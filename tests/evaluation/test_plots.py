@@ -96,7 +96,7 @@ def test_policies_lie_at_their_spend_and_the_axis_says_so(
     monkeypatch.setattr(plots, "Figure", lambda **arguments: figures.append(figure_of(**arguments)) or figures[-1])
     plots.plot_accuracy_cost(metrics, tmp_path / "accuracy_cost.png")
     by_spend, by_cost = figures[0].axes
-    title, label = ("By ratio", "steps in high precision") if route == ROUTE else ("By spend", "spend: bytes of")
+    title, label = ("By ratio", "steps in high precision") if route == ROUTE else ("By spend", "spend: cheapest")
     assert by_spend.get_title(loc="left") == title
     assert by_spend.get_xlabel().startswith(label)
     for axes, key in ((by_spend, "spend"), (by_cost, "cost")):
