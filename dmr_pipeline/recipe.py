@@ -97,7 +97,7 @@ class Architecture(Section):
     """A Qwen3-architecture causal LM, made from nothing."""
 
     layers: Size
-    width: Size = Field(description="hidden size; decides quanto's group size (see quantization.py)")
+    width: Size = Field(description="hidden size; decides quanto's group size (see precision/quantization.py)")
     heads: Size
     key_value_heads: Size
     head_width: Size = Field(description="even: rotary positions turn its numbers in pairs")

@@ -380,10 +380,7 @@ def _policy_metrics(
         "ci95": success_interval(outcomes.success, outcomes.draws, weights, confidence),
         "high_ratio": _total(rows, "high_steps") / _total(rows, "steps"),
         "token_high_ratio": _total(rows, "high_tokens") / _total(rows, "tokens"),
-        "shares": {
-            rung: float(rows["steps_at"].list.get(k, null_on_oob=True).sum()) / _total(rows, "steps")
-            for k, rung in enumerate(route)
-        },
+        "shares": shares_of_steps(rows, route),
         "spend": _total(rows, "spend") / _total(rows, "steps"),
         "mean_bits": _total(rows, "bits") / _total(rows, "steps"),
         "cost": float(outcomes.cost.mean()),
@@ -486,6 +483,14 @@ def _routing_curve(points: Sequence[tuple[float, float]]) -> list[tuple[float, f
 def _turns_left(a: tuple[float, float], b: tuple[float, float], c: tuple[float, float]) -> bool:
     """Whether b lies on or under the line from a to c, so that it is no corner of the upper hull."""
     return (b[0] - a[0]) * (c[1] - a[1]) >= (b[1] - a[1]) * (c[0] - a[0])
+
+
+def shares_of_steps(episodes: pl.DataFrame, route: Sequence[str]) -> dict[str, float]:
+    """Routed rung -> its steps / steps, of rows of `EPISODES`; 0 where the policy acted in a rung that is not routed."""
+    steps = _total(episodes, "steps")
+    return {
+        rung: float(episodes["steps_at"].list.get(k, null_on_oob=True).sum()) / steps for k, rung in enumerate(route)
+    }
 
 
 def _total(rows: pl.DataFrame, column: str) -> float:

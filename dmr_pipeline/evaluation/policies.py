@@ -12,6 +12,7 @@ from rich.progress import Progress
 
 from dmr_pipeline.environments.base import Task
 from dmr_pipeline.evaluation.kept import KeptTables
+from dmr_pipeline.evaluation.metrics import shares_of_steps
 from dmr_pipeline.evaluation.play import Arena, Entry, evaluate
 from dmr_pipeline.recipe import Evaluation, GrpoRouter
 from dmr_pipeline.rollout.cost import reward
@@ -110,7 +111,7 @@ def search_entries(
 
 def random_mix(router: str, played: pl.DataFrame, route: Sequence[str], seed: int, draws: int) -> Entry:
     """Random mixing with the shares at which a router has played."""
-    shares = {rung: float(played["steps_at"].list.get(k).sum()) / _steps(played) for k, rung in enumerate(route)}
+    shares = shares_of_steps(played, route)
     parameters: dict[str, JsonValue] = {"shares": dict(shares), "seed": seed}
     return Entry(f"random@{router}", "random", RandomMixing(shares, seed), parameters, draws, variant_of=router)
 

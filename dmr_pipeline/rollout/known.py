@@ -30,7 +30,7 @@ StatesKey = tuple[tuple[int, ...], bytes]
 class KnownAction:
     tokens: list[int]
     margin: float
-    """As `rollout.Draft.margin`."""
+    """As `engine.Draft.margin`."""
     read: int
     """Tokens that its forward passes read after the transcript."""
     kept: int

@@ -19,10 +19,26 @@ _ROLLOUTS = 5
 _CLOSE_ENOUGH = 0.01
 
 
+def by_rung(scores: Floats) -> Floats:
+    """Scores [rungs, steps], cheapest first, from those of all rungs but the cheapest, whose score is 0: [steps, rungs - 1]."""
+    return np.concatenate([np.zeros((1, len(scores))), scores.T])
+
+
+def rest_of(s: Floats, k: int) -> Floats:
+    """Log of the summed exponentials of all scores [rungs, steps] but one rung's: that one against the rest is the softmax, and
+    of two rungs a sigmoid."""
+    rest: Floats = np.logaddexp.reduce(np.delete(s, k, axis=0))
+    return rest
+
+
+def shares(s: Floats) -> Floats:
+    """Probabilities of all rungs but the first, [rungs - 1, steps], by the softmax of scores [rungs, steps]."""
+    return np.stack([expit(s[k] - rest_of(s, k)) for k in range(1, len(s))])
+
+
 def exceedances(scores: Floats) -> Floats:
-    """`Decision.exceedance` [steps, rungs - 1], dearest first, from the scores of all rungs but the cheapest, whose score is 0,
-    in the order of logits: [steps, rungs - 1]."""
-    s = np.concatenate([np.zeros((1, len(scores))), scores.T])
+    """`Decision.exceedance` [steps, rungs - 1], dearest first, from scores as `by_rung` takes them."""
+    s = by_rung(scores)
     above = [expit(np.logaddexp.reduce(s[k:]) - np.logaddexp.reduce(s[:k])) for k in range(1, len(s))]
     return np.stack(above[::-1], axis=1)
 
@@ -49,22 +65,18 @@ def platt(margins: Floats, classes: Classes) -> tuple[float, list[float]]:
     def scores(parameters: Floats) -> Floats:
         return np.stack([np.zeros(steps), *(parameters @ design for design in designs)])
 
-    def probabilities(parameters: Floats) -> list[Floats]:
-        s = scores(parameters)
-        return [expit(s[k] - np.logaddexp.reduce(np.delete(s, k, axis=0))) for k in range(1, others + 1)]
-
     def loss(parameters: Floats) -> float:
         s = scores(parameters)
         return float(np.mean(np.logaddexp.reduce(s) - (targets * s[1:]).sum(0)))
 
     def gradient(parameters: Floats) -> Floats:
-        p = probabilities(parameters)
+        p = shares(scores(parameters))
         slopes = [design @ (mine - target) for design, mine, target in zip(designs, p, targets, strict=True)]
         slope: Floats = sum(slopes[1:], slopes[0]) / steps
         return slope
 
     def hessian(parameters: Floats) -> Floats:
-        p = probabilities(parameters)
+        p = shares(scores(parameters))
         curvatures = [
             (designs[j] * (p[j] * ((j == k) - p[k]))) @ designs[k].T for j in range(others) for k in range(others)
         ]

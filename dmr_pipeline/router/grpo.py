@@ -21,7 +21,7 @@ import polars as pl
 from numpy.typing import NDArray
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 from scipy.optimize import brentq
-from scipy.special import expit, xlogy
+from scipy.special import xlogy
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging as transformers_logging
@@ -33,10 +33,11 @@ from dmr_pipeline.errors import UserError
 from dmr_pipeline.progress import training_progress
 from dmr_pipeline.recipe import GrpoRouter
 from dmr_pipeline.rollout.cost import reward
-from dmr_pipeline.rollout.engine import RolloutRequest, RoutingPolicy, Trajectory, seeded_generator
+from dmr_pipeline.rollout.engine import RolloutRequest, Trajectory, seeded_generator
 from dmr_pipeline.rollout.known import Known
 from dmr_pipeline.rollout.playing import Rollouts
 from dmr_pipeline.router.baselines import RandomMixing, two_way_shares
+from dmr_pipeline.router.calibration import by_rung, rest_of, shares
 from dmr_pipeline.router.grpo_trainer import Rollout, RoutingTrainer
 from dmr_pipeline.router.model import (
     Router,
@@ -45,8 +46,7 @@ from dmr_pipeline.router.model import (
     sequence_of_trajectory,
     with_features,
 )
-from dmr_pipeline.router.policies import routing_policy
-from dmr_pipeline.router.search_steps import with_searches_forced
+from dmr_pipeline.router.policies import by_the_rules_of, routing_policy
 
 Floats = NDArray[np.float64]
 
@@ -110,9 +110,7 @@ def settings_at_ratio(router: Router, scorer: Scorer, games: Sequence[Task], scr
     found = load_state(saved)
     if found is not None:
         return RouterSettings.model_validate(found)
-    policy: RoutingPolicy = RandomMixing(two_way_shares(route, section.initial_ratio), section.seed)
-    if router.settings.force_search:
-        policy = with_searches_forced(policy, route)
+    policy = by_the_rules_of(router, RandomMixing(two_way_shares(route, section.initial_ratio), section.seed))
     with Progress(TextColumn("{task.description}"), TimeElapsedColumn()) as progress:
         progress.add_task(f"episodes to start from a spend of {section.initial_ratio:.2f}", total=None)
         played = rollouts.play([RolloutRequest(game) for game in games], policy, section.seed)
@@ -120,12 +118,12 @@ def settings_at_ratio(router: Router, scorer: Scorer, games: Sequence[Task], scr
     sequences = with_features(router, sequences, _BATCH, rollouts.processes)
     asked = [not step.forced for trajectory in played for step in trajectory.steps]
     margins = np.concatenate(routing_margins(router, sequences, _BATCH))[asked]
-    spend = np.array([acting.spend[rung] for rung in route[-2::-1]])
+    spend = np.array([acting.spend[rung] for rung in router.settings.upper])
     # The dearest rung's score begins without an offset: which one it gets is what is looked for.
     shifts = np.array(router.settings.shifts)
     shifts = shifts - spend * shifts[-1]
     tilt = tilt_for(router.settings.scale * margins + shifts, spend, section.initial_ratio)
-    offsets = dict(zip(route[-2::-1], (shifts + tilt * spend).tolist(), strict=True))
+    offsets = router.settings.named((shifts + tilt * spend).tolist())
     settings = router.settings.model_copy(update={"offsets": offsets, "threshold": 0.5, "target_ratio": None})
     save_state(saved, settings.model_dump(mode="json"))
     return settings
@@ -145,9 +143,7 @@ def tilt_for(scores: Floats, spend: Floats, ratio: float) -> float:
         raise UserError(f"grpo_router.initial_ratio: {ratio} leaves nothing to sample; choose one between 0 and 1")
 
     def excess(tilt: float) -> float:
-        s = np.concatenate([np.zeros((1, len(scores))), (scores + tilt * spend).T])
-        shares = [expit(s[k] - np.logaddexp.reduce(np.delete(s, k, axis=0))) for k in range(1, len(s))]
-        return float((np.stack(shares, axis=1) @ spend).mean() - ratio)
+        return float((shares(by_rung(scores + tilt * spend)).T @ spend).mean() - ratio)
 
     centre = np.log(ratio / (1 - ratio))
     low, high = centre - scores.max() - 1, centre - scores.min() + 1
@@ -165,9 +161,9 @@ def divergence(levels: Floats, start: Floats) -> Floats:
         levels: `Decision.exceedance` of the one, [steps, rungs - 1].
         start: scores of the other, [steps, rungs - 1], of all rungs but the cheapest, whose score is 0, in the order of logits.
     """
-    s = np.concatenate([np.zeros((1, len(start))), start.T])[::-1]  # dearest first
+    s = by_rung(start)[::-1]  # dearest first
     p = np.diff(levels.T, axis=0, prepend=0.0, append=1.0)
-    surprise = [np.logaddexp(0, np.logaddexp.reduce(np.delete(s, k, axis=0)) - s[k]) for k in range(len(s))]
+    surprise = [np.logaddexp(0, rest_of(s, k) - s[k]) for k in range(len(s))]
     result: Floats = (p * surprise).sum(0) + xlogy(p, p).sum(0)
     return result
 

@@ -47,8 +47,7 @@ from dmr_pipeline.router.model import (
     sequences_of_steps,
     with_features,
 )
-from dmr_pipeline.router.policies import routing_policy
-from dmr_pipeline.router.search_steps import with_searches_forced
+from dmr_pipeline.router.policies import by_the_rules_of, routing_policy
 
 ROUTER_FOLDER = "router"
 
@@ -74,8 +73,8 @@ def search_summary(steps: pl.DataFrame, sensitivity: pl.DataFrame, recipe: Recip
     """Whether search steps are forced from now on, and why: mean divergences in nats. Empty where no command is a search.
 
     Args:
-        steps: `trajectories.STEPS`.
-        sensitivity: `sensitivity.STEPS`, of these steps.
+        steps: `rollout.tables.STEPS`.
+        sensitivity: `labels.STEPS`, of these steps.
 
     Raises:
         UserError: the recipe forces searches, but there are none.
@@ -213,7 +212,7 @@ def train(
     if adapters is not None:
         model = adapters.merge_and_unload()
     log = pl.DataFrame({"update": range(1, total + 1), "loss": losses}, schema={"update": pl.Int64, "loss": pl.Float64})
-    offsets = {rung: math.log(weights[0] / weight) for rung, weight in zip(route[-2::-1], weights[1:], strict=True)}
+    offsets = router.settings.named([math.log(weights[0] / weight) for weight in weights[1:]])
     return with_settings(replace(router, model=model.eval()), offsets=offsets), log
 
 
@@ -257,9 +256,7 @@ def validate(router: Router, games: Sequence[Task], rollouts: Rollouts, recipe: 
     `margins`, the router's."""
     seed, route = recipe.kl_router.seed, rollouts.route
     # The router should meet the states of all rungs.
-    mixing: RoutingPolicy = RandomMixing(dict.fromkeys(route, 1 / len(route)), seed)
-    if router.settings.force_search:
-        mixing = with_searches_forced(mixing, route)
+    mixing = by_the_rules_of(router, RandomMixing(dict.fromkeys(route, 1 / len(route)), seed))
     played = play_games(games, mixing, rollouts, seed, "episodes to calibrate on", Timings())
     episodes, steps = to_frames(played, "validation")
     with Progress() as progress:

@@ -75,9 +75,18 @@ class RouterSettings(FrozenModel):
         return list(self.tokens.values())[::-1]
 
     @property
+    def upper(self) -> tuple[str, ...]:
+        """The rungs in the order of logits, without the cheapest."""
+        return self.route[-2::-1]
+
+    @property
     def shifts(self) -> list[float]:
-        """Offsets in the order of logits, without the cheapest rung's."""
-        return [self.offsets.get(rung, 0.0) for rung in self.route[-2::-1]]
+        """Offsets of the `upper` rungs."""
+        return [self.offsets.get(rung, 0.0) for rung in self.upper]
+
+    def named(self, shifts: Sequence[float]) -> dict[str, float]:
+        """`offsets` from those of the `upper` rungs."""
+        return dict(zip(self.upper, shifts, strict=True))
 
     def scores(self, logits: Tensor) -> Tensor:
         """[n, rungs] from logits [n, rungs], both cheapest first."""
@@ -256,7 +265,7 @@ def sequence_of_trajectory(trajectory: Trajectory, router: Router) -> RoutingSeq
 
 
 def sequences_of_steps(steps: pl.DataFrame, settings: RouterSettings) -> list[RoutingSequence]:
-    """One for each episode of a table of steps (`trajectories.STEPS`), in the table's order."""
+    """One for each episode of a table of steps (`rollout.tables.STEPS`), in the table's order."""
     episodes = steps.group_by("episode_id", maintain_order=True).agg("segment", "action", "precision")
     columns = (episodes[name].to_list() for name in ("segment", "action", "precision"))
     return [

@@ -25,6 +25,11 @@ def routing_policy(router: Router, slots: int, sample: bool = False, seed: int =
     chooser = _Chooser(router, sample, seed)
     is_probe = router.settings.kind == "probe"
     policy: RoutingPolicy = ProbeRouter(router, chooser) if is_probe else LmRouter(router, chooser, slots)
+    return by_the_rules_of(router, policy)
+
+
+def by_the_rules_of(router: Router, policy: RoutingPolicy) -> RoutingPolicy:
+    """The policy, with the steps forced at which this router is not asked."""
     return with_searches_forced(policy, router.settings.route) if router.settings.force_search else policy
 
 

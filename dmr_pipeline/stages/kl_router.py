@@ -82,7 +82,7 @@ def kl_router(context: StageContext) -> StageResult:
     before = exceedances(unweighted)
     scale, shifts = platt(unweighted, classes)
     offsets = [scale * old + new for old, new in zip(router.settings.shifts, shifts, strict=True)]
-    router = with_settings(router, scale=scale, offsets=dict(zip(route[-2::-1], offsets, strict=True)))
+    router = with_settings(router, scale=scale, offsets=router.settings.named(offsets))
     levels = exceedances(scale * margins + offsets)
     probabilities = levels[:, -1]  # that more than the cheapest rung is asked for
     clock, known = Timings(), Known()

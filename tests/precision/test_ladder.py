@@ -243,7 +243,7 @@ def test_policies_side_by_side_play_what_each_plays_alone(processes: int) -> Non
         assert but_for_rounding(played) == but_for_rounding(acting_ladder(1).play(runs, policy, 0))
         assert clock.steps == sum(len(trajectory.steps) for trajectory in played)
         assert len(clock.durations) >= max(len(trajectory.steps) for trajectory in played)
-    assert heard[0][1] == roll(ALL_HIGH), "and what plain `rollout.play` plays"
+    assert heard[0][1] == roll(ALL_HIGH), "and what plain `engine.play` plays"
 
 
 @pytest.mark.parametrize("processes", [1, 2])

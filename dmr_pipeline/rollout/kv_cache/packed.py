@@ -3,7 +3,7 @@
 The new tokens of all sequences of a call go through the layers as one packed row, so that every matrix product is as wide as
 there are tokens. Each sequence attends to its own cached positions, together with its neighbours where that is cheaper. The
 layers are computed here, from the model's own weights and modules, with fewer operations than a model has that must also
-train; `caching.way_of` tries whether the outcome is the model's.
+train; `choice.way_of` tries whether the outcome is the model's.
 """
 
 import math
