@@ -11,6 +11,7 @@ from typing import Any
 
 from dmr_pipeline.artifacts.stage import Resources, Stage, StageContext, StageResult
 from dmr_pipeline.errors import UserError
+from dmr_pipeline.recipe import Pretrained
 
 
 def _later(function: str) -> Callable[..., Any]:
@@ -33,6 +34,10 @@ def _stage(name: str) -> Callable[[StageContext], StageResult]:
         return stage(context)
 
     return run
+
+
+def _brought(*models: Pretrained | None) -> list[Pretrained]:
+    return [model for model in models if model is not None]
 
 
 ONE_GPU = Resources(cpus=2, gpus=1, memory_gb=8)
@@ -68,7 +73,7 @@ STAGES: tuple[Stage, ...] = (
         committed_recipes=("alfworld-tiny", "webshop-tiny"),
         pool="gpu",
         resources=ONE_GPU,
-        pretrained=lambda recipe: recipe.agent.pretrained,
+        pretrained=lambda recipe: _brought(recipe.agent.pretrained),
     ),
     Stage(
         name="quantized_checkpoints",
@@ -156,7 +161,7 @@ STAGES: tuple[Stage, ...] = (
         ),
         pool="gpu",
         resources=ONE_GPU,
-        pretrained=lambda recipe: recipe.kl_router.model.pretrained,
+        pretrained=lambda recipe: _brought(recipe.kl_router.model.pretrained),
     ),
     Stage(
         name="grpo_router",

@@ -27,17 +27,17 @@ class AdapterConfig(BaseModel):
     """Of the base, where that is a hub id."""
 
 
-def pretrained_folders(source: str | Path) -> list[Path]:
-    """The local folders whose files make up a pretrained LLM: its own and, where that holds an adapter, its base's.
+def pretrained_paths(source: str | Path) -> list[Path]:
+    """What an LLM that is brought along is read from here: its folder and, where that holds an adapter, its base's; or its file.
 
-    None for a hub id, which its commit hash pins.
+    Nothing for a hub id, which its commit hash pins.
 
     Raises:
         UserError: the adapter's config is unreadable.
     """
     folder = Path(source)
     if not folder.is_dir():
-        return []
+        return [folder] if folder.is_file() else []
     adapter = adapter_config(folder)
     base = adapter and adapter.base_model_name_or_path
     return [folder, Path(base)] if base and Path(base).is_dir() else [folder]
@@ -58,16 +58,17 @@ def adapter_config(folder: Path) -> AdapterConfig | None:
         raise UserError(f"{path}: not the config of an adapter: {problems_of(error)[0]}") from error
 
 
-def content_hash(folder: Path) -> str:
-    """Of the names and contents of all files in the folder that are not hidden. A file of the same size and time of change as
-    before is not read again: gigabytes are hashed once."""
+def content_hash(source: Path) -> str:
+    """Of the names and contents of all files in the folder that are not hidden, or of the one file. A file of the same size and
+    time of change as before is not read again: gigabytes are hashed once."""
     try:
         known = _MEMORY.validate_json(MEMORY.read_bytes())
     except (FileNotFoundError, ValidationError):
         known = {}
     found: dict[str, tuple[int, int, str]] = {}
     content: dict[str, str] = {}
-    for path in sorted(folder.rglob("*")):
+    folder = source if source.is_dir() else source.parent
+    for path in sorted(source.rglob("*")) if source.is_dir() else [source]:
         relpath = path.relative_to(folder)
         if any(part.startswith(".") for part in relpath.parts) or not path.is_file():
             continue

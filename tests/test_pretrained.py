@@ -12,7 +12,7 @@ from dmr_pipeline.artifacts.manifest import MANIFEST, verify
 from dmr_pipeline.artifacts.materialize import materialize_stage
 from dmr_pipeline.artifacts.provenance import provenance
 from dmr_pipeline.errors import UserError
-from dmr_pipeline.pretrained import content_hash, pretrained_folders
+from dmr_pipeline.pretrained import content_hash, pretrained_paths
 from dmr_pipeline.recipe import Recipe
 
 
@@ -21,19 +21,20 @@ def test_an_adapter_is_made_up_of_its_folder_and_its_bases(tmp_path: Path) -> No
     adapter.mkdir()
     base.mkdir()
     config = adapter / "adapter_config.json"
-    assert pretrained_folders(str(adapter)) == [adapter]
+    assert pretrained_paths(str(adapter)) == [adapter]
     config.write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": str(base)}))
-    assert pretrained_folders(adapter) == [adapter, base]
+    assert pretrained_paths(adapter) == [adapter, base]
     config.write_text(json.dumps({"base_model_name_or_path": "Qwen/Qwen3-1.7B", "revision": "0" * 40}))
-    assert pretrained_folders(adapter) == [adapter], "a hub id has no folder here"
-    assert pretrained_folders("Qwen/Qwen3-1.7B") == []
+    assert pretrained_paths(adapter) == [adapter], "a hub id has no folder here"
+    assert pretrained_paths("Qwen/Qwen3-1.7B") == []
+    assert pretrained_paths(str(config)) == [config], "a file is a model of its own"
 
 
 @pytest.mark.parametrize("content", [b"{", b"[]", b"\xff\xfe", b'{"base_model_name_or_path": 5}'])
 def test_an_unreadable_adapter_config_is_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "adapter_config.json").write_bytes(content)
     with pytest.raises(UserError, match=r"adapter_config\.json: not the config of an adapter"):
-        pretrained_folders(tmp_path)
+        pretrained_paths(tmp_path)
 
 
 def test_new_weights_in_the_same_folder_make_what_is_read_from_it_stale(project: Recipe) -> None:
@@ -88,6 +89,19 @@ def test_a_file_is_hashed_again_only_where_its_size_or_time_changed(project: Rec
     pretrained.MEMORY.write_text('{"x": [1')
     (folder / "c").rename(folder / "b")
     assert content_hash(folder) == first
+
+
+def test_the_hash_of_a_file_is_of_its_content(project: Recipe) -> None:
+    file = Path("models/q4.gguf")
+    file.parent.mkdir()
+    file.write_text("weights")
+    Path("models/other").write_text("not read")
+    first = content_hash(file)
+    assert first == hashlib.md5(json.dumps({"q4.gguf": hashlib.md5(b"weights").hexdigest()}).encode()).hexdigest()
+    before = file.stat().st_mtime_ns
+    file.write_text("WEIGHTS")
+    os.utime(file, ns=(before + 1, before + 1))
+    assert content_hash(file) != first
 
 
 def test_two_processes_that_hash_at_the_same_time_do_not_meet(project: Recipe, monkeypatch) -> None:

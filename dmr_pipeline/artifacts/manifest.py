@@ -37,7 +37,7 @@ class Manifest(FrozenModel):
     """Path in the folder (posix) -> md5 of the file; the manifest itself is left out."""
     summary: dict[str, JsonValue]
     pretrained: dict[str, str] = Field({}, exclude_if=lambda folders: not folders)
-    """Folder outside of the pipeline that a model was read from -> hash of its files."""
+    """Folder or file outside of the pipeline that a model was read from -> hash of its content."""
 
     def to_json(self) -> str:
         return json.dumps(self.model_dump(mode="json"), indent=2, sort_keys=True, allow_nan=False) + "\n"

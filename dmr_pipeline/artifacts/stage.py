@@ -95,8 +95,8 @@ class Stage:
     resources: Resources = Resources()
     append_only: bool = False
     """Its artifact grows out of the one before, so that one is never thrown away: a damaged one stops the stage."""
-    pretrained: Callable[[Recipe], Pretrained | None] | None = None
-    """The model that people brought and that it reads: new files in the same folder make it stale."""
+    pretrained: Callable[[Recipe], Sequence[Pretrained]] | None = None
+    """The models that people brought and that it reads: new files in the same folder make it stale."""
     pending_inputs: Callable[[Path, str], Sequence[Path]] | None = None
     """(data root, recipe) -> files that it has yet to take in; any make it stale."""
     on_published: Callable[[Path, str], None] | None = None
