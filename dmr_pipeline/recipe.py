@@ -324,7 +324,7 @@ class Rung(Section):
     """One rung of the precision ladder."""
 
     name: Name
-    weights: Literal["float", "int8", "int4", "int2"]
+    weights: Literal["float", "int8", "int4", "int3", "int2"]
     activations: Literal["none", "int8"] = "none"
     keep_float: tuple[Text, ...] = Field(
         ("lm_head",), max_length=1000, description="modules left in float, as glob patterns of module names"
@@ -332,15 +332,23 @@ class Rung(Section):
     ranges: Literal["mse"] | None = Field(
         None,
         exclude_if=_unset,
-        description="of int4 and int2: what a group's integers span. Without it, quanto's choice, from the group's least weight"
-        " to its greatest (min-max); mse: the part of that with the least squared error (both: Nagel et al., 2021, 3.1)",
+        description="of int4, int3 and int2: what a group's integers span. Without it, quanto's choice, from the group's least"
+        " weight to its greatest (min-max); mse: the part of that with the least squared error (both: Nagel et al., 2021, 3.1)",
+    )
+    head: Literal["int8"] | None = Field(
+        None,
+        exclude_if=_unset,
+        description="the head's own precision, whatever keep_float says of it; a tied head is untied: the input embedding is a"
+        " lookup, and stays in float",
     )
 
     def problems(self) -> Iterator[tuple[str, str]]:
         if self.name == "tokenizer":
             yield "name", "'tokenizer' is the folder beside the rungs"
-        if self.ranges is not None and self.weights not in ("int4", "int2"):
-            yield "ranges", f"rung {self.name!r}: ranges is for int4 and int2 weights, these are {self.weights}"
+        if self.ranges is not None and self.weights not in _GROUPED:
+            yield "ranges", f"rung {self.name!r}: ranges is for int4, int3 and int2 weights, these are {self.weights}"
+        if self.head is not None and self.weights == "float":
+            yield "head", f"rung {self.name!r} is float throughout: leave out head"
         for pattern in self.keep_float:
             if not _PATTERN.fullmatch(pattern):
                 yield (
@@ -353,7 +361,9 @@ class Rung(Section):
 
 _PATTERN = re.compile(r"(?:[\w.*?]|\[!?\w[\w-]*\])+", re.ASCII)
 """A glob of module names whose brackets are closed."""
-_BITS = {"float": 32, "int8": 8, "int4": 4, "int2": 2}
+_BITS = {"float": 32, "int8": 8, "int4": 4, "int3": 3, "int2": 2}
+_GROUPED = ("int4", "int3", "int2")
+"""Weights with a scale and a shift for each group of them."""
 
 
 class Precisions(Section):

@@ -1,19 +1,19 @@
 """The precision ladder: one float checkpoint at several weight precisions, through optimum-quanto.
 
 Round-to-nearest quantization of the linear layers, without data: int8 symmetric with one scale for each output row;
-int4 and int2 affine (scale and shift) in groups along the input, over their whole range or, where a rung says so, over the
-part of it with the least squared error. quanto chooses the group size from the input width alone: up to 128 inputs, one
+int4, int3 and int2 affine (scale and shift) in groups along the input, over their whole range or, where a rung says so, over
+the part of it with the least squared error. quanto chooses the group size from the input width alone: up to 128 inputs, one
 group a row; above, 128, less 32 for as long as it does not divide the width (160 and 224: 32; 192: 96; 320: 64), and one
-group a row where not even 32 does.
+group a row where not even 32 does. int3, which quanto does not have, is that of `packing`.
 
-quanto unpacks int4 and int2 by a C++ extension, which it compiles on first use into its own installed folder (killed
-half-way, it leaves a lock on which every later load waits). A few operations of torch replace it here: the same bytes,
-and nothing is ever compiled. int4 and int2 fail under `torch.inference_mode`; use `torch.no_grad`.
+The head is in float unless the rung says otherwise: with `head: int8` it has int8 weights of its own, also where it is tied to
+the input embedding, which stays in float, a lookup.
+
+int4, int3 and int2 fail under `torch.inference_mode`; use `torch.no_grad`.
 """
 
 import copy
 import json
-import warnings
 from collections.abc import Callable
 from fnmatch import fnmatch
 from pathlib import Path
@@ -24,6 +24,7 @@ from huggingface_hub.errors import StrictDataclassError
 from optimum.quanto import (
     AffineOptimizer,
     Calibration,
+    MaxOptimizer,
     QLinear,
     QModuleMixin,
     freeze,
@@ -40,22 +41,11 @@ from transformers.pytorch_utils import Conv1D
 from dmr_pipeline.agent.checkpoint import drop_versions
 from dmr_pipeline.agent.formats import refuse_pickles
 from dmr_pipeline.errors import UserError
+from dmr_pipeline.precision.packing import group_size, qint3, round_to_nearest
 from dmr_pipeline.recipe import Rung
 
 WEIGHTS_FILE = "model.safetensors"
 MAP_FILE = "quantization_map.json"
-
-
-def _unpack(packed: Tensor, bits: int) -> Tensor:
-    """The 8 / bits unsigned integers in each byte, lowest bits first, stacked along the first axis (uint8)."""
-    return torch.cat([(packed >> shift) & (2**bits - 1) for shift in range(0, 8, bits)])
-
-
-_kernels = torch.library.Library("quanto", "IMPL")  # the replacement lasts as long as this object
-with warnings.catch_warnings():
-    warnings.filterwarnings("ignore", message=".*may also be overridden", category=UserWarning)
-    for _device in ("CPU", "CUDA"):
-        _kernels.impl("unpack", _unpack, _device, allow_override=True)
 
 
 _SHARES = [1 - step / 40 for step in range(29)]
@@ -113,7 +103,7 @@ def quantize_rung(
 
     Raises:
         UserError: a `keep_float` pattern fits no module, activations are to be quantized without calibration or in a float
-            rung, or too many weights are in layers that cannot be quantized.
+            rung, the head is no linear layer and is to be quantized, or too many weights are in layers that cannot be.
     """
     if rung.activations != "none" and (rung.weights == "float" or calibration is None):
         raise UserError(f"rung {rung.name!r}: quantized activations need quantized weights and a calibration")
@@ -122,6 +112,8 @@ def quantize_rung(
     kept = _kept_patterns(model, rung)
     model = copy.deepcopy(model).eval()
     _conv1d_to_linear(model)
+    if rung.head is not None:
+        kept.append(_quantize_head(model, rung))
     activations = None if rung.activations == "none" else f"q{rung.activations}"
     optimizer = MseRanges() if rung.ranges == "mse" else None
     _quantize(model, f"q{rung.weights}", activations, optimizer, exclude=kept)
@@ -137,8 +129,8 @@ def _kept_patterns(model: PreTrainedModel, rung: Rung) -> list[str]:
     modules = dict(model.named_modules())
     kept = list(rung.keep_float)
     if "lm_head" in kept and "lm_head" not in modules:
-        head = model.get_output_embeddings()
-        kept += [name for name, module in modules.items() if head is not None and module is head]
+        head = _head_name(model)
+        kept += [] if head is None else [head]
         kept.remove("lm_head")
     for pattern in kept:
         if not any(fnmatch(name, pattern) for name in modules):
@@ -150,6 +142,23 @@ def _kept_patterns(model: PreTrainedModel, rung: Rung) -> list[str]:
                 f" called {', '.join(sorted(linear))}"
             )
     return kept
+
+
+def _head_name(model: PreTrainedModel) -> str | None:
+    """What the model calls its output embeddings."""
+    head = model.get_output_embeddings()
+    return next((name for name, module in model.named_modules() if head is not None and module is head), None)
+
+
+def _quantize_head(model: PreTrainedModel, rung: Rung) -> str:
+    """Give the model a head of int8 weights, in place; its name comes back. An input embedding tied to it stays as it is."""
+    name = _head_name(model)
+    if name is None or not isinstance(model.get_submodule(name), nn.Linear):
+        raise UserError(f"rung {rung.name!r}: head: the model's head is no linear layer; leave it out")
+    _quantize(model, f"q{rung.head}", None, include=[name])
+    for config in (model.config, model.config.get_text_config()):
+        config.tie_word_embeddings = False
+    return name
 
 
 def _conv1d_to_linear(model: PreTrainedModel) -> None:
@@ -268,4 +277,7 @@ def _quantize(
     for module in model.modules():
         if isinstance(module, QModuleMixin):
             module.disable_output_quantization()
+        if isinstance(module, QLinear) and module.weight_qtype == qint3 and not module.frozen:
+            module.weight_group_size = group_size(module.in_features)
+            module.weight = nn.Parameter(round_to_nearest(module.weight, qint3, optimizer or MaxOptimizer()))
     freeze(model)

@@ -171,7 +171,7 @@ ALFWORLD: list[tuple[str, dict[str, object], str]] = [
     ),
     ("upside-down", {P + "ladder.1.weights": "int4", P + "ladder.2.weights": "int8"},
      f"{P}ladder: is highest first, but 'int4' (int8) is below 'int8'"),
-    ("ranges", {P + "ladder.1.ranges": "mse"}, f"{P}ladder.1.ranges: rung 'int8': ranges is for int4 and int2 weights"),
+    ("ranges", {P + "ladder.1.ranges": "mse"}, f"{P}ladder.1.ranges: rung 'int8': ranges is for int4, int3 and int2 weights"),
     ("float-activations", {P + "ladder.0.activations": "int8"}, f"{P}ladder: rung 'float': quantized activations need"),
     ("float-kept", {P + "ladder.0.keep_float": ["lm_head", "*.down_proj"]},
      f"{P}ladder: rung 'float' is float throughout"),

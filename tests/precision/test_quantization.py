@@ -33,8 +33,8 @@ from dmr_pipeline.recipe import Rung
 CPU = torch.device("cpu")
 VOCABULARY, WIDTH, FEED_FORWARD, LAYERS = 40, 160, 192, 2
 TOKENS = torch.arange(60).reshape(4, 15) * 7 % VOCABULARY
-Weights = Literal["float", "int8", "int4", "int2"]
-LADDER: list[Weights] = ["float", "int8", "int4", "int2"]
+Weights = Literal["float", "int8", "int4", "int3", "int2"]
+LADDER: list[Weights] = ["float", "int8", "int4", "int3", "int2"]
 
 
 def causal_lm(tied: bool = True, config_class: type = Qwen3Config) -> PreTrainedModel:
@@ -104,7 +104,7 @@ def test_a_reloaded_rung_is_bit_identical(tmp_path: Path, weights: Weights, tied
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 
-@pytest.mark.parametrize("weights", ["int8", "int4", "int2"])
+@pytest.mark.parametrize("weights", ["int8", "int4", "int3", "int2"])
 @pytest.mark.parametrize("config_class", [Qwen3Config, Qwen2Config], ids=["qwen3", "qwen2-with-biases"])
 def test_dequantized_it_computes_the_same(weights: Weights, config_class: type) -> None:
     model = quantize_rung(causal_lm(config_class=config_class), rung(weights))
@@ -129,7 +129,8 @@ def test_divergence_from_float_grows_as_bits_fall() -> None:
         for weights in LADDER
     ]
     assert divergences[0] == 0
-    assert divergences[0] < divergences[1] < divergences[2] < divergences[3]
+    assert divergences == sorted(divergences)
+    assert len(set(divergences)) == len(LADDER)
 
 
 def test_int2_weights_are_the_nearest_of_four_levels_of_each_group() -> None:
@@ -182,7 +183,7 @@ def test_a_rung_with_mse_ranges_is_nearer_to_float_and_as_small(tmp_path: Path) 
     save_rung(shrunk_one, tmp_path)
     assert_same(logits(load_rung(tmp_path, CPU)), logits(shrunk_one))
     for refused in ("float", "int8"):
-        with pytest.raises(ValidationError, match="ranges is for int4 and int2 weights"):
+        with pytest.raises(ValidationError, match="ranges is for int4, int3 and int2 weights"):
             rung(refused, ranges="mse")
 
 
@@ -208,6 +209,7 @@ def test_sizes_are_those_of_the_packed_weights(tmp_path: Path) -> None:
         "float": 4 * (quantized + kept),
         "int8": quantized + 4 * rows + 4 * kept,
         "int4": quantized // 2 + 8 * groups + 4 * kept,
+        "int3": quantized * 3 // 8 + 8 * groups + 4 * kept,
         "int2": quantized // 4 + 8 * groups + 4 * kept,
     }
     for weights in LADDER:
@@ -300,7 +302,7 @@ def of(config: PretrainedConfig) -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(config).eval()
 
 
-@pytest.mark.parametrize("weights", ["int8", "int4", "int2"])
+@pytest.mark.parametrize("weights", ["int8", "int4", "int3", "int2"])
 def test_gpt2s_layers_are_quantized_as_linear_ones(tmp_path: Path, weights: Weights) -> None:
     model = of(GPT2)
     before = logits(model)
