@@ -90,6 +90,7 @@ STAGES: tuple[Stage, ...] = (
         ),
         pool="gpu",
         resources=ONE_GPU,
+        pretrained=lambda recipe: _brought(*(rung.checkpoint for rung in recipe.precisions.ladder)),
     ),
     Stage(
         name="trajectories",

@@ -341,6 +341,12 @@ class Rung(Section):
         description="the head's own precision, whatever keep_float says of it; a tied head is untied: the input embedding is a"
         " lookup, and stays in float",
     )
+    checkpoint: Pretrained | None = Field(
+        None,
+        exclude_if=_unset,
+        description="the agent's own model as somebody else quantized it: folder or pinned hub id of a GPTQ or AWQ checkpoint, or"
+        " a .gguf file. `weights` then says how many bits it has; nothing is quantized here",
+    )
 
     def problems(self) -> Iterator[tuple[str, str]]:
         if self.name == "tokenizer":
@@ -349,6 +355,18 @@ class Rung(Section):
             yield "ranges", f"rung {self.name!r}: ranges is for int4, int3 and int2 weights, these are {self.weights}"
         if self.head is not None and self.weights == "float":
             yield "head", f"rung {self.name!r} is float throughout: leave out head"
+        if self.checkpoint is not None:
+            if self.weights == "float":
+                yield (
+                    "weights",
+                    f"rung {self.name!r}: a checkpoint that is imported is quantized: say its bits, such as int4",
+                )
+            for name, field in type(self).model_fields.items():
+                if name not in ("name", "weights", "checkpoint") and getattr(self, name) != field.default:
+                    yield (
+                        name,
+                        f"rung {self.name!r}: its weights are imported from {_shown(self.checkpoint.model)}: leave out {name}",
+                    )
         for pattern in self.keep_float:
             if not _PATTERN.fullmatch(pattern):
                 yield (

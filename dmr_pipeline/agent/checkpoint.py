@@ -4,7 +4,7 @@ import copy
 import json
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
@@ -79,7 +79,7 @@ def load_causal_lm(
         UserError: no such folder, a hub id without a commit hash, weights that are pickled or quantized, no causal LM,
             tokens without embeddings, unusable files, or a model that cannot act (`check_causal_lm`).
     """
-    name, folder = str(source), _local_folder(source, revision)
+    name, folder = str(source), local_folder(source, revision)
     adapter = adapter_config(folder)
     if adapter is not None:
         pinned = revision if Path(source).is_dir() and revision is not None else adapter.revision
@@ -87,7 +87,7 @@ def load_causal_lm(
     refuse_pickles(folder)
     refuse_low_bits(name, folder)
     dtype = stored_dtype(folder) if stored_precision else float_dtype(device)
-    with _unusable_files(f"model {name!r}"):
+    with unusable_files(f"model {name!r}"):
         refuse_architecture(name, AutoConfig.from_pretrained(folder, trust_remote_code=False))
         model, report = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -128,11 +128,11 @@ def _load_merged(
     if Path(base).is_dir() and adapter_config(Path(base)) is not None:
         raise UserError(f"adapter {name!r}: its base {base} is an adapter too; merge that one first")
     model, tokenizer = load_causal_lm(base, revision, torch.device("cpu"))
-    kept = stored_dtype(_local_folder(base, revision)) if stored_precision else float_dtype(device)
+    kept = stored_dtype(local_folder(base, revision)) if stored_precision else float_dtype(device)
     if any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json")):
         tokenizer = load_tokenizer(folder)
         _refuse_tokens_without_embeddings(name, model, tokenizer)
-    with _unusable_files(f"adapter {name!r}"), warnings.catch_warnings():
+    with unusable_files(f"adapter {name!r}"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft's on tied embeddings, which the comparison below judges
         warnings.filterwarnings("error", message="Found missing adapter keys")
         tokens = some_tokens(model, 12)
@@ -155,26 +155,33 @@ def _load_merged(
     return model.to(device).eval(), tokenizer
 
 
-def _local_folder(source: str | Path, revision: str | None) -> Path:
-    """The folder of a checkpoint; of a hub id that in the hub's cache, once nothing in its configs speaks against it."""
+def local_folder(
+    source: str | Path, revision: str | None, check: Callable[[str, Path], object] = refuse_quantized
+) -> Path:
+    """The folder of a checkpoint; of a hub id that in the hub's cache, once nothing in its configs speaks against it.
+
+    Args:
+        check: is given the source's name and the folder, when its JSON files are there and again when all are; raises a
+            UserError where they are not wanted.
+    """
     name, folder = str(source), Path(source)
     if folder.is_dir():
-        refuse_quantized(name, folder)
+        check(name, folder)
         return folder
     refuse_file(folder)
     if revision is None or not _COMMIT.fullmatch(revision):
         raise UserError(f"model {name!r}: no such folder; if it is a hub id, give its full commit hash as 'revision'")
-    with _unusable_files(f"model {name!r}"):
+    with unusable_files(f"model {name!r}"):
         for wanted in (["*.json"], ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken"]):
             # Repositories hold the same weights in other formats too, in folders or as consolidated.safetensors.
             ignored = ["*/*", "consolidated*"]
             folder = Path(snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=ignored))
-            refuse_quantized(name, folder)
+            check(name, folder)
     return folder
 
 
 @contextmanager
-def _unusable_files(what: str) -> Iterator[None]:
+def unusable_files(what: str) -> Iterator[None]:
     """What transformers, peft and the hub raise of files that they cannot use, as a UserError; there is no common class."""
     try:
         yield
@@ -208,6 +215,15 @@ def save_causal_lm(
     drop_versions(folder)
 
 
+def rung_config(model: PreTrainedModel) -> PreTrainedConfig:
+    """A copy of the model's config for a checkpoint without a generation config, which alone knows all tokens that end the
+    model's texts."""
+    config = copy.deepcopy(model.config)
+    config.dtype = model.dtype
+    config.eos_token_id = model.generation_config.eos_token_id if model.generation_config else config.eos_token_id
+    return config
+
+
 def drop_versions(folder: Path) -> None:
     """Take the library's version out of the configs, so that the files' hashes stay when only the library changes."""
     for path in sorted(folder.glob("*config.json")):
@@ -222,7 +238,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     Raises:
         UserError: the folder is missing or holds no tokenizer.
     """
-    with _unusable_files(f"tokenizer {folder}"):
+    with unusable_files(f"tokenizer {folder}"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     files = set(tokenizer.vocab_files_names.values())
     if files and not any(

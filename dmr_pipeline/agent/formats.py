@@ -1,9 +1,11 @@
 """What a checkpoint's files are, found before any weight is read: each kind that cannot be used is refused by its name."""
 
 import json
+import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,12 +22,23 @@ _QUANTIZERS_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq",
 """What quantizers write beside a config.json that does not mention them."""
 _CAUSAL = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 """Ends of the names of classes with a language model's head; encoder-decoders, which share the last, are told apart before."""
+_AS_A_RUNG = "gptq, awq and GGUF can be a rung of the same model: precisions.ladder[].checkpoint"
+
+
+class StoredTensor(NamedTuple):
+    name: str
+    file: Path
+    dtype: str
+    """In safetensors' spelling, such as BF16 or I32."""
+    shape: tuple[int, ...]
 
 
 def refuse_file(path: Path) -> None:
     """Raise a UserError if the path is a file, since a checkpoint is a folder."""
     if path.suffix == ".gguf":
-        raise UserError(f"model {str(path)!r}: GGUF files are not read; name a folder of safetensors weights")
+        raise UserError(
+            f"model {str(path)!r}: GGUF files are not read; name a folder of safetensors weights ({_AS_A_RUNG})"
+        )
     if path.is_file():
         raise UserError(f"model {str(path)!r} is a file: name the folder that has config.json and the weights")
 
@@ -47,22 +60,23 @@ def refuse_pickles(folder: Path) -> None:
 
 def refuse_quantized(name: str, folder: Path) -> None:
     """Raise a UserError if the files beside the weights say that these are quantized."""
-    method = _quantization(folder)
-    if method is not None:
+    found = quantization(folder)
+    if found is not None:
+        method, _ = found
         raise _quantized(name, f"{method}, of the package {_PACKAGES.get(method, method)}")
 
 
 def refuse_low_bits(name: str, folder: Path) -> None:
     """Raise a UserError if matrices are stored as integers or in 8 bits, whatever the config says."""
-    for weight, dtype, shape in _stored(folder):
-        if dtype not in _FLOATS and len(shape) > 1 and weight.endswith("weight"):
-            raise _quantized(name, f"{weight} is stored as {dtype}")
+    for weight in stored_tensors(folder):
+        if weight.dtype not in _FLOATS and len(weight.shape) > 1 and weight.name.endswith("weight"):
+            raise _quantized(name, f"{weight.name} is stored as {weight.dtype}")
 
 
 def _quantized(name: str, how: str) -> UserError:
     return UserError(
         f"model {name!r}: its weights are quantized already ({how}), but the ladder is made from float weights: name the"
-        " checkpoint that it was made from, or dequantize it and save that"
+        f" checkpoint that it was made from, or dequantize it and save that ({_AS_A_RUNG})"
     )
 
 
@@ -81,33 +95,43 @@ def refuse_architecture(name: str, config: PretrainedConfig) -> None:
 def stored_dtype(folder: Path) -> torch.dtype:
     """What most of the weights are stored as; float32 where there are none."""
     sizes: Counter[str] = Counter()
-    for _, dtype, shape in _stored(folder):
-        sizes[dtype] += torch.Size(shape).numel()
+    for weight in stored_tensors(folder):
+        sizes[weight.dtype] += math.prod(weight.shape)
     return _FLOATS.get(sizes.most_common(1)[0][0], torch.float32) if sizes else torch.float32
 
 
-def _stored(folder: Path) -> Iterator[tuple[str, str, list[int]]]:
-    """Name, dtype and shape of each tensor that transformers would read, from the headers of the files."""
+def stored_tensors(folder: Path) -> Iterator[StoredTensor]:
+    """Each tensor that transformers would read, from the headers of the files.
+
+    Raises:
+        UserError: a file is missing, damaged or in another folder.
+    """
     files = {WEIGHTS}
     if not (folder / WEIGHTS).is_file() and (folder / INDEX).is_file():
         weight_map = _read_json(folder / INDEX).get("weight_map")
         files = {str(file) for file in weight_map.values()} if isinstance(weight_map, dict) else set()
     for file in sorted(files):
+        if Path(file).name != file:
+            raise UserError(f"{folder / INDEX}: {file!r} is no file of this folder")
         try:
             with safe_open(folder / file, "pt") as tensors:
                 for weight in tensors.keys():  # noqa: SIM118 - not a dict
                     part = tensors.get_slice(weight)
-                    yield weight, part.get_dtype(), part.get_shape()
+                    yield StoredTensor(weight, folder / file, part.get_dtype(), tuple(part.get_shape()))
         except (OSError, SafetensorError) as error:
             raise UserError(f"{folder / file} cannot be loaded: {' '.join(str(error).split())}") from error
 
 
-def _quantization(folder: Path) -> str | None:
+def quantization(folder: Path) -> tuple[str, Mapping[str, object]] | None:
+    """Method and settings of a quantized checkpoint, as its config or a quantizer's file beside it says; None of a float one."""
     config = _read_json(folder / "config.json")
     said = config.get("quantization_config") or config.get("compression_config")
     if isinstance(said, dict):
-        return str(said.get("quant_method") or "bitsandbytes")  # which alone did without a name once
-    return next((method for file, method in _QUANTIZERS_FILES.items() if (folder / file).is_file()), None)
+        return str(said.get("quant_method") or "bitsandbytes"), said  # which alone did without a name once
+    for file, method in _QUANTIZERS_FILES.items():
+        if (folder / file).is_file():
+            return method, _read_json(folder / file)
+    return None
 
 
 def _read_json(path: Path) -> dict[str, object]:

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from dmr_pipeline.errors import UserError
-from dmr_pipeline.precision.quantization import dequantize, load_rung, rung_size
+from dmr_pipeline.precision.quantization import dequantize, load_rung, stored_size
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class ActingModels:
         models, sizes = {}, {}
         for rung in rungs:
             model = load_rung(checkpoints / rung, device)
-            sizes[rung] = rung_size(model).bytes
+            sizes[rung] = stored_size(model, checkpoints / rung).bytes
             models[rung] = acting_model(model, device)
         return cls(models, sizes, device)
 

@@ -38,9 +38,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from dmr_pipeline.agent.checkpoint import drop_versions
+from dmr_pipeline.agent.checkpoint import drop_versions, rung_config
 from dmr_pipeline.agent.formats import refuse_pickles
 from dmr_pipeline.errors import UserError
+from dmr_pipeline.precision.imported import load_imported
+from dmr_pipeline.precision.imported_bytes import IMPORTED_FILE, imported_bytes
 from dmr_pipeline.precision.packing import group_size, qint3, round_to_nearest
 from dmr_pipeline.recipe import Rung
 
@@ -194,11 +196,7 @@ def _refuse_float_layers(model: PreTrainedModel, rung: Rung, kept: list[str]) ->
 def save_rung(model: PreTrainedModel, folder: Path) -> None:
     """Write config.json, model.safetensors and quantization_map.json (empty for float); equal models, equal bytes."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = copy.deepcopy(model.config)
-    config.dtype = model.dtype
-    # A rung has no generation config of its own, which knows all tokens that end the model's texts.
-    config.eos_token_id = model.generation_config.eos_token_id if model.generation_config else config.eos_token_id
-    config.save_pretrained(folder)
+    rung_config(model).save_pretrained(folder)
     drop_versions(folder)
     save_model(model, str(folder / WEIGHTS_FILE))
     text = json.dumps(quantization_map(model), indent=2, sort_keys=True) + "\n"
@@ -206,13 +204,15 @@ def save_rung(model: PreTrainedModel, folder: Path) -> None:
 
 
 def load_rung(folder: Path, device: torch.device) -> PreTrainedModel:
-    """Read what `save_rung` wrote, in evaluation mode; its tensors and logits are bit-identical to those saved.
+    """Read what `save_rung` or `import_rung` wrote, in evaluation mode; its tensors and logits are bit-identical to those saved.
 
     The model is built on its device: on `meta` its rotary frequencies, which are in no file, would be lost.
 
     Raises:
         UserError: the folder or a file is missing or damaged, or the weights are a pickle.
     """
+    if (folder / IMPORTED_FILE).is_file():
+        return load_imported(folder, device)
     if not (folder / MAP_FILE).is_file():
         raise UserError(f"{folder} is no rung of the ladder: it has no {MAP_FILE}")
     refuse_pickles(folder)
@@ -244,6 +244,16 @@ def rung_size(model: PreTrainedModel) -> RungSize:
     total, weights = sum(stored.values()), sum(parameter.numel() for parameter in model.parameters())
     quantized = sum(module.weight.numel() for module in model.modules() if isinstance(module, QLinear))
     return RungSize(total, 8 * total / weights, quantized / weights)
+
+
+def stored_size(model: PreTrainedModel, folder: Path) -> RungSize:
+    """Storage of the weights of a rung that was loaded from the folder. An imported one is plain float in memory: its size is
+    that of the files that it was read from."""
+    imported = imported_bytes(folder)
+    if imported is None:
+        return rung_size(model)
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    return RungSize(imported.total, 8 * imported.total / weights, imported.quantized_weights / weights)
 
 
 def dequantize(model: PreTrainedModel) -> PreTrainedModel:

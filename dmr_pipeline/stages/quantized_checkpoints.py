@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from rich.progress import Progress
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dmr_pipeline.agent.checkpoint import load_causal_lm, resolve_device
 from dmr_pipeline.agent.memory import in_pieces
@@ -18,7 +18,8 @@ from dmr_pipeline.environments.benchmark import benchmark_of
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.precision.acting import acting_model
 from dmr_pipeline.precision.frontier import LADDER_FILE, LadderFacts, RungFacts, gate
-from dmr_pipeline.precision.quantization import RungSize, load_rung, quantize_rung, rung_size, save_rung
+from dmr_pipeline.precision.imported import import_rung, inspect
+from dmr_pipeline.precision.quantization import RungSize, load_rung, quantize_rung, save_rung, stored_size
 from dmr_pipeline.recipe import Recipe, Rung
 from dmr_pipeline.rollout.cost import episode_cost
 from dmr_pipeline.rollout.engine import ALONE, Trajectory, play_alone, warn_of_outgrown
@@ -40,12 +41,15 @@ def quantized_checkpoints(context: StageContext) -> StageResult:
     games = benchmark_of(recipe.benchmark).read_tasks(context.inputs["benchmark_tasks"], "validation")
     capacity = transcript_capacity(float_model.config, recipe.agent.max_transcript_tokens)
     examples = expert_steps(games[: recipe.precisions.kl_episodes], prompter, recipe.benchmark.step_limit, capacity)
+    for rung in recipe.precisions.ladder:
+        if rung.checkpoint is not None:
+            inspect(float_model, tokenizer, rung)
     facts, cost = [], 0.0
     with Progress() as progress:
         bar = progress.add_task("precision ladder", total=len(recipe.precisions.ladder) * len(games))
         for rung in recipe.precisions.ladder:
             progress.update(bar, description=f"{rung.name} plays validation games")
-            acting, size, equal = _make_rung(float_model, rung, context.output / rung.name, examples, device)
+            acting, size, equal = _make_rung(float_model, tokenizer, rung, context.output / rung.name, examples, device)
             divergence, disagreement = divergence_to_float(float_model, acting, examples, device)
             played = _play_validation(acting, games, prompter, recipe, device, lambda n: progress.advance(bar, n))
             del acting  # before the next one is made
@@ -72,20 +76,28 @@ def quantized_checkpoints(context: StageContext) -> StageResult:
 
 @torch.no_grad()
 def _make_rung(
-    float_model: PreTrainedModel, rung: Rung, folder: Path, examples: Sequence[Example], device: torch.device
+    float_model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rung: Rung,
+    folder: Path,
+    examples: Sequence[Example],
+    device: torch.device,
 ) -> tuple[PreTrainedModel, RungSize, bool]:
     """Save a rung and load it again. Beside the float model there is never more than one other as large.
 
     Returns:
         What acts, the size of the weights, and whether the loaded ones give the saved ones' logits, bit by bit.
     """
-    quantized = quantize_rung(float_model, rung, lambda model: trained_logits(model, examples, device))
-    save_rung(quantized, folder)
+    if rung.checkpoint is not None:
+        quantized = import_rung(float_model, tokenizer, rung, folder)
+    else:
+        quantized = quantize_rung(float_model, rung, lambda model: trained_logits(model, examples, device))
+        save_rung(quantized, folder)
     saved_logits, _ = trained_logits(quantized, examples[:1], device)
     del quantized
     model = load_rung(folder, device)
     equal = torch.equal(saved_logits, trained_logits(model, examples[:1], device)[0])
-    size = rung_size(model)
+    size = stored_size(model, folder)
     return float_model if rung.weights == "float" else acting_model(model, device), size, equal
 
 

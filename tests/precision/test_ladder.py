@@ -3,7 +3,7 @@
 import copy
 import gc
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from dmr_pipeline.agent.checkpoint import load_causal_lm, save_causal_lm
@@ -30,6 +31,7 @@ from dmr_pipeline.stages.quantized_checkpoints import divergence_to_float, exper
 from dmr_pipeline.training.examples import IGNORED
 from dmr_pipeline.training.train import new_model
 from tests.helpers.memory import fits
+from tests.helpers.quantized_files import write_packed
 from tests.helpers.rollouts import (
     ALL_HIGH,
     ALL_LOW,
@@ -87,7 +89,7 @@ def test_divergence_is_the_mean_over_steps_of_plain_forward_passes() -> None:
     assert divergence_to_float(HIGH, HIGH, examples, torch.device("cpu")) == (0.0, 0.0)
 
 
-def ladder_recipe(ladder: list[dict[str, str]]) -> Recipe:
+def ladder_recipe(ladder: Sequence[Mapping[str, object]]) -> Recipe:
     changes = {
         "benchmark": {"splits": {"agent_train": 1, "router_train": 1, "validation": 1, "test": 1}, "step_limit": 3},
         "precisions": {"ladder": ladder, "route": [ladder[0]["name"], ladder[-1]["name"]], "kl_episodes": 1},
@@ -149,7 +151,7 @@ def test_beside_the_float_model_there_is_one_other_at_most(
         "quantize_rung",
         "save_rung",
         "load_rung",
-        "rung_size",
+        "stored_size",
         "acting_model",
         "divergence_to_float",
         "play_alone",
@@ -171,6 +173,30 @@ def test_facts_of_a_ladder(context: StageContext) -> None:
     assert int8["quantized_share"] == int2["quantized_share"] > 0.1
     assert by_float["bits_per_weight"] == 32 > int8["bits_per_weight"] > int2["bits_per_weight"]
     assert read_ladder(context.output).model_dump() == summary
+
+
+def test_a_rung_that_was_quantized_elsewhere_is_measured_as_the_others_are(context: StageContext) -> None:
+    model, _ = load_causal_lm(context.inputs["agent"] / "model", None, torch.device("cpu"))
+    source = context.scratch / "gptq"
+    meant = write_packed(model, source)
+    bought = {"name": "bought", "weights": "int4", "checkpoint": {"model": str(source)}}
+    recipe = ladder_recipe([LADDER[0], bought, LADDER[-1]])
+    _, rung, int2 = quantized_checkpoints(replace(context, recipe=recipe)).summary["rungs"]
+    stored = load_file(source / "model.safetensors")
+    assert rung["bytes"] == sum(tensor.nbytes for tensor in stored.values())
+    assert rung["bits_per_weight"] == round(8 * rung["bytes"] / model.num_parameters(), 4)
+    assert rung["reloads_equal"]
+    assert 0 < rung["kl_to_float"] < int2["kl_to_float"]
+    acting = ActingModels.load(context.output, ["bought"], torch.device("cpu"))
+    tokens = torch.arange(30).reshape(2, 15)
+    assert torch.equal(acting.models["bought"](tokens).logits, meant(tokens).logits)
+
+
+def test_a_rung_that_cannot_be_imported_stops_the_ladder_before_anything_plays(context: StageContext) -> None:
+    missing = {"name": "bought", "weights": "int2", "checkpoint": {"model": "nowhere.gguf"}}
+    with pytest.raises(UserError, match=r"rung 'bought': nowhere\.gguf: no such file"):
+        quantized_checkpoints(replace(context, recipe=ladder_recipe([LADDER[0], missing])))
+    assert not (context.output / "float").exists()
 
 
 def test_weights_that_were_not_saved_as_they_were_are_noticed(
