@@ -9,9 +9,9 @@ Intervals of a success rate:
     several draws a game  percentile bootstrap over games; where the games do not vary (a rate of 0% or 100%) it would
                           have no width, so there it is Wilson's with n = games, as if each had been played once.
 Intervals of a score, the mean reward: that bootstrap, also where there is one episode a game. Where every reward is 0 or 1
-the score is the success, and is left out. Intervals of gap recovered, of gains and of paired differences: percentile bootstrap
-over games, the policies resampled together. All resamples come from one seed, so the same episodes give the same bytes in any
-row order.
+the score is the success, and is left out. Intervals of costs, of gap recovered, of gains and of paired differences: percentile
+bootstrap over games, the policies resampled together. All resamples come from one seed, so the same episodes give the same
+bytes in any row order.
 """
 
 import math
@@ -23,12 +23,13 @@ from typing import cast
 
 import numpy as np
 import polars as pl
-from numpy.typing import NDArray
 
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.evaluation.results import (
+    SINGLE,
     Curve,
     Gap,
+    HullPoint,
     Interval,
     Kind,
     Metrics,
@@ -36,8 +37,7 @@ from dmr_pipeline.evaluation.results import (
     PolicyMetrics,
     TaskTypeMetrics,
 )
-
-Floats = NDArray[np.float64]
+from dmr_pipeline.precision.hull import Floats, below_hull, best_mixture
 
 EPISODES = pl.Schema(
     {
@@ -58,13 +58,16 @@ EPISODES = pl.Schema(
         "bits": pl.Float64(),
         "switches": pl.Int64(),
         "cost": pl.Float64(),
+        "cost_cache": pl.Float64(),
     }
 )
 """One row per (policy, draw, game). `variant_of`: the router that a policy is compared with, empty for most. High is the dearest
 routed rung. `steps_at`: steps of each routed rung, dearest first. The kind `rung` is another rung of the ladder that acts alone;
 where it is not routed, it has no steps there. `spend` (see `ActingModels.spend`) and `bits` (per weight of the acting rung) are
-sums over the steps. `reward` is in [0, 1], and 1 is success.
-`cost` is relative to the mean `always_high` episode on validation."""
+sums over the steps. `reward` is in [0, 1], and 1 is success. `tokens`: read by all forward passes of the episode, whoever read
+them: to act, to catch up after a switch, for a draft or a reading that was thrown away; `high_tokens`: those that the dearest
+routed rung read. `cost` is relative to the mean `always_high` episode on validation; `cost_cache` is the part of it that is
+read from the KV cache."""
 
 _KIND_ORDER: Mapping[str, int] = {
     "single": 0,
@@ -88,6 +91,7 @@ class _Outcomes:
     success: Floats
     reward: Floats
     cost: Floats
+    cost_cache: Floats
 
 
 def compute_metrics(
@@ -129,19 +133,18 @@ def compute_metrics(
 
     graded = not episodes["reward"].is_in([0.0, 1.0]).all()
 
+    singles = [outcomes[name] for name in names if outcomes[name].kind in SINGLE]
     policies: dict[str, PolicyMetrics] = {}
     for name in names:
         rows = episodes.filter(pl.col("policy") == name)
-        policies[name] = _policy_metrics(rows, route, outcomes[name], weights, confidence, seed, graded)
+        policies[name] = _policy_metrics(rows, route, outcomes[name], singles, weights, confidence, seed, graded)
         if outcomes[name].kind != "single":
             recovered, recovered_ci = gap_recovered(
                 outcomes[name].success, outcomes[high].success, outcomes[low].success, weights, confidence
             )
-            gain, gain_ci = _gain_at_equal_cost(outcomes[name], outcomes[high], outcomes[low], weights, confidence)
             policies[name]["gap_recovered"] = recovered
             policies[name]["gap_ci95"] = recovered_ci
-            policies[name]["gain_at_equal_cost"] = gain
-            policies[name]["gain_ci95"] = gain_ci
+    hull, off_hull = _hull(policies)
 
     router_curve = _curve(policies, high, low, "router")
     metrics: Metrics = {
@@ -153,6 +156,8 @@ def compute_metrics(
         "confidence": confidence,
         "gap": _gap(outcomes[high], outcomes[low], weights, confidence),
         "policies": policies,
+        "hull": hull,
+        "below_hull": off_hull,
         "paired": [
             _paired_comparison(policy, against, outcomes, weights, confidence)
             for policy, against in _comparisons(names, outcomes, high, headline)
@@ -279,18 +284,9 @@ def average_improvement_in_quality(points: Sequence[tuple[float, float]], cheape
         points: (cost, success); one of them at or below `cheapest`.
         cheapest, dearest: costs between which the mean is taken, cheapest < dearest.
     """
-    hull: list[tuple[float, float]] = []
-    best = -math.inf
-    for cost, success in sorted(points, key=lambda point: (point[0], -point[1])):
-        if success <= best:
-            continue
-        best = success
-        while len(hull) > 1 and _turns_left(hull[-2], hull[-1], (cost, success)):
-            hull.pop()
-        hull.append((cost, success))
-    costs, successes = zip(*hull, strict=True)
-    grid = np.array(sorted({cheapest, dearest, *(c for c in costs if cheapest < c < dearest)}))
-    return float(np.trapezoid(np.interp(grid, costs, successes), grid) / (dearest - cheapest))
+    costs, successes = (np.array(values, dtype=np.float64) for values in zip(*points, strict=True))
+    grid = np.array(sorted({cheapest, dearest, *(cost for cost, _ in points if cheapest < cost < dearest)}))
+    return float(np.trapezoid(best_mixture(costs, successes, grid), grid) / (dearest - cheapest))
 
 
 def _checked(episodes: pl.DataFrame, needed: Sequence[str]) -> pl.DataFrame:
@@ -319,7 +315,7 @@ def _checked(episodes: pl.DataFrame, needed: Sequence[str]) -> pl.DataFrame:
         & pl.col("reward").is_between(0, 1)
         & (pl.col("reward").eq(1) == pl.col("success"))
         & pl.col("cost").is_finite()
-        & pl.col("cost").ge(0)
+        & pl.col("cost_cache").is_between(0, pl.col("cost"))
     )
     if (impossible := episodes.filter(~possible)).height:
         name, game = impossible.select("policy", "task_id").row(0)
@@ -336,7 +332,7 @@ def _checked(episodes: pl.DataFrame, needed: Sequence[str]) -> pl.DataFrame:
 def _outcomes(episodes: pl.DataFrame) -> dict[str, _Outcomes]:
     outcomes = {}
     for (name,), rows in episodes.group_by("policy", maintain_order=True):
-        games = rows.group_by("task_id").agg(pl.mean("success", "reward", "cost")).sort("task_id")
+        games = rows.group_by("task_id").agg(pl.mean("success", "reward", "cost", "cost_cache")).sort("task_id")
         outcomes[str(name)] = _Outcomes(
             kind=cast(Kind, rows["kind"][0]),
             variant_of=rows["variant_of"][0],
@@ -344,6 +340,7 @@ def _outcomes(episodes: pl.DataFrame) -> dict[str, _Outcomes]:
             success=games["success"].to_numpy(),
             reward=games["reward"].to_numpy(),
             cost=games["cost"].to_numpy(),
+            cost_cache=games["cost_cache"].to_numpy(),
         )
     return outcomes
 
@@ -352,12 +349,14 @@ def _policy_metrics(
     rows: pl.DataFrame,
     route: Sequence[str],
     outcomes: _Outcomes,
+    singles: Sequence[_Outcomes],
     weights: Floats,
     confidence: float,
     seed: int,
     graded: bool,
 ) -> PolicyMetrics:
-    """A policy's own numbers, without those that need other policies; the score where rewards are graded."""
+    """A policy's numbers, without the gap recovered; the score where rewards are graded."""
+    gain, gain_ci = _gain_at_equal_cost(outcomes, singles, weights, confidence)
     successes = _total(rows, "success")
     by_type: dict[str, TaskTypeMetrics] = {}
     for (task_type,), part in rows.sort("task_type").group_by("task_type", maintain_order=True):
@@ -384,12 +383,17 @@ def _policy_metrics(
         "spend": _total(rows, "spend") / _total(rows, "steps"),
         "mean_bits": _total(rows, "bits") / _total(rows, "steps"),
         "cost": float(outcomes.cost.mean()),
+        "cost_ci95": _percentiles(weights @ outcomes.cost, confidence),
+        "cost_cache": float(outcomes.cost_cache.mean()),
         "cost_per_success": _total(rows, "cost") / successes if successes else None,
+        "tokens": _total(rows, "tokens") / rows.height,
         "steps": _total(rows, "steps") / rows.height,
         "switches": _total(rows, "switches") / rows.height,
         "n": outcomes.success.size,
         "episodes": rows.height,
         "by_task_type": by_type,
+        "gain_at_equal_cost": gain,
+        "gain_ci95": gain_ci,
     }
     if graded:
         metrics["score"] = float(outcomes.reward.mean())
@@ -398,23 +402,37 @@ def _policy_metrics(
 
 
 def _gain_at_equal_cost(
-    policy: _Outcomes, high: _Outcomes, low: _Outcomes, weights: Floats, confidence: float
-) -> tuple[float | None, Interval | None]:
-    """Success over the straight line from always-low to always-high, at the policy's cost.
+    policy: _Outcomes, singles: Sequence[_Outcomes], weights: Floats, confidence: float
+) -> tuple[float, Interval]:
+    """Success over what single rungs and mixtures of their whole episodes reach at the policy's cost (`best_mixture`).
 
-    Playing each whole episode in high precision with some probability reaches every point of that line, without a
-    router. Past its ends the line stays level: nobody pays more than always-high costs for always-high's success.
+    The hull is drawn anew in each resample, from the rungs that are lucky in it: where several are close, the interval leans
+    against the policy.
     """
-    if high.cost.mean() <= low.cost.mean():
-        return None, None
+    games = weights.shape[1]
+    means = np.vstack([np.full(games, 1 / games), weights])  # the games themselves, then the resamples
 
-    def gains(means: Floats) -> Floats:
-        share = np.clip((means @ (policy.cost - low.cost)) / (means @ (high.cost - low.cost)), 0.0, 1.0)
-        return means @ (policy.success - low.success) - share * (means @ (high.success - low.success))
+    def mean_of(values: Floats) -> Floats:
+        return cast(Floats, np.round(means @ values, 12))  # equal costs must not differ by float noise
 
-    usable = weights @ (high.cost - low.cost) > 0
-    sample = np.full((1, high.cost.size), 1 / high.cost.size)
-    return float(gains(sample)[0]), _percentiles(gains(weights[usable]), confidence)
+    costs = np.stack([mean_of(single.cost) for single in singles], axis=-1)
+    successes = np.stack([mean_of(single.success) for single in singles], axis=-1)
+    gains = mean_of(policy.success) - best_mixture(costs, successes, mean_of(policy.cost))
+    return float(gains[0]), _percentiles(gains[1:], confidence)
+
+
+def _hull(policies: Mapping[str, PolicyMetrics]) -> tuple[list[HullPoint], dict[str, str]]:
+    """Single rungs on the hull, from the cheapest, and those below it (see `below_hull`)."""
+    points = {
+        name: (policy["cost"], policy["success"]) for name, policy in policies.items() if policy["kind"] in SINGLE
+    }
+    below = below_hull(points)
+    hull: list[HullPoint] = [
+        {"policy": name, "cost": cost, "success": success}
+        for name, (cost, success) in sorted(points.items(), key=lambda item: item[1])
+        if name not in below
+    ]
+    return hull, below
 
 
 def _gap(high: _Outcomes, low: _Outcomes, weights: Floats, confidence: float) -> Gap:
@@ -429,15 +447,24 @@ def _gap(high: _Outcomes, low: _Outcomes, weights: Floats, confidence: float) ->
 def _comparisons(
     names: Sequence[str], outcomes: Mapping[str, _Outcomes], high: str, headline: str
 ) -> list[tuple[str, str]]:
-    """Each router against random at its ratio, always-high and its other variants, the headline first; then routers with one
-    another."""
+    """Each router against random at its ratio, always-high, the best single rung that costs no more and its other variants, the
+    headline first; then routers with one another."""
     routers = sorted((name for name in names if outcomes[name].kind == "router"), key=lambda name: name != headline)
     pairs = []
     for router in routers:
         variants = [name for name in names if outcomes[name].variant_of == router]
         random = [name for name in variants if outcomes[name].kind == "random"]
-        pairs += [(router, against) for against in (*random, high, *(name for name in variants if name not in random))]
+        rung = _best_single_within(outcomes[router].cost.mean(), names, outcomes)
+        others = [name for name in variants if name not in random]
+        against = dict.fromkeys((*random, high, *([rung] if rung else []), *others))
+        pairs += [(router, other) for other in against]
     return pairs + list(combinations(routers, 2))
+
+
+def _best_single_within(cost: float, names: Sequence[str], outcomes: Mapping[str, _Outcomes]) -> str | None:
+    """The single rung with the highest success of those whose mean cost is `cost` or less, of equals the cheapest."""
+    within = [name for name in names if outcomes[name].kind in SINGLE and outcomes[name].cost.mean() <= cost]
+    return max(within, key=lambda name: (outcomes[name].success.mean(), -outcomes[name].cost.mean()), default=None)
 
 
 def _paired_comparison(
@@ -478,11 +505,6 @@ def _curve(policies: Mapping[str, PolicyMetrics], high: str, low: str, kind: Kin
 
 def _routing_curve(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     return [(0.0, 0.0), *sorted(points), (1.0, 1.0)]
-
-
-def _turns_left(a: tuple[float, float], b: tuple[float, float], c: tuple[float, float]) -> bool:
-    """Whether b lies on or under the line from a to c, so that it is no corner of the upper hull."""
-    return (b[0] - a[0]) * (c[1] - a[1]) >= (b[1] - a[1]) * (c[0] - a[0])
 
 
 def shares_of_steps(episodes: pl.DataFrame, route: Sequence[str]) -> dict[str, float]:

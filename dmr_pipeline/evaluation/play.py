@@ -170,5 +170,6 @@ def _row(entry: Entry, trajectory: Trajectory, arena: Arena) -> tuple[object, ..
         sum(arena.bits[step.precision] for step in steps),
         sum(before.precision != after.precision for before, after in pairwise(steps)),
         rollouts.cost(trajectory, entry.router_bytes),
+        0.0,  # the cost counts weights alone
         trajectory.outgrown,
     )

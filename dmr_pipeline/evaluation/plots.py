@@ -12,8 +12,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from dmr_pipeline.evaluation.metrics import Floats, wilson
+from dmr_pipeline.evaluation.metrics import wilson
 from dmr_pipeline.evaluation.results import Metrics, PolicyMetrics
+from dmr_pipeline.precision.hull import Floats
 
 INK, MUTED, GRID = "#1f2933", "#616e7c", "#e4e7eb"
 BLUE, ORANGE, GREEN, BROWN, GREY = "#1d5fd1", "#d9580d", "#1b8a5a", "#7a4a12", "#7b8794"
@@ -47,7 +48,8 @@ _STYLE = {
 def plot_accuracy_cost(metrics: Metrics, path: Path) -> None:
     """Success against high-precision ratio and against cost, with intervals.
 
-    The dashed line joins always-low and always-high: what playing whole episodes in one or the other at random reaches.
+    Over the ratio the dashed line joins always-low and always-high: what playing whole episodes in one or the other at random
+    reaches. Over the cost the solid line is the hull of all single rungs, level and dotted past the best of them.
     """
     policies = metrics["policies"]
     high, low = policies[metrics["high"]], policies[metrics["low"]]
@@ -55,17 +57,21 @@ def plot_accuracy_cost(metrics: Metrics, path: Path) -> None:
     with _figure(path, 10.5, max(4.6, _LABEL * len(policies))) as figure:
         by_ratio, by_cost = figure.subplots(1, 2, sharey=True, gridspec_kw={"width_ratios": [1, 1]})
         figure.subplots_adjust(left=0.07, right=0.74, bottom=0.13, top=0.91, wspace=0.08)
+        by_ratio.plot([0, 1], [low["success"], high["success"]], "--", color=GREY, linewidth=1.2, zorder=1)
+        dearest = max(policy["cost"] for policy in policies.values())
+        corners = [(point["cost"], point["success"]) for point in metrics["hull"]]
+        by_cost.plot(*zip(*corners, strict=True), "-", color=MUTED, linewidth=2, zorder=1)
+        best = corners[-1][1]
+        by_cost.plot([corners[-1][0], dearest * 1.08], [best, best], ":", color=MUTED, linewidth=2, zorder=1)
         for axes, key in ((by_ratio, "spend"), (by_cost, "cost")):
-            ends = [_coordinate(low, key), _coordinate(high, key)]
-            axes.plot(ends, [low["success"], high["success"]], "--", color=GREY, linewidth=1.2, zorder=1)
             for name, policy in policies.items():
-                _point(axes, _coordinate(policy, key), policy, colours[name])
+                hollow = policy["kind"] == "random" or name in metrics["below_hull"]
+                _point(axes, _coordinate(policy, key), policy, colours[name], hollow)
         two = len(metrics["route"]) == 2
         spent = "steps in high precision" if two else "spend: cheapest rung 0%, dearest 100%"
         by_ratio.set(title="By ratio" if two else "By spend", xlabel=spent, ylabel="success", xlim=(-0.05, 1.05))
         by_ratio.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         by_ratio.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-        dearest = max(policy["cost"] for policy in policies.values())
         by_cost.set(title="By cost", xlabel=f"cost of an episode ({metrics['high']} on validation = 1)")
         by_cost.set_xlim(0, dearest * 1.08)
         bottom = min(policy["ci95"][0] for policy in policies.values())
@@ -206,8 +212,8 @@ def _coordinate(policy: PolicyMetrics, key: str) -> float:
     return policy["cost"] if key == "cost" else policy["spend"]
 
 
-def _point(axes: Axes, x: float, policy: PolicyMetrics, colour: str) -> None:
-    """Filled for what decides or is fixed, hollow for random."""
+def _point(axes: Axes, x: float, policy: PolicyMetrics, colour: str, hollow: bool) -> None:
+    """Filled for what decides and for single rungs on the hull, hollow for random and for single rungs below the hull."""
     markers = {
         "single": "s",
         "rung": "s",
@@ -219,7 +225,7 @@ def _point(axes: Axes, x: float, policy: PolicyMetrics, colour: str) -> None:
     }
     marker = markers[policy["kind"]]
     errors = [[policy["success"] - policy["ci95"][0]], [policy["ci95"][1] - policy["success"]]]
-    face = "white" if policy["kind"] == "random" else colour
+    face = "white" if hollow else colour
     axes.errorbar(
         x, policy["success"], errors, fmt=marker, color=colour, mfc=face, mew=1.5, ms=7, lw=1.2, capsize=2.5, zorder=3
     )

@@ -14,7 +14,7 @@ from dmr_pipeline.artifacts.folders import artifact_folder, sidecar_path
 from dmr_pipeline.artifacts.run_record import run_record_beside
 from dmr_pipeline.atomic import replaced
 from dmr_pipeline.errors import UserError
-from dmr_pipeline.evaluation.results import Interval, Metrics, PairedComparison, PolicyMetrics
+from dmr_pipeline.evaluation.results import SINGLE, Interval, Metrics, PairedComparison, PolicyMetrics
 
 _KIND_STYLES = {
     "single": "",
@@ -26,6 +26,8 @@ _KIND_STYLES = {
     "oracle": "italic",
 }
 _NONE = "-"
+COST_COLUMN = "cost (weights + cache)"
+GAIN_COLUMN = "gain at equal cost"
 
 
 class Picture(NamedTuple):
@@ -40,8 +42,10 @@ _PICTURES: Mapping[str, Picture] = {
     "accuracy_cost": Picture(
         "Accuracy and cost",
         "Two scatter plots of success, by high-precision ratio and by cost, one point with interval per policy",
-        "Up and to the left is better. Bars are intervals, hollow points are random routing. The dashed line is what "
-        "playing whole episodes in high or low precision at random would reach without any router.",
+        "Up and to the left is better. Bars are intervals, hollow circles are random routing; squares are single precisions, "
+        "hollow where another one or a mixture beats them. By cost, the line is what single precisions and mixtures of their "
+        "whole episodes reach without any router; a router is worth its name above it. By ratio, the dashed line is such a "
+        "mixture of high and low.",
     ),
     "kl_by_turn": Picture(
         "KL by turn",
@@ -70,14 +74,16 @@ _FACTS: Mapping[str, str] = {
 
 
 def headline(metrics: Metrics) -> list[str]:
-    """The result in plain words: what the chosen router does, what of the gap it recovers, whether it beats random."""
+    """The result in plain words: what the chosen router does, whether it beats single rungs at its cost, what of the gap it
+    recovers, whether it beats random."""
     policies, name = metrics["policies"], metrics["headline"]
     router, high, low = policies[name], policies[metrics["high"]], policies[metrics["low"]]
     sentences = [
         f"On {router['n']} test games {name}, the router chosen on validation, succeeds in {router['success']:.1%} "
         f"({_confidence(metrics)} interval {_span(router['ci95'])}), acting {_shares(router, metrics)}; "
         f"{metrics['high']} succeeds in {high['success']:.1%}, "
-        f"{metrics['low']} in {low['success']:.1%}."
+        f"{metrics['low']} in {low['success']:.1%}.",
+        f"At its cost of {router['cost']:.2f} it is {_against_singles(metrics)}.",
     ]
     if "score" in router:
         sentences.append(
@@ -96,25 +102,26 @@ def headline(metrics: Metrics) -> list[str]:
         sentences.append(
             f"It saves nothing: an episode costs {router['cost'] / high['cost']:.2f} times {metrics['high']}'s."
         )
-    return [*sentences, *_against_rungs(metrics), *_against_random(metrics)]
+    return [*sentences, *_against_random(metrics)]
 
 
 def markdown_table(metrics: Metrics) -> str:
     """The results as a GitHub table, a policy a row."""
     score = ("score",) if has_scores(metrics) else ()
-    columns = ("policy", "success", *score, *precision_columns(metrics), "cost", "steps", "gap recovered")
+    acting = precision_columns(metrics)
+    columns = ("policy", "success", *score, *acting, COST_COLUMN, "tokens read", "steps", "gap recovered", GAIN_COLUMN)
     rows = [columns, ("---",) + ("---:",) * (len(columns) - 1)]
     for name, policy in metrics["policies"].items():
-        success, *others = _cells(policy, metrics)
         scores = [f"{_score(policy)} {_brackets(policy['score_ci95'], 1)}"] if score else []
+        others = (f"{policy['tokens']:,.0f}", f"{policy['steps']:.1f}", _recovered(policy), _gain(policy))
         shown = f"**{name}**" if name == metrics["headline"] else name
-        rows.append((shown, success, *scores, *others))
+        rows.append((shown, _success(policy), *scores, *precision_cells(policy, metrics), _cost(policy), *others))
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     return f"{table}\n\n{_note(metrics)}\n"
 
 
 def console_table(metrics: Metrics) -> Table:
-    """The results for a terminal of 80 columns or more, where a score takes the room of the steps."""
+    """The results for a terminal of 80 columns or more, where a score takes the room of the gap recovered."""
     table = Table(
         box=box.SIMPLE_HEAD,
         pad_edge=False,
@@ -127,7 +134,7 @@ def console_table(metrics: Metrics) -> Table:
     table.add_column("policy", no_wrap=True)
     scores = has_scores(metrics)
     ratio = "ratio" if len(metrics["route"]) == 2 else "bits"
-    for column in ("success", *(("score", ratio, "cost") if scores else (ratio, "cost", "steps")), "gap recovered"):
+    for column in ("success", *(("score", ratio, "cost") if scores else (ratio, "cost", "gap")), "gain"):
         table.add_column(column, justify="right", no_wrap=True)
     kind = None
     for name, policy in metrics["policies"].items():
@@ -135,9 +142,11 @@ def console_table(metrics: Metrics) -> Table:
             table.add_section()
         kind = policy["kind"]
         marked = f"{name} *" if name == metrics["headline"] else name
-        success, *_, acting, cost, steps, recovered = _cells(policy, metrics)
-        middle = (_score(policy), acting, cost) if scores else (acting, cost, steps)
-        table.add_row(marked, success, *middle, recovered, style=_KIND_STYLES[kind])
+        acting, cost = precision_cells(policy, metrics)[-1], f"{policy['cost']:.3f}"
+        recovered = policy.get("gap_recovered")
+        gap = _NONE if recovered is None else f"{recovered:.0%}"
+        middle = (_score(policy), acting, cost) if scores else (acting, cost, gap)
+        table.add_row(marked, _success(policy), *middle, _gain(policy), style=_KIND_STYLES[kind])
     return table
 
 
@@ -156,8 +165,8 @@ def render_html(folder: Path, sidecar: Path | None, html: Path) -> None:
     Args:
         folder: holds metrics.json; plots/*.png, context.json and manifest.json are shown where they are there.
             context.json: `recipe` (section -> settings), `ladder` (list of name, bits_per_weight, bytes, kl_to_float,
-            success_validation), `gate` (passed: bool, verdict: words), `sensitivity`, `kl_router`, `grpo_router`
-            (fact -> value), `notes` (list of sentences); each may be absent.
+            success_validation), `verdict` (pays: bool, text: sentence, deploy: rung, route: rungs), `sensitivity`,
+            `kl_router`, `grpo_router` (fact -> value), `notes` (list of sentences); each may be absent.
         sidecar: the run's record; its `measured.seconds_per_step` maps a policy to mean, p95 (seconds), router_share.
         html: the file, replaced at once.
 
@@ -178,6 +187,7 @@ def render_html(folder: Path, sidecar: Path | None, html: Path) -> None:
         .render(
             metrics=metrics,
             headline=headline(metrics),
+            standing=_standing(metrics),
             scores=has_scores(metrics),
             draws=max(policy["episodes"] // policy["n"] for policy in policies.values()),
             confidence=_confidence(metrics),
@@ -188,7 +198,7 @@ def render_html(folder: Path, sidecar: Path | None, html: Path) -> None:
             task_types=sorted({name for policy in policies.values() for name in policy["by_task_type"]}),
             pictures=_pictures(folder / "plots"),
             ladder=context.get("ladder", []),
-            gate=context.get("gate"),
+            verdict=context.get("verdict"),
             facts={title: context[key] for key, title in _FACTS.items() if context.get(key)},
             notes=context.get("notes", []),
             settings={section: _flat(content) for section, content in context.get("recipe", {}).items()},
@@ -202,16 +212,34 @@ def render_html(folder: Path, sidecar: Path | None, html: Path) -> None:
         part.write_text(page, encoding="utf-8")
 
 
-def _against_rungs(metrics: Metrics) -> list[str]:
-    """Whether a single rung of the ladder does as well for as little, so that no router is needed."""
+def _against_singles(metrics: Metrics) -> str:
+    """The headline router beside what single rungs and their mixtures reach at its cost; and who does as well for as little."""
     policies = metrics["policies"]
     router = policies[metrics["headline"]]
-    found = [
-        f"{name} ({policy['success']:.1%} at a cost of {policy['cost']:.2f})"
-        for name, policy in policies.items()
-        if policy["kind"] == "rung" and policy["success"] >= router["success"] and policy["cost"] <= router["cost"]
+    gain = router["gain_at_equal_cost"] * 100
+    points = f"{gain:+.1f} points" if gain else "level"
+    against = f"{points} (interval {_points(router['gain_ci95'])}) against single precisions and mixtures of them"
+    single = {name: policy for name, policy in policies.items() if policy["kind"] in SINGLE}
+    as_good = [
+        name
+        for name, policy in single.items()
+        if policy["success"] >= router["success"] and policy["cost"] <= router["cost"]
     ]
-    return [f"Without a router, at no higher cost, as much is reached by: {', '.join(found)}."] if found else []
+    if not as_good:
+        return against
+    name = max(as_good, key=lambda name: (single[name]["success"], -single[name]["cost"]))
+    wins = "more" if single[name]["success"] > router["success"] else "as much"
+    spends = "for less" if single[name]["cost"] < router["cost"] else "at the same cost"
+    return f"{against}; {name} wins {wins} {spends} ({single[name]['success']:.1%} at {single[name]['cost']:.2f})"
+
+
+def _standing(metrics: Metrics) -> dict[str, str]:
+    """Single rungs: on the hull or not, in words."""
+    below = {
+        name: "below a mixture" if by == "mixture" else f"dominated by {by}"
+        for name, by in metrics["below_hull"].items()
+    }
+    return {point["policy"]: "on the line" for point in metrics["hull"]} | below
 
 
 def _against_random(metrics: Metrics) -> list[str]:
@@ -251,15 +279,18 @@ def _shares(policy: PolicyMetrics, metrics: Metrics) -> str:
     return f"with {', '.join(shares)} of the steps, {policy['mean_bits']:.2f} bits a weight in the mean"
 
 
-def _cells(policy: PolicyMetrics, metrics: Metrics) -> tuple[str, ...]:
-    """A policy's success, precisions, cost, steps and gap recovered."""
-    return (
-        f"{policy['success']:.1%} {_brackets(policy['ci95'], 1)}",
-        *precision_cells(policy, metrics),
-        f"{policy['cost']:.3f}",
-        f"{policy['steps']:.1f}",
-        _recovered(policy),
-    )
+def _success(policy: PolicyMetrics) -> str:
+    return f"{policy['success']:.1%} {_brackets(policy['ci95'], 1)}"
+
+
+def _cost(policy: PolicyMetrics) -> str:
+    return f"{policy['cost']:.3f} ({policy['cost'] - policy['cost_cache']:.3f} + {policy['cost_cache']:.3f})"
+
+
+def _gain(policy: PolicyMetrics) -> str:
+    """In points; the interval, where it is given, in whole ones."""
+    low, high = (f"{end * 100:.0f}".replace("-0", "0") for end in policy["gain_ci95"])
+    return f"{policy['gain_at_equal_cost'] * 100:+.1f} [{low}, {high}]"
 
 
 def has_scores(metrics: Metrics) -> bool:
@@ -282,7 +313,8 @@ def _note(metrics: Metrics) -> str:
     score = " Score: mean reward times 100." if has_scores(metrics) else ""
     return (
         f"{games} games; brackets: {_confidence(metrics)} intervals, clustered by game.{score} Cost: {metrics['high']} on "
-        f"validation = 1. Chosen on validation: {metrics['headline']}."
+        f"validation = 1. Gain: points of success over single precisions and mixtures of their episodes at equal cost. "
+        f"Chosen on validation: {metrics['headline']}, {_against_singles(metrics)}."
     )
 
 
@@ -314,6 +346,7 @@ def _environment() -> Environment:
         "number": lambda value, digits=3: _NONE if value is None else f"{value:.{digits}f}",
         "signed": lambda value: _NONE if value is None else f"{value * 100:+.1f}",
         "span": lambda interval, digits=1: "" if interval is None else _brackets(interval, digits),
+        "bounds": lambda interval: f"[{interval[0]:.3f}, {interval[1]:.3f}]",
         "points": lambda interval: "" if interval is None else f"[{_points(interval)}]",
         "milliseconds": lambda seconds: f"{seconds * 1000:.2f}",
         "megabytes": lambda size: f"{size / 1e6:.2f}",

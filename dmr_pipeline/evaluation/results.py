@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Literal, NotRequired, TypedDict
 
 Kind = Literal["single", "rung", "random", "router", "ablation", "baseline", "oracle"]
+SINGLE: tuple[Kind, ...] = ("single", "rung")
+"""Policies in which one rung of the ladder always acts, without a router."""
 Interval = list[float]
 """[low, high]"""
 
@@ -33,7 +35,7 @@ class PolicyMetrics(TypedDict):
     high_ratio: float
     """Steps of the dearest routed rung / steps, over all episodes together."""
     token_high_ratio: float
-    """Tokens that the high precision processed or wrote / all such tokens."""
+    """Tokens that the dearest routed rung read / tokens read, over all episodes together."""
     shares: dict[str, float]
     """Routed rung -> its steps / steps, dearest first."""
     spend: float
@@ -41,9 +43,15 @@ class PolicyMetrics(TypedDict):
     mean_bits: float
     """Bits per weight of the acting rung, mean over the steps."""
     cost: float
-    """Mean over games, in mean `always_high` validation episodes."""
+    """Mean over games, in mean `always_high` validation episodes: weights, the router's among them, and KV cache."""
+    cost_ci95: Interval
+    cost_cache: float
+    """The part of `cost` that is read from the KV cache."""
     cost_per_success: float | None
     """Total cost / successes; null without a success."""
+    tokens: float
+    """Mean tokens an episode that forward passes read, a catch-up after a switch and what was thrown away included: what a
+    switch costs in compute and not in bytes."""
     steps: float
     """Mean over games."""
     switches: float
@@ -55,9 +63,18 @@ class PolicyMetrics(TypedDict):
     gap_recovered: NotRequired[float | None]
     """(success - low) / (high - low), not clipped; null where high is not above low. Absent for single precisions."""
     gap_ci95: NotRequired[Interval | None]
-    gain_at_equal_cost: NotRequired[float | None]
-    """Success minus what mixing whole high and low episodes reaches at this cost; null where low is not cheaper."""
-    gain_ci95: NotRequired[Interval | None]
+    gain_at_equal_cost: float
+    """Success minus what single rungs and mixtures of their whole episodes reach at this cost: above the best rung's cost its
+    success, below the cheapest one's cost the cheapest one's. Of a single rung 0, or less where it is not on the hull."""
+    gain_ci95: Interval
+
+
+class HullPoint(TypedDict):
+    """A single rung on the hull."""
+
+    policy: str
+    cost: float
+    success: float
 
 
 class PairedComparison(TypedDict):
@@ -110,6 +127,11 @@ class Metrics(TypedDict):
     confidence: float
     gap: Gap
     policies: dict[str, PolicyMetrics]
+    hull: list[HullPoint]
+    """The single rungs that no other one and no mixture of two beats at their cost, the cheapest first."""
+    below_hull: dict[str, str]
+    """Each other single rung -> the one that dominates it, at least as good and not dearer; or `mixture`, where only a mixture
+    of two beats it at its cost."""
     paired: list[PairedComparison]
     apgr: float | None
     cpt50: float | None

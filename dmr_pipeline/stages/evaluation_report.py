@@ -139,7 +139,12 @@ def report_context(
             }
             for rung in facts.rungs
         ],
-        "gate": {"passed": facts.gate.passed, "verdict": facts.gate.verdict},
+        "verdict": {
+            "pays": facts.gate.passed,
+            "text": f"{facts.gate.verdict}.",
+            "deploy": route[0],
+            "route": list(route),
+        },
         "sensitivity": {
             "steps": table.select("episode_id", "turn").n_unique(),
             **_label_facts(table, route),

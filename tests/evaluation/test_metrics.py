@@ -206,6 +206,103 @@ def test_quality_over_cost_is_the_best_mixture(points: list[tuple[float, float]]
     assert average_improvement_in_quality(points, 0.0, 1.0) == pytest.approx(np.trapezoid(best, grid), abs=0.01)
 
 
+# The gain at equal cost
+
+
+def of_rungs(make: Callable, points: dict[str, tuple[float, int]], games: int = 20) -> pl.DataFrame:
+    """Policies by (cost, games won of `games`); those that are called router are no single rungs."""
+    kinds = {"always_high": "single", "always_low": "single"}
+    rows = {
+        name: ("router" if "router" in name else kinds.get(name, "rung"), np.arange(games)[None] < won)
+        for name, (_, won) in points.items()
+    }
+    return make(rows, {name: float(name == "always_high") for name in points}, {n: c for n, (c, _) in points.items()})
+
+
+@pytest.mark.parametrize(
+    ("rung", "router", "gain", "below"),
+    [
+        # High (1.0, 90%), low (0.2, 50%), a rung between: corners at 0.2, 0.6 and 1.0.
+        ((0.6, 16), (0.4, 14), 0.70 - 0.65, {}),
+        ((0.6, 16), (0.8, 17), 0.0, {}),  # half of each: on the hull
+        ((0.6, 14), (0.6, 14), 0.0, {}),  # the rung lies on the line from low to high
+        ((0.6, 12), (0.6, 14), 0.0, {"always_int4": "mixture"}),  # 60% where the mixture of low and high has 70%
+        ((0.6, 9), (0.6, 14), 0.0, {"always_int4": "always_low"}),
+        ((0.6, 19), (0.8, 18), -0.05, {"always_high": "always_int4"}),  # level past the best rung
+        ((0.1, 12), (0.05, 11), -0.05, {"always_low": "always_int4"}),  # below the cheapest: the cheapest's 60%
+        ((0.1, 4), (0.15, 8), 0.40 - 0.35, {}),  # halfway from (0.1, 20%) to (0.2, 50%)
+        ((0.2, 10), (0.2, 10), 0.0, {}),  # equal in both: neither dominates
+        ((0.2, 12), (0.2, 10), -0.10, {"always_low": "always_int4"}),
+    ],
+)
+def test_gain_over_the_hull_of_three_rungs_by_hand(
+    make: Callable, rung: tuple[float, int], router: tuple[float, int], gain: float, below: dict[str, str]
+) -> None:
+    points = {"always_high": (1.0, 18), "always_low": (0.2, 10), "always_int4": rung, "kl_router": router}
+    metrics = compute(of_rungs(make, points), bootstrap=50)
+    policies = metrics["policies"]
+    assert policies["kl_router"]["gain_at_equal_cost"] == pytest.approx(gain, abs=1e-6)
+    assert metrics["below_hull"] == below
+    on_it = sorted(
+        (points[name][0], points[name][1] / 20, name) for name in points if "always" in name and name not in below
+    )
+    assert [(point["cost"], point["success"]) for point in metrics["hull"]] == [(cost, won) for cost, won, _ in on_it]
+    for name in points.keys() - {"kl_router"}:
+        assert (policies[name]["gain_at_equal_cost"] < 0) == (name in below)
+        assert policies[name]["gain_ci95"][1] <= 0  # no single rung is above the hull in any resample
+
+
+def test_the_hull_is_drawn_anew_in_each_resample(make: Callable) -> None:
+    """Two rungs at one cost win other games, half each: the better of the two in a resample is what counts, so that the gain
+    over the hull is the smaller of the gains over each."""
+    wins = np.arange(40) % 2 == 0
+    rows = {
+        "always_high": ("single", wins[None]),
+        "always_low": ("single", ~wins[None]),
+        "kl_router": ("router", wins[None]),
+    }
+    ratios = {"always_high": 1.0, "always_low": 0.0, "kl_router": 0.5}
+    router = compute(make(rows, ratios, dict.fromkeys(rows, 1.0)), bootstrap=4000)["policies"]["kl_router"]
+    weights = game_weights(40, 4000, 0)
+    gains = np.minimum(0, weights @ (wins * 1.0 - ~wins))
+    assert router["gain_at_equal_cost"] == 0.0
+    assert router["gain_ci95"] == pytest.approx(list(np.quantile(gains, [0.025, 0.975])), abs=1e-6)
+
+
+POINT = st.tuples(st.integers(1, 40).map(lambda cost: cost / 20), st.integers(0, 20))
+
+
+@settings(max_examples=40, deadline=None)
+@given(rungs=st.lists(POINT, max_size=3), high=POINT, low=POINT, router=POINT, order=st.randoms(use_true_random=False))
+def test_gain_is_over_every_mixture_that_costs_no_more(make: Callable, rungs, high, low, router, order) -> None:
+    points = {"always_high": high, "always_low": low, "kl_router": router}
+    points |= {f"always_{letter}": point for letter, point in zip("abc", rungs, strict=False)}
+    metrics = compute(of_rungs(make, points), bootstrap=20)
+    gain = metrics["policies"]["kl_router"]["gain_at_equal_cost"]
+    cost, success = router[0], router[1] / 20
+    single = [(c, won / 20) for c, won in (high, low, *rungs)]
+    reached = [
+        share * s1 + (1 - share) * s2
+        for (c1, s1), (c2, s2) in product(single, repeat=2)
+        for share in (*np.linspace(0, 1, 21), (cost - c2) / (c1 - c2) if c1 != c2 else 0.0)
+        if 0 <= share <= 1 and share * c1 + (1 - share) * c2 <= cost + 1e-9
+    ]
+    if reached:
+        assert gain == pytest.approx(success - max(reached), abs=1e-5)
+        if low[0] <= cost and low[0] < high[0]:
+            line = low[1] / 20 + min(1, (cost - low[0]) / (high[0] - low[0])) * (high[1] - low[1]) / 20
+            assert gain <= success - line + 1e-5
+    else:
+        assert gain == pytest.approx(success - max(s for c, s in single if c == min(single)[0]), abs=1e-5)
+    assert {point["policy"] for point in metrics["hull"]} | metrics["below_hull"].keys() == points.keys() - {
+        "kl_router"
+    }
+    assert all(metrics["policies"][point["policy"]]["gain_at_equal_cost"] == 0 for point in metrics["hull"])
+    names = list(points)
+    order.shuffle(names)
+    assert compute(of_rungs(make, {name: points[name] for name in names}), bootstrap=20) == metrics
+
+
 # The whole
 
 
@@ -219,6 +316,7 @@ def test_metrics_of_known_episodes(episodes: pl.DataFrame) -> None:
     assert router["gap_recovered"] == pytest.approx((0.85 - 0.5) / (0.9 - 0.5))
     assert router["cost_per_success"] == pytest.approx(0.5 / 0.85, abs=1e-6)
     # At cost 0.5 the line from (0.2, 50%) to (1, 90%) is at 65%.
+    assert (router["cost_cache"], router["cost_ci95"], router["tokens"]) == (0.125, [0.5, 0.5], 100.0)
     assert router["gain_at_equal_cost"] == pytest.approx(0.2)
     assert router["by_task_type"]["even"]["n"] == 50
     assert "gap_recovered" not in metrics["policies"]["always_high"]
@@ -243,9 +341,20 @@ def test_a_rung_that_acts_alone_recovers_its_part_of_the_gap_and_is_no_router(ep
     assert list(metrics["policies"])[:3] == ["always_high", "always_low", "always_int4"]
     found = metrics["policies"].pop("always_int4")
     assert (found["success"], found["high_ratio"], found["gap_recovered"]) == (0.8, 0.0, 0.75)
-    # At cost 0.3 the line from (0.2, 50%) to (1, 90%) is at 55%.
-    assert found["gain_at_equal_cost"] == pytest.approx(0.25)
-    assert metrics == before
+    # (0.3, 80%) is a corner of the hull, so the router at 0.5 is measured against 80% + 0.2 / 0.7 * 10%.
+    assert (found["gain_at_equal_cost"], found["gain_ci95"][1]) == (0.0, 0.0)
+    assert metrics["policies"]["kl_router"]["gain_at_equal_cost"] == pytest.approx(0.05 - 0.02 / 0.7, abs=1e-6)
+    assert [point["policy"] for point in metrics["hull"]] == ["always_low", "always_int4", "always_high"]
+    assert [pair["against"] for pair in metrics["paired"]] == ["random@kl_router", "always_high", "always_int4"]
+    for name, policy in before["policies"].items():
+        changed = metrics["policies"][name]
+        assert {**changed, "gain_at_equal_cost": 0, "gain_ci95": 0} == {
+            **policy,
+            "gain_at_equal_cost": 0,
+            "gain_ci95": 0,
+        }
+    for of_routers in ("gap", "apgr", "cpt50", "cpt80", "aiq", "random_curve"):
+        assert metrics[of_routers] == before[of_routers]  # type: ignore[literal-required]
 
 
 def test_shares_spend_and_bits_of_two_rungs(episodes: pl.DataFrame) -> None:
@@ -347,7 +456,8 @@ def test_confidence_and_seed_reach_the_intervals(episodes: pl.DataFrame) -> None
 
 
 def test_paired_rows(episodes: pl.DataFrame) -> None:
-    random, high = compute(episodes)["paired"]
+    random, high, low = compute(episodes)["paired"]
+    assert (low["against"], low["difference"]) == ("always_low", 0.35)  # the only precision alone that costs no more
     success = {
         policy: episodes.filter(policy=policy).group_by("task_id").agg(pl.mean("success")).sort("task_id")["success"]
         for policy in ("kl_router", "random@kl_router")
@@ -373,8 +483,10 @@ def test_headline_comes_first_and_routers_are_compared(episodes: pl.DataFrame) -
     assert pairs == [
         ("kl_router", "random@kl_router"),
         ("kl_router", "always_high"),
+        ("kl_router", "always_low"),
         ("a_router", "random@a_router"),
         ("a_router", "always_high"),
+        ("a_router", "always_low"),
         ("kl_router", "a_router"),
     ]
 
@@ -389,7 +501,7 @@ def test_a_router_is_compared_with_itself_with_searches_switched(episodes: pl.Da
     )
     without, metrics = compute(episodes), compute(pl.concat([episodes, switched]))
     pairs = {(row["policy"], row["against"]): row for row in metrics["paired"]}
-    assert list(pairs)[2:] == [("kl_router", "kl_router-search")]
+    assert list(pairs)[3:] == [("kl_router", "kl_router-search")]
     assert pairs["kl_router", "kl_router-search"]["difference"] == 0.85
     assert metrics["policies"]["kl_router-search"]["gap_recovered"] == pytest.approx(-0.5 / 0.4)
     for curve in ("apgr", "cpt50", "aiq"):  # it is no point of the routers' curve
@@ -434,6 +546,8 @@ def test_any_episodes(make: Callable, success: np.ndarray, seed: int) -> None:
         (lambda rows: rows.with_columns(spend=pl.lit(10.5)), "impossible steps"),
         (lambda rows: rows.with_columns(bits=pl.lit(0.0)), "impossible steps"),
         (lambda rows: rows.drop("variant_of"), "missing columns: variant_of"),
+        (lambda rows: rows.with_columns(cost_cache=pl.col("cost") + 0.1), "impossible steps, tokens, cost or reward"),
+        (lambda rows: rows.with_columns(cost_cache=pl.lit(-0.1)), "impossible steps, tokens, cost or reward"),
         (lambda rows: rows.with_columns(cost=pl.lit(float("nan"))), "impossible steps, tokens, cost or reward"),
         (lambda rows: rows.with_columns(reward=pl.lit(0.5)), "impossible steps, tokens, cost or reward"),
         (lambda rows: rows.with_columns(success=pl.lit(None, pl.Boolean)), "missing values in success"),

@@ -110,6 +110,28 @@ def test_policies_lie_at_their_spend_and_the_axis_says_so(
         assert found == wanted
 
 
+def test_the_line_by_cost_is_the_hull_of_single_rungs(
+    tmp_path: Path, of_three: pl.DataFrame, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From rung to rung and level past the best one; what lies below it is hollow, as random is."""
+    won = pl.col("task_id") < "game-0060"
+    worse = of_three.filter(policy="always_int4").with_columns(
+        policy=pl.lit("always_int8"), success=won, reward=won.cast(pl.Float64), cost=pl.lit(0.6)
+    )
+    names = {"high": "always_high", "low": "always_low", "headline": "kl_router", "bootstrap": 100}
+    metrics = compute_metrics(pl.concat([of_three, worse]), recipe="tiny", route=THREE, **names)
+    figures, figure_of = [], plots.Figure
+    monkeypatch.setattr(plots, "Figure", lambda **arguments: figures.append(figure_of(**arguments)) or figures[-1])
+    plots.plot_accuracy_cost(metrics, tmp_path / "accuracy_cost.png")
+    hull, level, *_ = figures[0].axes[1].lines
+    assert list(zip(hull.get_xdata(), hull.get_ydata(), strict=True)) == [(0.2, 0.5), (0.4, 0.7), (1.0, 0.9)]
+    assert (hull.get_linestyle(), level.get_linestyle(), list(level.get_ydata())) == ("-", ":", [0.9, 0.9])
+    hollow = {line.get_xdata()[0] for line in figures[0].axes[1].lines if line.get_markerfacecolor() == "white"}
+    assert hollow == {0.5, 0.6}
+    filled = {line.get_xdata()[0] for line in figures[0].axes[1].lines if line.get_marker() == "s"} - hollow
+    assert filled == {0.2, 0.4, 1.0}
+
+
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=10))
 def test_spread_keeps_order_and_distance(wanted: list[float]) -> None:
     spread: Callable[[list[float], float], list[float]] = plots._spread

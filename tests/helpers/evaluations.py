@@ -46,6 +46,7 @@ def make_episodes(success: Success, ratios: Mapping[str, Ratio], costs: Mapping[
             "bits": sum(BITS[rung] * steps for rung, steps in steps_at(policy).items()),
             "switches": 2,
             "cost": costs[policy],
+            "cost_cache": costs[policy] / 4,
         }
         for policy, (kind, outcomes) in success.items()
         for draw, row in enumerate(outcomes)

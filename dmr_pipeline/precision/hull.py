@@ -1,0 +1,61 @@
+"""What single rungs reach without a router: alone, and in mixtures of whole episodes.
+
+Who plays each whole episode in one of two rungs, drawn in advance, reaches every point of the line between them. So the best
+success at a mean cost lies on the upper hull of the rungs' points (cost, success), and a router is worth its name above it.
+"""
+
+from collections.abc import Mapping
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+
+_NOISE = 1e-9
+
+
+def best_mixture(costs: Floats, successes: Floats, at: Floats) -> Floats:
+    """Success of the best mixture of single rungs whose mean cost is `at` or less, float64 [...].
+
+    Above the best rung's cost it stays level: nobody has to pay more. Below the cheapest rung's cost there is no mixture, and
+    the cheapest rung's success is taken, at a higher cost than `at`: a reference that no rung meets there.
+
+    Args:
+        costs, successes: [..., rungs], in any order.
+        at: costs, [...].
+    """
+    at = at[..., None]
+    cheaper = costs <= at
+    alone = np.where(cheaper, successes, -np.inf).max(-1)
+    between = cheaper[..., :, None] & ~cheaper[..., None, :]  # [..., rungs, rungs]: one at most, the other above `at`
+    span = np.where(between, costs[..., None, :] - costs[..., :, None], 1.0)
+    rise = successes[..., None, :] - successes[..., :, None]
+    lines = successes[..., :, None] + (at - costs)[..., :, None] / span * rise
+    mixed = np.where(between, lines, -np.inf).max((-2, -1))
+    cheapest = np.where(costs == costs.min(-1, keepdims=True), successes, -np.inf).max(-1)
+    return np.where(cheaper.any(-1), np.maximum(alone, mixed), cheapest)
+
+
+def below_hull(points: Mapping[str, tuple[float, float]]) -> dict[str, str | Literal["mixture"]]:
+    """The rungs that nobody should deploy -> the rung by which each is dominated: as good or better and not dearer, and not
+    equal in both; the best of these, of equals the cheapest. `mixture`: only a mixture of two others beats it at its cost.
+
+    Args:
+        points: rung -> (cost, success).
+    """
+    costs, successes = (np.array(values, dtype=np.float64) for values in zip(*points.values(), strict=True))
+    best = best_mixture(costs, successes, costs)
+    found = {}
+    for name, at_equal_cost in zip(points, best, strict=True):
+        cost, success = points[name]
+        dominating = [
+            (-other_success, other_cost, other)
+            for other, (other_cost, other_success) in points.items()
+            if (other_cost, other_success) != (cost, success) and other_cost <= cost and other_success >= success
+        ]
+        if dominating:
+            found[name] = min(dominating)[2]
+        elif at_equal_cost > success + _NOISE:
+            found[name] = "mixture"
+    return found
