@@ -95,7 +95,8 @@ def headline(metrics: Metrics) -> list[str]:
     if recovered is None or interval is None:
         sentences.append(f"{metrics['low']} is no worse than {metrics['high']} here, so there is no gap to recover.")
     else:
-        sentences.append(f"It recovers {recovered:.0%} of the gap between them (interval {_span(interval, 0)}).")
+        ends = f"{metrics['high']} and {metrics['low']}"
+        sentences.append(f"It recovers {recovered:.0%} of the gap between {ends} (interval {_span(interval, 0)}).")
     if router["cost"] < high["cost"]:
         sentences.append(f"An episode costs {router['cost'] / high['cost']:.0%} of what one of {metrics['high']} does.")
     else:
@@ -216,8 +217,7 @@ def _against_singles(metrics: Metrics) -> str:
     """The headline router beside what single rungs and their mixtures reach at its cost; and who does as well for as little."""
     policies = metrics["policies"]
     router = policies[metrics["headline"]]
-    gain = router["gain_at_equal_cost"] * 100
-    points = f"{gain:+.1f} points" if gain else "level"
+    points = f"{router['gain_at_equal_cost'] * 100:+.1f} points"
     against = f"{points} (interval {_points(router['gain_ci95'])}) against single precisions and mixtures of them"
     single = {name: policy for name, policy in policies.items() if policy["kind"] in SINGLE}
     as_good = [

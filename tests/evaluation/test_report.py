@@ -86,7 +86,7 @@ def test_headline_says_what_came_out(metrics: Metrics) -> None:
     text = " ".join(headline(metrics))
     assert "On 100 test games kl_router, the router chosen on validation, succeeds in 85.0%" in text
     assert "at 40.0% of the steps; always_high succeeds in 90.0%, always_low in 50.0%." in text
-    assert "It recovers 88% of the gap" in text
+    assert "It recovers 88% of the gap between always_high and always_low" in text
     assert "costs 50% of what one of always_high does" in text
     assert "it is better in the paired test" in text
     assert "p < 0.001" in text
@@ -307,7 +307,7 @@ def test_html_shows_all_that_the_folder_holds(folder: Path, metrics: Metrics, tm
         (folder / "plots" / "accuracy_cost.png").read_bytes()
     ]
     for text in (
-        "On validation games, before any router: Deploy <int2>. The routers below choose between float, int2 all the same.",
+        "On validation games, before any router: Deploy <int2>. The routers below choose between float and int2 all the same.",
         "Highlighted: the precision to deploy without a router.",
         "always_low 0.200 [0.200, 0.200] +0.0 [+0.0 to +0.0] on the line",
         "int2 2.50 0.82 0.6100 58.5%",
