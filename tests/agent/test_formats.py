@@ -12,6 +12,7 @@ from dmr_pipeline.errors import UserError
 from tests.helpers.checkpoints import save
 
 CPU = torch.device("cpu")
+AS_A_RUNG = r"can be a rung of the same model: precisions\.ladder\[\]\.checkpoint"
 
 
 @pytest.fixture
@@ -44,7 +45,7 @@ def test_quantized_checkpoints_are_refused_by_method_and_package(
     folder: Path, config: dict[str, object], named: str
 ) -> None:
     change_config(folder, quantization_config=config)
-    with pytest.raises(UserError, match=rf"quantized already \({named}.*dequantize it") as raised:
+    with pytest.raises(UserError, match=rf"quantized already \({named}.*dequantize it.*{AS_A_RUNG}") as raised:
         load_causal_lm(folder, None, CPU)
     assert "\n" not in str(raised.value)
 
@@ -92,5 +93,5 @@ def test_gguf_and_single_files_are_refused(folder: Path) -> None:
         load_causal_lm(weights, None, CPU)
     weights.rename(folder / "q4.gguf")
     for source in (folder, folder / "q4.gguf"):
-        with pytest.raises(UserError, match=r"q4\.gguf': GGUF files are not read"):
+        with pytest.raises(UserError, match=rf"q4\.gguf': GGUF files are not read.*{AS_A_RUNG}"):
             load_causal_lm(source, None, CPU)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel, Qwen3Config
 
 from dmr_pipeline import pipeline
+from dmr_pipeline.agent import checkpoint
 from dmr_pipeline.artifacts.provenance import provenance
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.precision.acting import ActingModels
@@ -41,7 +42,9 @@ def float_model(
     sizes = {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "intermediate_size": 96, "num_hidden_layers": LAYERS}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
     config = config_class(**(sizes | heads | changes), tie_word_embeddings=tied, initializer_range=0.1)
-    return AutoModelForCausalLM.from_config(config).eval()
+    model = AutoModelForCausalLM.from_config(config).eval()
+    model.generation_config.eos_token_id = [3, 7]
+    return model
 
 
 def rung(source: Path, weights: str = "int4") -> Rung:
@@ -67,6 +70,7 @@ def imported(model: PreTrainedModel, source: Path, folder: Path, weights: str = 
         name: tensor.dtype for name, tensor in model.state_dict().items()
     }
     assert_same(logits(loaded), logits(made))
+    assert loaded.generation_config.eos_token_id == [3, 7], "it ends its texts as the agent does"
     return loaded
 
 
@@ -134,6 +138,43 @@ def test_a_head_of_its_own_beside_tied_embeddings(tmp_path: Path) -> None:
     assert_same(logits(untied), 2 * logits(meant))
     assert stored_size(untied, tmp_path / "untied").bytes == once.bytes + embedding.nbytes
     assert model.config.tie_word_embeddings, "the agent's own config is as it was"
+
+
+def test_a_head_of_its_own_in_a_gguf(tmp_path: Path) -> None:
+    model, untied = float_model(), float_model(tied=False)
+    untied.load_state_dict(model.state_dict())
+    _, once = write_gguf(model, tmp_path / "once.gguf")
+    meant, _ = write_gguf(untied, tmp_path / "twice.gguf")
+    for name in ("once", "twice"):
+        loaded = imported(model, tmp_path / f"{name}.gguf", tmp_path / name)
+        assert_same(logits(loaded), logits(meant))
+        assert stored_size(loaded, tmp_path / name).bytes == once
+    with torch.no_grad():
+        untied.lm_head.weight *= 2
+    meant, twice = write_gguf(untied, tmp_path / "other.gguf")
+    loaded = imported(model, tmp_path / "other.gguf", tmp_path / "other")
+    assert_same(logits(loaded), logits(meant))
+    assert stored_size(loaded, tmp_path / "other").bytes == twice > once
+    with pytest.raises(UserError, match=r"lm_head\.weight.*made from another model"):
+        import_rung(untied, TOKENIZER, rung(tmp_path / "once.gguf"), tmp_path / "missing")
+
+
+def test_a_hub_id_is_pinned_and_its_configs_are_looked_at_first(
+    tmp_path: Path, packed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[str]] = []
+
+    def download(name: str, revision: str, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+        assert (name, revision) == ("somebody/awq", "0" * 40)
+        asked.append(allow_patterns)
+        return str(packed)
+
+    monkeypatch.setattr(checkpoint, "snapshot_download", download)
+    pinned = {"model": "somebody/awq", "revision": "0" * 40}
+    bought = Rung.model_validate({"name": "bought", "weights": "int4", "checkpoint": pinned})
+    assert inspect(float_model(), TOKENIZER, bought).path == packed
+    assert asked[0] == ["*.json"]
+    assert "*.safetensors" in asked[1]
 
 
 def test_biases_of_zeros_that_quantizers_added_are_passed_over(tmp_path: Path) -> None:
