@@ -11,6 +11,7 @@ from gguf import GGMLQuantizationType, GGUFWriter, quantize
 from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 AWQ_PLACES = [0, 2, 4, 6, 1, 3, 5, 7]
 """Output of each 4 bits of a word, the lowest first."""
@@ -85,17 +86,21 @@ def write_packed(
     state = meant.state_dict()
     for tensor in state.values():
         tensor.copy_(tensor.half())
-    layers = {name for name, module in meant.named_modules() if isinstance(module, nn.Linear) and "lm_head" not in name}
+    layers = {
+        name
+        for name, module in meant.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and "lm_head" not in name
+    }
     for name, parameter in meant.named_parameters():
         layer = name.removesuffix(".weight")
         if layer not in layers:
             tensors[name] = parameter.detach().half()
             continue
-        inputs = parameter.shape[1]
-        packed = pack_layer(
-            parameter.detach().numpy(), method, bits, inputs if group == -1 else group, symmetric, act_order
-        )
-        state[name].copy_(torch.from_numpy(packed.weight))
+        transposed = isinstance(meant.get_submodule(layer), Conv1D)
+        weight = parameter.detach().T if transposed else parameter.detach()
+        inputs = weight.shape[1]
+        packed = pack_layer(weight.numpy(), method, bits, inputs if group == -1 else group, symmetric, act_order)
+        state[name].copy_(torch.from_numpy(packed.weight.T if transposed else packed.weight))
         tensors |= {f"{layer}.{part}": tensor for part, tensor in packed.tensors.items()}
     folder.mkdir(parents=True, exist_ok=True)
     said: dict[str, object] = {"quant_method": method[:4].rstrip("_"), "bits": bits, "group_size": group}

@@ -11,7 +11,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel, Qwen3Config
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedConfig, PreTrainedModel, Qwen3Config
 
 from dmr_pipeline import pipeline
 from dmr_pipeline.agent import checkpoint
@@ -91,6 +91,12 @@ def test_gptq_computes_what_its_integers_mean(
     assert size.bytes == LINEAR * bits // 8 + groups * bits // 8 + 2 * groups + order + rest
     assert size.quantized_share == LINEAR / model.num_parameters()
     assert size.bits_per_weight == 8 * size.bytes / model.num_parameters()
+
+
+def test_gpt2s_layers_are_stored_as_linear_ones(tmp_path: Path) -> None:
+    model = float_model(GPT2Config)
+    meant = write_packed(model, tmp_path / "source", act_order=True)
+    assert_same(logits(imported(model, tmp_path / "source", tmp_path / "rung")), logits(meant))
 
 
 @pytest.mark.parametrize("group", [32, -1])
