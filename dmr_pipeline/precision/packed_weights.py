@@ -91,10 +91,13 @@ def dequantize_layer(layout: Layout, parts: Mapping[str, Tensor]) -> Tensor:
 def unpack(words: Tensor, bits: int) -> Tensor:
     """The integers [..., 32 n / bits] in words [..., n] of int32, whose last axis is one string of bits, lowest first. Only
     those of 3 bits reach from one word into the next."""
+    mask = 2**bits - 1
+    if 32 % bits == 0:
+        return ((words.unsqueeze(-1) >> torch.arange(0, 32, bits, device=words.device)) & mask).flatten(-2).int()
     first = torch.arange(0, 32 * words.shape[-1], bits, device=words.device)[: 32 * words.shape[-1] // bits]
     unsigned = torch.nn.functional.pad(words.long() & 0xFFFFFFFF, (0, 1))
     both = unsigned[..., first // 32] | unsigned[..., first // 32 + 1] << 32
-    return ((both >> (first % 32)) & (2**bits - 1)).int()
+    return ((both >> (first % 32)) & mask).int()
 
 
 def _gptq_zeros(layout: Layout, words: Tensor) -> Tensor:
