@@ -335,6 +335,12 @@ class Rung(Section):
         description="of int4, int3 and int2: what a group's integers span. Without it, quanto's choice, from the group's least"
         " weight to its greatest (min-max); mse: the part of that with the least squared error (both: Nagel et al., 2021, 3.1)",
     )
+    rounding: Literal["gptq"] | None = Field(
+        None,
+        exclude_if=_unset,
+        description="of int4, int3 and int2: which integer a weight gets. Without it, the nearest one; gptq: the one that keeps"
+        " the layer's outputs on calibration episodes (Frantar et al., 2023), see precisions.gptq",
+    )
     head: Literal["int8"] | None = Field(
         None,
         exclude_if=_unset,
@@ -353,6 +359,11 @@ class Rung(Section):
             yield "name", "'tokenizer' is the folder beside the rungs"
         if self.ranges is not None and self.weights not in _GROUPED:
             yield "ranges", f"rung {self.name!r}: ranges is for int4, int3 and int2 weights, these are {self.weights}"
+        if self.rounding is not None and self.weights not in _GROUPED:
+            yield (
+                "rounding",
+                f"rung {self.name!r}: rounding is for int4, int3 and int2 weights, these are {self.weights}",
+            )
         if self.head is not None and self.weights == "float":
             yield "head", f"rung {self.name!r} is float throughout: leave out head"
         if self.checkpoint is not None:
@@ -384,6 +395,18 @@ _GROUPED = ("int4", "int3", "int2")
 """Weights with a scale and a shift for each group of them."""
 
 
+class Gptq(Section):
+    """What GPTQ is calibrated on: the expert's episodes of games of agent_train."""
+
+    episodes: Count = Field(16, description="games of agent_train; all of them where there are fewer")
+    tokens: Count | None = Field(
+        None, exclude_if=_unset, description="tokens of them in all, the first ones; all of them by default"
+    )
+    damping: Annotated[float, Field(ge=1e-4), at_most(100.0, "it would round to nearest")] = Field(
+        0.01, description="what is added to the diagonal of a layer's Hessian, as a share of the mean of that diagonal"
+    )
+
+
 class Precisions(Section):
     """The precision ladder, highest first, and the rungs that the router chooses from."""
 
@@ -403,8 +426,14 @@ class Precisions(Section):
         50, description="validation games whose expert steps give the mean KL to the float model"
     )
 
+    gptq: Gptq | None = Field(
+        None, exclude_if=_unset, description="how rungs with `rounding: gptq` are made; by default as its keys have it"
+    )
+
     def problems(self) -> Iterator[tuple[str, str]]:
         names = [rung.name for rung in self.ladder]
+        if self.gptq is not None and all(rung.rounding is None for rung in self.ladder):
+            yield "gptq", "no rung has `rounding: gptq`; give one of them that, or leave this out"
         if len(set(names)) != len(names):
             yield "ladder", f"names are not unique: {names}"
         for rung_name in self.route:
@@ -740,6 +769,8 @@ def _games_asked_for(
         ("evaluation", evaluation, "confidence_games", "validation"),
         ("release", release, "games", "validation"),
     ]
+    if precisions.gptq is not None:
+        asked.append(("precisions.gptq", precisions.gptq, "episodes", "agent_train"))
     for name, section, field, split in asked:
         wanted, there = getattr(section, field), getattr(benchmark.splits, split)
         if field in section.model_fields_set and wanted is not None and wanted > there:

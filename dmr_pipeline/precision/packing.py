@@ -10,7 +10,7 @@ its name `qint3`, once this module is imported.
 """
 
 import warnings
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from optimum.quanto import AffineOptimizer, QLinear, WeightQBitsTensor, qint4, qtype, qtypes
@@ -66,21 +66,35 @@ def group_size(width: int) -> int | None:
     return size
 
 
-def round_to_nearest(weight: Tensor, integers: qtype, optimizer: AffineOptimizer) -> WeightQBitsTensor:
-    """A linear layer's weights [outputs, inputs], each the nearest level of its group, whose ends the optimizer chooses."""
+class Levels(NamedTuple):
+    """Integers, and what makes weights of them: scale * integer - shift. A group has a row; groups follow one another as the
+    weights of a layer [outputs, inputs] do, output by output."""
+
+    integers: Tensor
+    """uint8 [groups, weights of a group]."""
+    scale: Tensor
+    """[groups, 1], of the weights' dtype."""
+    shift: Tensor
+    """[groups, 1], of the weights' dtype."""
+
+    def weights(self, shape: torch.Size) -> Tensor:
+        """What quanto computes of them, of the scale's dtype."""
+        return (self.scale * self.integers - self.shift).reshape(shape)
+
+    def packed(self, shape: torch.Size, kind: qtype) -> WeightQBitsTensor:
+        """quanto's tensor of these very integers, for a layer whose weights have this shape [outputs, inputs]."""
+        stride = (shape[1], 1)
+        return WeightQBitsTensor.create(kind, 0, group_size(shape[1]), shape, stride, *self)
+
+
+def round_to_nearest(weight: Tensor, kind: qtype, optimizer: AffineOptimizer) -> Levels:
+    """The level next to each of a linear layer's weights [outputs, inputs]; the optimizer chooses the levels of each group."""
     groups = weight.reshape(-1, group_size(weight.shape[1]) or weight.shape[1])
-    scale, shift = optimizer.optimize(groups, integers, 0)
-    data = torch.ops.quanto.quantize_affine(groups, integers.bits, 0, None, scale, shift)
-    return on_grid(data, scale, shift, weight, integers)
+    scale, shift = optimizer.optimize(groups, kind, 0)
+    return Levels(nearest_integers(groups, kind, scale, shift), scale, shift)
 
 
-def on_grid(data: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, integers: qtype) -> WeightQBitsTensor:
-    """quanto's tensor of these very integers.
-
-    Args:
-        data: uint8 [groups, weights of a group], row by row.
-        scale, shift: [groups, 1], of the weights' dtype; the weight is scale * integer - shift.
-        weight: the float weights [outputs, inputs], for their shape.
-    """
-    size = group_size(weight.shape[1])
-    return WeightQBitsTensor.create(integers, 0, size, weight.size(), weight.stride(), data, scale, shift)
+def nearest_integers(weights: Tensor, kind: qtype, scale: Tensor, shift: Tensor) -> Tensor:
+    """uint8 [groups, n] of weights [groups, n], as quanto rounds them."""
+    integers: Tensor = torch.ops.quanto.quantize_affine(weights, kind.bits, 0, None, scale, shift)
+    return integers

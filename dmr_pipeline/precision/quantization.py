@@ -6,6 +6,8 @@ the part of it with the least squared error. quanto chooses the group size from 
 group a row; above, 128, less 32 for as long as it does not divide the width (160 and 224: 32; 192: 96; 320: 64), and one
 group a row where not even 32 does. int3, which quanto does not have, is that of `packing`.
 
+With `rounding: gptq` the layers of the decoder are rounded by GPTQ (`gptq`) on text, to levels that are stored in the same way.
+
 The head is in float unless the rung says otherwise: with `head: int8` it has int8 weights of its own, also where it is tied to
 the input embedding, which stays in float, a lookup.
 
@@ -14,9 +16,10 @@ int4, int3 and int2 fail under `torch.inference_mode`; use `torch.no_grad`.
 
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -27,8 +30,10 @@ from optimum.quanto import (
     MaxOptimizer,
     QLinear,
     QModuleMixin,
+    WeightQBitsTensor,
     freeze,
     qtype,
+    qtypes,
     quantization_map,
     quantize,
 )
@@ -41,6 +46,7 @@ from transformers.pytorch_utils import Conv1D
 from dmr_pipeline.agent.checkpoint import drop_versions, rung_config
 from dmr_pipeline.agent.formats import refuse_pickles
 from dmr_pipeline.errors import UserError
+from dmr_pipeline.precision.gptq import GptqRun, rounded_by_gptq
 from dmr_pipeline.precision.imported import load_imported
 from dmr_pipeline.precision.imported_bytes import IMPORTED_FILE, imported_bytes
 from dmr_pipeline.precision.packing import group_size, qint3, round_to_nearest
@@ -89,7 +95,10 @@ class RungSize(NamedTuple):
 
 
 def quantize_rung(
-    model: PreTrainedModel, rung: Rung, calibration: Callable[[PreTrainedModel], object] | None = None
+    model: PreTrainedModel,
+    rung: Rung,
+    calibration: Callable[[PreTrainedModel], object] | None = None,
+    gptq: GptqRun | None = None,
 ) -> PreTrainedModel:
     """A copy of the float model at the rung's precision, frozen and in evaluation mode; a float rung is the model itself.
 
@@ -102,13 +111,17 @@ def quantize_rung(
         rung: what to quantize. `keep_float` are glob patterns of module names; `lm_head` is the model's output embeddings,
             whatever it calls them.
         calibration: runs the model it is given on typical text; needed for quantized activations.
+        gptq: needed for `rounding: gptq`.
 
     Raises:
         UserError: a `keep_float` pattern fits no module, activations are to be quantized without calibration or in a float
-            rung, the head is no linear layer and is to be quantized, or too many weights are in layers that cannot be.
+            rung, the head is no linear layer and is to be quantized, too many weights are in layers that cannot be, or the model
+            has no layers that GPTQ could go through.
     """
     if rung.activations != "none" and (rung.weights == "float" or calibration is None):
         raise UserError(f"rung {rung.name!r}: quantized activations need quantized weights and a calibration")
+    if rung.rounding is not None and gptq is None:
+        raise UserError(f"rung {rung.name!r}: rounding: gptq needs calibration episodes")
     if rung.weights == "float":
         return model.eval()
     kept = _kept_patterns(model, rung)
@@ -118,7 +131,10 @@ def quantize_rung(
         kept.append(_quantize_head(model, rung))
     activations = None if rung.activations == "none" else f"q{rung.activations}"
     optimizer = MseRanges() if rung.ranges == "mse" else None
-    _quantize(model, f"q{rung.weights}", activations, optimizer, exclude=kept)
+    rounded = {}
+    if rung.rounding is not None and gptq is not None:
+        rounded = rounded_by_gptq(model, kept, qtypes[f"q{rung.weights}"], optimizer or MaxOptimizer(), gptq)
+    _quantize(model, f"q{rung.weights}", activations, optimizer, exclude=kept, rounded=rounded)
     _refuse_float_layers(model, rung, kept)
     if activations is not None and calibration is not None:
         with torch.no_grad(), Calibration(streamline=False):
@@ -282,12 +298,18 @@ def _quantize(
     optimizer: AffineOptimizer | None = None,
     include: list[str] | None = None,
     exclude: list[str] | None = None,
+    rounded: Mapping[str, WeightQBitsTensor] = MappingProxyType({}),
 ) -> None:
+    """In place. `rounded` has the weights of some of the layers, by name; those of all others are rounded to nearest."""
     quantize(model, weights=weights, activations=activations, optimizer=optimizer, include=include, exclude=exclude)
-    for module in model.modules():
+    for name, module in model.named_modules():
         if isinstance(module, QModuleMixin):
             module.disable_output_quantization()
-        if isinstance(module, QLinear) and module.weight_qtype == qint3 and not module.frozen:
+        if isinstance(module, QLinear) and module.weight_qtype == qint3:
             module.weight_group_size = group_size(module.in_features)
-            module.weight = nn.Parameter(round_to_nearest(module.weight, qint3, optimizer or MaxOptimizer()))
+        if name in rounded:
+            module.weight = nn.Parameter(rounded[name])
+        elif isinstance(module, QLinear) and module.weight_qtype == qint3 and not module.frozen:
+            levels = round_to_nearest(module.weight, qint3, optimizer or MaxOptimizer())
+            module.weight = nn.Parameter(levels.packed(module.weight.shape, qint3))
     freeze(model)

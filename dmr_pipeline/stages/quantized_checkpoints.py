@@ -4,10 +4,11 @@ import json
 import logging
 import random
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
-from rich.progress import Progress
+from rich.progress import Progress, TaskID
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dmr_pipeline.agent.checkpoint import load_causal_lm, resolve_device
@@ -18,9 +19,10 @@ from dmr_pipeline.environments.benchmark import benchmark_of
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.precision.acting import acting_model
 from dmr_pipeline.precision.frontier import LADDER_FILE, LadderFacts, RungFacts, gate
+from dmr_pipeline.precision.gptq import GptqRun
 from dmr_pipeline.precision.imported import import_rung, inspect
 from dmr_pipeline.precision.quantization import RungSize, load_rung, quantize_rung, save_rung, stored_size
-from dmr_pipeline.recipe import Recipe, Rung
+from dmr_pipeline.recipe import Gptq, Recipe, Rung
 from dmr_pipeline.rollout.cost import episode_cost
 from dmr_pipeline.rollout.engine import ALONE, Trajectory, play_alone, warn_of_outgrown
 from dmr_pipeline.rollout.kv_cache.choice import rows_that_fit, transcript_capacity
@@ -49,7 +51,13 @@ def quantized_checkpoints(context: StageContext) -> StageResult:
         bar = progress.add_task("precision ladder", total=len(recipe.precisions.ladder) * len(games))
         for rung in recipe.precisions.ladder:
             progress.update(bar, description=f"{rung.name} plays validation games")
-            acting, size, equal = _make_rung(float_model, tokenizer, rung, context.output / rung.name, examples, device)
+            gptq = None
+            if rung.rounding is not None:
+                layers = progress.add_task(f"{rung.name}: GPTQ, layer by layer", total=None)
+                gptq = _gptq_run(context, rung, prompter, capacity, partial(_show_layers, progress, layers))
+            acting, size, equal = _make_rung(
+                float_model, tokenizer, rung, context.output / rung.name, examples, device, gptq
+            )
             divergence, disagreement = divergence_to_float(float_model, acting, examples, device)
             played = _play_validation(acting, games, prompter, recipe, device, lambda n: progress.advance(bar, n))
             del acting  # before the next one is made
@@ -74,6 +82,36 @@ def quantized_checkpoints(context: StageContext) -> StageResult:
     return StageResult(summary=ladder.model_dump())
 
 
+def _gptq_run(
+    context: StageContext, rung: Rung, prompter: Prompter, capacity: int, on_layer: Callable[[int, int], None]
+) -> GptqRun:
+    """Of the expert's episodes of games of agent_train.
+
+    Raises:
+        UserError: there are none, or none fits into a transcript.
+    """
+    recipe = context.recipe
+    settings = recipe.precisions.gptq or Gptq()
+    games = benchmark_of(recipe.benchmark).read_tasks(context.inputs["benchmark_tasks"], "agent_train")
+    if not games:
+        raise UserError("precisions.gptq: the split agent_train has no games, so there is nothing to calibrate on")
+    try:
+        examples = expert_steps(games[: settings.episodes], prompter, recipe.benchmark.step_limit, capacity)
+    except UserError as error:
+        raise UserError(f"precisions.gptq calibrates on agent_train: {error}") from error
+    sequences, left = [], settings.tokens or sum(len(example.tokens) for example in examples)
+    for example in examples:
+        sequences.append(example.tokens[:left])
+        left -= len(sequences[-1])
+    return GptqRun(
+        [tokens for tokens in sequences if tokens], settings.damping, context.scratch / "gptq" / rung.name, on_layer
+    )
+
+
+def _show_layers(progress: Progress, bar: TaskID, done: int, layers: int) -> None:
+    progress.update(bar, completed=done, total=layers)
+
+
 @torch.no_grad()
 def _make_rung(
     float_model: PreTrainedModel,
@@ -82,6 +120,7 @@ def _make_rung(
     folder: Path,
     examples: Sequence[Example],
     device: torch.device,
+    gptq: GptqRun | None,
 ) -> tuple[PreTrainedModel, RungSize, bool]:
     """Save a rung and load it again. Beside the float model there is never more than one other as large.
 
@@ -91,7 +130,7 @@ def _make_rung(
     if rung.checkpoint is not None:
         quantized = import_rung(float_model, tokenizer, rung, folder)
     else:
-        quantized = quantize_rung(float_model, rung, lambda model: trained_logits(model, examples, device))
+        quantized = quantize_rung(float_model, rung, lambda model: trained_logits(model, examples, device), gptq)
         save_rung(quantized, folder)
     saved_logits, _ = trained_logits(quantized, examples[:1], device)
     del quantized

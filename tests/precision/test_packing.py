@@ -77,8 +77,9 @@ def test_int3_is_the_nearest_of_eight_levels_of_each_group(outputs: int, inputs:
     low, high = groups.min(1, keepdims=True), groups.max(1, keepdims=True)
     step = np.where(high > low, (high - low) / 7, 1)
     expected = (np.round((groups - low) / step) * step + low).reshape(weight.shape)
-    stored = round_to_nearest(model[0].weight.detach(), qint3, MaxOptimizer())
-    np.testing.assert_allclose(stored.dequantize().numpy(), expected, rtol=0, atol=1e-6)
+    levels = round_to_nearest(model[0].weight.detach(), qint3, MaxOptimizer())
+    for stored in (levels.packed(weight.shape, qint3).dequantize(), levels.weights(weight.shape)):
+        np.testing.assert_allclose(stored.numpy(), expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("width", [31, 64, 128, 160, 192, 200, 256, 320, 576])
