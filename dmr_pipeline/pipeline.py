@@ -79,14 +79,15 @@ STAGES: tuple[Stage, ...] = (
         name="quantized_checkpoints",
         inputs=("benchmark_tasks", "agent"),
         sections=("benchmark", "agent", "precisions"),
-        code_version="3",
+        code_version="4",
         run=_stage("quantized_checkpoints"),
         group="agent",
         kinds=frozenset({"pytorch", "huggingface"}),
-        description="The precision ladder of one float checkpoint, and the gate: is there a gap between the routed rungs?",
+        description="The precision ladder of one float checkpoint, measured, and the verdict: can routing pay, and between what?",
         reading=(
-            "A folder a rung. `summary/gate` says whether low precision loses enough success for a router to win "
-            "back, and `summary/rungs` how far each rung is from the float model (KL in nats an action)."
+            "A folder a rung. `summary/verdict` says between which rungs routing can pay, and how much at most, or which "
+            "one to deploy; `summary/rungs` what each wins and costs, and how far it is from the float model (KL in nats an "
+            "action)."
         ),
         pool="gpu",
         resources=ONE_GPU,
@@ -168,7 +169,7 @@ STAGES: tuple[Stage, ...] = (
         name="grpo_router",
         inputs=("benchmark_tasks", "quantized_checkpoints", "kl_router"),
         sections=("benchmark", "agent", "precisions", "grpo_router"),
-        code_version="5",
+        code_version="6",
         run=_stage("grpo_router"),
         group="router",
         kinds=frozenset({"pytorch", "huggingface"}),
@@ -184,14 +185,14 @@ STAGES: tuple[Stage, ...] = (
         name="evaluation_report",
         inputs=("benchmark_tasks", "quantized_checkpoints", "sensitivity_dataset", "kl_router", "grpo_router"),
         sections=("benchmark", "agent", "precisions", "grpo_router", "evaluation"),
-        code_version="6",
+        code_version="7",
         run=_stage("evaluation_report"),
         group="evaluation",
         kinds=frozenset({"pytorch", "matplotlib"}),
         description="Every policy on the test games: success, high-precision ratio and cost, with intervals.",
         reading=(
             "The table and the pictures below; `report` is a page that opens offline. A router is worth its name "
-            "where it beats random mixing at its own ratio."
+            "where it beats random mixing at its own ratio, and the best single precision at its cost."
         ),
         pool="gpu",
         resources=ONE_GPU,
@@ -201,7 +202,7 @@ STAGES: tuple[Stage, ...] = (
         name="released_router",
         inputs=("benchmark_tasks", "quantized_checkpoints", "grpo_router"),
         sections=("benchmark", "agent", "precisions", "release"),
-        code_version="2",
+        code_version="3",
         run=_stage("released_router"),
         group="router",
         kinds=frozenset({"pytorch", "huggingface"}),

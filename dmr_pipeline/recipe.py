@@ -10,7 +10,7 @@ import logging
 import math
 import re
 import reprlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import cache
 from inspect import signature
@@ -19,7 +19,7 @@ from pathlib import Path
 from string import Formatter
 from typing import Annotated, Any, Literal, get_type_hints
 
-from pydantic import BeforeValidator, Field, SerializeAsAny, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, Discriminator, Field, SerializeAsAny, Tag, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from dmr_pipeline import benchmarks
@@ -395,6 +395,10 @@ _GROUPED = ("int4", "int3", "int2")
 """Weights with a scale and a shift for each group of them."""
 
 
+_AUTO, _NAMED = "(auto)", "(named)"
+"""The two forms of a route; pydantic puts these into the places of errors, where brackets tell them from keys."""
+
+
 class Gptq(Section):
     """What GPTQ is calibrated on: the expert's episodes of games of agent_train."""
 
@@ -411,44 +415,56 @@ class Precisions(Section):
     """The precision ladder, highest first, and the rungs that the router chooses from."""
 
     ladder: tuple[Rung, ...] = Field(min_length=2, max_length=50)
-    route: tuple[str, ...] = Field(
-        min_length=2,
-        max_length=50,
-        description="names of the rungs that the router chooses from, dearest first; the others act alone, for comparison",
+    route: Annotated[
+        Annotated[Literal["auto"], Tag(_AUTO)]
+        | Annotated[tuple[str, ...], Field(min_length=2, max_length=50), Tag(_NAMED)],
+        Discriminator(lambda value: _AUTO if isinstance(value, str) else _NAMED),
+    ] = Field(
+        description="names of the rungs that the router chooses from, dearest first; the others act alone, for comparison."
+        " auto: those between which routing can pay, by the validation games that the ladder has played"
+        " (precision/frontier.py)",
     )
-    gate_high: Share = Field(
-        0.85, description="success of the dearest routed rung on validation games that the gate asks for"
+    pair: tuple[str, str] | None = Field(
+        None,
+        description="what is routed between where `route: auto` finds that routing cannot pay; by default the ladder's dearest"
+        " and cheapest rung",
     )
-    gate_gap: tuple[Share, Share] = Field(
-        (0.20, 0.50), description="success of the dearest minus that of the cheapest routed rung that the gate asks for"
+    margin: Share = Field(
+        0.05,
+        description="success that a rung may lose against the ladder's dearest, at most, to be called not worse: the upper bound"
+        " of what it loses has to be below this",
+    )
+    confidence: Confidence = Field(0.95, description="of the intervals that the verdict rests on")
+    cache_bits: Literal[8, 16, 32] = Field(
+        16, description="bits of a number in the KV cache, as its reading is charged for"
     )
     kl_episodes: Count = Field(
         50, description="validation games whose expert steps give the mean KL to the float model"
     )
-
     gptq: Gptq | None = Field(
         None, exclude_if=_unset, description="how rungs with `rounding: gptq` are made; by default as its keys have it"
     )
 
+    @property
+    def names(self) -> list[str]:
+        """Of all rungs, dearest first."""
+        return [rung.name for rung in self.ladder]
+
     def problems(self) -> Iterator[tuple[str, str]]:
-        names = [rung.name for rung in self.ladder]
+        names = self.names
         if self.gptq is not None and all(rung.rounding is None for rung in self.ladder):
             yield "gptq", "no rung has `rounding: gptq`; give one of them that, or leave this out"
         if len(set(names)) != len(names):
             yield "ladder", f"names are not unique: {names}"
-        for rung_name in self.route:
-            if rung_name not in names:
-                yield "route", f"{_shown(rung_name)} is not on the ladder {names}"
-        places = [names.index(rung_name) for rung_name in self.route if rung_name in names]
-        for i, j in pairwise(places):
-            if i >= j:
-                yield "route", f"{names[j]!r} has to be below {names[i]!r}; the ladder is highest first: {names}"
-        for called, of_route in (("high", self.route[0]), ("low", self.route[-1])):
-            if called in names and called != of_route:
-                yield (
-                    "ladder",
-                    f"a rung may be called {called!r} only if it is the {'first' if called == 'high' else 'last'} of the route",
-                )
+        routed = {"pair": self.pair or ()} if self.route == "auto" else {"route": self.route}
+        for field, asked in routed.items():
+            yield from self._off_the_ladder(field, asked)
+        if self.route != "auto" and self.pair is not None:
+            yield "pair", "is for route: auto; leave it out, or name the rungs there alone"
+        ends = ("", "") if self.route == "auto" else (self.route[0], self.route[-1])
+        for called, end, place in (("high", ends[0], "first"), ("low", ends[1], "last")):
+            if called in names and called != end:
+                yield "ladder", f"a rung may be called {called!r} only if it is the {place} of the route"
         for rung in self.ladder:
             if rung.weights == "float" and rung.keep_float != ("lm_head",):
                 yield "ladder", f"rung {rung.name!r} is float throughout: leave out keep_float"
@@ -461,7 +477,21 @@ class Precisions(Section):
         for above, below in pairwise(self.ladder):
             if _BITS[above.weights] < _BITS[below.weights]:
                 yield "ladder", f"is highest first, but {below.name!r} ({below.weights}) is below {above.name!r}"
-        yield from _in_order("gate_gap", self.gate_gap)
+
+    def _off_the_ladder(self, field: str, routed: Sequence[str]) -> Iterator[tuple[str, str]]:
+        names = self.names
+        for rung_name in routed:
+            if rung_name not in names:
+                yield field, f"{_shown(rung_name)} is not on the ladder {names}"
+        places = [names.index(rung_name) for rung_name in routed if rung_name in names]
+        for i, j in pairwise(places):
+            if i >= j:
+                yield field, f"{names[j]!r} has to be below {names[i]!r}; the ladder is highest first: {names}"
+
+    @property
+    def fallback(self) -> tuple[str, str]:
+        """What is routed between where `route: auto` finds nothing."""
+        return self.pair or (self.ladder[0].name, self.ladder[-1].name)
 
 
 def _in_order(field: str, bounds: tuple[float, float]) -> Iterator[tuple[str, str]]:
@@ -485,7 +515,12 @@ class BehaviourPolicy(Section):
 
 
 class Trajectories(Section):
-    behaviour: tuple[BehaviourPolicy, ...] = Field(min_length=1, max_length=100)
+    behaviour: tuple[BehaviourPolicy, ...] = Field(
+        (),
+        max_length=100,
+        description="by default each routed rung alone, and all of them in equal shares; with precisions.route: auto nothing else"
+        " can be said, since the rungs are not known yet",
+    )
     seed: Seed = 0
 
     def problems(self) -> Iterator[tuple[str, str]]:
@@ -728,7 +763,7 @@ class Recipe(Section):
     benchmark: Annotated[SerializeAsAny[Games], BeforeValidator(_of_its_benchmark)]
     agent: Agent
     precisions: Precisions
-    trajectories: Trajectories
+    trajectories: Trajectories = Field(default_factory=Trajectories)
     sensitivity: Sensitivity
     kl_router: KlRouter
     grpo_router: GrpoRouter
@@ -778,6 +813,10 @@ def _games_asked_for(
 
 
 def _behaviour_on_the_route(precisions: Precisions, trajectories: Trajectories) -> Iterator[str]:
+    if precisions.route == "auto":
+        if trajectories.behaviour:
+            yield "trajectories.behaviour: which rungs are routed is not known with precisions.route: auto; leave it out"
+        return
     for i, policy in enumerate(trajectories.behaviour):
         for rung in policy.shares:
             if rung not in precisions.route:
@@ -918,7 +957,7 @@ def _section_readers() -> dict[str, TypeAdapter[Section]]:
 
 def _lines(error: ErrorDetails) -> Iterator[str]:
     """One a problem; the path is that of the YAML text."""
-    loc = error["loc"]
+    loc = [part for part in error["loc"] if part not in (_AUTO, _NAMED)]
     if error["type"] == "problems":
         for field, text in error["ctx"]["problems"]:
             yield f"{'.'.join([*map(_key, loc), *([field] if field else [])])}: {short(text)}"

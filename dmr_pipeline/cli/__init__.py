@@ -7,6 +7,7 @@ from dmr_pipeline.cli.bench import bench
 from dmr_pipeline.cli.data import data
 from dmr_pipeline.cli.doctor import doctor
 from dmr_pipeline.cli.environments import env
+from dmr_pipeline.cli.ladder import ladder
 from dmr_pipeline.cli.provenance import provenance
 from dmr_pipeline.cli.recipe import recipe
 from dmr_pipeline.cli.router import router
@@ -27,6 +28,7 @@ for command in (
     stages.report,
 ):
     app.command()(command)
+app.command()(ladder)
 app.command()(provenance)
 app.command()(doctor)
 app.add_typer(recipe, name="recipe")

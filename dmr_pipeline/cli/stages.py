@@ -26,6 +26,7 @@ from dmr_pipeline.cli.common import (
     user_errors_exit_2,
 )
 from dmr_pipeline.errors import UserError, printable
+from dmr_pipeline.precision.ladder import LadderFacts
 from dmr_pipeline.recipe import Recipe, load_recipe, recipe_names
 from dmr_pipeline.versioning import dvc_objects, dvc_stages, lock_file
 
@@ -47,6 +48,7 @@ def run(recipe: RecipeArgument) -> None:
     else:
         _materialize(recipe, [stage.name for stage in pipeline.STAGES])
     _show_report(recipe)
+    _show_verdict(recipe)
 
 
 @user_errors_exit_2
@@ -232,6 +234,14 @@ def _render_report(recipe: str) -> tuple["Metrics", Path]:
     dvc_objects.check(pipeline.find_stage("evaluation_report", pipeline.STAGES), recipe, artifact)
     html = render_beside(DATA_ROOT, recipe)
     return read_metrics(artifact.path), html.resolve()
+
+
+def _show_verdict(recipe: str) -> None:
+    """Whether routing can pay at all; where it cannot, which precision to deploy instead."""
+    folder = artifact_folder("quantized_checkpoints", recipe)
+    verdict = LadderFacts.model_validate(verify(folder).manifest.summary).verdict
+    where = "" if verdict.pays else f" ({folder / verdict.deploy})"
+    console.print(f"verdict: {verdict.text}{where}", soft_wrap=True, markup=False, highlight=False)
 
 
 def _show_report(recipe: str) -> None:

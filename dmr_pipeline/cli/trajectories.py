@@ -60,7 +60,7 @@ def validate(
         print_error(problem)
     if problems:
         raise typer.Exit(2)
-    console.print(_summary(episodes, loaded.precisions.route, printable(f"{file.name} for {recipe}")))
+    console.print(_summary(episodes, loaded.precisions.names, printable(f"{file.name} for {recipe}")))
     if (warning := rules.strangers(episodes)) is not None:
         errors.print(f"warning: {warning}", style="yellow", markup=False, highlight=False)
     if "benchmark_tasks" not in made:
@@ -72,7 +72,7 @@ def validate(
         )
 
 
-def _summary(episodes: "list[LoggedEpisode]", route: Sequence[str], title: str) -> Table:
+def _summary(episodes: "list[LoggedEpisode]", ladder: Sequence[str], title: str) -> Table:
     steps = [step for episode in episodes for step in episode.steps]
     table = Table(title=Text(title), box=box.SIMPLE, show_header=False, min_width=len(title))
     table.add_column()
@@ -80,6 +80,6 @@ def _summary(episodes: "list[LoggedEpisode]", route: Sequence[str], title: str) 
     table.add_row("episodes", str(len(episodes)))
     table.add_row("steps", str(len(steps)))
     table.add_row("success rate", f"{sum(episode.success for episode in episodes) / len(episodes):.1%}")
-    for rung in dict.fromkeys([*route, *sorted({step.precision for step in steps})]):
+    for rung in ladder:
         table.add_row(f"steps at {rung}", f"{sum(step.precision == rung for step in steps) / len(steps):.1%}")
     return table

@@ -21,7 +21,7 @@ from dmr_pipeline.defs.versions import recorded_version
 from dmr_pipeline.environments.benchmark import benchmark_of
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.pipeline import STAGES, find_stage
-from dmr_pipeline.precision.frontier import LadderFacts
+from dmr_pipeline.precision.ladder import LadderFacts
 from dmr_pipeline.recipe import Recipe, load_recipe
 from dmr_pipeline.summaries import GrpoSummary, KlSummary
 
@@ -71,9 +71,9 @@ def tasks_are_disjoint(folder: Path, manifest: Manifest, recipe: Recipe) -> Find
     return Finding(failures, {split: len(games) for split, games in ids.items()})
 
 
-def precisions_leave_a_gap(folder: Path, manifest: Manifest, recipe: Recipe) -> Finding:
-    gate = LadderFacts.model_validate(manifest.summary).gate
-    return Finding([] if gate.passed else [gate.verdict], gate.model_dump())
+def routing_can_pay(folder: Path, manifest: Manifest, recipe: Recipe) -> Finding:
+    verdict = LadderFacts.model_validate(manifest.summary).verdict
+    return Finding([] if verdict.pays else [verdict.text], verdict.model_dump(mode="json"))
 
 
 def rungs_reload_equal(folder: Path, manifest: Manifest, recipe: Recipe) -> Finding:
@@ -90,7 +90,7 @@ def divergence_grows_down_the_ladder(folder: Path, manifest: Manifest, recipe: R
         f"{below.name} is nearer to the float model ({below.kl_to_float:.6f} nats an action) than"
         f" {above.name} ({above.kl_to_float:.6f})"
         for above, below in pairwise(rungs)
-        if below.kl_to_float < above.kl_to_float
+        if below.bytes < above.bytes and below.kl_to_float < above.kl_to_float
     ]
     return Finding(failures, {rung.name: rung.kl_to_float for rung in rungs})
 
@@ -178,16 +178,16 @@ CHECKS = (
     Check(
         "quantized_checkpoints",
         "divergence_grows_down_the_ladder",
-        "Each rung is at least as far from the float model as the one above it, by KL on the expert's actions.",
+        "Each smaller rung is at least as far from the float model as the one above it, by KL on the expert's actions.",
         divergence_grows_down_the_ladder,
         blocking=False,  # what follows compares two rungs by what they do, whichever is nearer to float
     ),
     Check(
         "quantized_checkpoints",
-        "precisions_leave_a_gap",
-        "High succeeds often enough on validation games, and low so much less that routing can matter.",
-        precisions_leave_a_gap,
-        blocking=False,  # a missing gap is a result too
+        "routing_can_pay",
+        "Between some rungs routing can win something that no single one offers (the verdict on the validation games).",
+        routing_can_pay,
+        blocking=False,  # that it cannot is a result too
     ),
     Check(
         "trajectories",

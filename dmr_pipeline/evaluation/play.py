@@ -15,7 +15,8 @@ from dmr_pipeline.artifacts.manifest import MANIFEST, Manifest
 from dmr_pipeline.environments.base import Task
 from dmr_pipeline.evaluation.kept import KeptTables
 from dmr_pipeline.evaluation.metrics import EPISODES
-from dmr_pipeline.precision.frontier import read_ladder
+from dmr_pipeline.precision.ladder import read_ladder
+from dmr_pipeline.precision.pass_bytes import PassBytes
 from dmr_pipeline.recipe import Recipe
 from dmr_pipeline.rollout.engine import RolloutRequest, RoutingPolicy, SinglePrecision, Timings, Trajectory
 from dmr_pipeline.rollout.known import Known
@@ -37,7 +38,8 @@ class Entry:
     parameters: Mapping[str, JsonValue] = field(default_factory=dict)
     """All that tells the policy from others of its name, such as its threshold: its episodes are kept under that."""
     draws: int = 1
-    router_bytes: int = 0
+    router: PassBytes | None = None
+    """What a pass of its router reads, where it has one."""
     variant_of: str = ""
     """Router that it is compared with."""
 
@@ -130,7 +132,8 @@ def acting_facts(checkpoints: Path, recipe: Recipe, rungs: Sequence[str]) -> dic
     return {
         "rungs": [[rung, content(checkpoints, f"{rung}/")] for rung in rungs],
         "tokenizer": content(checkpoints, "tokenizer/"),
-        "always_high_cost": read_ladder(checkpoints).always_high_cost,
+        "unit_bytes": read_ladder(checkpoints).unit_bytes,
+        "cache_bits": recipe.precisions.cache_bits,
         "step_limit": recipe.benchmark.step_limit,
         "agent": recipe.agent.model_dump(mode="json", exclude={"pretrained", "training"}),
         "seed": recipe.evaluation.seed,
@@ -152,6 +155,12 @@ def _row(entry: Entry, trajectory: Trajectory, arena: Arena) -> tuple[object, ..
     task, steps = trajectory.run.task, trajectory.steps
     routed = len(rollouts.route) > 1
     dearest = rollouts.acting.dearest if routed else None
+    readings = [
+        (rung, reading.tokens)
+        for step in steps
+        for rung, reading in ((step.precision, step.reading), *step.wasted.items())
+    ]
+    cost = rollouts.cost(trajectory, entry.router)
     return (
         entry.name,
         entry.kind,
@@ -163,13 +172,13 @@ def _row(entry: Entry, trajectory: Trajectory, arena: Arena) -> tuple[object, ..
         trajectory.reward,
         len(steps),
         sum(step.precision == dearest for step in steps),
-        sum(step.tokens_read + 1 + sum(step.wasted.values()) for step in steps),
-        sum(step.tokens_read + 1 for step in steps if step.precision == dearest),
+        sum(tokens for _, tokens in readings),
+        sum(tokens for rung, tokens in readings if rung == dearest),
         [sum(step.precision == rung for step in steps) for rung in rollouts.route] if routed else [],
         sum(rollouts.acting.spend[step.precision] for step in steps) if routed else 0.0,
         sum(arena.bits[step.precision] for step in steps),
         sum(before.precision != after.precision for before, after in pairwise(steps)),
-        rollouts.cost(trajectory, entry.router_bytes),
-        0.0,  # the cost counts weights alone
+        cost.total,
+        cost.cache,
         trajectory.outgrown,
     )

@@ -81,7 +81,7 @@ def router_entries(routers: Mapping[str, Router], files: Mapping[str, JsonValue]
         slots: episodes at once.
     """
     return [
-        Entry(name, "router", routing_policy(router, slots), {"router": files[name]}, router_bytes=router.weight_bytes)
+        Entry(name, "router", routing_policy(router, slots), {"router": files[name]}, router=router.pass_bytes)
         for name, router in routers.items()
     ]
 
@@ -102,7 +102,7 @@ def search_entries(
                 "ablation",
                 routing_policy(switched, slots),
                 {"router": files[name]},
-                router_bytes=router.weight_bytes,
+                router=router.pass_bytes,
                 variant_of=name,
             )
         )

@@ -9,7 +9,6 @@ import polars as pl
 
 from dmr_pipeline.ingestion.schema import LoggedEpisode
 from dmr_pipeline.ingestion.stored import read_ingested
-from dmr_pipeline.recipe import Precisions
 from dmr_pipeline.rollout.engine import certain
 from dmr_pipeline.rollout.prompts import Moment, Prompter
 from dmr_pipeline.rollout.tables import EPISODES, STEPS, read_trajectories
@@ -31,11 +30,12 @@ class AllTrajectories:
 
 
 def read_all_trajectories(
-    inputs: Mapping[str, Path], precisions: Precisions, prompter: Prompter, capacity: int
+    inputs: Mapping[str, Path], ladder: Sequence[str], route: Sequence[str], prompter: Prompter, capacity: int
 ) -> AllTrajectories:
     """The union of the inputs `trajectories` and `ingested_trajectories`, both checked again on reading.
 
     Args:
+        ladder, route: as of `routed`.
         capacity: tokens that a transcript may have.
 
     Raises:
@@ -43,7 +43,7 @@ def read_all_trajectories(
     """
     episodes, steps = read_trajectories(inputs["trajectories"])
     logged = read_ingested(inputs["ingested_trajectories"])
-    more_episodes, more_steps = ingested_tables(logged, precisions, prompter, capacity)
+    more_episodes, more_steps = ingested_tables(logged, ladder, route, prompter, capacity)
     return AllTrajectories(
         pl.concat([episodes, more_episodes], rechunk=True),
         pl.concat([steps, more_steps], rechunk=True),
@@ -52,7 +52,11 @@ def read_all_trajectories(
 
 
 def ingested_tables(
-    logged: Sequence[LoggedEpisode], precisions: Precisions, prompter: Prompter, capacity: int
+    logged: Sequence[LoggedEpisode],
+    ladder: Sequence[str],
+    route: Sequence[str],
+    prompter: Prompter,
+    capacity: int,
 ) -> tuple[pl.DataFrame, pl.DataFrame]:
     """Logged episodes as tables of the schemas above, tokenized as if the agent had played them.
 
@@ -75,7 +79,7 @@ def ingested_tables(
             too_long += 1
             continue
         episode_id = f"{INGESTED}/{episode.episode_id}"
-        acted = [routed(step.precision, precisions) for step in episode.steps]
+        acted = [routed(step.precision, ladder, route) for step in episode.steps]
         reward = float(episode.success) if episode.reward is None else episode.reward
         episodes.append(
             (
@@ -97,7 +101,7 @@ def ingested_tables(
                 step.command,
                 step.observation,
                 acted[turn],
-                _exceedance(acted[turn], step.probability, precisions.route),
+                _exceedance(acted[turn], step.probability, route),
                 *tokens,
                 0,
             )
@@ -108,11 +112,15 @@ def ingested_tables(
     return pl.DataFrame(episodes, schema=EPISODES, orient="row"), pl.DataFrame(steps, schema=STEPS, orient="row")
 
 
-def routed(rung: str, precisions: Precisions) -> str:
-    """The routed rung that an acting rung of the ladder counts as: the dearest one that is no dearer, else the cheapest."""
-    names = [rung.name for rung in precisions.ladder]
-    below = (name for name in precisions.route if names.index(name) >= names.index(rung))
-    return next(below, precisions.route[-1])
+def routed(rung: str, ladder: Sequence[str], route: Sequence[str]) -> str:
+    """The routed rung that an acting rung of the ladder counts as: the dearest one that is no dearer, else the cheapest.
+
+    Args:
+        ladder: names of all rungs, dearest first.
+        route: those of them that are routed.
+    """
+    below = (name for name in route if ladder.index(name) >= ladder.index(rung))
+    return next(below, route[-1])
 
 
 def _exceedance(acted: str, logged: float | None, route: Sequence[str]) -> list[float]:

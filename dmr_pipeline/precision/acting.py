@@ -9,7 +9,8 @@ import torch
 from transformers import PreTrainedModel
 
 from dmr_pipeline.errors import UserError
-from dmr_pipeline.precision.quantization import dequantize, load_rung, stored_size
+from dmr_pipeline.precision.pass_bytes import PassBytes, stored_pass_bytes
+from dmr_pipeline.precision.quantization import dequantize, load_rung
 
 
 @dataclass(frozen=True)
@@ -18,8 +19,8 @@ class ActingModels:
 
     models: Mapping[str, PreTrainedModel]
     """Rung -> what computes when it acts."""
-    weight_bytes: Mapping[str, int]
-    """Rung -> bytes of weights that one forward pass at batch 1 reads."""
+    pass_bytes: Mapping[str, PassBytes]
+    """Rung -> what one forward pass reads."""
     device: torch.device
 
     @classmethod
@@ -32,7 +33,7 @@ class ActingModels:
         models, sizes = {}, {}
         for rung in rungs:
             model = load_rung(checkpoints / rung, device)
-            sizes[rung] = stored_size(model, checkpoints / rung).bytes
+            sizes[rung] = stored_pass_bytes(model, checkpoints / rung)
             models[rung] = acting_model(model, device)
         return cls(models, sizes, device)
 
@@ -51,19 +52,20 @@ class ActingModels:
 
     @cached_property
     def spend(self) -> dict[str, float]:
-        """Rung -> how far it is from the cheapest rung, 0, to the dearest, 1, in bytes. Its mean over a policy's steps is, of two
-        rungs, the high-precision ratio. For more the measure is ours: what budgets are given in.
+        """Rung -> how far it is from the cheapest rung, 0, to the dearest, 1, in bytes of weights a pass. Its mean over a
+        policy's steps is, of two rungs, the high-precision ratio. For more the measure is ours: what budgets are given in.
 
         Raises:
             UserError: the dearest rung is no larger than the cheapest.
         """
-        most, least = self.weight_bytes[self.dearest], self.weight_bytes[self.cheapest]
+        sizes = {rung: read.weights for rung, read in self.pass_bytes.items()}
+        most, least = sizes[self.dearest], sizes[self.cheapest]
         if most <= least:
             raise UserError(
                 f"precisions.route: {self.dearest!r} has {most:,} bytes and {self.cheapest!r} {least:,}, so nothing can be"
                 " saved: name a cheaper rung last"
             )
-        return {rung: (size - least) / (most - least) for rung, size in self.weight_bytes.items()}
+        return {rung: (size - least) / (most - least) for rung, size in sizes.items()}
 
 
 def acting_model(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:

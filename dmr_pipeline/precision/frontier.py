@@ -1,81 +1,164 @@
-"""What each rung of the precision ladder loses, measured, and whether there is anything for a router to do."""
+"""What each rung of the precision ladder costs and wins, measured in closed loop before any router is trained, and the verdict:
+between which rungs routing can pay, and how much at most, or which rung to deploy without a router.
 
+The front holds the rungs that no other one beats: a rung is dominated where another wins as many validation games for less, or
+more for no more. The verdict's rule is ours. The dear end of a route is the cheapest rung on the front that is not worse than the
+ladder's dearest by more than a stated margin: whatever is dearer buys nothing that the games can show. The rest of the route are
+the rungs on the front below it. What routing can bring at most is the corner of the two ends: the success of the dear end at the
+cost of the cheap one.
+"""
+
+import math
 from collections.abc import Sequence
-from pathlib import Path
+from statistics import NormalDist
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+from scipy.stats import binomtest
 
-from dmr_pipeline.errors import UserError
-from dmr_pipeline.frozen_model import FrozenModel
+from dmr_pipeline.precision.ladder import LadderFacts, RungFacts, RungPlayed, Verdict
 from dmr_pipeline.recipe import Precisions
 
-LADDER_FILE = "ladder.json"
+PLAYED_FILE = "validation.parquet"
+PLAYED = pl.Schema(
+    {
+        "rung": pl.String(),
+        "task_id": pl.String(),
+        "success": pl.Boolean(),
+        "steps": pl.Int64(),
+        "cost_weights": pl.Float64(),
+        "cost_cache": pl.Float64(),
+    }
+)
+"""One row a rung and validation game. Costs are in the unit of `LadderFacts.unit_bytes`."""
 
 
-class RungFacts(FrozenModel):
-    """One rung, measured."""
+def played_facts(
+    facts: Sequence[RungFacts], played: pl.DataFrame, unit_bytes: float, precisions: Precisions
+) -> LadderFacts:
+    """The ladder as it plays, and the verdict.
 
-    name: str
-    bytes: int
-    """Of all weights, as stored."""
-    bits_per_weight: float
-    """Over all weights, the float ones among them."""
-    quantized_share: float
-    """Weights that are quantized, of all weights."""
-    kl_to_float: float
-    """KL(float || rung) over a whole action, teacher-forced on the expert's, mean over steps; nats."""
-    greedy_disagreement: float
-    """Share of action tokens whose greedy choice is not the float model's."""
-    validation_success: float
-    validation_steps: float
-    reloads_equal: bool
-    """Whether the saved weights, loaded again, give the logits of the model that was saved, bit by bit."""
-
-
-class Gate(FrozenModel):
-    """Whether there is anything for a router to do: measured in closed loop, before any router is trained."""
-
-    high: float
-    low: float
-    gap: float
-    passed: bool
-    verdict: str
-
-
-class LadderFacts(BaseModel):
-    """The stage's summary, and its file."""
-
-    model_config = ConfigDict(frozen=True, defer_build=True)
-
-    rungs: list[RungFacts]
-    gate: Gate
-    always_high_cost: float
-    """Mean bytes read in an always-high episode on validation games: the unit of cost."""
-
-
-def gate(facts: Sequence[RungFacts], precisions: Precisions) -> Gate:
-    """Dearest routed rung strong enough, the cheapest far enough below it and not too far."""
-    success = {rung.name: rung.validation_success for rung in facts}
-    dearest, cheapest = precisions.route[0], precisions.route[-1]
-    high, low = success[dearest], success[cheapest]
-    smallest, largest = precisions.gate_gap
-    gap = round(high - low, 6)
-    passed = high >= precisions.gate_high and smallest <= gap <= largest
-    verdict = (
-        f"{dearest} wins {high:.1%} of the validation games (asked: at least {precisions.gate_high:.0%}), "
-        f"{cheapest} {100 * gap:.1f} points fewer (asked: {100 * smallest:.0f} to {100 * largest:.0f})"
-    )
-    return Gate(high=high, low=low, gap=gap, passed=passed, verdict=verdict)
-
-
-def read_ladder(checkpoints: Path) -> LadderFacts:
-    """What `quantized_checkpoints` measured.
-
-    Raises:
-        UserError: another version of the stage has written it.
+    Args:
+        facts: of each rung, in the ladder's order.
+        played: rows of `PLAYED`; every rung on the same games.
     """
-    path = checkpoints / LADDER_FILE
-    try:
-        return LadderFacts.model_validate_json(path.read_text(encoding="utf-8"))
-    except ValidationError as error:
-        raise UserError(f"{path} is of another version of this stage: make quantized_checkpoints again") from error
+    games = {rung.name: played.filter(rung=rung.name).sort("task_id") for rung in facts}
+    won = {name: rows["success"].to_numpy() for name, rows in games.items()}
+    means = {name: (rows["cost_weights"].mean(), rows["cost_cache"].mean()) for name, rows in games.items()}
+    points = {name: (float(sum(means[name])), float(won[name].mean())) for name in games}  # type: ignore[arg-type]
+    level, dearest = precisions.confidence, facts[0].name
+    rungs = [
+        RungPlayed(
+            **rung.model_dump(),
+            validation_success=_rounded(points[rung.name][1]),
+            success_interval=_wilson(won[rung.name], level),
+            validation_steps=_rounded(games[rung.name]["steps"].mean()),
+            cost_weights=_rounded(means[rung.name][0]),
+            cost_cache=_rounded(means[rung.name][1]),
+            lost=_rounded(points[dearest][1] - points[rung.name][1]),
+            lost_interval=paired_interval(won[dearest], won[rung.name], level),
+            dominated_by=dominator(rung.name, points),
+        )
+        for rung in facts
+    ]
+    verdict = judge(rungs, won, precisions)
+    found = verdict.route if verdict.pays else precisions.fallback
+    return LadderFacts(
+        rungs=rungs,
+        verdict=verdict,
+        route=found if precisions.route == "auto" else precisions.route,
+        unit_bytes=unit_bytes,
+        games=len(won[dearest]),
+        confidence=level,
+    )
+
+
+def dominator(name: str, points: dict[str, tuple[float, float]]) -> str | None:
+    """The cheapest of those that dominate a rung; None where it is on the front. Of rungs that are equal in both, the later ones
+    are dominated by the first.
+
+    Args:
+        points: rung -> its cost and its success.
+    """
+    cost, success = points[name]
+    order = list(points)
+    better = [
+        other
+        for other, (its_cost, its_success) in points.items()
+        if its_cost <= cost
+        and its_success >= success
+        and ((its_cost, its_success) != (cost, success) or order.index(other) < order.index(name))
+    ]
+    return min(better, key=lambda other: (points[other][0], -points[other][1]), default=None)
+
+
+def judge(rungs: Sequence[RungPlayed], won: dict[str, NDArray[np.bool_]], precisions: Precisions) -> Verdict:
+    """The verdict (see the module).
+
+    Args:
+        rungs: in the ladder's order.
+        won: rung -> whether it won, a validation game each, in the same order.
+    """
+    front = [rung for rung in rungs if rung.dominated_by is None]
+    fit = [rung for rung in front if rung.lost_interval[1] < precisions.margin]
+    best = max(front, key=lambda rung: rung.validation_success)
+    dear = min(fit, key=lambda rung: rung.cost, default=best)
+    route = [dear]
+    for rung in sorted(front, key=lambda rung: -rung.cost):
+        if rung.cost < dear.cost and rung.pass_bytes < route[-1].pass_bytes:
+            route.append(rung)
+    names = tuple(rung.name for rung in route)
+    if len(route) == 1:
+        return Verdict(pays=False, route=names, deploy=dear.name, text=_no_gain(rungs, dear, bool(fit), precisions))
+    cheap = route[-1]
+    low, high = paired_interval(won[dear.name], won[cheap.name], precisions.confidence)
+    saved, gained = 1 - cheap.cost / dear.cost, 100 * (dear.validation_success - cheap.validation_success)
+    text = (
+        f"Routing can pay between {_list([_point(rung) for rung in route])}: at most {saved:.0%} of the cost of {dear.name} at"
+        f" its success, or {gained:.1f} points of success at the cost of {cheap.name} ({precisions.confidence:.0%} interval"
+        f" {100 * low:.1f} to {100 * high:.1f}, {len(won[dear.name])} validation games)."
+    )
+    return Verdict(pays=True, route=names, deploy=dear.name, text=text)
+
+
+def _no_gain(rungs: Sequence[RungPlayed], dear: RungPlayed, fit: bool, precisions: Precisions) -> str:
+    first, margin = rungs[0], f"{100 * precisions.margin:.0f} points"
+    if dear is first:
+        standing = "is on the front"
+    elif fit:
+        standing = f"is not worse than {_point(first)} by {margin}"
+    else:
+        standing = f"wins the most, though it may be worse than {_point(first)} by {margin}"
+    return f"Routing cannot pay: {_point(dear)} {standing}, and no smaller rung is on the front. Deploy {dear.name}."
+
+
+def _point(rung: RungPlayed) -> str:
+    return f"{rung.name} ({rung.validation_success:.1%} at a cost of {rung.cost:.3f})"
+
+
+def _list(parts: Sequence[str]) -> str:
+    return f"{', '.join(parts[:-1])} and {parts[-1]}"
+
+
+def paired_interval(first: NDArray[np.bool_], second: NDArray[np.bool_], confidence: float) -> tuple[float, float]:
+    """Of the difference of two success rates on the same games, first minus second: Wald's with half a game added to each of the
+    four cells (Agresti & Min, 2005). It has a width also where the two never differ.
+
+    Args:
+        first, second: whether each game was won [games].
+    """
+    n = len(first) + 2
+    gains, losses = int((first & ~second).sum()) + 0.5, int((second & ~first).sum()) + 0.5
+    difference = (gains - losses) / n
+    half = NormalDist().inv_cdf(0.5 + confidence / 2) * math.sqrt((gains + losses) / n - difference**2) / math.sqrt(n)
+    return _rounded(max(-1.0, difference - half)), _rounded(min(1.0, difference + half))
+
+
+def _wilson(won: NDArray[np.bool_], confidence: float) -> tuple[float, float]:
+    interval = binomtest(int(won.sum()), len(won)).proportion_ci(confidence, method="wilson")
+    return _rounded(interval.low), _rounded(interval.high)
+
+
+def _rounded(value: object) -> float:
+    return round(float(value), 6)  # type: ignore[arg-type]

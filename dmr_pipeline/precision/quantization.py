@@ -87,7 +87,7 @@ LEAST_SHARE = 0.9
 
 class RungSize(NamedTuple):
     bytes: int
-    """All stored weights: packed integers, scales and shifts, and what is left in float; tied weights count once."""
+    """All stored weights: packed integers, scales and shifts, and what is left in float; 16 bits a float, tied weights once."""
     bits_per_weight: float
     """Of all weights, the float ones among them."""
     quantized_share: float
@@ -248,16 +248,26 @@ def load_rung(folder: Path, device: torch.device) -> PreTrainedModel:
     return model.eval()
 
 
-def rung_size(model: PreTrainedModel) -> RungSize:
-    """Storage of the weights as they are, in memory and in the file."""
+def stored_bytes(model: PreTrainedModel) -> dict[str, int]:
+    """Bytes of each stored tensor by its name in the state dict; tied ones count once, under their first name. Floats count 16
+    bits each, whatever they are computed in: that a CPU computes in float32 makes no weight larger."""
     unused = {
         f"{name}.{scale}"
         for name, module in model.named_modules()
         if isinstance(module, QModuleMixin) and module.activation_qtype is None
         for scale in ("input_scale", "output_scale")
     }
-    stored = {tensor.data_ptr(): tensor.nbytes for name, tensor in model.state_dict().items() if name not in unused}
-    total, weights = sum(stored.values()), sum(parameter.numel() for parameter in model.parameters())
+    sizes: dict[int, tuple[str, int]] = {}
+    for name, tensor in model.state_dict().items():
+        if name not in unused:
+            size = 2 * tensor.numel() if tensor.is_floating_point() else tensor.nbytes
+            sizes.setdefault(tensor.data_ptr(), (name, size))
+    return dict(sizes.values())
+
+
+def rung_size(model: PreTrainedModel) -> RungSize:
+    """Storage of the weights, in the file and, where floats have 16 bits, in memory."""
+    total, weights = sum(stored_bytes(model).values()), sum(parameter.numel() for parameter in model.parameters())
     quantized = sum(module.weight.numel() for module in model.modules() if isinstance(module, QLinear))
     return RungSize(total, 8 * total / weights, quantized / weights)
 

@@ -1,34 +1,64 @@
-"""What an episode costs: bytes of weights read; and what an outcome is worth at that cost.
+"""What an episode costs: bytes read; and what an outcome is worth at that cost.
 
-Our definition, since the paper gives none: the sum, over an episode's forward passes at batch 1, of the weight bytes that the
-pass reads. Generating an action of n tokens takes n passes of the acting precision: one reads the new segment, together with
-whatever this precision has not seen yet (catch-up after a switch), and n - 1 read one token each; the router's decision takes
-one pass of the router, unless the step is forced. A policy that lets a precision draft, or read, before it decides pays for
-the passes that are thrown away where another one then acts. Reports divide by the mean cost of an always-high episode on
-validation games.
+Our definition, since the paper gives none: the sum, over an episode's forward passes at batch 1, of the bytes that the pass
+reads, weights and keys and values (precision/pass_bytes.py). Generating an action of n tokens takes n passes of the acting
+precision: one reads the new segment, together with whatever this precision has not seen yet (catch-up after a switch), and n - 1
+read one token each. Choosing among commands takes one pass for the segment and one a command. The router's decision takes one
+pass of the router, unless the step is forced. A policy that lets a precision draft, or read, before it decides pays for what is
+thrown away where another one then acts. Catch-up makes a pass read more tokens, not more weights: what a switch costs is compute,
+which reports show beside the bytes as the tokens that were read.
+
+The unit is the mean episode of the ladder's dearest rung on validation games, with 16-bit weights.
 """
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
+from dmr_pipeline.precision.pass_bytes import PassBytes
 from dmr_pipeline.recipe import GrpoRouter
 from dmr_pipeline.rollout.engine import Trajectory
+from dmr_pipeline.rollout.reading import Reading
 
 
-def episode_cost(trajectory: Trajectory, weight_bytes: Mapping[str, int], router_bytes: int = 0) -> float:
+class Cost(NamedTuple):
+    """In bytes, or in units of cost."""
+
+    weights: float
+    cache: float
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.cache
+
+
+def bytes_read(reading: Reading, model: PassBytes, cache_bits: int) -> Cost:
+    """Of one model's forward passes.
+
+    Args:
+        cache_bits: of a number in the KV cache.
+    """
+    weights = reading.passes * model.weights + reading.tokens * model.embedding_row
+    return Cost(float(weights), reading.cached * model.cached_numbers * cache_bits / 8)
+
+
+def episode_cost(
+    trajectory: Trajectory, rungs: Mapping[str, PassBytes], cache_bits: int, router: PassBytes | None = None
+) -> Cost:
     """Bytes read.
 
     Args:
-        weight_bytes: rung -> bytes that one pass of the agent reads.
-        router_bytes: bytes that one decision of the router reads; 0 for policies that need none.
+        rungs: what a pass of each reads.
+        cache_bits: of a number in the KV cache.
+        router: what a pass of the router reads; None for policies that have none.
     """
-    return float(
-        sum(
-            weight_bytes[step.precision] * len(step.action)
-            + sum(weight_bytes[rung] * passes for rung, passes in step.wasted.items())
-            + router_bytes * (not step.forced)
-            for step in trajectory.steps
-        )
-    )
+    read = [
+        bytes_read(reading, rungs[rung], cache_bits)
+        for step in trajectory.steps
+        for rung, reading in ((step.precision, step.reading), *step.wasted.items())
+    ]
+    if router is not None:
+        read += [bytes_read(step.router, router, cache_bits) for step in trajectory.steps]
+    return Cost(sum(cost.weights for cost in read), sum(cost.cache for cost in read))
 
 
 def reward(success: bool, cost: float, section: GrpoRouter) -> float:
@@ -36,7 +66,7 @@ def reward(success: bool, cost: float, section: GrpoRouter) -> float:
     or success * (1 - lambda * cost) (`gated`, ours).
 
     Args:
-        cost: in mean always-high episodes.
+        cost: in units of cost.
     """
     if section.reward == "gated":
         return success * (1 - section.cost_weight * cost)

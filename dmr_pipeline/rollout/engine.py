@@ -29,6 +29,7 @@ from dmr_pipeline.rollout.kv_cache.catching_up import catch_up
 from dmr_pipeline.rollout.kv_cache.choice import token_streams, transcript_capacity
 from dmr_pipeline.rollout.kv_cache.padded import TokenStreams
 from dmr_pipeline.rollout.prompts import Moment, Prompter
+from dmr_pipeline.rollout.reading import NOTHING, Reading, each_in_full, one_by_one
 from dmr_pipeline.rollout.writing import NgramGuesses, write
 
 log = logging.getLogger(__name__)
@@ -40,8 +41,8 @@ class Draft:
 
     action: list[int]
     """Tokens, the end included."""
-    tokens_read: int
-    """Tokens that its forward passes read."""
+    reading: Reading
+    """What its forward passes read."""
     margin: float
     """How far the likeliest token led the next, in probability: the least lead of the action (where commands are scored,
     the likeliest command's)."""
@@ -88,8 +89,10 @@ class Decision:
     exceedance: tuple[float, ...]
     """For every routed rung but the cheapest, dearest first: how likely it, or a dearer one, is to act, in [0, 1]. It is what
     thresholds are compared with; of two rungs, the probability of the dearer one."""
-    wasted: Mapping[str, int] = field(default_factory=dict)
-    """Rung -> its forward passes that the decision needed and that are thrown away."""
+    router: Reading = NOTHING
+    """What the router's own forward pass read."""
+    charged: bool = True
+    """Whether what it asked of the precisions, and that did not act, is paid for; an oracle knows for nothing."""
     features: NDArray[np.float32] | None = None
     """What the router decided on, where it is to learn from it."""
     forced: bool = False
@@ -180,10 +183,12 @@ class Step:
     """Name of the rung that acted."""
     exceedance: tuple[float, ...]
     """As `Decision.exceedance`."""
-    tokens_read: int
-    """Tokens that the acting precision's forward passes read: catch-up, segment, and all but the last generated one."""
-    wasted: Mapping[str, int] = field(default_factory=dict)
-    """Rung -> its forward passes that were thrown away."""
+    reading: Reading = NOTHING
+    """What the acting precision's forward passes read: catch-up, segment, and all but the last generated token."""
+    wasted: Mapping[str, Reading] = field(default_factory=dict)
+    """Rung -> what its forward passes read that the decision needed and that were thrown away."""
+    router: Reading = NOTHING
+    """As `Decision.router`."""
     features: NDArray[np.float32] | None = field(default=None, compare=False)
     """What the router decided on, where it is to learn from it."""
     forced: bool = False
@@ -403,9 +408,13 @@ class _Batch:
             chosen |= {slot: drafted[slot] for slot in mine if slot in drafted}
             if rest := [slot for slot in mine if slot not in drafted]:
                 chosen |= dict(zip(rest, self.act(precision, rest), strict=True))
-        for precision, drafted in peek.drafted.items():
-            for slot in drafted:
-                self.slots[slot].read[precision] = len(self.slots[slot].transcript.tokens)
+        wasted = {
+            slot: self._wasted(slot, decision.precision, peek) for slot, decision in zip(slots, decisions, strict=True)
+        }
+        for slot, decision in zip(slots, decisions, strict=True):
+            for precision, drafted in peek.drafted.items():
+                if slot in drafted and precision != decision.precision:
+                    self.slots[slot].read[precision] = len(self.slots[slot].transcript.tokens)
         for slot in peek.asked_for_states:
             state = self.slots[slot]
             state.read[self._cheapest] = max(state.read[self._cheapest], len(state.transcript.tokens))
@@ -424,8 +433,9 @@ class _Batch:
                     observation,
                     decision.precision,
                     decision.exceedance,
-                    taken.tokens_read,
-                    decision.wasted,
+                    taken.reading,
+                    wasted[slot] if decision.charged else {},
+                    decision.router,
                     decision.features,
                     decision.forced,
                 )
@@ -449,6 +459,19 @@ class _Batch:
         self.clock.steps += len(slots)
         return ended
 
+    def _wasted(self, slot: int, acting: str, peek: "_BatchPeek") -> dict[str, Reading]:
+        """`Step.wasted`: drafts that were not taken, and a reading of the transcript that no action went on from."""
+        thrown = {
+            precision: drafted[slot].reading
+            for precision, drafted in peek.drafted.items()
+            if precision != acting and slot in drafted
+        }
+        if slot in peek.asked_for_states and self._cheapest != acting and self._cheapest not in thrown:
+            state = self.slots[slot]
+            held = len(state.transcript.tokens)
+            thrown[self._cheapest] = Reading(1, held - state.read[self._cheapest], held)
+        return thrown
+
     def read_states(self, slots: Sequence[int], layers: Sequence[int]) -> Tensor:
         """`DecisionContext.states`; what is read here is not read again by an action of this step."""
 
@@ -469,7 +492,8 @@ class _Batch:
         for slot, taken in zip(slots, self._actions(precision, slots), strict=True):
             state = self.slots[slot]
             held = len(state.transcript.tokens)
-            drafts.append(Draft(taken.tokens, held - state.read[precision] + taken.read, taken.margin))
+            grown = Reading(tokens=held - state.read[precision])
+            drafts.append(Draft(taken.tokens, grown + taken.reading, taken.margin))
             state.read[precision] = held + taken.kept
         return drafts
 
@@ -516,8 +540,9 @@ class _Batch:
         actions = []
         for transcript, action in zip(transcripts, written, strict=True):
             self._guesses.learn(transcript, action.tokens)
-            fed = len(action.tokens) - 1
-            actions.append(KnownAction(action.tokens, min(action.facts), read=fed, kept=fed))
+            count = len(action.tokens)
+            reading = one_by_one(len(transcript), count)
+            actions.append(KnownAction(action.tokens, min(action.facts), reading, kept=count - 1))
         return actions
 
     def _score(self, precision: str, slots: list[int]) -> list[KnownAction]:
@@ -546,8 +571,8 @@ class _Batch:
         for slot, commands, of_commands in zip(slots, candidates, scores, strict=True):
             values = torch.tensor([of_commands])
             chosen = self._choose(values, [(slot, 0)])[0]
-            read = sum(len(command) - 1 for command in commands)
-            actions.append(KnownAction(commands[chosen], _leads(values)[0], read, kept=0))
+            reading = each_in_full(len(self.slots[slot].transcript.tokens), [len(command) for command in commands])
+            actions.append(KnownAction(commands[chosen], _leads(values)[0], reading, kept=0))
         return actions
 
     def _choose(self, logits: Tensor, positions: list[tuple[int, int]]) -> list[int]:

@@ -12,6 +12,8 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from dmr_pipeline.rollout.reading import Reading
+
 K = TypeVar("K")
 V = TypeVar("V")
 
@@ -31,10 +33,10 @@ class KnownAction:
     tokens: list[int]
     margin: float
     """As `engine.Draft.margin`."""
-    read: int
-    """Tokens that its forward passes read after the transcript."""
+    reading: Reading
+    """What its forward passes read, but for the tokens that the transcript has grown by."""
     kept: int
-    """How many of these the stream then holds."""
+    """Tokens after the transcript that the stream then holds."""
 
 
 class Transcript:

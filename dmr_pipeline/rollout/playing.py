@@ -12,9 +12,10 @@ import torch
 from dmr_pipeline.agent.checkpoint import load_tokenizer, resolve_device
 from dmr_pipeline.agent.memory import halving
 from dmr_pipeline.precision.acting import ActingModels
-from dmr_pipeline.precision.frontier import read_ladder
+from dmr_pipeline.precision.ladder import read_ladder
+from dmr_pipeline.precision.pass_bytes import PassBytes
 from dmr_pipeline.recipe import Recipe
-from dmr_pipeline.rollout.cost import episode_cost
+from dmr_pipeline.rollout.cost import Cost, episode_cost
 from dmr_pipeline.rollout.engine import RolloutRequest, RoutingPolicy, Timings, Trajectory, play, warn_of_outgrown
 from dmr_pipeline.rollout.known import Known
 from dmr_pipeline.rollout.kv_cache.choice import rows_that_fit, token_streams, transcript_capacity
@@ -58,8 +59,10 @@ class Rollouts:
 
     acting: ActingModels
     prompter: Prompter
-    unit_cost: float
-    """Bytes read in a mean episode of the dearest routed rung on validation games: what costs are divided by."""
+    unit_bytes: float
+    """What costs are divided by: see `LadderFacts.unit_bytes`."""
+    cache_bits: int
+    """Of a number in the KV cache, as its reading is charged for."""
     step_limit: int
     action: Literal["generate", "score"]
     temperature: float
@@ -75,14 +78,16 @@ class Rollouts:
         """From the folder of the stage `quantized_checkpoints`.
 
         Args:
-            rungs: names, dearest first; by default those that the recipe routes over.
+            rungs: names, dearest first; by default those that are routed.
         """
-        acting = ActingModels.load(checkpoints, rungs or recipe.precisions.route, resolve_device(recipe.runtime.device))
+        ladder, device = read_ladder(checkpoints), resolve_device(recipe.runtime.device)
+        acting = ActingModels.load(checkpoints, rungs or ladder.route, device)
         model = acting.models[acting.dearest]
         return cls(
             acting,
             Prompter.of(load_tokenizer(checkpoints / "tokenizer"), recipe.agent.prompt, model.generation_config),
-            read_ladder(checkpoints).always_high_cost,
+            ladder.unit_bytes,
+            recipe.precisions.cache_bits,
             recipe.benchmark.step_limit,
             recipe.agent.action,
             recipe.agent.temperature,
@@ -101,9 +106,10 @@ class Rollouts:
     def device(self) -> torch.device:
         return self.acting.device
 
-    def cost(self, trajectory: Trajectory, router_bytes: int = 0) -> float:
-        """Of an episode, in mean episodes of the dearest rung; `router_bytes` as in `episode_cost`."""
-        return episode_cost(trajectory, self.acting.weight_bytes, router_bytes) / self.unit_cost
+    def cost(self, trajectory: Trajectory, router: PassBytes | None = None) -> Cost:
+        """Of an episode, in units of cost; `router` as in `episode_cost`."""
+        read = episode_cost(trajectory, self.acting.pass_bytes, self.cache_bits, router)
+        return Cost(read.weights / self.unit_bytes, read.cache / self.unit_bytes)
 
     @cached_property
     def rows(self) -> int:

@@ -64,7 +64,17 @@ def to_frames(played: Sequence[Trajectory], policy: str) -> tuple[pl.DataFrame, 
             )
         )
         steps += [
-            (episode_id, turn, s.command, s.observation, s.precision, s.exceedance, s.segment, s.action, s.tokens_read)
+            (
+                episode_id,
+                turn,
+                s.command,
+                s.observation,
+                s.precision,
+                s.exceedance,
+                s.segment,
+                s.action,
+                s.reading.tokens,
+            )
             for turn, s in enumerate(trajectory.steps)
         ]
     return pl.DataFrame(episodes, schema=EPISODES, orient="row"), pl.DataFrame(steps, schema=STEPS, orient="row")

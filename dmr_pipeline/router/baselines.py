@@ -59,19 +59,14 @@ class Confidence:
     def decide(self, slots: Sequence[int], segments: Sequence[list[int]], peek: DecisionContext) -> list[Decision]:
         doubts: dict[int, list[float]] = {slot: [] for slot in slots}
         """1 - margin of each draft, the cheapest precision's first."""
-        wasted: dict[int, dict[str, int]] = {slot: {} for slot in slots}
         taken: dict[int, str] = {}
         for rung in self.route[:0:-1]:
             unsure = [slot for slot in slots if slot not in taken]
             for slot, draft in zip(unsure, peek.drafts(rung, unsure), strict=True):
                 doubts[slot].append(1 - draft.margin)
-                if doubts[slot][-1] >= self.threshold:
-                    wasted[slot][rung] = len(draft.action)
-                else:
+                if doubts[slot][-1] < self.threshold:
                     taken[slot] = rung
-        return [
-            Decision(taken.get(slot, self.route[0]), self._exceedance(doubts[slot]), wasted[slot]) for slot in slots
-        ]
+        return [Decision(taken.get(slot, self.route[0]), self._exceedance(doubts[slot])) for slot in slots]
 
     def acted(self, slot: int, segment: list[int], precision: str, action: list[int]) -> None:
         pass
@@ -100,7 +95,7 @@ class Disagreement:
             chosen |= dict.fromkeys(agreed, rung)
             left = [slot for slot in left if slot not in chosen]
         decided = [chosen.get(slot, self.route[0]) for slot in slots]
-        return [Decision(rung, certain(rung, self.route)) for rung in decided]
+        return [Decision(rung, certain(rung, self.route), charged=False) for rung in decided]
 
     def begin(self, slot: int, run: RolloutRequest) -> None:
         pass

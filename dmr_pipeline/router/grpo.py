@@ -30,6 +30,7 @@ from dmr_pipeline.artifacts.manifest import hash_files
 from dmr_pipeline.artifacts.resume import discard, load_state, save_state
 from dmr_pipeline.environments.base import Task
 from dmr_pipeline.errors import UserError
+from dmr_pipeline.precision.pass_bytes import PassBytes
 from dmr_pipeline.progress import training_progress
 from dmr_pipeline.recipe import GrpoRouter
 from dmr_pipeline.rollout.cost import reward
@@ -82,11 +83,11 @@ class Scorer:
     """Scores episodes of a router of a given size."""
 
     rollouts: Rollouts
-    router_bytes: int
+    router: PassBytes
     section: GrpoRouter
 
     def cost(self, trajectory: Trajectory) -> float:
-        return self.rollouts.cost(trajectory, self.router_bytes)
+        return self.rollouts.cost(trajectory, self.router).total
 
     def reward(self, trajectory: Trajectory) -> float:
         return reward(trajectory.success, self.cost(trajectory), self.section)

@@ -36,6 +36,8 @@ from dmr_pipeline.agent.logits import decoder_of, logits_of
 from dmr_pipeline.agent.memory import in_pieces
 from dmr_pipeline.errors import UserError, problems_of
 from dmr_pipeline.frozen_model import FrozenModel
+from dmr_pipeline.precision.pass_bytes import PassBytes, pass_bytes
+from dmr_pipeline.precision.quantization import stored_bytes
 from dmr_pipeline.recipe import RouterModel
 from dmr_pipeline.rollout.engine import Trajectory
 from dmr_pipeline.rollout.kv_cache.choice import positions_of
@@ -129,9 +131,11 @@ class Router:
         return int(self.model.num_parameters())
 
     @property
-    def weight_bytes(self) -> int:
-        """Bytes of weights that the forward pass of one decision reads; tied weights count once, the agent's not at all."""
-        return sum(parameter.nbytes for parameter in self.model.parameters())
+    def pass_bytes(self) -> PassBytes:
+        """What the forward pass of one decision reads; nothing of the agent."""
+        if isinstance(self.model, ProbeHead):
+            return PassBytes(weights=sum(stored_bytes(self.model).values()))
+        return pass_bytes(self.model)
 
 
 def new_router(

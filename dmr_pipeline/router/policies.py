@@ -8,6 +8,7 @@ from torch import Tensor
 from dmr_pipeline.recipe import DEFAULT_TRANSCRIPT_TOKENS
 from dmr_pipeline.rollout.engine import Decision, DecisionContext, RolloutRequest, RoutingPolicy, seeded_generator
 from dmr_pipeline.rollout.kv_cache.choice import positions_of, token_streams
+from dmr_pipeline.rollout.reading import Reading
 from dmr_pipeline.router.model import Router
 from dmr_pipeline.router.probe import probe_features
 from dmr_pipeline.router.search_steps import with_searches_forced
@@ -83,7 +84,11 @@ class LmRouter:
         logits = self._streams.extend(slots, new)
         self._pending |= {slot: [] for slot in slots}
         self._read.update(slots)
-        return [Decision(*choice) for choice in self._chooser.choose(slots, logits[:, self.router.settings.columns])]
+        choices = self._chooser.choose(slots, logits[:, self.router.settings.columns])
+        return [
+            Decision(*choice, Reading(1, len(tokens), len(self._streams.texts[slot])))
+            for choice, slot, tokens in zip(choices, slots, new, strict=True)
+        ]
 
     def acted(self, slot: int, segment: list[int], precision: str, action: list[int]) -> None:
         unread = [] if slot in self._read else segment
@@ -104,13 +109,13 @@ class ProbeRouter:
 
     @torch.no_grad()
     def decide(self, slots: Sequence[int], segments: Sequence[list[int]], peek: DecisionContext) -> list[Decision]:
-        model, cheapest = self.router.model, self.router.settings.route[-1]
+        model = self.router.model
         turns = torch.tensor([self._chooser.turns[slot] for slot in slots])
         features = probe_features(peek.states(slots, model.config.layers), turns)
         choices = self._chooser.choose(slots, model(features.to(model.device)))
         return [
-            Decision(precision, levels, {} if precision == cheapest else {cheapest: 1}, features=row)
-            for (precision, levels), row in zip(choices, features.cpu().numpy(), strict=True)
+            Decision(*choice, Reading(1), features=row)
+            for choice, row in zip(choices, features.cpu().numpy(), strict=True)
         ]
 
     def acted(self, slot: int, segment: list[int], precision: str, action: list[int]) -> None:

@@ -28,7 +28,7 @@ from dmr_pipeline.evaluation.policies import (
     seconds_per_step,
 )
 from dmr_pipeline.evaluation.report import headline, markdown_table
-from dmr_pipeline.precision.frontier import read_ladder
+from dmr_pipeline.precision.ladder import read_ladder
 from dmr_pipeline.rollout.engine import RoutingPolicy, SinglePrecision
 from dmr_pipeline.rollout.known import Known
 from dmr_pipeline.rollout.prompts import truncation_policy
@@ -42,7 +42,8 @@ def evaluation_report(context: StageContext) -> StageResult:
     recipe = context.recipe
     test = benchmark_of(recipe.benchmark).read_tasks(context.inputs["benchmark_tasks"], "test")
     validation = benchmark_of(recipe.benchmark).read_tasks(context.inputs["benchmark_tasks"], "validation")
-    checkpoints, route = context.inputs["quantized_checkpoints"], recipe.precisions.route
+    checkpoints = context.inputs["quantized_checkpoints"]
+    route = read_ladder(checkpoints).route
     tables = KeptTables(context.kept or context.scratch, {"games": content(context.inputs["benchmark_tasks"])})
     on_validation, on_test = (tables.under(split=split) for split in ("validation", "test"))
     # The other rungs first, one after another: as long as they act, the routed ones are not in memory.
@@ -125,7 +126,7 @@ def report_context(
     recipe = context.recipe
     facts = read_ladder(context.inputs["quantized_checkpoints"])
     table = read_sensitivity(context.inputs["sensitivity_dataset"])
-    route, bits = recipe.precisions.route, {rung.name: rung.bits_per_weight for rung in facts.rungs}
+    route, bits = facts.route, {rung.name: rung.bits_per_weight for rung in facts.rungs}
     trained = recipe.agent.training is not None
     return {
         "recipe": recipe.model_dump(mode="json", exclude={"name", "runtime"}, exclude_none=True),
@@ -136,15 +137,12 @@ def report_context(
                 "bytes": rung.bytes,
                 "kl_to_float": rung.kl_to_float,
                 "success_validation": rung.validation_success,
+                "cost_validation": rung.cost,
+                "dominated_by": rung.dominated_by,
             }
             for rung in facts.rungs
         ],
-        "verdict": {
-            "pays": facts.gate.passed,
-            "text": f"{facts.gate.verdict}.",
-            "deploy": route[0],
-            "route": list(route),
-        },
+        "verdict": facts.verdict.model_dump(mode="json"),
         "sensitivity": {
             "steps": table.select("episode_id", "turn").n_unique(),
             **_label_facts(table, route),

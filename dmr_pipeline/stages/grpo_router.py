@@ -40,7 +40,7 @@ def grpo_router(context: StageContext) -> StageResult:
         return load_router(stage_1, rollouts.device, acting.models[acting.cheapest])
 
     start = load()
-    scorer = Scorer(rollouts, start.weight_bytes, section)
+    scorer = Scorer(rollouts, start.pass_bytes, section)
     settings = settings_at_ratio(start, scorer, validation, context.scratch)
     start = replace(start, settings=settings)
     session = Session(replace(load(), settings=settings), start, scorer, games, validation)

@@ -44,7 +44,9 @@ def kl_router(context: StageContext) -> StageResult:
     recipe, section = context.recipe, context.recipe.kl_router
     rollouts = Rollouts.load(context.inputs["quantized_checkpoints"], recipe)
     route, acting = rollouts.route, rollouts.acting
-    steps = read_all_trajectories(context.inputs, recipe.precisions, rollouts.prompter, rollouts.capacity).steps
+    steps = read_all_trajectories(
+        context.inputs, recipe.precisions.names, rollouts.route, rollouts.prompter, rollouts.capacity
+    ).steps
     sensitivity = read_sensitivity(context.inputs["sensitivity_dataset"])
     tau = threshold(sensitivity, recipe.sensitivity)
     searches = search_summary(steps, sensitivity, recipe, tau)

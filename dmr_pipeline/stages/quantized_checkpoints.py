@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
+import polars as pl
 import torch
 from rich.progress import Progress, TaskID
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -18,9 +19,11 @@ from dmr_pipeline.environments.base import Task
 from dmr_pipeline.environments.benchmark import benchmark_of
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.precision.acting import acting_model
-from dmr_pipeline.precision.frontier import LADDER_FILE, LadderFacts, RungFacts, gate
+from dmr_pipeline.precision.frontier import PLAYED, PLAYED_FILE, played_facts
 from dmr_pipeline.precision.gptq import GptqRun
 from dmr_pipeline.precision.imported import import_rung, inspect
+from dmr_pipeline.precision.ladder import LADDER_FILE, RungFacts
+from dmr_pipeline.precision.pass_bytes import PassBytes, pass_bytes, stored_pass_bytes
 from dmr_pipeline.precision.quantization import RungSize, load_rung, quantize_rung, save_rung, stored_size
 from dmr_pipeline.recipe import Gptq, Recipe, Rung
 from dmr_pipeline.rollout.cost import episode_cost
@@ -42,11 +45,13 @@ def quantized_checkpoints(context: StageContext) -> StageResult:
     prompter = Prompter.of(tokenizer, recipe.agent.prompt, float_model.generation_config)
     games = benchmark_of(recipe.benchmark).read_tasks(context.inputs["benchmark_tasks"], "validation")
     capacity = transcript_capacity(float_model.config, recipe.agent.max_transcript_tokens)
+    bits = recipe.precisions.cache_bits
     examples = expert_steps(games[: recipe.precisions.kl_episodes], prompter, recipe.benchmark.step_limit, capacity)
     for rung in recipe.precisions.ladder:
         if rung.checkpoint is not None:
             inspect(float_model, tokenizer, rung)
-    facts, cost = [], 0.0
+    facts, frames = [], []
+    unit: float | None = None
     with Progress() as progress:
         bar = progress.add_task("precision ladder", total=len(recipe.precisions.ladder) * len(games))
         for rung in recipe.precisions.ladder:
@@ -55,31 +60,50 @@ def quantized_checkpoints(context: StageContext) -> StageResult:
             if rung.rounding is not None:
                 layers = progress.add_task(f"{rung.name}: GPTQ, layer by layer", total=None)
                 gptq = _gptq_run(context, rung, prompter, capacity, partial(_show_layers, progress, layers))
-            acting, size, equal = _make_rung(
+            acting, size, read, equal = _make_rung(
                 float_model, tokenizer, rung, context.output / rung.name, examples, device, gptq
             )
             divergence, disagreement = divergence_to_float(float_model, acting, examples, device)
             played = _play_validation(acting, games, prompter, recipe, device, lambda n: progress.advance(bar, n))
             del acting  # before the next one is made
+            if unit is None:  # the first rung is the dearest
+                unit = _mean_bytes(played, pass_bytes(float_model), bits)
             facts.append(
                 RungFacts(
                     name=rung.name,
                     bytes=size.bytes,
+                    pass_bytes=read.weights,
                     bits_per_weight=round(size.bits_per_weight, 4),
                     quantized_share=round(size.quantized_share, 4),
                     kl_to_float=round(divergence, 6),
                     greedy_disagreement=round(disagreement, 6),
-                    validation_success=_mean([t.success for t in played]),
-                    validation_steps=_mean([len(t.steps) for t in played]),
                     reloads_equal=equal,
                 )
             )
-            if rung.name == recipe.precisions.route[0]:
-                cost = mean_cost(played, size.bytes)
-    ladder = LadderFacts(rungs=facts, gate=gate(facts, recipe.precisions), always_high_cost=cost)
-    text = json.dumps(ladder.model_dump(), indent=2) + "\n"
-    (context.output / LADDER_FILE).write_text(text, encoding="utf-8")
-    return StageResult(summary=ladder.model_dump())
+            frames.append(played_rows(rung.name, played, read, bits, unit))
+    assert unit is not None
+    table = pl.concat(frames)
+    table.write_parquet(context.output / PLAYED_FILE)
+    ladder = played_facts(facts, table, unit, recipe.precisions)
+    summary = ladder.model_dump(mode="json")
+    (context.output / LADDER_FILE).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    return StageResult(summary=summary)
+
+
+def played_rows(
+    rung: str, played: Sequence[Trajectory], read: PassBytes, cache_bits: int, unit_bytes: float
+) -> pl.DataFrame:
+    """Rows of `frontier.PLAYED` of a rung that played alone."""
+    costs = [episode_cost(trajectory, {ALONE: read}, cache_bits) for trajectory in played]
+    rows = [
+        (rung, t.run.task.task_id, t.success, len(t.steps), cost.weights / unit_bytes, cost.cache / unit_bytes)
+        for t, cost in zip(played, costs, strict=True)
+    ]
+    return pl.DataFrame(rows, schema=PLAYED, orient="row")
+
+
+def _mean_bytes(played: Sequence[Trajectory], read: PassBytes, cache_bits: int) -> float:
+    return sum(episode_cost(trajectory, {ALONE: read}, cache_bits).total for trajectory in played) / len(played)
 
 
 def _gptq_run(
@@ -121,11 +145,12 @@ def _make_rung(
     examples: Sequence[Example],
     device: torch.device,
     gptq: GptqRun | None,
-) -> tuple[PreTrainedModel, RungSize, bool]:
+) -> tuple[PreTrainedModel, RungSize, PassBytes, bool]:
     """Save a rung and load it again. Beside the float model there is never more than one other as large.
 
     Returns:
-        What acts, the size of the weights, and whether the loaded ones give the saved ones' logits, bit by bit.
+        What acts, the size of the weights, what a pass reads, and whether the loaded weights give the saved ones' logits, bit by
+        bit.
     """
     if rung.checkpoint is not None:
         quantized = import_rung(float_model, tokenizer, rung, folder)
@@ -136,8 +161,8 @@ def _make_rung(
     del quantized
     model = load_rung(folder, device)
     equal = torch.equal(saved_logits, trained_logits(model, examples[:1], device)[0])
-    size = stored_size(model, folder)
-    return float_model if rung.weights == "float" else acting_model(model, device), size, equal
+    size, read = stored_size(model, folder), stored_pass_bytes(model, folder)
+    return float_model if rung.weights == "float" else acting_model(model, device), size, read, equal
 
 
 def _play_validation(
@@ -209,11 +234,3 @@ def divergence_to_float(
     compared = in_pieces(examples, 8, "expert episodes", compare)
     total, different, tokens, steps = (sum(column) for column in zip(*compared, strict=True))
     return total / steps, different / tokens
-
-
-def mean_cost(played: Sequence[Trajectory], weight_bytes: int) -> float:
-    return _mean([episode_cost(trajectory, {ALONE: weight_bytes}) for trajectory in played])
-
-
-def _mean(values: Sequence[float]) -> float:
-    return round(sum(values) / len(values), 6)

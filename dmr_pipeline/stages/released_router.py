@@ -107,7 +107,7 @@ def play_both(context: StageContext, released: Path, candidate: Candidate) -> pl
     for name, artifact in ((RELEASED, released), (CANDIDATE, context.inputs["grpo_router"])):
         router = load_router(artifact / ROUTER_FOLDER, acting.device, acting.models[acting.cheapest])
         policy = routing_policy(router, arena.rollouts.slots(len(games)))
-        entries.append(Entry(name, "router", policy, router_bytes=router.weight_bytes))
+        entries.append(Entry(name, "router", policy, router=router.pass_bytes))
     with Progress() as progress:
         return pl.concat(evaluate(entries, arena, games, progress, " router on validation").values())
 

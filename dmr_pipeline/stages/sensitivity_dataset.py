@@ -13,7 +13,9 @@ from dmr_pipeline.summaries import SensitivitySummary
 def sensitivity_dataset(context: StageContext) -> StageResult:
     recipe = context.recipe
     rollouts = Rollouts.load(context.inputs["quantized_checkpoints"], recipe)
-    given = read_all_trajectories(context.inputs, recipe.precisions, rollouts.prompter, rollouts.capacity)
+    given = read_all_trajectories(
+        context.inputs, recipe.precisions.names, rollouts.route, rollouts.prompter, rollouts.capacity
+    )
     with Progress() as progress:
         bar = progress.add_task("divergence of the precisions", total=len(given.episodes))
         counted = recipe.sensitivity.tokens

@@ -8,7 +8,7 @@ from rich.progress import Progress
 
 from dmr_pipeline.artifacts.stage import StageContext, StageResult
 from dmr_pipeline.environments.benchmark import benchmark_of
-from dmr_pipeline.recipe import BehaviourPolicy
+from dmr_pipeline.recipe import BehaviourPolicy, Trajectories
 from dmr_pipeline.rollout.engine import RolloutRequest, RoutingPolicy, SinglePrecision, Timings, Trajectory
 from dmr_pipeline.rollout.known import Known
 from dmr_pipeline.rollout.playing import PolicyRuns, Rollouts
@@ -23,10 +23,11 @@ def trajectories(context: StageContext) -> StageResult:
         RolloutRequest(game)
         for game in benchmark_of(recipe.benchmark).read_tasks(context.inputs["benchmark_tasks"], "router_train")
     ]
+    acting = behaviours(recipe.trajectories, rollouts.route)
     clock, frames, summary = Timings(), [], {}
 
     def on_played(index: int, played: list[Trajectory], spent: Timings) -> None:
-        name = recipe.trajectories.behaviour[index].name
+        name = acting[index].name
         clock.add(spent)
         frames.append(to_frames(played, name))
         summary[name] = {
@@ -39,7 +40,7 @@ def trajectories(context: StageContext) -> StageResult:
 
     with Progress() as progress:
         plays = []
-        for behaviour in recipe.trajectories.behaviour:
+        for behaviour in acting:
             bar = progress.add_task(f"episodes by {behaviour.name}", total=len(runs))
             policy = behaviour_policy(behaviour, rollouts.route, recipe.trajectories.seed)
             plays.append(PolicyRuns(policy, runs, partial(progress.advance, bar)))
@@ -51,6 +52,13 @@ def trajectories(context: StageContext) -> StageResult:
     seconds = (clock.agent + clock.environment) / clock.steps
     measured = {"seconds_per_step": seconds, "share_of_actions_looked_up": known.share}
     return StageResult(summary=summary, measured=measured)
+
+
+def behaviours(section: Trajectories, route: Sequence[str]) -> Sequence[BehaviourPolicy]:
+    """As the recipe names them, or each routed rung alone and all of them in equal shares."""
+    alone = [BehaviourPolicy(name=f"all-{rung}", shares={rung: 1.0}) for rung in route]
+    mixed = BehaviourPolicy(name="mixed", shares=dict.fromkeys(route, 1 / len(route)))
+    return section.behaviour or [*alone, mixed]
 
 
 def behaviour_policy(behaviour: BehaviourPolicy, route: Sequence[str], seed: int) -> RoutingPolicy:

@@ -127,23 +127,22 @@ def test_a_bad_table_blocks_what_comes_after(project: Recipe, asset: str, harm: 
     assert not artifact_folder("kl_router", RECIPE).exists()
 
 
-@pytest.mark.parametrize("passed", [True, False])
-def test_the_gate_is_shown_and_does_not_block(project: Recipe, passed: bool):
+@pytest.mark.parametrize("pays", [True, False])
+def test_the_verdict_is_shown_and_does_not_block(project: Recipe, pays: bool):
     def run(context: StageContext) -> StageResult:
         fake_run(context)
         summary = SUMMARIES["quantized_checkpoints"]
-        gate = {"high": 0.9, "low": 0.88, "gap": 0.02, "passed": passed, "verdict": "no gap"}
-        return StageResult(summary={**summary, "gate": gate})
+        return StageResult(summary={**summary, "verdict": {**summary["verdict"], "pays": pays}})
 
     runs.materialize(with_run("quantized_checkpoints", run), RECIPE, NAMES)
     assert latest("evaluation_report") is not None
-    key = dg.AssetCheckKey(dg.AssetKey("quantized_checkpoints"), "precisions_leave_a_gap")
+    key = dg.AssetCheckKey(dg.AssetKey("quantized_checkpoints"), "routing_can_pay")
     with dg.DagsterInstance.get() as instance:
         (check,) = instance.event_log_storage.get_asset_check_execution_history(key, limit=1)
     evaluation = check.event.dagster_event.asset_check_evaluation_data
-    assert evaluation.passed is passed
+    assert evaluation.passed is pays
     assert evaluation.partition == RECIPE
-    assert evaluation.metadata["low"].value == 0.88
+    assert evaluation.metadata["text"].value == "Routing can pay."
 
 
 def test_a_user_error_in_a_stage_comes_out_as_itself(project: Recipe):

@@ -75,9 +75,11 @@ def test_rungs_that_reload_otherwise_or_are_missing_are_found(finished_project: 
 
 def test_a_rung_nearer_to_float_than_the_one_above_is_found(finished_project: Recipe):
     summary = copy.deepcopy(SUMMARIES["quantized_checkpoints"])
-    summary["rungs"].append(fake_rung("int1", kl_to_float=0.2))
+    summary["rungs"].append({**fake_rung("int2-mse", kl_to_float=0.2), "bytes": summary["rungs"][-1]["bytes"]})
+    assert not found("divergence_grows_down_the_ladder", finished_project, summary).failures, "no smaller, and nearer"
+    summary["rungs"].append({**fake_rung("int1", kl_to_float=0.1), "bytes": 1})
     (failure,) = found("divergence_grows_down_the_ladder", finished_project, summary).failures
-    assert failure.startswith("int1 is nearer to the float model (0.200000")
+    assert failure.startswith("int1 is nearer to the float model (0.100000")
 
 
 @pytest.mark.parametrize(("ratio", "fine"), [(0.0, False), (0.005, False), (0.01, True), (0.99, True), (1.0, False)])

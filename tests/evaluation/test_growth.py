@@ -18,7 +18,7 @@ from dmr_pipeline.artifacts.stage import StageContext
 from dmr_pipeline.environments.alfworld.generator import generate_game
 from dmr_pipeline.environments.alfworld.store import write_games
 from dmr_pipeline.evaluation.play import acting_facts
-from dmr_pipeline.precision.frontier import LADDER_FILE, read_ladder
+from dmr_pipeline.precision.ladder import LADDER_FILE, read_ladder
 from dmr_pipeline.recipe import Recipe, load_recipe
 from dmr_pipeline.rollout.engine import SinglePrecision, Timings, Trajectory
 from dmr_pipeline.rollout.known import Known
@@ -281,11 +281,14 @@ def other_low_weights(bench: Bench) -> None:
     publish(bench.folder / "quantized_checkpoints")
 
 
-def other_unit_of_cost(bench: Bench) -> None:
+def change_ladder(bench: Bench, **facts: object) -> None:
     path = bench.folder / "quantized_checkpoints" / LADDER_FILE
-    ladder = json.loads(path.read_text())
-    path.write_text(json.dumps(ladder | {"always_high_cost": 2 * ladder["always_high_cost"]}))
+    path.write_text(json.dumps(json.loads(path.read_text()) | facts))
     publish(bench.folder / "quantized_checkpoints")
+
+
+def other_unit_of_cost(bench: Bench) -> None:
+    change_ladder(bench, unit_bytes=2 * read_ladder(bench.folder / "quantized_checkpoints").unit_bytes)
 
 
 def other_games(bench: Bench) -> None:
@@ -388,6 +391,7 @@ def test_all_that_acting_reads_of_the_recipe_is_among_the_facts(artifacts: Path)
 def test_of_three_routed_rungs_each_is_a_policy_and_the_mix_has_the_routers_shares(bench: Bench) -> None:
     """And what is told of an episode is what its steps are, by hand."""
     bench.recipe = make_recipe(route=("float", "int4", "int2"))
+    change_ladder(bench, route=bench.recipe.precisions.route)
     for name, threshold in THRESHOLDS.items():
         router = random_router(("float", "int4", "int2"), threshold=threshold, offsets={"float": -0.5})
         save_router(router, bench.folder / name / ROUTER_FOLDER)
@@ -409,7 +413,8 @@ def test_of_three_routed_rungs_each_is_a_policy_and_the_mix_has_the_routers_shar
     assert episodes["bits"].to_list() == pytest.approx(
         [float(np.dot(bits, steps)) for steps in episodes["steps_at"].to_list()]
     )
-    spent = (sizes["int4"].bytes - sizes["int2"].bytes) / (sizes["float"].bytes - sizes["int2"].bytes)
+    read = {name: rung.pass_bytes for name, rung in sizes.items()}
+    spent = (read["int4"] - read["int2"]) / (read["float"] - read["int2"])
     assert episodes["spend"].to_list() == pytest.approx(
         [steps[0] + spent * steps[1] for steps in episodes["steps_at"].to_list()]
     )

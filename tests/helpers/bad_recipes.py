@@ -10,6 +10,7 @@ ARCHITECTURE = {"layers": 2, "width": 32, "heads": 2, "key_value_heads": 1, "hea
 T, P, K, G = "agent.training.", "precisions.", "kl_router.", "grpo_router."
 MODEL, BEHAVIOUR = "kl_router.model", "trajectories.behaviour"
 MIXED = {"name": "mixed"}
+AUTO: dict[str, object] = {P + "route": "auto", "trajectories": LEFT_OUT}
 AGENT_ALONE = {"agent.training": LEFT_OUT, "agent.pretrained": {"model": "models/x"}}
 ALFWORLD: list[tuple[str, dict[str, object], str]] = [
     # Types are strict, numbers finite.
@@ -35,11 +36,12 @@ ALFWORLD: list[tuple[str, dict[str, object], str]] = [
     *(
         (f"not-finite-{value}-{path}", {path: value}, f"{path}: Input should be ")
         for value in (INFINITE, -INFINITE, NAN)
-        for path in (T + "learning_rate", "agent.temperature", P + "gate_high", G + "cost_weight", "release.cost_increase")
+        for path in (T + "learning_rate", "agent.temperature", P + "margin", G + "cost_weight", "release.cost_increase")
     ),
     ("infinite-tau", {"sensitivity": {"tau": INFINITE}},
      "sensitivity.tau: Input should be a finite number (it is inf)"),
-    ("nan-in-a-pair", {P + "gate_gap": [NAN, 0.5]}, f"{P}gate_gap.0: Input should be a finite number"),
+    ("nan-in-a-pair", {"sensitivity.label_share": [NAN, 0.5]},
+     "sensitivity.label_share.0: Input should be a finite number"),
     # Bounds.
     *(
         (f"huge-{path}", {path: 10**30}, f"{path}: Input should be at most ")
@@ -159,7 +161,7 @@ ALFWORLD: list[tuple[str, dict[str, object], str]] = [
     ("route-of-one", {P + "route": ["float"]}, f"{P}route: Tuple should have at least 2 items"),
     ("no-route", {P + "route": LEFT_OUT}, f"{P}route: {GONE}"),
     ("route-of-51", {P + "route": ["float"] * 51}, f"{P}route: Tuple should have at most 50 items"),
-    ("route-is-a-text", {P + "route": "float"}, f"{P}route: Input should be a valid tuple"),
+    ("route-is-a-text", {P + "route": "float"}, f"{P}route: Input should be 'auto' (it is 'float')"),
     ("route-twice", {P + "route": ["float", "int2", "int2"]},
      f"{P}route: 'int2' has to be below 'int2'; the ladder is highest first: ['float', 'int8', 'int4', 'int2-mse', 'int2']"),
     ("route-turned-round", {P + "route": ["int2", "float"]}, f"{P}route: 'float' has to be below 'int2'; the ladder"),
@@ -193,8 +195,16 @@ ALFWORLD: list[tuple[str, dict[str, object], str]] = [
      f"{P}ladder: rung 'int2': keep_float: 'model.layers.0' fits"),
     ("no-such-layer", {P + "ladder.4.keep_float": ["*.layers.8.*"]},
      f"{P}ladder: rung 'int2': keep_float: '*.layers.8.*' fits"),
-    ("gate-gap", {P + "gate_gap": [0.5, 0.2]}, f"{P}gate_gap: [0.5, 0.2]: the first is the lower bound"),
-    ("gate-gap-of-one", {P + "gate_gap": [0.5]}, f"{P}gate_gap.1: {GONE}"),
+    ("pair-of-a-named-route", {P + "pair": ["float", "int2"]}, f"{P}pair: is for route: auto; leave it out"),
+    ("pair-of-one", AUTO | {P + "pair": ["float"]}, f"{P}pair.1: {GONE}"),
+    ("pair-turned-round", AUTO | {P + "pair": ["int2", "float"]}, f"{P}pair: 'float' has to be below 'int2'; the ladder"),
+    ("pair-off-the-ladder", AUTO | {P + "pair": ["float", "int1"]}, f"{P}pair: 'int1' is not on the ladder ['float',"),
+    ("auto-with-a-rung-called-low", AUTO | {P + "ladder.4.name": "low", P + "pair": ["float", "low"]},
+     f"{P}ladder: a rung may be called 'low' only if it is the last of the route"),
+    ("auto-with-behaviours", {P + "route": "auto"},
+     "trajectories.behaviour: which rungs are routed is not known with precisions.route: auto; leave it out"),
+    ("cache-of-odd-bits", {P + "cache_bits": 12}, f"{P}cache_bits: Input should be 8, 16 or 32"),
+    ("the-gate-of-old", {P + "gate_gap": [0.2, 0.5]}, f"{P}gate_gap: Extra inputs are not permitted"),
     # Trajectories and labels.
     ("behaviour-slash", {"trajectories.behaviour.2.name": "a/b"},
      "trajectories.behaviour.2.name: String should match pattern"),
@@ -226,7 +236,6 @@ ALFWORLD: list[tuple[str, dict[str, object], str]] = [
      f"{BEHAVIOUR}.0.shares: 'int3' is none of precisions.route ['float', 'int2']"),
     ("behaviour-ingested", {"trajectories.behaviour.2.name": "ingested"},
      "trajectories.behaviour: 'ingested' is the policy of"),
-    ("no-behaviour", {"trajectories.behaviour": []}, "trajectories.behaviour: Tuple should have at least 1 item"),
     ("two-thresholds", {"sensitivity.tau": 0.1}, "sensitivity: give exactly one of 'tau' and 'quantile'"),
     ("no-threshold", {"sensitivity.quantile": LEFT_OUT}, "sensitivity: give exactly one of 'tau' and 'quantile'"),
     ("large-tau", {"sensitivity": {"tau": 1e6}},

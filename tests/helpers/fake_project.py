@@ -16,7 +16,7 @@ from dmr_pipeline import pipeline
 from dmr_pipeline.artifacts.manifest import hash_files
 from dmr_pipeline.artifacts.stage import Stage, StageContext, StageResult
 from dmr_pipeline.evaluation.results import POLICIES
-from dmr_pipeline.precision.frontier import RungFacts
+from dmr_pipeline.precision.ladder import RungPlayed
 from dmr_pipeline.recipe import RECIPE_FOLDER, Recipe, Splits, load_recipe, recipe_names
 from dmr_pipeline.versioning import dvc_stages
 
@@ -99,24 +99,34 @@ def fake_run(context: StageContext) -> StageResult:
 
 
 def fake_rung(name: str, kl_to_float: float, reloads_equal: bool = True) -> dict[str, object]:
-    return RungFacts(
+    return RungPlayed(
         name=name,
-        bytes=1,
+        bytes=int(1000 / (1 + kl_to_float)),
+        pass_bytes=1,
         bits_per_weight=2.0,
         quantized_share=0.5,
         kl_to_float=kl_to_float,
         greedy_disagreement=0.1,
-        validation_success=0.5,
-        validation_steps=3.0,
         reloads_equal=reloads_equal,
-    ).model_dump()
+        validation_success=0.5,
+        success_interval=(0.4, 0.6),
+        validation_steps=3.0,
+        cost_weights=0.9,
+        cost_cache=0.1,
+        lost=0.0,
+        lost_interval=(-0.1, 0.1),
+        dominated_by=None,
+    ).model_dump(mode="json")
 
 
 SUMMARIES: dict[str, dict[str, object]] = {
     "quantized_checkpoints": {
-        "gate": {"high": 0.9, "low": 0.5, "gap": 0.4, "passed": True, "verdict": "a gap"},
+        "verdict": {"pays": True, "route": ["float", "int2"], "deploy": "float", "text": "Routing can pay."},
         "rungs": [fake_rung("float", kl_to_float=0.0), fake_rung("int2", kl_to_float=0.3)],
-        "always_high_cost": 1.0,
+        "route": ["float", "int2"],
+        "unit_bytes": 1.0,
+        "games": 4,
+        "confidence": 0.95,
     },
     "ingested_trajectories": {"files": 0, "episodes": 0, "steps": 0},
     "sensitivity_dataset": {"ingested_steps": 0},

@@ -13,8 +13,13 @@ LEFT_OUT = object()
 
 
 def content(base: str, changes: dict[str, object]) -> dict[str, Any]:
-    """A committed recipe with other values at dotted paths; a number in a path is an index."""
+    """A committed recipe with other values at dotted paths; a number in a path is an index. Where the verdict chooses the route,
+    the recipe's pair is its route, so that there is something to change."""
     found: dict[str, Any] = yaml.safe_load((REPOSITORY / RECIPE_FOLDER / f"{base}.yaml").read_text())
+    if found["precisions"]["route"] == "auto":
+        found["precisions"]["route"] = high, low = found["precisions"].pop("pair")
+        shares = {"all-high": {high: 1}, "all-low": {low: 1}, "mixed": {high: 0.5, low: 0.5}}
+        found["trajectories"] = {"behaviour": [{"name": name, "shares": share} for name, share in shares.items()]}
     for path, value in changes.items():
         *parents, last = (int(part) if part.isdigit() else part for part in path.split("."))
         at: Any = found

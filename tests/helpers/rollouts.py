@@ -9,6 +9,7 @@ import torch
 from dmr_pipeline.environments.alfworld.generator import generate_game
 from dmr_pipeline.environments.alfworld.words import alfworld_texts
 from dmr_pipeline.precision.acting import ActingModels
+from dmr_pipeline.precision.pass_bytes import PassBytes
 from dmr_pipeline.recipe import Architecture, Prompt
 from dmr_pipeline.rollout.engine import (
     RolloutRequest,
@@ -34,6 +35,7 @@ with torch.no_grad():  # fresh weights repeat the token they read; these wander
     MIDDLE = copy.deepcopy(HIGH)
     for parameter in MIDDLE.parameters():
         parameter += 0.005 * torch.randn_like(parameter)
+PASSES = {"float": PassBytes(8), "int4": PassBytes(4), "int2": PassBytes(2)}
 MODELS = {"float": HIGH, "int4": MIDDLE, "int2": LOW}
 ROUTE = ("float", "int2")
 THREE = ("float", "int4", "int2")
@@ -56,11 +58,12 @@ def roll(
 
 def rollouts_of(rungs: Sequence[str]) -> Rollouts:
     """These models as `Rollouts.load` would hold them, in one process."""
-    models, sizes = {rung: MODELS[rung] for rung in rungs}, {"float": 8, "int4": 4, "int2": 2}
+    models = {rung: MODELS[rung] for rung in rungs}
     return Rollouts(
-        ActingModels(models, {rung: sizes[rung] for rung in rungs}, torch.device("cpu")),
+        ActingModels(models, {rung: PASSES[rung] for rung in rungs}, torch.device("cpu")),
         PROMPTER,
-        unit_cost=1.0,
+        unit_bytes=1.0,
+        cache_bits=16,
         step_limit=STEPS,
         action="generate",
         temperature=0.0,
@@ -96,3 +99,8 @@ def greedy_uncached(model, prefix: list[int]) -> list[int]:
         logits = model(torch.tensor([prefix + action])).logits[0, -1]
         action.append(int(logits.argmax()))
     return action
+
+
+def passes_over(prefix: list[int], action: list[int]) -> int:
+    """Tokens whose keys and values are read where each token of an action takes a pass over all that is before it."""
+    return sum(len(prefix + action[:i]) for i in range(len(action)))

@@ -42,7 +42,7 @@ from dmr_pipeline.ingestion.rules import Rules, read_episodes
 from dmr_pipeline.ingestion.schema import EXAMPLE, LoggedEpisode
 from dmr_pipeline.ingestion.stored import read_ingested
 from dmr_pipeline.ingestion.tables import INGESTED, ingested_tables, read_all_trajectories, routed
-from dmr_pipeline.recipe import Prompt, Recipe, load_recipe
+from dmr_pipeline.recipe import Prompt, Recipe
 from dmr_pipeline.rollout.engine import Trajectory, play
 from dmr_pipeline.rollout.prompts import Prompter
 from dmr_pipeline.rollout.tables import to_frames
@@ -811,7 +811,7 @@ def played() -> list[Trajectory]:
 def test_a_played_episode_that_was_logged_gives_the_same_tables(prepared: Recipe, played: list[Trajectory]) -> None:
     drop(DATA, "a.jsonl", jsonl(*map(log_of, played)))
     folder = ingest(prepared).artifact.path
-    episodes, steps = ingested_tables(read_ingested(folder), RECIPE.precisions, PROMPTER, CAPACITY)
+    episodes, steps = ingested_tables(read_ingested(folder), ROUTE, ROUTE, PROMPTER, CAPACITY)
     wanted_episodes, wanted_steps = to_frames(played, INGESTED)
     assert set(wanted_steps["precision"]) == set(ROUTE)
     assert set(wanted_steps["exceedance"].explode()) == {0.5}
@@ -825,7 +825,7 @@ def test_a_played_episode_that_was_logged_gives_the_same_tables(prepared: Recipe
     own_episodes.write_parquet(given_folder / "episodes.parquet")
     own_steps.write_parquet(given_folder / "steps.parquet")
     inputs = {"trajectories": given_folder, "ingested_trajectories": folder}
-    union = read_all_trajectories(inputs, RECIPE.precisions, PROMPTER, CAPACITY)
+    union = read_all_trajectories(inputs, ROUTE, ROUTE, PROMPTER, CAPACITY)
     assert union.episodes.equals(pl.concat([own_episodes, wanted_episodes]))
     assert union.steps.equals(pl.concat([own_steps, known]))
     assert union.ingested_steps == len(known)
@@ -841,7 +841,7 @@ def test_a_probability_that_was_not_logged_is_what_acted(prepared: Recipe) -> No
     columns = {stem: [field.name for field in schema.field("steps").type.value_type] for stem, schema in stored.items()}
     without = ["command", "thought", "observation", "precision"]
     assert sorted(columns.values()) == [without, [*without, "probability"]]
-    _, table = ingested_tables(read_ingested(folder), RECIPE.precisions, PROMPTER, CAPACITY)
+    _, table = ingested_tables(read_ingested(folder), ROUTE, ROUTE, PROMPTER, CAPACITY)
     found = {row["episode_id"]: [] for row in table.iter_rows(named=True)}
     for row in table.iter_rows(named=True):
         found[row["episode_id"]].append(row["exceedance"])
@@ -864,12 +864,10 @@ def test_a_step_counts_as_the_dearest_routed_rung_that_is_no_dearer(
     route: tuple[str, ...], counts_as: tuple[str, ...]
 ) -> None:
     """Below the cheapest one it counts as that one. A probability that was logged is of the dearer of two."""
-    precisions = load_recipe("alfworld-tiny", REPOSITORY / "recipes").precisions.model_copy(update={"route": route})
-    assert tuple(rung.name for rung in precisions.ladder) == LADDER
-    assert tuple(routed(rung, precisions) for rung in LADDER) == counts_as
+    assert tuple(routed(rung, LADDER, route) for rung in LADDER) == counts_as
     steps = [{"command": "look", "observation": "", "precision": rung, "probability": 0.25} for rung in LADDER]
     episode = LoggedEpisode.model_validate(logged("a", steps=steps))
-    _, table = ingested_tables([episode], precisions, PROMPTER, CAPACITY)
+    _, table = ingested_tables([episode], LADDER, route, PROMPTER, CAPACITY)
     assert tuple(table["precision"]) == counts_as
     certainly = [[float(route.index(rung) <= k) for k in range(len(route) - 1)] for rung in counts_as]
     assert table["exceedance"].to_list() == ([[0.25]] * len(LADDER) if len(route) == 2 else certainly)
@@ -890,7 +888,7 @@ def test_thoughts_are_tokenized_as_the_agent_writes_them() -> None:
         expert.observe(command, observation)
         steps.append({"command": command, "thought": thought, "observation": observation, "precision": "float"})
     whole = logged("a", task=game.instruction, observation=opening, steps=steps)
-    _, table = ingested_tables([LoggedEpisode.model_validate(whole)], RECIPE.precisions, prompter, CAPACITY)
+    _, table = ingested_tables([LoggedEpisode.model_validate(whole)], ROUTE, ROUTE, prompter, CAPACITY)
     assert any(step["thought"] for step in steps)
     assert [token for row in table.iter_rows(named=True) for token in row["segment"] + row["action"]] == example.tokens
 
@@ -900,10 +898,10 @@ def test_an_episode_that_is_too_long_for_the_agent_is_left_out_and_counted(caplo
         step = {"command": "look", "observation": "apple " * number, "precision": "int2"}
         return LoggedEpisode.model_validate(logged(f"{number}", steps=[step, step]))
 
-    empty = ingested_tables([with_words(0)], RECIPE.precisions, PROMPTER, CAPACITY)[1]
+    empty = ingested_tables([with_words(0)], ROUTE, ROUTE, PROMPTER, CAPACITY)[1]
     taken = sum(empty["segment"].list.len()) + sum(empty["action"].list.len())
     fits = CAPACITY - PROMPTER.prompt.max_action_tokens - taken
-    episodes, steps = ingested_tables([with_words(fits), with_words(fits + 1)], RECIPE.precisions, PROMPTER, CAPACITY)
+    episodes, steps = ingested_tables([with_words(fits), with_words(fits + 1)], ROUTE, ROUTE, PROMPTER, CAPACITY)
     assert episodes["episode_id"].to_list() == [f"{INGESTED}/{fits}"]
     assert steps["episode_id"].unique().to_list() == [f"{INGESTED}/{fits}"]
     assert "1 ingested episodes are left out: too long" in caplog.text

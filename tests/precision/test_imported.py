@@ -243,7 +243,11 @@ def test_the_rung_acts_and_its_bytes_are_those_of_the_files(tmp_path: Path) -> N
     acting = ActingModels.load(tmp_path / "checkpoints", ["bought"], CPU)
     assert_same(logits(acting.models["bought"]), logits(meant))
     files = load_file(tmp_path / "source" / "model.safetensors")
-    assert acting.weight_bytes == {"bought": sum(tensor.nbytes for tensor in files.values())}
+    stored = imported_bytes(tmp_path / "checkpoints" / "bought")
+    assert stored is not None
+    assert stored.total == sum(tensor.nbytes for tensor in files.values())
+    read, rows = acting.pass_bytes["bought"], model.get_input_embeddings().num_embeddings
+    assert (read.weights, read.embedding_row) == (stored.layers_and_head, stored.embedding // rows)
     (tmp_path / "checkpoints" / "bought" / "imported.json").write_text("{")
     with pytest.raises(UserError, match=r"imported\.json is damaged"):
         imported_bytes(tmp_path / "checkpoints" / "bought")

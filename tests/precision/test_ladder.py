@@ -1,4 +1,4 @@
-"""The gate, and the ladder's divergence from the float model."""
+"""The ladder as it is made, and as it plays."""
 
 import copy
 import gc
@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import polars as pl
 import pytest
 import torch
 from hypothesis import given
@@ -20,8 +21,10 @@ from dmr_pipeline.environments.alfworld.store import write_games
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.precision import quantization
 from dmr_pipeline.precision.acting import ActingModels
-from dmr_pipeline.precision.frontier import RungFacts, gate, read_ladder
-from dmr_pipeline.recipe import Architecture, Precisions, Recipe, Rung, load_recipe
+from dmr_pipeline.precision.frontier import PLAYED_FILE
+from dmr_pipeline.precision.ladder import read_ladder
+from dmr_pipeline.precision.pass_bytes import PassBytes
+from dmr_pipeline.recipe import Architecture, Recipe, load_recipe
 from dmr_pipeline.rollout.engine import RolloutRequest, SinglePrecision, Timings, Trajectory
 from dmr_pipeline.rollout.kv_cache.packed import PackedStreams
 from dmr_pipeline.rollout.playing import PolicyRuns, Rollouts, scatter_by_game
@@ -49,27 +52,6 @@ from tests.helpers.rollouts import (
 )
 
 REPOSITORY = Path(__file__).parents[2]
-PRECISIONS = Precisions(
-    ladder=(Rung(name="float", weights="float"), Rung(name="int2", weights="int2")), route=("float", "int2")
-)
-
-
-def facts(name: str, success: float) -> RungFacts:
-    return RungFacts(
-        name=name, bytes=1, bits_per_weight=1, quantized_share=0, kl_to_float=0, greedy_disagreement=0,
-        validation_success=success, validation_steps=1, reloads_equal=True,
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("high", "low", "passed"),
-    [(0.9, 0.6, True), (0.84, 0.5, False), (0.9, 0.75, False), (0.95, 0.4, False), (0.85, 0.65, True)],
-)
-def test_the_gate_asks_for_a_strong_high_and_a_useful_low(high: float, low: float, passed: bool) -> None:
-    found = gate([facts("float", high), facts("int2", low)], PRECISIONS)
-    assert found.passed is passed
-    assert found.gap == pytest.approx(high - low)
-    assert f"{high:.1%}" in found.verdict
 
 
 @torch.no_grad()
@@ -171,8 +153,16 @@ def test_facts_of_a_ladder(context: StageContext) -> None:
     assert [rung["reloads_equal"] for rung in summary["rungs"]] == [True] * 3
     assert by_float["kl_to_float"] == by_float["quantized_share"] == 0
     assert int8["quantized_share"] == int2["quantized_share"] > 0.1
-    assert by_float["bits_per_weight"] == 32 > int8["bits_per_weight"] > int2["bits_per_weight"]
-    assert read_ladder(context.output).model_dump() == summary
+    assert by_float["bits_per_weight"] == 16 > int8["bits_per_weight"] > int2["bits_per_weight"]
+    assert read_ladder(context.output).model_dump(mode="json") == summary
+    assert summary["route"] == ["float", "int2"]
+    played = pl.read_parquet(context.output / PLAYED_FILE)
+    assert played["rung"].to_list() == ["float", "int8", "int2"]
+    # Of the ladder's dearest rung, the only episode there is, and with 16-bit weights.
+    assert played.row(0, named=True)["cost_weights"] + played.row(0, named=True)["cost_cache"] == pytest.approx(1)
+    assert by_float["cost_weights"] > int8["cost_weights"]
+    for rung in summary["rungs"]:
+        assert rung["cost_cache"] > 0
 
 
 def test_a_rung_that_was_quantized_elsewhere_is_measured_as_the_others_are(context: StageContext) -> None:
@@ -284,21 +274,25 @@ def test_three_rungs_play_side_by_side_what_plain_play_plays(processes: int) -> 
     assert {step.precision for t in heard[0] for step in t.steps} == set(THREE)
 
 
+def sized(**weights: int) -> dict[str, PassBytes]:
+    return {rung: PassBytes(size) for rung, size in weights.items()}
+
+
 def test_spend_goes_from_the_cheapest_rung_to_the_dearest_in_bytes() -> None:
-    acting = ActingModels(MODELS, {"float": 1000, "int4": 200, "int2": 100}, torch.device("cpu"))
+    acting = ActingModels(MODELS, sized(float=1000, int4=200, int2=100), torch.device("cpu"))
     assert (acting.dearest, acting.cheapest) == ("float", "int2")
     assert acting.spend == pytest.approx({"float": 1.0, "int4": 1 / 9, "int2": 0.0})
     with pytest.raises(
         UserError, match=r"^precisions\.route: 'float' has 100 bytes and 'int2' 100, so nothing can be saved"
     ):
-        _ = replace(acting, weight_bytes={"float": 100, "int2": 100}, models={"float": HIGH, "int2": LOW}).spend
+        _ = replace(acting, pass_bytes=sized(float=100, int2=100), models={"float": HIGH, "int2": LOW}).spend
 
 
-def test_a_step_costs_the_bytes_of_its_rung_over_a_mean_episode_of_the_dearest() -> None:
-    ladder = replace(rollouts_of(THREE), unit_cost=500.0)
+def test_a_step_costs_the_bytes_of_its_rung_over_the_unit() -> None:
+    ladder = replace(rollouts_of(THREE), unit_bytes=500.0)
     for trajectory in roll(RandomMixing(dict.fromkeys(THREE, 1 / 3), seed=3), route=THREE):
         sizes = [{"float": 8, "int4": 4, "int2": 2}[step.precision] * len(step.action) for step in trajectory.steps]
-        assert ladder.cost(trajectory, router_bytes=3) == (sum(sizes) + 3 * len(sizes)) / 500
+        assert ladder.cost(trajectory) == (sum(sizes) / 500, 0)
 
 
 def test_a_policy_goes_on_with_the_streams_of_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:

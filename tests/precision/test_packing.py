@@ -99,7 +99,8 @@ def test_int3_with_widths_that_8_does_not_divide(tmp_path: Path) -> None:
     tokens = TOKENS % 36
     with torch.no_grad():
         torch.testing.assert_close(loaded(tokens).logits, model(tokens).logits, rtol=0, atol=0)
-    assert rung_size(loaded).bytes == sum(t.nbytes for name, t in stored.items() if not name.endswith("put_scale"))
+    counted = {name: tensor for name, tensor in stored.items() if not name.endswith("put_scale")}
+    assert rung_size(loaded).bytes == sum(t.nbytes // (2 if t.is_floating_point() else 1) for t in counted.values())
 
 
 @pytest.mark.parametrize("weights", ["int8", "int3"])
@@ -118,7 +119,7 @@ def test_a_tied_head_of_int8_is_untied(tmp_path: Path, config: PretrainedConfig,
 
     plain = quantize_rung(model, Rung.model_validate({"name": "rung", "weights": weights}))
     rows, columns = before.shape
-    assert rung_size(quantized).bytes == rung_size(plain).bytes + rows * columns + 4 * rows
+    assert rung_size(quantized).bytes == rung_size(plain).bytes + rows * columns + 2 * rows
     assert rung_size(quantized).quantized_share > rung_size(plain).quantized_share
 
     save_rung(quantized, tmp_path)

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from transformers import GenerationConfig
 
 from dmr_pipeline.errors import UserError
-from dmr_pipeline.rollout.cost import episode_cost
 from dmr_pipeline.rollout.engine import (
     Decision,
     DecisionContext,
@@ -41,6 +40,7 @@ from tests.helpers.rollouts import (
     THREE,
     but_for_rounding,
     greedy_uncached,
+    passes_over,
     roll,
     streams_of,
     taken,
@@ -103,12 +103,10 @@ def test_the_cascade_acts_high_where_the_low_draft_was_unsure_and_pays_for_the_d
             assert step.exceedance == pytest.approx((1 - min(leads),), abs=1e-4)
             assert high == (step.exceedance[0] >= threshold)
             assert step.action == (greedy_uncached(HIGH, prefix) if high else draft)
-            assert step.wasted == ({"int2": len(draft)} if high else {})
+            assert step.wasted.keys() == ({"int2"} if high else set())
+            for reading in (*step.wasted.values(), *([] if high else [step.reading])):
+                assert (reading.passes, reading.cached) == (len(draft), passes_over(prefix, draft))
             precisions.add(step.precision)
-        by_hand = sum(
-            100 * s.wasted["int2"] + 1000 * len(s.action) if s.wasted else 100 * len(s.action) for s in trajectory.steps
-        )
-        assert episode_cost(trajectory, {"float": 1000, "int2": 100}) == by_hand
     assert precisions == set(ROUTE)
 
 
@@ -120,14 +118,9 @@ def test_the_cascade_of_three_climbs_while_drafts_are_unsure_and_pays_for_each()
         for turn, step in enumerate(trajectory.steps):
             prefix, place = transcript(trajectory, turn), THREE.index(step.precision)
             assert step.action == greedy_uncached(MODELS[step.precision], prefix)
-            assert step.wasted == {rung: len(greedy_uncached(MODELS[rung], prefix)) for rung in THREE[place + 1 :]}
+            thrown = {rung: len(greedy_uncached(MODELS[rung], prefix)) for rung in THREE[place + 1 :]}
+            assert {rung: reading.passes for rung, reading in step.wasted.items()} == thrown
             assert [level >= threshold for level in step.exceedance] == [place <= k for k in range(2)]
-        weights = {"float": 1000, "int4": 100, "int2": 10}
-        by_hand = sum(
-            weights[s.precision] * len(s.action) + sum(weights[rung] * s.wasted[rung] for rung in s.wasted)
-            for s in trajectory.steps
-        )
-        assert episode_cost(trajectory, weights) == by_hand
     assert {step.precision for trajectory in played for step in trajectory.steps} == set(THREE)
 
 
@@ -368,21 +361,13 @@ def test_a_rule_decides_before_the_policy_which_hears_of_all_steps() -> None:
             assert step.forced == rule
             assert step.precision == ("int2" if rule else "float")
             assert (step.exceedance == (0.0,)) == rule
+            assert step.wasted.keys() == (set() if rule else {"int2"})
             episode.step(step.command)
         assert heard[trajectory.run.task.task_id] == [(s.segment, s.precision, s.action) for s in trajectory.steps]
-        passes = {"float": 1000, "int2": 100}
-        unforced = sum(not step.forced for step in trajectory.steps)
-        assert episode_cost(trajectory, passes, 7) - episode_cost(trajectory, passes) == 7 * unforced
     assert forced == {True, False}
-
-
-def test_cost_counts_a_forward_pass_for_each_generated_token() -> None:
-    trajectory, weights = roll(RandomMixing(HALF, seed=3))[0], {"float": 1000, "int2": 100}
-    by_hand = sum(weights[step.precision] * len(step.action) + 7 for step in trajectory.steps)
-    assert episode_cost(trajectory, weights, router_bytes=7) == by_hand
 
 
 def test_processed_tokens_cover_the_transcript_once_for_a_single_precision() -> None:
     for trajectory in roll(ALL_HIGH):
         whole = sum(len(step.segment) + len(step.action) for step in trajectory.steps)
-        assert sum(step.tokens_read for step in trajectory.steps) == whole - 1
+        assert sum(step.reading.tokens for step in trajectory.steps) == whole - 1

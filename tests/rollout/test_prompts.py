@@ -19,6 +19,7 @@ from dmr_pipeline.ingestion.tables import ingested_tables
 from dmr_pipeline.recipe import Agent, PageView, Prompt, load_recipe
 from dmr_pipeline.rollout.prompts import Moment, Prompter, shown, truncation_policy
 from dmr_pipeline.training.vocabulary import word_tokenizer
+from tests.helpers.rollouts import ROUTE
 from tests.helpers.tokenizers import Kind, chat_tokenizer
 
 TOKENIZER = word_tokenizer(alfworld_texts())
@@ -412,7 +413,6 @@ def test_looks_do_not_know_what_an_episode_knows() -> None:
 
 
 def test_logs_that_do_not_tell_what_a_template_names_are_left_out(caplog: pytest.LogCaptureFixture) -> None:
-    precisions = load_recipe("alfworld-tiny").precisions
     step = {"command": "look", "observation": "You see a mug.", "precision": "float"}
     logged = LoggedEpisode.model_validate(
         {
@@ -425,8 +425,8 @@ def test_logs_that_do_not_tell_what_a_template_names_are_left_out(caplog: pytest
             "success": False,
         }
     )
-    episodes, steps = ingested_tables([logged], precisions, Prompter.of(TOKENIZER, Prompt(turn="{step} <act>")), 2048)
+    episodes, steps = ingested_tables([logged], ROUTE, ROUTE, Prompter.of(TOKENIZER, Prompt(turn="{step} <act>")), 2048)
     assert (len(episodes), len(steps), caplog.text) == (1, 1, "")
-    episodes, steps = ingested_tables([logged], precisions, Prompter.of(TOKENIZER, Prompt(turn=NAMES_COMMANDS)), 2048)
+    episodes, steps = ingested_tables([logged], ROUTE, ROUTE, Prompter.of(TOKENIZER, Prompt(turn=NAMES_COMMANDS)), 2048)
     assert (len(episodes), len(steps)) == (0, 0)
     assert "1 ingested episodes are left out: logs do not tell {admissible_commands}" in caplog.text

@@ -18,9 +18,11 @@ from dmr_pipeline.artifacts.resume import save_state
 from dmr_pipeline.artifacts.stage import StageResult
 from dmr_pipeline.environments.benchmark import benchmark_of
 from dmr_pipeline.errors import UserError
+from dmr_pipeline.precision.pass_bytes import PassBytes
 from dmr_pipeline.rollout.cost import episode_cost
 from dmr_pipeline.rollout.engine import RolloutRequest, Trajectory
 from dmr_pipeline.rollout.playing import Rollouts
+from dmr_pipeline.rollout.reading import Reading
 from dmr_pipeline.router import grpo
 from dmr_pipeline.router.baselines import RandomMixing
 from dmr_pipeline.router.grpo import LOG, Scorer, Session, divergence, game_order, tilt_for
@@ -96,7 +98,7 @@ def test_artifact_and_log(artifacts: Path, unbroken: tuple[Path, StageResult]) -
     # What the manifest says of the chosen weights holds for those in the artifact.
     recipe = tiny_recipe()
     rollouts = Rollouts.load(artifacts / "quantized_checkpoints", recipe)
-    scorer = Scorer(rollouts, router.weight_bytes, recipe.grpo_router)
+    scorer = Scorer(rollouts, router.pass_bytes, recipe.grpo_router)
     games = benchmark_of(recipe.benchmark).read_tasks(artifacts / "benchmark_tasks", "validation", 3)
     means = scorer.means(rollouts.play([RolloutRequest(game) for game in games], routing_policy(router, 3), seed=0))
     for name, value in means.items():
@@ -106,11 +108,12 @@ def test_artifact_and_log(artifacts: Path, unbroken: tuple[Path, StageResult]) -
 def test_cost_is_in_always_high_episodes_with_the_router(artifacts: Path) -> None:
     recipe = tiny_recipe()
     rollouts = Rollouts.load(artifacts / "quantized_checkpoints", recipe)
-    scorer = Scorer(rollouts, 1000, recipe.grpo_router)
+    scorer = Scorer(rollouts, PassBytes(1000), recipe.grpo_router)
     run = RolloutRequest(benchmark_of(recipe.benchmark).read_tasks(artifacts / "benchmark_tasks", "validation", 1)[0])
     trajectory = rollouts.play([run], RandomMixing({"float": 0.5, "int2": 0.5}, 1), seed=0)[0]
-    agent_alone = episode_cost(trajectory, rollouts.acting.weight_bytes)
-    expected = (agent_alone + 1000 * len(trajectory.steps)) / rollouts.unit_cost
+    trajectory.steps = [replace(step, router=Reading(1)) for step in trajectory.steps]
+    agent_alone = episode_cost(trajectory, rollouts.acting.pass_bytes, 16).total
+    expected = (agent_alone + 1000 * len(trajectory.steps)) / rollouts.unit_bytes
     assert scorer.cost(trajectory) == pytest.approx(expected)
     assert 0 < trajectory.share("float") < 1
     high = Trajectory(run, "", [replace(step, precision="float") for step in trajectory.steps])

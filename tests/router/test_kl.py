@@ -245,7 +245,7 @@ def test_ingested_steps_are_labelled_and_learned_from(recipe: Recipe, inputs: di
         log |= {"observation": episode["opening"]} | {
             name: episode[name] for name in ("task_id", "task_type", "success")
         }
-        shown = taken.select("command", "observation", precision=pl.lit(recipe.precisions.route[0]))
+        shown = taken.select("command", "observation", precision=pl.lit(ROUTE[0]))
         lines.append(json.dumps(log | {"steps": shown.to_dicts()}))
     (tmp_path / "incoming" / "logs.jsonl").write_text("\n".join(lines))
     done, games = dict(inputs), tmp_path / "games"

