@@ -11,6 +11,10 @@ one layer's Hessians in memory at a time, the hidden states of the text, and wha
 The levels of a group are chosen when its first column is reached, from its weights as they are then. Of each output, what has
 the lesser error is taken, GPTQ's integers or the nearest ones: going column by column is greedy, and no theorem says that it
 ends below. That last step is ours.
+
+Columns by decreasing inputs, with levels chosen beforehand, as some implementations have it, were tried on the demo's agent (64
+calibration episodes, KL to float on 16 others): better at int4 (.0018 for .0028 nats an action), worse at int3 (.021 for .014)
+and int2 (.118 for .100). Columns are gone through as they lie.
 """
 
 from collections.abc import Callable, Mapping, Sequence
