@@ -17,6 +17,7 @@ import polars as pl
 from numpy.typing import NDArray
 from scipy.stats import binomtest
 
+from dmr_pipeline.precision.hull import dominators
 from dmr_pipeline.precision.ladder import LadderFacts, RungFacts, RungPlayed, Verdict
 from dmr_pipeline.recipe import Precisions
 
@@ -47,7 +48,7 @@ def played_facts(
     won = {name: rows["success"].to_numpy() for name, rows in games.items()}
     means = {name: (rows["cost_weights"].mean(), rows["cost_cache"].mean()) for name, rows in games.items()}
     points = {name: (float(sum(means[name])), float(won[name].mean())) for name in games}  # type: ignore[arg-type]
-    level, dearest = precisions.confidence, facts[0].name
+    level, dearest, dominated = precisions.confidence, facts[0].name, dominators(points)
     rungs = [
         RungPlayed(
             **rung.model_dump(),
@@ -58,7 +59,7 @@ def played_facts(
             cost_cache=_rounded(means[rung.name][1]),
             lost=_rounded(points[dearest][1] - points[rung.name][1]),
             lost_interval=paired_interval(won[dearest], won[rung.name], level),
-            dominated_by=dominator(rung.name, points),
+            dominated_by=dominated.get(rung.name),
         )
         for rung in facts
     ]
@@ -72,25 +73,6 @@ def played_facts(
         games=len(won[dearest]),
         confidence=level,
     )
-
-
-def dominator(name: str, points: dict[str, tuple[float, float]]) -> str | None:
-    """The cheapest of those that dominate a rung; None where it is on the front. Of rungs that are equal in both, the later ones
-    are dominated by the first.
-
-    Args:
-        points: rung -> its cost and its success.
-    """
-    cost, success = points[name]
-    order = list(points)
-    better = [
-        other
-        for other, (its_cost, its_success) in points.items()
-        if its_cost <= cost
-        and its_success >= success
-        and ((its_cost, its_success) != (cost, success) or order.index(other) < order.index(name))
-    ]
-    return min(better, key=lambda other: (points[other][0], -points[other][1]), default=None)
 
 
 def judge(rungs: Sequence[RungPlayed], won: dict[str, NDArray[np.bool_]], precisions: Precisions) -> Verdict:

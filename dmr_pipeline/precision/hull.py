@@ -37,18 +37,15 @@ def best_mixture(costs: Floats, successes: Floats, at: Floats) -> Floats:
     return np.where(cheaper.any(-1), np.maximum(alone, mixed), cheapest)
 
 
-def below_hull(points: Mapping[str, tuple[float, float]]) -> dict[str, str | Literal["mixture"]]:
-    """The rungs that nobody should deploy -> the rung by which each is dominated: as good or better and not dearer, and not
-    equal in both; the best of these, of equals the cheapest. `mixture`: only a mixture of two others beats it at its cost.
+def dominators(points: Mapping[str, tuple[float, float]]) -> dict[str, str]:
+    """The rungs that are not on the front -> the rung by which each is dominated: as good or better and not dearer, and not equal
+    in both; the best of these, of equals the cheapest.
 
     Args:
         points: rung -> (cost, success).
     """
-    costs, successes = (np.array(values, dtype=np.float64) for values in zip(*points.values(), strict=True))
-    best = best_mixture(costs, successes, costs)
     found = {}
-    for name, at_equal_cost in zip(points, best, strict=True):
-        cost, success = points[name]
+    for name, (cost, success) in points.items():
         dominating = [
             (-other_success, other_cost, other)
             for other, (other_cost, other_success) in points.items()
@@ -56,6 +53,13 @@ def below_hull(points: Mapping[str, tuple[float, float]]) -> dict[str, str | Lit
         ]
         if dominating:
             found[name] = min(dominating)[2]
-        elif at_equal_cost > success + _NOISE:
-            found[name] = "mixture"
     return found
+
+
+def below_hull(points: Mapping[str, tuple[float, float]]) -> dict[str, str | Literal["mixture"]]:
+    """The rungs that nobody should deploy -> that by which each is dominated; `mixture`: only a mixture of two others beats it at
+    its cost. Arguments as of `dominators`."""
+    costs, successes = (np.array(values, dtype=np.float64) for values in zip(*points.values(), strict=True))
+    beaten = successes + _NOISE < best_mixture(costs, successes, costs)
+    mixed = {name: "mixture" for name, is_beaten in zip(points, beaten, strict=True) if is_beaten}
+    return {**mixed, **dominators(points)}

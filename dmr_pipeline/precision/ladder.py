@@ -46,7 +46,7 @@ class RungPlayed(RungFacts):
     lost_interval: tuple[float, float]
     """Of that (`paired_interval`)."""
     dominated_by: str | None
-    """The rung that is better and no dearer, or cheaper and no worse; of several, the cheapest. None on the front."""
+    """See `hull.dominators`; None on the front."""
 
     @property
     def cost(self) -> float:

@@ -6,10 +6,8 @@ from math import comb
 import numpy as np
 import polars as pl
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from dmr_pipeline.precision.frontier import PLAYED, dominator, paired_interval, played_facts
+from dmr_pipeline.precision.frontier import PLAYED, paired_interval, played_facts
 from dmr_pipeline.precision.ladder import LadderFacts, RungFacts
 from dmr_pipeline.recipe import Precisions, Rung
 
@@ -94,23 +92,6 @@ def test_few_games_do_not_show_that_a_rung_is_as_good() -> None:
     assert judged(rungs, games=10).verdict.route[0] == "float"
     many = {name: (100 * won, cost) for name, (won, cost) in rungs.items()} | {"int4": (895, 0.3)}
     assert judged(many, games=1000).verdict.route[0] == "int4"
-
-
-@given(
-    st.dictionaries(
-        st.text("abcdef", min_size=1, max_size=2), st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1
-    )
-)
-def test_the_front_is_what_nothing_beats(points: dict[str, tuple[int, int]]) -> None:
-    by = {name: dominator(name, points) for name in points}
-    front = [name for name, other in by.items() if other is None]
-    assert front
-    for name, (cost, success) in points.items():
-        beaten = any(c <= cost and s >= success and (c, s) != (cost, success) for c, s in points.values())
-        twin = any(points[other] == points[name] for other in list(points)[: list(points).index(name)])
-        assert (by[name] is None) == (not beaten and not twin)
-        if by[name] is not None:
-            assert by[name] in front, "what dominates is on the front itself"
 
 
 @pytest.mark.parametrize(("both", "first", "second", "neither"), [(40, 10, 3, 7), (50, 0, 0, 10), (0, 20, 0, 0)])

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import linprog
 
-from dmr_pipeline.precision.hull import below_hull, best_mixture
+from dmr_pipeline.precision.hull import below_hull, best_mixture, dominators
 
 
 def test_a_hull_by_hand() -> None:
@@ -31,3 +31,17 @@ def test_the_best_mixture_is_the_linear_programs(points: list[tuple[int, int]], 
     expected = -found.fun if found.success else successes[costs == costs.min()].max()
     assert found.success == (costs.min() <= at)
     assert float(best_mixture(costs, successes, np.array(at))) == pytest.approx(expected, abs=1e-6)
+
+
+@given(
+    st.dictionaries(
+        st.text("abcdef", min_size=1, max_size=2), st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1
+    )
+)
+def test_the_front_is_what_nothing_beats(points: dict[str, tuple[int, int]]) -> None:
+    by = dominators(points)
+    for name, (cost, success) in points.items():
+        beaten = any(c <= cost and s >= success and (c, s) != (cost, success) for c, s in points.values())
+        assert (name in by) == beaten
+    assert not by.keys() & set(by.values()), "what dominates is on the front itself"
+    assert by.items() <= below_hull(points).items()
