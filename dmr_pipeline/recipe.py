@@ -434,6 +434,10 @@ class Precisions(Section):
         description="success that a rung may lose against the ladder's dearest, at most, to be called not worse: the upper bound"
         " of what it loses has to be below this",
     )
+    least_saving: Share = Field(
+        0.05,
+        description="share of the dear end's cost that a cheaper rung has to save to be worth routing to: a router costs too",
+    )
     confidence: Confidence = Field(0.95, description="of the intervals that the verdict rests on")
     cache_bits: Literal[8, 16, 32] = Field(
         16, description="bits of a number in the KV cache, as its reading is charged for"

@@ -4,9 +4,8 @@ import json
 from typing import Annotated
 
 import typer
-from rich import box
+from rich import box, filesize
 from rich.table import Table
-from rich.text import Text
 
 from dmr_pipeline import pipeline
 from dmr_pipeline.artifacts.folders import artifact_folder
@@ -45,36 +44,35 @@ def ladder(
 
 
 def ladder_table(facts: LadderFacts, title: str) -> Table:
-    """A row a rung, the dearest first."""
-    table = Table(title=title, box=box.SIMPLE, caption=_caption(facts), caption_justify="left")
-    table.add_column("precision", no_wrap=True)
-    for column in ("MB", "bits", "KL", "differs", "success", "cost"):
+    """A row a rung, the dearest first; within 80 columns."""
+    table = Table(title=title, box=box.SIMPLE, pad_edge=False, caption=_caption(facts), caption_justify="left")
+    table.add_column("precision", overflow="fold")
+    for column in ("stored", "bits", "KL", "success", "cost", "cache"):
         table.add_column(column, no_wrap=True, justify="right")
-    table.add_column("on the front")
+    table.add_column("beaten by", overflow="fold")
     for rung in facts.rungs:
         table.add_row(*_row(rung), style=None if rung.dominated_by is None else "dim")
     return table
 
 
-def _row(rung: RungPlayed) -> tuple[str | Text, ...]:
+def _row(rung: RungPlayed) -> tuple[str, ...]:
     low, high = rung.success_interval
-    place = "yes" if rung.dominated_by is None else f"no: {rung.dominated_by}"
     return (
         rung.name,
-        f"{rung.bytes / 1e6:.2f}",
+        filesize.decimal(rung.bytes),
         f"{rung.bits_per_weight:.2f}",
         f"{rung.kl_to_float:.3f}",
-        f"{rung.greedy_disagreement:.1%}",
-        f"{rung.validation_success:.1%} ({100 * low:.1f}-{100 * high:.1f})",
-        f"{rung.cost:.3f} ({rung.cost_weights:.3f} + {rung.cost_cache:.3f})",
-        place,
+        f"{rung.validation_success:.1%} ({100 * low:.0f}-{100 * high:.0f})",
+        f"{rung.cost:.3f}",
+        f"{rung.cost_cache:.3f}",
+        rung.dominated_by or "",
     )
 
 
 def _caption(facts: LadderFacts) -> str:
     return (
-        f"{facts.games} validation games, {facts.confidence:.0%} intervals. bits: a weight, as stored. KL: to the float model,"
-        " nats an action. differs: greedy tokens that are not the float model's. cost: bytes that an episode's forward passes"
-        f" read (weights + keys and values), in episodes of {facts.rungs[0].name} with 16-bit weights. no: another precision is"
-        " as good for less."
+        f"Success on {facts.games} validation games, {facts.confidence:.0%} intervals. bits: a weight, as stored. KL: to the"
+        " float model, nats an action. cost: bytes that an episode's forward passes read, in episodes of"
+        f" {facts.rungs[0].name} with 16-bit weights; cache: the part of it that is keys and values. beaten by: another that"
+        " wins as much for less, or more for no more; who has none is on the front."
     )

@@ -2,10 +2,10 @@
 between which rungs routing can pay, and how much at most, or which rung to deploy without a router.
 
 The front holds the rungs that no other one beats: a rung is dominated where another wins as many validation games for less, or
-more for no more. The verdict's rule is ours. The dear end of a route is the cheapest rung on the front that is not worse than the
-ladder's dearest by more than a stated margin: whatever is dearer buys nothing that the games can show. The rest of the route are
-the rungs on the front below it. What routing can bring at most is the corner of the two ends: the success of the dear end at the
-cost of the cheap one.
+more for no more. The verdict's rule is ours. The dear end of a route is the cheapest rung on the front that is not worse than
+the ladder's dearest by more than a stated margin: whatever is dearer buys nothing that the games can show. The rest of the route
+are the rungs on the front that cost clearly less. What routing can bring at most is the corner of the two ends: the success of
+the dear end at the cost of the cheap one.
 """
 
 import math
@@ -88,7 +88,7 @@ def judge(rungs: Sequence[RungPlayed], won: dict[str, NDArray[np.bool_]], precis
     dear = min(fit, key=lambda rung: rung.cost, default=best)
     route = [dear]
     for rung in sorted(front, key=lambda rung: -rung.cost):
-        if rung.cost < dear.cost and rung.pass_bytes < route[-1].pass_bytes:
+        if rung.cost <= (1 - precisions.least_saving) * dear.cost and rung.pass_bytes < route[-1].pass_bytes:
             route.append(rung)
     names = tuple(rung.name for rung in route)
     if len(route) == 1:
@@ -107,12 +107,13 @@ def judge(rungs: Sequence[RungPlayed], won: dict[str, NDArray[np.bool_]], precis
 def _no_gain(rungs: Sequence[RungPlayed], dear: RungPlayed, fit: bool, precisions: Precisions) -> str:
     first, margin = rungs[0], f"{100 * precisions.margin:.0f} points"
     if dear is first:
-        standing = "is on the front"
+        standing = "is the best there is"
     elif fit:
         standing = f"is not worse than {_point(first)} by {margin}"
     else:
         standing = f"wins the most, though it may be worse than {_point(first)} by {margin}"
-    return f"Routing cannot pay: {_point(dear)} {standing}, and no smaller rung is on the front. Deploy {dear.name}."
+    saving = f"no smaller rung on the front costs {precisions.least_saving:.0%} less"
+    return f"Routing cannot pay: {_point(dear)} {standing}, and {saving}. Deploy {dear.name}."
 
 
 def _point(rung: RungPlayed) -> str:

@@ -67,7 +67,7 @@ def test_where_the_best_is_the_cheapest_nothing_is_gained() -> None:
     assert (found.verdict.pays, found.verdict.deploy, found.route) == (False, "int2", ("float", "int4"))
     assert found.verdict.text == (
         "Routing cannot pay: int2 (90.0% at a cost of 0.200) is not worse than float (91.0% at a cost of 1.000) by 5 points, and"
-        " no smaller rung is on the front. Deploy int2."
+        " no smaller rung on the front costs 5% less. Deploy int2."
     )
     assert judged({"float": (91, 1.0), "int2": (91, 0.2)}).route == ("float", "int2"), (
         "the ends of the ladder by default"
@@ -77,8 +77,16 @@ def test_where_the_best_is_the_cheapest_nothing_is_gained() -> None:
 def test_low_bits_that_fail_for_so_long_that_they_cost_more_are_no_choice() -> None:
     found = judged({"float": (91, 1.0), "int2": (10, 1.2)})
     assert (found.verdict.pays, found.verdict.deploy) == (False, "float")
-    standing = "(91.0% at a cost of 1.000) is on the front, and no smaller rung is on the front. Deploy float."
+    standing = (
+        "(91.0% at a cost of 1.000) is the best there is, and no smaller rung on the front costs 5% less. Deploy float."
+    )
     assert found.verdict.text.endswith(standing)
+
+
+def test_what_saves_next_to_nothing_is_not_routed_to() -> None:
+    rungs = {"float": (91, 1.0), "int4": (92, 0.5), "int2": (60, 0.49)}
+    assert (judged(rungs).verdict.pays, judged(rungs).verdict.deploy) == (False, "int4")
+    assert judged(rungs, least_saving=0.01).verdict.route == ("int4", "int2")
 
 
 def test_a_named_route_stays_whatever_the_verdict_says() -> None:
