@@ -21,7 +21,7 @@ from dmr_pipeline.cli.stages import stage_states
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.recipe import Recipe, load_recipe
 from tests.helpers.commands import dmr
-from tests.helpers.fake_project import RECIPE, REPOSITORY, commit_agent, dvc
+from tests.helpers.fake_project import RECIPE, REPOSITORY, SUMMARIES, commit_agent, dvc
 
 pytestmark = pytest.mark.usefixtures("fake_report")
 
@@ -39,6 +39,32 @@ def test_run_makes_everything_once_and_the_second_run_does_nothing(project: Reci
     second = dmr("run", RECIPE)
     assert second.exit_code == 0
     assert "nothing to do" in second.output
+
+
+def test_ladder_makes_what_it_shows_and_no_more(project: Recipe):
+    refused = dmr("ladder", RECIPE, "--json")
+    assert (refused.exit_code, refused.stderr.count("\n")) == (2, 1)
+    assert "dmr materialize quantized_checkpoints" in refused.stderr
+    shown = dmr("ladder", RECIPE)
+    assert shown.exit_code == 0, shown.output
+    assert {stage.name for stage in pipeline.STAGES if f"{stage.name}: done" in shown.output} == {
+        "benchmark_tasks", "agent", "quantized_checkpoints",
+    }  # fmt: skip
+    for said in ("50.0% (40-60)", "Routing can pay.", "Success on 4 validation games, 95% intervals"):
+        assert said in shown.output
+    told = dmr("ladder", RECIPE, "--json")
+    facts = json.loads(told.stdout)
+    assert [rung["name"] for rung in facts["rungs"]] == facts["route"] == ["float", "int2"]
+    assert facts["verdict"]["pays"] is True
+    assert dmr("run", RECIPE).output.count("verdict: Routing can pay.") == 1
+
+
+def test_a_ladder_that_no_router_can_help_names_the_weights_to_deploy(project: Recipe, monkeypatch: pytest.MonkeyPatch):
+    verdict = {"pays": False, "route": ["int2"], "deploy": "int2", "text": "Routing cannot pay."}
+    monkeypatch.setitem(SUMMARIES, "quantized_checkpoints", SUMMARIES["quantized_checkpoints"] | {"verdict": verdict})
+    shown = dmr("ladder", RECIPE).output
+    assert "Its weights: data/fake/quantized_checkpoints/int2" in shown
+    assert "verdict: Routing cannot pay. (data/fake/quantized_checkpoints/int2)" in dmr("run", RECIPE).output
 
 
 @pytest.mark.parametrize("damage", ["stage deleted", "recipe changed", "dvc.lock lost"])

@@ -11,7 +11,7 @@ from dmr_pipeline import pipeline
 from dmr_pipeline.artifacts.folders import artifact_folder
 from dmr_pipeline.artifacts.manifest import verify
 from dmr_pipeline.cli.common import RecipeArgument, console, progress_lines, user_errors_exit_2
-from dmr_pipeline.precision.ladder import LadderFacts, RungPlayed, read_ladder
+from dmr_pipeline.precision.ladder import LadderFacts, RungPlayed
 from dmr_pipeline.recipe import load_recipe
 
 STAGE = "quantized_checkpoints"
@@ -32,20 +32,29 @@ def ladder(
 
         with progress_lines():
             runs.materialize(pipeline.STAGES, recipe, ["benchmark_tasks", "agent", STAGE])
-    folder = verify(artifact_folder(STAGE, recipe)).path
-    facts = read_ladder(folder)
+    artifact = verify(artifact_folder(STAGE, recipe))
+    facts = LadderFacts.model_validate(artifact.manifest.summary)
     if as_json:
         typer.echo(json.dumps(facts.model_dump(mode="json"), indent=2))
         return
     console.print(ladder_table(facts, recipe))
     console.print(facts.verdict.text, highlight=False, markup=False)
     if not facts.verdict.pays:
-        console.print(f"Its weights: {folder / facts.verdict.deploy}", highlight=False, markup=False, soft_wrap=True)
+        console.print(
+            f"Its weights: {artifact.path / facts.verdict.deploy}", highlight=False, markup=False, soft_wrap=True
+        )
 
 
 def ladder_table(facts: LadderFacts, title: str) -> Table:
     """A row a rung, the dearest first; within 80 columns."""
-    table = Table(title=title, box=box.SIMPLE, pad_edge=False, caption=_caption(facts), caption_justify="left")
+    table = Table(
+        title=title,
+        box=box.SIMPLE,
+        pad_edge=False,
+        collapse_padding=True,
+        caption=_caption(facts),
+        caption_justify="left",
+    )
     table.add_column("precision", overflow="fold")
     for column in ("stored", "bits", "KL", "success", "cost", "cache"):
         table.add_column(column, no_wrap=True, justify="right")

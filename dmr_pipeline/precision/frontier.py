@@ -28,11 +28,12 @@ PLAYED = pl.Schema(
         "task_id": pl.String(),
         "success": pl.Boolean(),
         "steps": pl.Int64(),
-        "cost_weights": pl.Float64(),
+        "cost": pl.Float64(),
         "cost_cache": pl.Float64(),
     }
 )
-"""One row a rung and validation game. Costs are in the unit of `LadderFacts.unit_bytes`."""
+"""One row a rung and validation game. Costs are in the unit of `LadderFacts.unit_bytes`; `cost_cache` is
+the part of `cost` that is keys and values."""
 
 
 def played_facts(
@@ -46,17 +47,16 @@ def played_facts(
     """
     games = {rung.name: played.filter(rung=rung.name).sort("task_id") for rung in facts}
     won = {name: rows["success"].to_numpy() for name, rows in games.items()}
-    means = {name: (rows["cost_weights"].mean(), rows["cost_cache"].mean()) for name, rows in games.items()}
-    points = {name: (float(sum(means[name])), float(won[name].mean())) for name in games}  # type: ignore[arg-type]
+    points = {name: (_mean(rows["cost"]), _mean(rows["success"])) for name, rows in games.items()}
     level, dearest, dominated = precisions.confidence, facts[0].name, dominators(points)
     rungs = [
         RungPlayed(
             **rung.model_dump(),
-            validation_success=_rounded(points[rung.name][1]),
+            validation_success=points[rung.name][1],
             success_interval=_wilson(won[rung.name], level),
-            validation_steps=_rounded(games[rung.name]["steps"].mean()),
-            cost_weights=_rounded(means[rung.name][0]),
-            cost_cache=_rounded(means[rung.name][1]),
+            validation_steps=_mean(games[rung.name]["steps"]),
+            cost=points[rung.name][0],
+            cost_cache=_mean(games[rung.name]["cost_cache"]),
             lost=_rounded(points[dearest][1] - points[rung.name][1]),
             lost_interval=paired_interval(won[dearest], won[rung.name], level),
             dominated_by=dominated.get(rung.name),
@@ -143,5 +143,9 @@ def _wilson(won: NDArray[np.bool_], confidence: float) -> tuple[float, float]:
     return _rounded(interval.low), _rounded(interval.high)
 
 
-def _rounded(value: object) -> float:
-    return round(float(value), 6)  # type: ignore[arg-type]
+def _mean(values: pl.Series) -> float:
+    return _rounded(values.mean())  # type: ignore[arg-type]
+
+
+def _rounded(value: float) -> float:
+    return round(float(value), 6)

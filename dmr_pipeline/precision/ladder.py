@@ -37,20 +37,16 @@ class RungPlayed(RungFacts):
     success_interval: tuple[float, float]
     """Wilson's."""
     validation_steps: float
-    cost_weights: float
-    """Mean of an episode, weights alone."""
+    cost: float
+    """Mean of an episode, in the unit of `LadderFacts.unit_bytes`."""
     cost_cache: float
-    """Mean of an episode, keys and values alone."""
+    """The part of it that is keys and values."""
     lost: float
     """Success of the ladder's dearest rung minus its own, on the same games."""
     lost_interval: tuple[float, float]
     """Of that (`paired_interval`)."""
     dominated_by: str | None
     """See `hull.dominators`; None on the front."""
-
-    @property
-    def cost(self) -> float:
-        return self.cost_weights + self.cost_cache
 
 
 class Verdict(FrozenModel):

@@ -96,7 +96,7 @@ def played_rows(
     """Rows of `frontier.PLAYED` of a rung that played alone."""
     costs = [episode_cost(trajectory, {ALONE: read}, cache_bits) for trajectory in played]
     rows = [
-        (rung, t.run.task.task_id, t.success, len(t.steps), cost.weights / unit_bytes, cost.cache / unit_bytes)
+        (rung, t.run.task.task_id, t.success, len(t.steps), cost.total / unit_bytes, cost.cache / unit_bytes)
         for t, cost in zip(played, costs, strict=True)
     ]
     return pl.DataFrame(rows, schema=PLAYED, orient="row")

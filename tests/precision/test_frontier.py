@@ -32,7 +32,7 @@ def judged(
         for name in rungs
     ]  # fmt: skip
     rows = [
-        (name, f"{game:03}", game >= games - won, 1, 0.75 * cost, 0.25 * cost)
+        (name, f"{game:03}", game >= games - won, 1, cost, 0.25 * cost)
         for name, (won, cost) in rungs.items()
         for game in range(games)
     ]
