@@ -72,7 +72,7 @@ def plot_accuracy_cost(metrics: Metrics, path: Path) -> None:
         by_ratio.set(title="By ratio" if two else "By spend", xlabel=spent, ylabel="success", xlim=(-0.05, 1.05))
         by_ratio.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         by_ratio.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-        by_cost.set(title="By cost", xlabel=f"cost of an episode ({metrics['high']} on validation = 1)")
+        by_cost.set(title="By cost", xlabel="cost of an episode (dearest precision on validation = 1)")
         by_cost.set_xlim(0, dearest * 1.08)
         bottom = min(policy["ci95"][0] for policy in policies.values())
         top = max(policy["ci95"][1] for policy in policies.values())

@@ -166,8 +166,8 @@ def render_html(folder: Path, sidecar: Path | None, html: Path) -> None:
     Args:
         folder: holds metrics.json; plots/*.png, context.json and manifest.json are shown where they are there.
             context.json: `recipe` (section -> settings), `ladder` (list of name, bits_per_weight, bytes, kl_to_float,
-            success_validation), `verdict` (pays: bool, text: sentence, deploy: rung, route: rungs), `sensitivity`,
-            `kl_router`, `grpo_router` (fact -> value), `notes` (list of sentences); each may be absent.
+            success_validation, cost_validation, dominated_by), `verdict` (pays: bool, text: sentence, deploy: rung, route:
+            rungs), `sensitivity`, `kl_router`, `grpo_router` (fact -> value), `notes` (list of sentences); each may be absent.
         sidecar: the run's record; its `measured.seconds_per_step` maps a policy to mean, p95 (seconds), router_share.
         html: the file, replaced at once.
 
@@ -312,8 +312,9 @@ def _note(metrics: Metrics) -> str:
     games = metrics["policies"][metrics["headline"]]["n"]
     score = " Score: mean reward times 100." if has_scores(metrics) else ""
     return (
-        f"{games} games; brackets: {_confidence(metrics)} intervals, clustered by game.{score} Cost: {metrics['high']} on "
-        f"validation = 1. Gain: points of success over single precisions and mixtures of their episodes at equal cost. "
+        f"{games} games; brackets: {_confidence(metrics)} intervals, clustered by game.{score} Cost: the ladder's dearest "
+        "precision on validation, with 16-bit weights, = 1. Gain: points of success over single precisions and mixtures of "
+        "their episodes at equal cost. "
         f"Chosen on validation: {metrics['headline']}, {_against_singles(metrics)}."
     )
 

@@ -109,9 +109,9 @@ def _no_gain(rungs: Sequence[RungPlayed], dear: RungPlayed, fit: bool, precision
     if dear is first:
         standing = "is the best there is"
     elif fit:
-        standing = f"is not worse than {_point(first)} by {margin}"
+        standing = f"is at most {margin} worse than {_point(first)}"
     else:
-        standing = f"wins the most, though it may be worse than {_point(first)} by {margin}"
+        standing = f"wins the most, though it may be more than {margin} worse than {_point(first)}"
     saving = f"no smaller rung on the front costs {precisions.least_saving:.0%} less"
     return f"Routing cannot pay: {_point(dear)} {standing}, and {saving}. Deploy {dear.name}."
 

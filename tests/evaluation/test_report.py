@@ -286,7 +286,15 @@ def test_html_shows_all_that_the_folder_holds(folder: Path, metrics: Metrics, tm
     context = {
         "recipe": {"benchmark": {"splits": {"test": 100}}},
         "ladder": [
-            {"name": "int2", "bits_per_weight": 2.5, "bytes": 820_000, "kl_to_float": 0.61, "success_validation": 0.585}
+            {
+                "name": "int2",
+                "bits_per_weight": 2.5,
+                "bytes": 820_000,
+                "kl_to_float": 0.61,
+                "success_validation": 0.585,
+                "cost_validation": 0.25,
+                "dominated_by": "int4",
+            }
         ],
         "verdict": {"pays": False, "text": "Deploy <int2>.", "deploy": "int2", "route": ["float", "int2"]},
         "kl_router": {"auroc": 0.8712},
@@ -310,7 +318,7 @@ def test_html_shows_all_that_the_folder_holds(folder: Path, metrics: Metrics, tm
         "On validation games, before any router: Deploy <int2>. The routers below choose between float and int2 all the same.",
         "Highlighted: the precision to deploy without a router.",
         "always_low 0.200 [0.200, 0.200] +0.0 [+0.0 to +0.0] on the line",
-        "int2 2.50 0.82 0.6100 58.5%",
+        "int2 2.50 0.82 0.6100 58.5% 0.250 int4",
         "kl_router 4.21 9.80 12.5%",
         "auroc 0.8712",
         "best update 49",

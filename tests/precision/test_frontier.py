@@ -66,7 +66,7 @@ def test_where_the_best_is_the_cheapest_nothing_is_gained() -> None:
     found = judged({"float": (91, 1.0), "int4": (90, 0.25), "int2": (90, 0.2)}, pair=("float", "int4"))
     assert (found.verdict.pays, found.verdict.deploy, found.route) == (False, "int2", ("float", "int4"))
     assert found.verdict.text == (
-        "Routing cannot pay: int2 (90.0% at a cost of 0.200) is not worse than float (91.0% at a cost of 1.000) by 5 points, and"
+        "Routing cannot pay: int2 (90.0% at a cost of 0.200) is at most 5 points worse than float (91.0% at a cost of 1.000), and"
         " no smaller rung on the front costs 5% less. Deploy int2."
     )
     assert judged({"float": (91, 1.0), "int2": (91, 0.2)}).route == ("float", "int2"), (
