@@ -60,21 +60,21 @@ def ladder_table(facts: LadderFacts, title: str) -> Table:
         table.add_column(column, no_wrap=True, justify="right")
     table.add_column("beaten by", overflow="fold")
     for rung in facts.rungs:
-        table.add_row(*_row(rung), style=None if rung.dominated_by is None else "dim")
+        table.add_row(*_row(rung), style="dim" if rung.dominated_by else None)
     return table
 
 
 def _row(rung: RungPlayed) -> tuple[str, ...]:
-    low, high = rung.success_interval
+    interval = f"{100 * rung.success_low:.0f}-{100 * rung.success_high:.0f}"
     return (
         rung.name,
         filesize.decimal(rung.bytes),
         f"{rung.bits_per_weight:.2f}",
         f"{rung.kl_to_float:.3f}",
-        f"{rung.validation_success:.1%} ({100 * low:.0f}-{100 * high:.0f})",
+        f"{rung.validation_success:.1%} ({interval})",
         f"{rung.cost:.3f}",
         f"{rung.cost_cache:.3f}",
-        rung.dominated_by or "",
+        rung.dominated_by,
     )
 
 

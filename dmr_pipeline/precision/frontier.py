@@ -49,17 +49,21 @@ def played_facts(
     won = {name: rows["success"].to_numpy() for name, rows in games.items()}
     points = {name: (_mean(rows["cost"]), _mean(rows["success"])) for name, rows in games.items()}
     level, dearest, dominated = precisions.confidence, facts[0].name, dominators(points)
+    interval = {name: _wilson(games_won, level) for name, games_won in won.items()}
+    lost = {name: paired_interval(won[dearest], games_won, level) for name, games_won in won.items()}
     rungs = [
         RungPlayed(
             **rung.model_dump(),
             validation_success=points[rung.name][1],
-            success_interval=_wilson(won[rung.name], level),
+            success_low=interval[rung.name][0],
+            success_high=interval[rung.name][1],
             validation_steps=_mean(games[rung.name]["steps"]),
             cost=points[rung.name][0],
             cost_cache=_mean(games[rung.name]["cost_cache"]),
             lost=_rounded(points[dearest][1] - points[rung.name][1]),
-            lost_interval=paired_interval(won[dearest], won[rung.name], level),
-            dominated_by=dominated.get(rung.name),
+            lost_low=lost[rung.name][0],
+            lost_high=lost[rung.name][1],
+            dominated_by=dominated.get(rung.name, ""),
         )
         for rung in facts
     ]
@@ -82,8 +86,8 @@ def judge(rungs: Sequence[RungPlayed], won: dict[str, NDArray[np.bool_]], precis
         rungs: in the ladder's order.
         won: rung -> whether it won, a validation game each, in the same order.
     """
-    front = [rung for rung in rungs if rung.dominated_by is None]
-    fit = [rung for rung in front if rung.lost_interval[1] < precisions.margin]
+    front = [rung for rung in rungs if not rung.dominated_by]
+    fit = [rung for rung in front if rung.lost_high < precisions.margin]
     best = max(front, key=lambda rung: rung.validation_success)
     dear = min(fit, key=lambda rung: rung.cost, default=best)
     route = [dear]

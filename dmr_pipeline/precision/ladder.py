@@ -34,8 +34,9 @@ class RungPlayed(RungFacts):
     """And how it plays the validation games, alone."""
 
     validation_success: float
-    success_interval: tuple[float, float]
-    """Wilson's."""
+    success_low: float
+    success_high: float
+    """Ends of its interval, Wilson's."""
     validation_steps: float
     cost: float
     """Mean of an episode, in the unit of `LadderFacts.unit_bytes`."""
@@ -43,10 +44,11 @@ class RungPlayed(RungFacts):
     """The part of it that is keys and values."""
     lost: float
     """Success of the ladder's dearest rung minus its own, on the same games."""
-    lost_interval: tuple[float, float]
-    """Of that (`paired_interval`)."""
-    dominated_by: str | None
-    """See `hull.dominators`; None on the front."""
+    lost_low: float
+    lost_high: float
+    """Ends of its interval (`frontier.paired_interval`)."""
+    dominated_by: str
+    """See `hull.dominators`; empty on the front."""
 
 
 class Verdict(FrozenModel):

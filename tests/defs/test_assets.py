@@ -97,6 +97,12 @@ def test_materialisation_records_hash_summary_table_and_picture(project: Recipe)
     assert isinstance(record.metadata["table"], dg.MarkdownMetadataValue)
     assert "always_high" in shown["table"]
     assert shown["picture/cost"].startswith("![cost](data:image/png;base64,iVBORw")
+    ladder = latest("quantized_checkpoints")
+    assert ladder is not None
+    assert ladder.metadata["summary/verdict/text"].value == "Routing can pay."
+    rungs = ladder.metadata["summary/rungs"]
+    assert isinstance(rungs, dg.TableMetadataValue), "a table, not JSON"
+    assert [row.data["name"] for row in rungs.records] == ["float", "int2"]
 
 
 def test_second_run_skips_unless_forced(project: Recipe):

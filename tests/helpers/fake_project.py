@@ -109,13 +109,15 @@ def fake_rung(name: str, kl_to_float: float, reloads_equal: bool = True) -> dict
         greedy_disagreement=0.1,
         reloads_equal=reloads_equal,
         validation_success=0.5,
-        success_interval=(0.4, 0.6),
+        success_low=0.4,
+        success_high=0.6,
         validation_steps=3.0,
         cost=1.0,
         cost_cache=0.1,
         lost=0.0,
-        lost_interval=(-0.1, 0.1),
-        dominated_by=None,
+        lost_low=-0.1,
+        lost_high=0.1,
+        dominated_by="",
     ).model_dump(mode="json")
 
 

@@ -42,7 +42,7 @@ def judged(
 def test_routing_can_pay_between_the_cheapest_that_is_as_good_and_what_is_cheaper_and_worse() -> None:
     found = judged({"float": (91, 1.0), "int8": (91, 0.5), "int4": (92, 0.25), "int2": (60, 0.2)})
     assert {rung.name: rung.dominated_by for rung in found.rungs} == {
-        "float": "int4", "int8": "int4", "int4": None, "int2": None,
+        "float": "int4", "int8": "int4", "int4": "", "int2": "",
     }  # fmt: skip
     verdict = found.verdict
     assert (verdict.pays, verdict.route, verdict.deploy) == (True, ("int4", "int2"), "int4")
@@ -56,7 +56,7 @@ def test_routing_can_pay_between_the_cheapest_that_is_as_good_and_what_is_cheape
 def test_a_dear_rung_on_the_front_is_not_routed_where_a_cheaper_one_is_not_worse() -> None:
     """float wins a game more, which a hundred games cannot show."""
     found = judged({"float": (91, 1.0), "int4": (90, 0.25), "int2": (60, 0.2)})
-    assert found.rungs[0].dominated_by is None
+    assert found.rungs[0].dominated_by == ""
     assert found.verdict.route == ("int4", "int2")
     strict = judged({"float": (91, 1.0), "int4": (90, 0.25), "int2": (60, 0.2)}, margin=0.0)
     assert strict.verdict.route == ("float", "int4", "int2")
