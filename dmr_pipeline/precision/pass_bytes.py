@@ -31,13 +31,12 @@ class PassBytes:
 
 def pass_bytes(model: PreTrainedModel) -> PassBytes:
     """Of a model as it is stored: before it is dequantized for acting."""
-    sizes, head = stored_bytes(model), model.get_output_embeddings()
-    tables = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Embedding)}
-    of_tables = {name: sizes[f"{name}.weight"] for name in tables}
-    looked_up = sum(size for name, size in of_tables.items() if head is None or tables[name].weight is not head.weight)
+    head = model.get_output_embeddings()
+    tables = [module for module in model.modules() if isinstance(module, torch.nn.Embedding)]
+    looked_up = [table for table in tables if head is None or table.weight is not head.weight]
     return PassBytes(
-        weights=sum(sizes.values()) - looked_up,
-        embedding_row=sum(size // tables[name].num_embeddings for name, size in of_tables.items()),
+        weights=sum(stored_bytes(model).values()) - sum(2 * table.weight.numel() for table in looked_up),
+        embedding_row=sum(2 * table.embedding_dim for table in tables),
         cached_numbers=cached_numbers(model),
     )
 
