@@ -411,6 +411,18 @@ class Gptq(Section):
     )
 
 
+class Speculative(Section):
+    """How long the drafts are that a cheaper precision writes and a dearer one checks."""
+
+    draft_tokens: Count | None = Field(
+        None, description="tokens that are drafted before a check, at most; by default the whole action"
+    )
+    stop_margin: Share = Field(
+        0.0,
+        description="a draft ends with the first token that leads the next one by less than this, in probability; 0: it goes on",
+    )
+
+
 class Precisions(Section):
     """The precision ladder, highest first, and the rungs that the router chooses from."""
 
@@ -447,6 +459,11 @@ class Precisions(Section):
     )
     gptq: Gptq | None = Field(
         None, exclude_if=_unset, description="how rungs with `rounding: gptq` are made; by default as its keys have it"
+    )
+    speculative: Speculative | None = Field(
+        None,
+        exclude_if=_unset,
+        description="how a cheaper precision drafts where a dearer one checks; by default as its keys have it",
     )
 
     @property
@@ -857,6 +874,11 @@ def _probe_layers(agent: Agent, kl_router: KlRouter) -> Iterator[str]:
         yield f"kl_router.model.probe.layers: {list(layers)}, but the agent has {there}"
 
 
+def _drafts_of_commands(agent: Agent, precisions: Precisions) -> Iterator[str]:
+    if precisions.speculative is not None and agent.action == "score":
+        yield "precisions.speculative: with agent.action: score nothing is written, so nothing is drafted; leave it out"
+
+
 def _kept_in_float(agent: Agent, precisions: Precisions) -> Iterator[str]:
     if agent.training is None:
         return
@@ -880,6 +902,7 @@ _ACROSS: tuple[Callable[..., Iterator[str]], ...] = (
     _forced_searches,
     _short_games,
     _probe_layers,
+    _drafts_of_commands,
     _kept_in_float,
 )
 """Their parameters are the sections that they look at."""

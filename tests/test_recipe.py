@@ -88,6 +88,7 @@ def test_what_would_fail_later_is_refused_in_one_line(
         ),
         ({BEHAVIOUR + ".1.shares": {"float": 0, "int2": 1}}, BEHAVIOUR + ".1.shares.float", 0.0),
         (AUTO, "precisions.route", "auto"),
+        ({P + "speculative": {"draft_tokens": 4}}, "precisions.speculative.draft_tokens", 4),
         (AUTO | {P + "pair": ["float", "int4"]}, "precisions.pair.1", "int4"),
         ({"versioning.remote": "s3-store.eu"}, "versioning.remote", "s3-store.eu"),
         ({"evaluation.bootstrap": 40}, "evaluation.bootstrap", 40),

@@ -158,7 +158,7 @@ def _row(entry: Entry, trajectory: Trajectory, arena: Arena) -> tuple[object, ..
     readings = [
         (rung, reading.tokens)
         for step in steps
-        for rung, reading in ((step.precision, step.reading), *step.wasted.items())
+        for rung, reading in ((step.precision, step.reading), *step.besides.items())
     ]
     cost = rollouts.cost(trajectory, entry.router)
     return (

@@ -54,7 +54,7 @@ def episode_cost(
     read = [
         bytes_read(reading, rungs[rung], cache_bits)
         for step in trajectory.steps
-        for rung, reading in ((step.precision, step.reading), *step.wasted.items())
+        for rung, reading in ((step.precision, step.reading), *step.besides.items())
     ]
     if router is not None:
         read += [bytes_read(step.router, router, cache_bits) for step in trajectory.steps]

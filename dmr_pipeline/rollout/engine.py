@@ -12,7 +12,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
 import numpy as np
@@ -24,13 +24,16 @@ from transformers import PreTrainedModel
 from dmr_pipeline.agent.memory import halving
 from dmr_pipeline.environments.base import Episode, Task
 from dmr_pipeline.errors import UserError
-from dmr_pipeline.rollout.known import Known, KnownAction, Transcript
+from dmr_pipeline.recipe import Speculative
+from dmr_pipeline.rollout.choosing import drawn, leads
+from dmr_pipeline.rollout.known import Drafting, Known, KnownAction, Transcript
 from dmr_pipeline.rollout.kv_cache.catching_up import catch_up
 from dmr_pipeline.rollout.kv_cache.choice import token_streams, transcript_capacity
 from dmr_pipeline.rollout.kv_cache.padded import TokenStreams
 from dmr_pipeline.rollout.prompts import Moment, Prompter
-from dmr_pipeline.rollout.reading import NOTHING, Reading, each_in_full, one_by_one
-from dmr_pipeline.rollout.writing import NgramGuesses, write
+from dmr_pipeline.rollout.reading import NOTHING, Reading, checking, drafting, each_in_full, one_by_one
+from dmr_pipeline.rollout.speculation import write_checked
+from dmr_pipeline.rollout.writing import Guess, NgramGuesses, write
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +49,8 @@ class Draft:
     margin: float
     """How far the likeliest token led the next, in probability: the least lead of the action (where commands are scored,
     the likeliest command's)."""
+    drafting: Drafting | None = None
+    """Where another precision drafted it, what that took, all its forward passes included."""
 
 
 class DecisionContext(Protocol):
@@ -97,6 +102,8 @@ class Decision:
     """What the router decided on, where it is to learn from it."""
     forced: bool = False
     """A rule decided, and the router was not asked."""
+    drafter: str | None = None
+    """Name of a cheaper rung: it drafts the action, and the one that acts checks it. None: that one writes it."""
 
 
 class RoutingPolicy(Protocol):
@@ -120,12 +127,14 @@ class SinglePrecision:
     precision: str
     route: Sequence[str] = ()
     """The routed rungs, dearest first, where it is one of them."""
+    drafter: str | None = None
+    """As `Decision.drafter`."""
 
     def begin(self, slot: int, run: RolloutRequest) -> None:
         pass
 
     def decide(self, slots: Sequence[int], segments: Sequence[list[int]], peek: DecisionContext) -> list[Decision]:
-        return [Decision(self.precision, certain(self.precision, self.route))] * len(slots)
+        return [Decision(self.precision, certain(self.precision, self.route), drafter=self.drafter)] * len(slots)
 
     def acted(self, slot: int, segment: list[int], precision: str, action: list[int]) -> None:
         pass
@@ -184,15 +193,21 @@ class Step:
     exceedance: tuple[float, ...]
     """As `Decision.exceedance`."""
     reading: Reading = NOTHING
-    """What the acting precision's forward passes read: catch-up, segment, and all but the last generated token."""
-    wasted: Mapping[str, Reading] = field(default_factory=dict)
-    """Rung -> what its forward passes read that the decision needed and that were thrown away."""
+    """What the acting precision's forward passes read: catch-up, segment, and all but the last generated token; where it
+    checked, drafts besides."""
+    besides: Mapping[str, Reading] = field(default_factory=dict)
+    """Another rung -> what its forward passes read: those that the decision needed and that were thrown away, and those that
+    drafted what the acting one checked."""
     router: Reading = NOTHING
     """As `Decision.router`."""
     features: NDArray[np.float32] | None = field(default=None, compare=False)
     """What the router decided on, where it is to learn from it."""
     forced: bool = False
     """A rule decided, and the router was not asked."""
+    drafted: int = 0
+    """Tokens that another rung drafted for the acting one to check."""
+    accepted: int = 0
+    """Those of them that it took."""
 
 
 @dataclass
@@ -261,6 +276,7 @@ def play(
     on_progress: Callable[[int], None] = lambda _: None,
     done: dict[int, Trajectory] | None = None,
     known: Known | None = None,
+    speculative: Speculative | None = None,
 ) -> list[Trajectory]:
     """Play all runs, each until it ends, has taken `step_limit` steps or has no room for another; results are in the order of
     `runs` and do not depend on how many slots there are (but for rounding).
@@ -275,9 +291,14 @@ def play(
             off another call can go on.
         known: greedy actions of these agents, which are looked up, and those that are found are added. Without it everything
             is computed.
+        speculative: how long drafts are, where a policy lets one precision draft and another check.
+
+    Raises:
+        UserError: a step is to be checked where commands are scored, or by a model whose cache cannot be cut.
     """
     clock = clock if clock is not None else Timings()
-    batch = _Batch(agents, prompter, policy, action, temperature, seed, clock, known if temperature == 0 else None)
+    known, speculative = known if temperature == 0 else None, speculative or Speculative()
+    batch = _Batch(agents, prompter, policy, action, temperature, seed, clock, known, speculative)
     done = done if done is not None else {}
     queue = [(index, run) for index, run in enumerate(runs) if index not in done][::-1]
     free = list(range(min(len(streams.lengths) for streams in agents.values())))[::-1]
@@ -356,13 +377,13 @@ class _Batch:
         seed: int,
         clock: Timings,
         known: Known | None,
+        speculative: Speculative,
     ) -> None:
         self.agents, self.prompter, self.policy, self.known = agents, prompter, policy, known
+        self.speculative = speculative
         self._cheapest = list(agents)[-1]
         self.capacity = min(streams.capacity for streams in agents.values())
         self.scores = action == "score"
-        self._compute = self._score if self.scores else self._generate
-        """(precision, slots) -> its action for each slot."""
         self.temperature, self.seed, self.clock = temperature, seed, clock
         self.slots: dict[int, _Slot] = {}
         self._guesses = NgramGuesses()
@@ -401,20 +422,27 @@ class _Batch:
         started = time.perf_counter()
         decisions = self.policy.decide(slots, [state.segment for state in running], peek)
         decided = time.perf_counter()
-        chosen: dict[int, Draft] = {}
-        for precision in reversed(list(self.agents)):
-            mine = [slot for slot, decision in zip(slots, decisions, strict=True) if decision.precision == precision]
-            drafted = peek.drafted.get(precision, {})
-            chosen |= {slot: drafted[slot] for slot in mine if slot in drafted}
-            if rest := [slot for slot in mine if slot not in drafted]:
-                chosen |= dict(zip(rest, self.act(precision, rest), strict=True))
-        wasted = {
-            slot: self._wasted(slot, decision.precision, peek) for slot, decision in zip(slots, decisions, strict=True)
-        }
         for slot, decision in zip(slots, decisions, strict=True):
             for precision, drafted in peek.drafted.items():
-                if slot in drafted and precision != decision.precision:
+                if slot in drafted and precision != decision.precision:  # its action is thrown away
                     self.slots[slot].read[precision] = len(self.slots[slot].transcript.tokens)
+        chosen: dict[int, Draft] = {}
+        for precision in reversed(list(self.agents)):
+            drafters = {
+                slot: decision.drafter
+                for slot, decision in zip(slots, decisions, strict=True)
+                if decision.precision == precision
+            }
+            drafted = peek.drafted.get(precision, {})
+            chosen |= {slot: drafted[slot] for slot in drafters if slot in drafted}
+            for drafter in dict.fromkeys(drafters.values()):
+                rest = [slot for slot, its in drafters.items() if its == drafter and slot not in drafted]
+                if rest:
+                    chosen |= dict(zip(rest, self.act(precision, rest, drafter), strict=True))
+        besides = {
+            slot: self._besides(slot, decision, chosen[slot], peek)
+            for slot, decision in zip(slots, decisions, strict=True)
+        }
         for slot in peek.asked_for_states:
             state = self.slots[slot]
             state.read[self._cheapest] = max(state.read[self._cheapest], len(state.transcript.tokens))
@@ -434,10 +462,12 @@ class _Batch:
                     decision.precision,
                     decision.exceedance,
                     taken.reading,
-                    wasted[slot] if decision.charged else {},
+                    besides[slot],
                     decision.router,
                     decision.features,
                     decision.forced,
+                    taken.drafting.drafted if taken.drafting else 0,
+                    taken.drafting.accepted if taken.drafting else 0,
                 )
             )
             state.transcript.append(taken.action)
@@ -459,18 +489,24 @@ class _Batch:
         self.clock.steps += len(slots)
         return ended
 
-    def _wasted(self, slot: int, acting: str, peek: "_BatchPeek") -> dict[str, Reading]:
-        """`Step.wasted`: drafts that were not taken, and a reading of the transcript that no action went on from."""
-        thrown = {
-            precision: drafted[slot].reading
-            for precision, drafted in peek.drafted.items()
-            if precision != acting and slot in drafted
-        }
-        if slot in peek.asked_for_states and self._cheapest != acting and self._cheapest not in thrown:
-            state = self.slots[slot]
-            held = len(state.transcript.tokens)
-            thrown[self._cheapest] = Reading(1, held - state.read[self._cheapest], held)
-        return thrown
+    def _besides(self, slot: int, decision: Decision, taken: Draft, peek: "_BatchPeek") -> dict[str, Reading]:
+        """`Step.besides`: drafts that were not taken, a reading of the transcript that no action went on from, and what the
+        acting precision checked."""
+        besides: dict[str, Reading] = {}
+        drafter = decision.drafter if taken.drafting is not None else None
+        if decision.charged:
+            besides = {
+                precision: drafted[slot].reading
+                for precision, drafted in peek.drafted.items()
+                if precision != decision.precision and slot in drafted
+            }
+            if slot in peek.asked_for_states and self._cheapest not in (decision.precision, drafter, *besides):
+                state = self.slots[slot]
+                held = len(state.transcript.tokens)
+                besides[self._cheapest] = Reading(1, held - state.read[self._cheapest], held)
+        if drafter is not None and taken.drafting is not None:
+            besides[drafter] = besides.get(drafter, NOTHING) + taken.drafting.reading
+        return besides
 
     def read_states(self, slots: Sequence[int], layers: Sequence[int]) -> Tensor:
         """`DecisionContext.states`; what is read here is not read again by an action of this step."""
@@ -486,28 +522,64 @@ class _Batch:
         rows = self.known.fill(self.known.states, keys, read)
         return torch.from_numpy(np.stack(rows))
 
-    def act(self, precision: str, slots: list[int]) -> list[Draft]:
-        """The action of one precision for each slot."""
+    def act(self, precision: str, slots: list[int], drafter: str | None = None) -> list[Draft]:
+        """The action of one precision for each slot.
+
+        Args:
+            drafter: as `Decision.drafter`.
+
+        Raises:
+            UserError: it cannot be checked what is drafted.
+        """
+        if drafter is not None:
+            self._refuse_drafting(precision, drafter)
         drafts = []
-        for slot, taken in zip(slots, self._actions(precision, slots), strict=True):
-            state = self.slots[slot]
-            held = len(state.transcript.tokens)
-            grown = Reading(tokens=held - state.read[precision])
-            drafts.append(Draft(taken.tokens, grown + taken.reading, taken.margin))
-            state.read[precision] = held + taken.kept
+        for slot, taken in zip(slots, self._actions(precision, drafter, slots), strict=True):
+            reading = self._grown(slot, precision, taken.kept) + taken.reading
+            took = taken.drafting
+            if drafter is not None and took is not None:
+                took = replace(took, reading=self._grown(slot, drafter, took.kept) + took.reading)
+            drafts.append(Draft(taken.tokens, reading, taken.margin, took))
         return drafts
 
-    def _actions(self, precision: str, slots: list[int]) -> list[KnownAction]:
+    def _grown(self, slot: int, precision: str, kept: int) -> Reading:
+        """Of what the transcript has grown by since this precision read it last; it has then also read so many tokens more."""
+        state = self.slots[slot]
+        held = len(state.transcript.tokens)
+        grown = Reading(
+            tokens=max(1, held - state.read[precision])
+        )  # logits are not kept after a draft that was thrown away
+        state.read[precision] = held + kept
+        return grown
+
+    def _refuse_drafting(self, precision: str, drafter: str) -> None:
+        if list(self.agents).index(drafter) <= list(self.agents).index(precision):
+            raise ValueError(f"{drafter!r} cannot draft for {precision!r}: it is not cheaper")
+        if self.scores:
+            raise UserError(
+                f"{drafter!r} is to draft for {precision!r}, but with agent.action: score nothing is written; set it to"
+                " generate, or act without drafts"
+            )
+        for rung in (precision, drafter):
+            if not self.agents[rung].cuts:
+                raise UserError(
+                    f"{drafter!r} is to draft for {precision!r}, but the cache of {rung!r} cannot be cut where a draft was wrong;"
+                    " act without drafts"
+                )
+
+    def _actions(self, precision: str, drafter: str | None, slots: list[int]) -> list[KnownAction]:
         """Looked up or computed."""
-        if self.known is None:
-            return self._compute(precision, slots)
-        keys = {slot: (precision, self.slots[slot].transcript.digest()) for slot in slots}
-        computed: list[int] = []
 
         def compute(new: list[int]) -> list[KnownAction]:
             computed.extend(new)
-            return self._compute(precision, new)
+            if drafter is not None:
+                return self._check(precision, drafter, new)
+            return self._score(precision, new) if self.scores else self._generate(precision, new)
 
+        computed: list[int] = []
+        if self.known is None:
+            return compute(slots)
+        keys = {slot: (precision, drafter, self.slots[slot].transcript.digest()) for slot in slots}
         actions = self.known.fill(self.known.actions, keys, compute)
         self.known.asked += len(slots)
         self.known.looked_up += len(slots) - len(computed)
@@ -516,6 +588,9 @@ class _Batch:
     def _unread(self, precision: str, slots: Sequence[int]) -> list[list[int]]:
         """Tokens of each transcript that its stream is still to read; none where it was read in this step."""
         read = self._after if precision == self._cheapest else {}
+        for slot in slots:
+            if slot in read:  # and perhaps drafted after it
+                self.agents[precision].truncate(slot, len(self.slots[slot].transcript.tokens))
         new = [slot for slot in slots if slot not in read]
         left = catch_up(self.agents[precision], new, [self.slots[slot].transcript.tokens for slot in new])
         chunks = dict(zip(new, left, strict=True))
@@ -523,19 +598,16 @@ class _Batch:
 
     def _generate(self, precision: str, slots: list[int]) -> list[KnownAction]:
         """Token by token."""
-        most = self.prompter.prompt.max_action_tokens
         transcripts = [self.slots[slot].transcript.tokens for slot in slots]
-        after = self._after if precision == self._cheapest else {}
-        read = {i: after[slot] for i, slot in enumerate(slots) if slot in after}
         written = write(
             self.agents[precision],
             slots,
             self._unread(precision, slots),
             choose=lambda logits, places: self._choose(logits, [(slots[i], index) for i, index in places]),
-            observe=_leads,
-            guess=lambda i, tokens: self._guesses.guess(transcripts[i], tokens, most - len(tokens) - 1),
+            observe=leads,
+            guess=self._guess_after(transcripts),
             is_complete=self.prompter.is_complete,
-            known=read,
+            known=self._logits_after(precision, slots),
         )
         actions = []
         for transcript, action in zip(transcripts, written, strict=True):
@@ -544,6 +616,44 @@ class _Batch:
             reading = one_by_one(len(transcript), count)
             actions.append(KnownAction(action.tokens, min(action.facts), reading, kept=count - 1))
         return actions
+
+    def _check(self, precision: str, drafter: str, slots: list[int]) -> list[KnownAction]:
+        """What the drafter writes, as far as this precision would write it too."""
+        transcripts = [self.slots[slot].transcript.tokens for slot in slots]
+        checked = write_checked(
+            self.agents[precision],
+            self.agents[drafter],
+            slots,
+            transcripts,
+            self._unread(precision, slots),
+            self._unread(drafter, slots),
+            self._logits_after(drafter, slots),
+            self._guess_after(transcripts),
+            self.prompter.is_complete,
+            self.speculative,
+            self.temperature,
+            lambda i, index, *purpose: self._draw(slots[i], index, *purpose),
+        )
+        actions = []
+        for transcript, action in zip(transcripts, checked, strict=True):
+            self._guesses.learn(transcript, action.tokens)
+            held, rounds = len(transcript), action.rounds
+            drafted, accepted = sum(r.drafted for r in rounds), sum(r.agreed for r in rounds)
+            took = Drafting(drafted, accepted, drafting(held, rounds), rounds[-1].kept)
+            kept = len(action.tokens) - 1
+            actions.append(KnownAction(action.tokens, min(action.leads), checking(held, rounds), kept, took))
+        return actions
+
+    def _guess_after(self, transcripts: Sequence[list[int]]) -> Guess:
+        most = self.prompter.prompt.max_action_tokens
+        return lambda waiting: {
+            i: self._guesses.guess(transcripts[i], tokens, most - len(tokens) - 1) for i, tokens in waiting.items()
+        }
+
+    def _logits_after(self, precision: str, slots: Sequence[int]) -> dict[int, Tensor]:
+        """Place among `slots` -> logits [vocabulary] after the transcript, where it was read in this step."""
+        read = self._after if precision == self._cheapest else {}
+        return {i: read[slot] for i, slot in enumerate(slots) if slot in read}
 
     def _score(self, precision: str, slots: list[int]) -> list[KnownAction]:
         """The admissible command that is likeliest, or a draw by probability."""
@@ -572,20 +682,19 @@ class _Batch:
             values = torch.tensor([of_commands])
             chosen = self._choose(values, [(slot, 0)])[0]
             reading = each_in_full(len(self.slots[slot].transcript.tokens), [len(command) for command in commands])
-            actions.append(KnownAction(commands[chosen], _leads(values)[0], reading, kept=0))
+            actions.append(KnownAction(commands[chosen], leads(values)[0], reading, kept=0))
         return actions
 
     def _choose(self, logits: Tensor, positions: list[tuple[int, int]]) -> list[int]:
         """A token for each (slot, index in the action)."""
         if self.temperature == 0:
             return list(logits.argmax(-1).tolist())
-        draws = [seeded_generator(*self._key(slot), index).random() for slot, index in positions]
-        return drawn(logits / self.temperature, draws)
+        return drawn(logits / self.temperature, [self._draw(slot, index) for slot, index in positions])
 
-    def _key(self, slot: int) -> tuple[object, ...]:
-        """What a draw for the slot's present step is seeded by, beside its index in the action."""
-        state = self.slots[slot]
-        return self.seed, state.run.task.task_id, state.run.member, len(state.trajectory.steps)
+    def _draw(self, slot: int, index: int, *purpose: str) -> float:
+        """Uniform in [0, 1), for an index in the action of the slot's present step."""
+        run, turn = self.slots[slot].run, len(self.slots[slot].trajectory.steps)
+        return seeded_generator(self.seed, run.task.task_id, run.member, turn, index, *purpose).random()
 
 
 class _BatchPeek:
@@ -609,23 +718,6 @@ class _BatchPeek:
 
     def admissible_commands(self, slots: Sequence[int]) -> list[Sequence[str]]:
         return [self._batch.slots[slot].episode.admissible_commands() for slot in slots]
-
-
-def drawn(logits: Tensor, draws: Sequence[float]) -> list[int]:
-    """For each row of logits [n, choices] the choice that its draw, uniform in [0, 1), falls on: the first whose cumulative
-    probability (float64) is above it."""
-    cumulative = logits.softmax(-1).double().cumsum(-1)
-    levels = torch.tensor(draws, dtype=torch.double, device=logits.device)[:, None] * cumulative[:, -1:]
-    choices = torch.searchsorted(cumulative, levels, right=True).squeeze(-1)
-    return list(choices.clamp(max=logits.shape[-1] - 1).tolist())
-
-
-def _leads(logits: Tensor) -> list[float]:
-    """For each row of logits [n, choices], how far the likeliest choice leads the next, in probability; 1 if it is alone."""
-    if logits.shape[-1] == 1:
-        return [1.0] * len(logits)
-    best = (logits.topk(2, -1).values - logits.logsumexp(-1, keepdim=True)).exp()
-    return list((best[:, 0] - best[:, 1]).tolist())
 
 
 def seeded_generator(*key: object) -> np.random.Generator:

@@ -22,10 +22,24 @@ _MOST_BYTES = 256_000_000
 _ENTRY_BYTES = 500
 """About what an action takes, its key included."""
 
-ActionKey = tuple[str, bytes]
-"""Precision, and the transcript's digest."""
+ActionKey = tuple[str, str | None, bytes]
+"""Precision, who drafts if any does, and the transcript's digest."""
 StatesKey = tuple[tuple[int, ...], bytes]
 """Layers, and the transcript's digest."""
+
+
+@dataclass(frozen=True)
+class Drafting:
+    """What drafting an action took that another precision checked."""
+
+    drafted: int
+    """Tokens."""
+    accepted: int
+    """Those of them that were taken."""
+    reading: Reading
+    """What the drafter's forward passes read, but for the tokens that the transcript has grown by."""
+    kept: int
+    """Tokens after the transcript that the drafter's stream then holds, and that are right."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +51,8 @@ class KnownAction:
     """What its forward passes read, but for the tokens that the transcript has grown by."""
     kept: int
     """Tokens after the transcript that the stream then holds."""
+    drafting: Drafting | None = None
+    """Where it was drafted by another precision."""
 
 
 class Transcript:

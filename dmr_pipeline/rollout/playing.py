@@ -14,7 +14,7 @@ from dmr_pipeline.agent.memory import halving
 from dmr_pipeline.precision.acting import ActingModels
 from dmr_pipeline.precision.ladder import read_ladder
 from dmr_pipeline.precision.pass_bytes import PassBytes
-from dmr_pipeline.recipe import Recipe
+from dmr_pipeline.recipe import Recipe, Speculative
 from dmr_pipeline.rollout.cost import Cost, episode_cost
 from dmr_pipeline.rollout.engine import RolloutRequest, RoutingPolicy, Timings, Trajectory, play, warn_of_outgrown
 from dmr_pipeline.rollout.known import Known
@@ -72,6 +72,8 @@ class Rollouts:
     """Episodes that a process acts on at once, if there is memory for them."""
     processes: int
     reuse_actions: bool
+    speculative: Speculative | None
+    """As of `engine.play`."""
 
     @classmethod
     def load(cls, checkpoints: Path, recipe: Recipe, rungs: Sequence[str] | None = None) -> "Rollouts":
@@ -95,6 +97,7 @@ class Rollouts:
             recipe.runtime.batch_episodes,
             processes_on(acting.device, recipe.runtime),
             recipe.runtime.reuse_actions,
+            recipe.precisions.speculative,
         )
 
     @property
@@ -229,6 +232,7 @@ class Rollouts:
                 lambda count: tell(_Ended(index, count)),
                 done,
                 known if self.reuse_actions else None,
+                self.speculative,
             )
 
         played = halving(min(rows, len(mine)), "episodes", attempt) if mine else []

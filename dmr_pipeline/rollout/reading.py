@@ -1,6 +1,9 @@
 """What forward passes read: the quantities that cost is made of."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
 
 
 @dataclass(frozen=True)
@@ -41,3 +44,43 @@ def each_in_full(held: int, candidates: list[int]) -> Reading:
     """
     read = [tokens - 1 for tokens in candidates if tokens > 1]
     return Reading(1 + len(read), sum(read), held + sum(held + tokens for tokens in read))
+
+
+class Round(NamedTuple):
+    """A draft of what comes next in an action, and its check."""
+
+    written: int
+    """Tokens of the action before it."""
+    drafted: int
+    """Tokens, at least one."""
+    read: int
+    """Those of them that who checks has to read: what would complete the action need not be."""
+    agreed: int
+    """The first ones, which were taken."""
+
+    @property
+    def kept(self) -> int:
+        """Tokens of the action that the drafter has read and that are right; its last one it has not read itself."""
+        return self.written + min(self.agreed, self.drafted - 1)
+
+
+def checking(held: int, rounds: Sequence[Round]) -> Reading:
+    """Of checking the drafts of an action, a pass each, without the transcript's tokens that the first pass is given: it reads
+    the draft, each later one also the token that was put after what had been agreed on.
+
+    Args:
+        held: tokens of the transcript.
+    """
+    passes = (Reading(1, (r.written > 0) + r.read, held + r.written + r.read) for r in rounds)
+    return sum(passes, NOTHING)
+
+
+def drafting(held: int, rounds: Sequence[Round]) -> Reading:
+    """Of writing these drafts, without the transcript's tokens that the first pass is given: as `one_by_one`, the first pass of
+    each later draft reads what it has not read of the action.
+
+    Args:
+        held: tokens of the transcript.
+    """
+    written = sum((one_by_one(held + r.written, r.drafted) for r in rounds), NOTHING)
+    return written + Reading(tokens=sum(later.written - earlier.kept for earlier, later in pairwise(rounds)))

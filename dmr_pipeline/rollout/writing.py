@@ -5,7 +5,7 @@ and kept as far as it is what the model writes itself (speculative decoding, Lev
 of a small model: Saxena, 2023, "prompt lookup"). The tokens are the model's own, whatever was guessed.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -15,6 +15,9 @@ from torch import Tensor
 from dmr_pipeline.rollout.kv_cache.padded import TokenStreams
 
 T = TypeVar("T")
+
+Guess = Callable[[Mapping[int, list[int]]], Mapping[int, Sequence[int]]]
+"""For each place, from what is written there so far: tokens that may come next."""
 
 _ORDERS = (5, 3, 2)
 """Tokens before the one that is guessed, the longest known first."""
@@ -81,10 +84,11 @@ def write(
     chunks: Sequence[Sequence[int]],
     choose: Callable[[Tensor, list[tuple[int, int]]], list[int]],
     observe: Callable[[Tensor], Sequence[T]],
-    guess: Callable[[int, list[int]], list[int]],
+    guess: Guess,
     is_complete: Callable[[list[int]], bool],
     begun: Sequence[Sequence[int]] | None = None,
-    known: dict[int, Tensor] | None = None,
+    known: Mapping[int, Tensor] | None = None,
+    stop: Callable[[int, int, T], bool] = lambda *_: False,
 ) -> list[Written[T]]:
     """Append a chunk to each of these slots, and write on until what is written is complete. The streams end before the last
     token.
@@ -92,10 +96,11 @@ def write(
     Args:
         choose: tokens from logits [n, vocabulary], each for (place among `slots`, index in what is written).
         observe: facts about logits [n, vocabulary], one a row.
-        guess: (place among `slots`, what is written so far) -> tokens that may come next.
+        guess: asked before each pass, of all places among `slots` that are not complete.
         is_complete: asked of what is written, after each token.
         begun: what is written already, the last tokens of the chunks included.
         known: place among `slots` -> logits [vocabulary] after its stream; its chunk is then empty.
+        stop: (place among `slots`, index in what is written, fact) -> whether nothing is written after this token.
     """
     written: list[Written[T]] = [Written(list(tokens)) for tokens in (begun or [[]] * len(slots))]
     unread = [list(chunk) for chunk in chunks]
@@ -110,7 +115,7 @@ def write(
         for count, (token, fact) in enumerate(zip(tokens, facts, strict=True)):
             written[i].tokens.append(token)
             written[i].facts.append(fact)
-            if is_complete(written[i].tokens):
+            if is_complete(written[i].tokens) or stop(i, len(written[i].tokens) - 1, fact):
                 return True
             if count == len(guessed) or token != guessed[count]:
                 break
@@ -125,8 +130,10 @@ def write(
         done = {i for i, token, fact in parts if accept(i, [token], [fact], [])}
         waiting = [i for i in waiting if i not in done]
     while waiting:
-        guesses = {i: guess(i, written[i].tokens) if streams.cuts else [] for i in waiting}
-        for i, tokens in guesses.items():  # what completes an action need not be read
+        guessed = guess({i: list(written[i].tokens) for i in waiting}) if streams.cuts else {}
+        guesses: dict[int, list[int]] = {}
+        for i in waiting:  # what completes an action need not be read
+            tokens = list(guessed.get(i, []))
             complete = next((n for n in range(1, len(tokens) + 1) if is_complete(written[i].tokens + tokens[:n])), None)
             guesses[i] = tokens[: complete - 1] if complete else tokens
         counts = [len(guesses[i]) + 1 for i in waiting]

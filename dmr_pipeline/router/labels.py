@@ -28,7 +28,7 @@ from dmr_pipeline.rollout.kv_cache.padded import TokenStreams
 from dmr_pipeline.rollout.parallel import in_processes, scatter
 from dmr_pipeline.rollout.playing import Rollouts
 from dmr_pipeline.rollout.prompts import Prompter
-from dmr_pipeline.rollout.writing import NgramGuesses, write
+from dmr_pipeline.rollout.writing import Guess, NgramGuesses, write
 
 T = TypeVar("T")
 
@@ -169,10 +169,13 @@ def compare(
     guesses = guesses or NgramGuesses()
     most = prompter.prompt.max_action_tokens
 
-    def guess(i: int, written: list[int]) -> list[int]:
+    def next_of(i: int, written: list[int]) -> list[int]:
         if recorded[i][: len(written)] == written:
             return recorded[i][len(written) :]
         return guesses.guess(texts[i], written, most - len(written) - 1)
+
+    def guess(waiting: Mapping[int, list[int]]) -> dict[int, list[int]]:
+        return {i: next_of(i, written) for i, written in waiting.items()}
 
     dearest, *cheaper = streams
     unread = catch_up(streams[dearest], slots, texts)
@@ -222,7 +225,7 @@ def _along(
     texts: Sequence[list[int]],
     high_actions: Sequence[list[int]],
     high_logits: Tensor,
-    guess: Callable[[int, list[int]], list[int]],
+    guess: Guess,
     prompter: Prompter,
 ) -> list[_Along]:
     """Arguments as in `compare`, one a slot."""
@@ -240,13 +243,18 @@ def _along(
     alone = [i for i in range(len(slots)) if not prompter.is_complete(actions[i])]
     for i in alone:
         streams.truncate(slots[i], len(texts[i]) + len(actions[i]) - 1)
+
+    def guess_alone(waiting: Mapping[int, list[int]]) -> dict[int, Sequence[int]]:
+        guessed = guess({alone[place]: written for place, written in waiting.items()})
+        return {place: guessed[alone[place]] for place in waiting}
+
     rest = write(
         streams,
         [slots[i] for i in alone],
         [actions[i][-1:] for i in alone],
         _greedy,
         own_numbers,
-        lambda place, written: guess(alone[place], written),
+        guess_alone,
         prompter.is_complete,
         begun=[actions[i] for i in alone],
     )

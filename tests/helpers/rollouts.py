@@ -71,6 +71,7 @@ def rollouts_of(rungs: Sequence[str]) -> Rollouts:
         batch_episodes=64,
         processes=1,
         reuse_actions=True,
+        speculative=None,
     )
 
 

@@ -109,4 +109,4 @@ def test_scoring_counts_a_pass_a_command() -> None:
 
 def test_an_oracle_knows_for_nothing() -> None:
     for trajectory in roll(Disagreement(THREE), route=THREE):
-        assert all(step.wasted == {} and step.router == NOTHING for step in trajectory.steps)
+        assert all(step.besides == {} and step.router == NOTHING for step in trajectory.steps)

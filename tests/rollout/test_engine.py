@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from transformers import GenerationConfig
 
 from dmr_pipeline.errors import UserError
+from dmr_pipeline.rollout.choosing import drawn
 from dmr_pipeline.rollout.engine import (
     Decision,
     DecisionContext,
     Forced,
     RolloutRequest,
     Trajectory,
-    drawn,
     play,
     play_alone,
     warn_of_outgrown,
@@ -103,8 +103,8 @@ def test_the_cascade_acts_high_where_the_low_draft_was_unsure_and_pays_for_the_d
             assert step.exceedance == pytest.approx((1 - min(leads),), abs=1e-4)
             assert high == (step.exceedance[0] >= threshold)
             assert step.action == (greedy_uncached(HIGH, prefix) if high else draft)
-            assert step.wasted.keys() == ({"int2"} if high else set())
-            for reading in (*step.wasted.values(), *([] if high else [step.reading])):
+            assert step.besides.keys() == ({"int2"} if high else set())
+            for reading in (*step.besides.values(), *([] if high else [step.reading])):
                 assert (reading.passes, reading.cached) == (len(draft), passes_over(prefix, draft))
             precisions.add(step.precision)
     assert precisions == set(ROUTE)
@@ -119,7 +119,7 @@ def test_the_cascade_of_three_climbs_while_drafts_are_unsure_and_pays_for_each()
             prefix, place = transcript(trajectory, turn), THREE.index(step.precision)
             assert step.action == greedy_uncached(MODELS[step.precision], prefix)
             thrown = {rung: len(greedy_uncached(MODELS[rung], prefix)) for rung in THREE[place + 1 :]}
-            assert {rung: reading.passes for rung, reading in step.wasted.items()} == thrown
+            assert {rung: reading.passes for rung, reading in step.besides.items()} == thrown
             assert [level >= threshold for level in step.exceedance] == [place <= k for k in range(2)]
     assert {step.precision for trajectory in played for step in trajectory.steps} == set(THREE)
 
@@ -361,7 +361,7 @@ def test_a_rule_decides_before_the_policy_which_hears_of_all_steps() -> None:
             assert step.forced == rule
             assert step.precision == ("int2" if rule else "float")
             assert (step.exceedance == (0.0,)) == rule
-            assert step.wasted.keys() == (set() if rule else {"int2"})
+            assert step.besides.keys() == (set() if rule else {"int2"})
             episode.step(step.command)
         assert heard[trajectory.run.task.task_id] == [(s.segment, s.precision, s.action) for s in trajectory.steps]
     assert forced == {True, False}

@@ -43,7 +43,7 @@ def written(guess, streams: TokenStreams, **more) -> list[Written[float]]:
         more.pop("chunks", PROMPTS),
         choose=lambda logits, _: logits.argmax(-1).tolist(),
         observe=lambda logits: logits.max(-1).values.tolist(),
-        guess=guess,
+        guess=lambda waiting: {i: guess(i, tokens) for i, tokens in waiting.items()},
         is_complete=is_complete,
         **more,
     )

@@ -59,8 +59,8 @@ def test_decisions_are_the_heads_on_what_the_cheapest_has_read_and_actions_stay_
             assert step.exceedance == pytest.approx(softmax(3 * logits + shifts).cumsum()[:-1], abs=1e-3)
             assert step.action == greedy(AGENTS[step.precision], prefix)
             assert step.router == Reading(passes=1)
-            assert step.wasted.keys() == (set() if step.precision == "int2" else {"int2"})
-            for reading in step.wasted.values():
+            assert step.besides.keys() == (set() if step.precision == "int2" else {"int2"})
+            for reading in step.besides.values():
                 assert (reading.passes, reading.cached) == (1, len(prefix))
             precisions.add(step.precision)
     assert precisions == set(route)

@@ -103,18 +103,18 @@ def test_a_router_is_not_asked_at_search_steps_and_decides_the_others_as_ever(
         for turn, (step, prefix) in enumerate(zip(trajectory.steps, transcripts(trajectory), strict=True)):
             assert step.forced == at_bar(trajectory.run.task.task_id, turn)
             if step.forced:
-                assert (step.precision, step.exceedance, step.wasted) == ("float", (1.0,) * (len(route) - 1), {})
+                assert (step.precision, step.exceedance, step.besides) == ("float", (1.0,) * (len(route) - 1), {})
                 assert step.router == NOTHING
             else:
                 assert step.exceedance == pytest.approx(uncached_exceedance(router, trajectory, turn), abs=1e-3)
-                thrown = {rung: reading.passes for rung, reading in step.wasted.items()}
+                thrown = {rung: reading.passes for rung, reading in step.besides.items()}
                 assert thrown == ({"int2": 1} if kind == "probe" and step.precision != "int2" else {})
                 assert step.router.passes == 1
                 # Everything before, a routing token for each step before, and nothing else.
                 assert step.router.cached == (0 if kind == "probe" else len(prefix) + turn)
             assert step.action == greedy(AGENTS[step.precision], prefix)
             taken.add((step.forced, step.precision))
-        passes = sum(len(s.action) * sizes[s.precision] + 100 * len(s.wasted) for s in trajectory.steps)
+        passes = sum(len(s.action) * sizes[s.precision] + 100 * len(s.besides) for s in trajectory.steps)
         asked = sum(not s.forced for s in trajectory.steps)
         rungs = {rung: PassBytes(sizes[rung]) for rung in route}
         assert episode_cost(trajectory, rungs, 16, PassBytes(7)) == (passes + 7 * asked, 0)
