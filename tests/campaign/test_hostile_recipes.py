@@ -92,7 +92,8 @@ RIGHT: dict[str, set[str]] = {
     "agent.prompt.page.segment_words": {"null", "1"}, "agent.prompt.page.observation_words": {"null", "1"},
     **{f"precisions.ladder.{i}.name": {"digits"} for i in range(1, 4)},
     **{f"precisions.ladder.{i}.keep_float": {"list"} for i in range(1, 5)},
-    "precisions.gate_high": SHARE, "precisions.kl_episodes": COUNTED,
+    "precisions.pair": {"null"}, "precisions.margin": SHARE, "precisions.least_saving": SHARE,
+    "precisions.kl_episodes": COUNTED, "trajectories.behaviour": {"list"},
     **{f"trajectories.behaviour.{i}.name": {"digits"} for i in range(3)},
     **{f"trajectories.behaviour.{i}.shares.{rung}": {"1"} for i, rung in ((0, "float"), (1, "int2"))},
     "trajectories.seed": FROM_0,
@@ -161,7 +162,9 @@ def test_no_hostile_recipe_and_no_hostile_argument_gets_past_the_line_that_refus
     # Every field there is, whoever adds one, has each of the values; what is right for it is said above.
     seen: set[str] = set()
     for base in ("alfworld-tiny", "webshop-tiny-official"):
-        full = load_recipe(base, REPOSITORY / RECIPE_FOLDER).model_dump(mode="json")
+        full = load_recipe(base, REPOSITORY / RECIPE_FOLDER).model_dump(mode="json") | {"name": "x"}
+        file.write_text(yaml.safe_dump(full))
+        assert CliRunner().invoke(app, ["recipe", "check", "x"]).exit_code == 0, "what is refused below is the change"
         for path in leaves(full):
             if path in seen or path == "name":
                 continue
