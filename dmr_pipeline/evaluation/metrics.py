@@ -53,6 +53,9 @@ EPISODES = pl.Schema(
         "high_steps": pl.Int64(),
         "tokens": pl.Int64(),
         "high_tokens": pl.Int64(),
+        "passes": pl.Int64(),
+        "drafted": pl.Int64(),
+        "accepted": pl.Int64(),
         "steps_at": pl.List(pl.Int64()),
         "spend": pl.Float64(),
         "bits": pl.Float64(),
@@ -61,22 +64,25 @@ EPISODES = pl.Schema(
         "cost_cache": pl.Float64(),
     }
 )
-"""One row per (policy, draw, game). `variant_of`: the router that a policy is compared with, empty for most. High is the dearest
+"""One row per (policy, draw, game). `variant_of`: the router that a policy is compared with, or, of the kind `speculative`, the
+policy in which the precision that checks writes itself; empty for most. High is the dearest
 routed rung. `steps_at`: steps of each routed rung, dearest first. The kind `rung` is another rung of the ladder that acts alone;
 where it is not routed, it has no steps there. `spend` (see `ActingModels.spend`) and `bits` (per weight of the acting rung) are
 sums over the steps. `reward` is in [0, 1], and 1 is success. `tokens`: read by all forward passes of the episode, whoever read
 them: to act, to catch up after a switch, for a draft or a reading that was thrown away; `high_tokens`: those that the dearest
-routed rung read. `cost` is relative to the mean `always_high` episode on validation; `cost_cache` is the part of it that is
-read from the KV cache."""
+routed rung read. `passes`: forward passes of the acting precision; `drafted`: tokens that a cheaper one drafted for it, and
+`accepted` those that it took. `cost` is relative to the mean `always_high` episode on validation; `cost_cache` is the part of it
+that is read from the KV cache."""
 
 _KIND_ORDER: Mapping[str, int] = {
     "single": 0,
     "rung": 1,
-    "baseline": 2,
-    "random": 3,
-    "router": 4,
-    "ablation": 5,
-    "oracle": 6,
+    "speculative": 2,
+    "baseline": 3,
+    "random": 4,
+    "router": 5,
+    "ablation": 6,
+    "oracle": 7,
 }
 _DIGITS = 6
 
@@ -312,6 +318,8 @@ def _checked(episodes: pl.DataFrame, needed: Sequence[str]) -> pl.DataFrame:
         & pl.col("bits").gt(0)
         & pl.col("tokens").gt(0)
         & pl.col("high_tokens").is_between(0, pl.col("tokens"))
+        & pl.col("passes").gt(0)
+        & pl.col("accepted").is_between(0, pl.col("drafted"))
         & pl.col("reward").is_between(0, 1)
         & (pl.col("reward").eq(1) == pl.col("success"))
         & pl.col("cost").is_finite()
@@ -388,6 +396,7 @@ def _policy_metrics(
         "cost_per_success": _total(rows, "cost") / successes if successes else None,
         "tokens": _total(rows, "tokens") / rows.height,
         "steps": _total(rows, "steps") / rows.height,
+        "acting_passes": _total(rows, "passes") / _total(rows, "steps"),
         "switches": _total(rows, "switches") / rows.height,
         "n": outcomes.success.size,
         "episodes": rows.height,
@@ -395,6 +404,8 @@ def _policy_metrics(
         "gain_at_equal_cost": gain,
         "gain_ci95": gain_ci,
     }
+    if drafted := _total(rows, "drafted"):
+        metrics["accepted"] = _total(rows, "accepted") / drafted
     if graded:
         metrics["score"] = float(outcomes.reward.mean())
         metrics["score_ci95"] = mean_interval(outcomes.reward, weights, confidence)

@@ -41,7 +41,7 @@ class Entry:
     router: PassBytes | None = None
     """What a pass of its router reads, where it has one."""
     variant_of: str = ""
-    """Router that it is compared with."""
+    """Policy that it is compared with, as in `metrics.EPISODES`."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,14 @@ def content(artifact: Path, prefix: str = "") -> dict[str, JsonValue]:
 
 
 def _facts(entry: Entry, draw: int) -> dict[str, JsonValue]:
-    return {"policy": entry.name, "kind": entry.kind, "parameters": dict(entry.parameters), "draw": draw}
+    columns: list[JsonValue] = [*PLAYED.names()]
+    return {
+        "policy": entry.name,
+        "kind": entry.kind,
+        "parameters": dict(entry.parameters),
+        "draw": draw,
+        "columns": columns,
+    }
 
 
 def _row(entry: Entry, trajectory: Trajectory, arena: Arena) -> tuple[object, ...]:
@@ -174,6 +181,9 @@ def _row(entry: Entry, trajectory: Trajectory, arena: Arena) -> tuple[object, ..
         sum(step.precision == dearest for step in steps),
         sum(tokens for _, tokens in readings),
         sum(tokens for rung, tokens in readings if rung == dearest),
+        sum(step.reading.passes for step in steps),
+        sum(step.drafted for step in steps),
+        sum(step.accepted for step in steps),
         [sum(step.precision == rung for step in steps) for rung in rollouts.route] if routed else [],
         sum(rollouts.acting.spend[step.precision] for step in steps) if routed else 0.0,
         sum(arena.bits[step.precision] for step in steps),

@@ -17,7 +17,7 @@ from dmr_pipeline.evaluation.results import Metrics, PolicyMetrics
 from dmr_pipeline.precision.hull import Floats
 
 INK, MUTED, GRID = "#1f2933", "#616e7c", "#e4e7eb"
-BLUE, ORANGE, GREEN, BROWN, GREY = "#1d5fd1", "#d9580d", "#1b8a5a", "#7a4a12", "#7b8794"
+BLUE, ORANGE, GREEN, BROWN, TEAL, GREY = "#1d5fd1", "#d9580d", "#1b8a5a", "#7a4a12", "#0b7d8c", "#7b8794"
 _ROUTER_COLOURS = (BLUE, ORANGE, "#8d35b5", "#b3261e")
 """Routers in the order of the table; a random policy has the colour of the router whose ratio it plays."""
 
@@ -202,7 +202,15 @@ def _figure(path: Path, width: float, height: float) -> Iterator[Figure]:
 def _colours(policies: Mapping[str, PolicyMetrics]) -> dict[str, str]:
     routers = [name for name, policy in policies.items() if policy["kind"] == "router"]
     colours = {name: _ROUTER_COLOURS[i % len(_ROUTER_COLOURS)] for i, name in enumerate(routers)}
-    by_kind = {"single": INK, "rung": BROWN, "oracle": GREEN, "baseline": GREY, "random": GREY, "ablation": GREY}
+    by_kind = {
+        "single": INK,
+        "rung": BROWN,
+        "speculative": TEAL,
+        "oracle": GREEN,
+        "baseline": GREY,
+        "random": GREY,
+        "ablation": GREY,
+    }
     return {
         name: colours.get(name.removeprefix("random@")) or by_kind[policy["kind"]] for name, policy in policies.items()
     }
@@ -217,6 +225,7 @@ def _point(axes: Axes, x: float, policy: PolicyMetrics, colour: str, hollow: boo
     markers = {
         "single": "s",
         "rung": "s",
+        "speculative": "P",
         "random": "o",
         "router": "o",
         "ablation": "X",

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, pairwise
 
 import numpy as np
 import polars as pl
@@ -14,7 +14,7 @@ from dmr_pipeline.environments.base import Task
 from dmr_pipeline.evaluation.kept import KeptTables
 from dmr_pipeline.evaluation.metrics import shares_of_steps
 from dmr_pipeline.evaluation.play import Arena, Entry, evaluate
-from dmr_pipeline.recipe import Evaluation, GrpoRouter
+from dmr_pipeline.recipe import Evaluation, GrpoRouter, Speculative
 from dmr_pipeline.rollout.cost import reward
 from dmr_pipeline.rollout.engine import RolloutRequest, RoutingPolicy, SinglePrecision, Timings, Trajectory
 from dmr_pipeline.rollout.known import Known
@@ -45,6 +45,8 @@ def play_test(
     rollouts = arena.rollouts
     slots, route = rollouts.slots(len(games)), rollouts.route
     compared = entries(route, routers, files, cascade, slots)
+    if rollouts.can_draft:
+        compared += speculative_entries(route, rollouts.speculative)
     if opens_at_search_bar(games[0]):
         compared += search_entries(route, routers, files, slots)
     # These first: the others come by many of their transcripts.
@@ -71,6 +73,49 @@ def entries(
         Entry("confidence", "baseline", cascade, {"threshold": cascade.threshold}),
         *router_entries(routers, files, slots),
         Entry("disagreement", "oracle", Disagreement(route)),
+    ]
+
+
+def speculative_entries(route: Sequence[str], settings: Speculative | None) -> list[Entry]:
+    """Each rung but the cheapest acts alone and only checks: the next cheaper one drafts.
+
+    Args:
+        settings: of the recipe.
+    """
+    parameters: dict[str, JsonValue] = (settings or Speculative()).model_dump(mode="json")
+    return [
+        Entry(
+            f"speculative:{dear}<{cheap}",
+            "speculative",
+            SinglePrecision(dear, route, cheap),
+            parameters,
+            variant_of="always_high" if dear == route[0] else f"always_{dear}",
+        )
+        for dear, cheap in pairwise(route)
+    ]
+
+
+def speculative_differences(episodes: pl.DataFrame) -> list[str]:
+    """Greedy acting: where a policy that only checks did not do what the same precision does when it writes, a sentence each.
+
+    A draft is read at once, so logits are rounded otherwise than token by token, and a near tie may fall the other way. More than
+    single games would be an error.
+
+    Args:
+        episodes: rows of `PLAYED` of all policies.
+    """
+    outcome = ["success", "reward", "steps"]
+    speculative = episodes.filter(kind="speculative")
+    written = episodes.select("policy", "task_id", *outcome)
+    pairs = speculative.join(
+        written, left_on=["variant_of", "task_id"], right_on=["policy", "task_id"], suffix="_written"
+    )
+    apart = pl.any_horizontal(pl.col(name) != pl.col(f"{name}_written") for name in outcome)
+    counts = pairs.group_by("policy", "variant_of", maintain_order=True).agg(apart.sum().alias("apart"), pl.len())
+    return [
+        f"{policy} ended otherwise than {other} in {games} of {count} games, which only near ties between tokens can explain."
+        for policy, other, games, count in counts.iter_rows()
+        if games
     ]
 
 

@@ -19,6 +19,7 @@ from dmr_pipeline.evaluation.results import SINGLE, Interval, Metrics, PairedCom
 _KIND_STYLES = {
     "single": "",
     "rung": "",
+    "speculative": "",
     "baseline": "",
     "random": "dim",
     "router": "bold",
@@ -28,6 +29,7 @@ _KIND_STYLES = {
 _NONE = "-"
 COST_COLUMN = "cost (weights + cache)"
 GAIN_COLUMN = "gain at equal cost"
+PASSES_COLUMN = "passes a step (drafts taken)"
 
 
 class Picture(NamedTuple):
@@ -43,9 +45,9 @@ _PICTURES: Mapping[str, Picture] = {
         "Accuracy and cost",
         "Two scatter plots of success, by high-precision ratio and by cost, one point with interval per policy",
         "Up and to the left is better. Bars are intervals, hollow circles are random routing; squares are single precisions, "
-        "hollow where another one or a mixture beats them. By cost, the line is what single precisions and mixtures of their "
-        "whole episodes reach without any router; a router is worth its name above it. By ratio, the dashed line is such a "
-        "mixture of high and low.",
+        "hollow where another one or a mixture beats them, plus signs those that only check what a cheaper one drafts. By cost, "
+        "the line is what single precisions and mixtures of their whole episodes reach without any router; a router is worth its "
+        "name above it. By ratio, the dashed line is such a mixture of high and low.",
     ),
     "kl_by_turn": Picture(
         "KL by turn",
@@ -110,11 +112,18 @@ def markdown_table(metrics: Metrics) -> str:
     """The results as a GitHub table, a policy a row."""
     score = ("score",) if has_scores(metrics) else ()
     acting = precision_columns(metrics)
-    columns = ("policy", "success", *score, *acting, COST_COLUMN, "tokens read", "steps", "gap recovered", GAIN_COLUMN)
+    passes = ("tokens read", "steps", PASSES_COLUMN)
+    columns = ("policy", "success", *score, *acting, COST_COLUMN, *passes, "gap recovered", GAIN_COLUMN)
     rows = [columns, ("---",) + ("---:",) * (len(columns) - 1)]
     for name, policy in metrics["policies"].items():
         scores = [f"{_score(policy)} {_brackets(policy['score_ci95'], 1)}"] if score else []
-        others = (f"{policy['tokens']:,.0f}", f"{policy['steps']:.1f}", _recovered(policy), _gain(policy))
+        others = (
+            f"{policy['tokens']:,.0f}",
+            f"{policy['steps']:.1f}",
+            _passes(policy),
+            _recovered(policy),
+            _gain(policy),
+        )
         shown = f"**{name}**" if name == metrics["headline"] else name
         rows.append((shown, _success(policy), *scores, *precision_cells(policy, metrics), _cost(policy), *others))
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
@@ -132,7 +141,7 @@ def console_table(metrics: Metrics) -> Table:
         title_style="bold",
     )
     table.caption, table.caption_justify = _note(metrics), "left"
-    table.add_column("policy", no_wrap=True)
+    table.add_column("policy", overflow="fold")
     scores = has_scores(metrics)
     ratio = "ratio" if len(metrics["route"]) == 2 else "bits"
     for column in ("success", *(("score", ratio, "cost") if scores else (ratio, "cost", "gap")), "gain"):
@@ -193,6 +202,7 @@ def render_html(folder: Path, sidecar: Path | None, html: Path) -> None:
             draws=max(policy["episodes"] // policy["n"] for policy in policies.values()),
             confidence=_confidence(metrics),
             router=policies[metrics["headline"]],
+            passes={name: _passes(policy) for name, policy in policies.items()},
             precision_columns=precision_columns(metrics),
             precision_cells={name: precision_cells(policy, metrics) for name, policy in policies.items()},
             against_high=policies[metrics["headline"]]["cost"] / policies[metrics["high"]]["cost"],
@@ -301,6 +311,12 @@ def has_scores(metrics: Metrics) -> bool:
 def _recovered(policy: PolicyMetrics) -> str:
     recovered, interval = policy.get("gap_recovered"), policy.get("gap_ci95")
     return _NONE if recovered is None or interval is None else f"{recovered:.0%} {_brackets(interval, 0)}"
+
+
+def _passes(policy: PolicyMetrics) -> str:
+    """Of the acting precision; in brackets the share of what was drafted for it that it took."""
+    taken = f" ({policy['accepted']:.0%})" if "accepted" in policy else ""
+    return f"{policy['acting_passes']:.1f}{taken}"
 
 
 def _score(policy: PolicyMetrics) -> str:

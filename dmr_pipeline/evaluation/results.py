@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Literal, NotRequired, TypedDict
 
-Kind = Literal["single", "rung", "random", "router", "ablation", "baseline", "oracle"]
+Kind = Literal["single", "rung", "speculative", "random", "router", "ablation", "baseline", "oracle"]
 SINGLE: tuple[Kind, ...] = ("single", "rung")
 """Policies in which one rung of the ladder always acts, without a router."""
 Interval = list[float]
@@ -54,6 +54,10 @@ class PolicyMetrics(TypedDict):
     switch costs in compute and not in bytes."""
     steps: float
     """Mean over games."""
+    acting_passes: float
+    """Forward passes of the acting precision a step: one a token that it writes, one a draft that it checks."""
+    accepted: NotRequired[float]
+    """Of the tokens that a cheaper precision drafted, the share that the acting one took. Absent where nothing was drafted."""
     switches: float
     """Mean changes of precision an episode."""
     n: int

@@ -18,7 +18,7 @@ from dmr_pipeline.recipe import Recipe, Speculative
 from dmr_pipeline.rollout.cost import Cost, episode_cost
 from dmr_pipeline.rollout.engine import RolloutRequest, RoutingPolicy, Timings, Trajectory, play, warn_of_outgrown
 from dmr_pipeline.rollout.known import Known
-from dmr_pipeline.rollout.kv_cache.choice import rows_that_fit, token_streams, transcript_capacity
+from dmr_pipeline.rollout.kv_cache.choice import rows_that_fit, token_streams, transcript_capacity, way_of
 from dmr_pipeline.rollout.kv_cache.padded import TokenStreams
 from dmr_pipeline.rollout.parallel import in_processes, processes_on
 from dmr_pipeline.rollout.prompts import Prompter
@@ -113,6 +113,11 @@ class Rollouts:
         """Of an episode, in units of cost; `router` as in `episode_cost`."""
         read = episode_cost(trajectory, self.acting.pass_bytes, self.cache_bits, router)
         return Cost(read.weights / self.unit_bytes, read.cache / self.unit_bytes)
+
+    @cached_property
+    def can_draft(self) -> bool:
+        """Whether one of these precisions can draft what another one checks: tokens are written, and all caches can be cut."""
+        return self.action == "generate" and not any(way_of(model).slow for model in self.acting.models.values())
 
     @cached_property
     def rows(self) -> int:

@@ -1,6 +1,7 @@
 """Stage `evaluation_report`: every policy on the test games, once; the headline router is chosen on validation."""
 
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,6 +27,8 @@ from dmr_pipeline.evaluation.policies import (
     play_test,
     router_entries,
     seconds_per_step,
+    speculative_differences,
+    speculative_entries,
 )
 from dmr_pipeline.evaluation.report import headline, markdown_table
 from dmr_pipeline.precision.ladder import read_ladder
@@ -36,6 +39,8 @@ from dmr_pipeline.router.kl import ROUTER_FOLDER
 from dmr_pipeline.router.labels import read_sensitivity
 from dmr_pipeline.router.model import load_router
 from dmr_pipeline.router.policies import routing_policy
+
+log = logging.getLogger(__name__)
 
 
 def evaluation_report(context: StageContext) -> StageResult:
@@ -69,6 +74,9 @@ def evaluation_report(context: StageContext) -> StageResult:
         frames += play_test(arena, routers, files, cascade, test, recipe.evaluation, progress, on_test, known_on_test)
     tables.drop_unused()
     episodes, section = pl.concat(frames), recipe.evaluation
+    differences = speculative_differences(episodes) if recipe.agent.temperature == 0 else []
+    for sentence in differences:
+        log.warning("%s", sentence)
     metrics = compute_metrics(
         episodes,
         recipe=recipe.name,
@@ -82,7 +90,9 @@ def evaluation_report(context: StageContext) -> StageResult:
     )
     episodes.write_parquet(context.output / "episodes.parquet")
     _write_json(context.output / "metrics.json", metrics)
-    _write_json(context.output / "context.json", report_context(context, choice, outgrown_notes(episodes)))
+    _write_json(
+        context.output / "context.json", report_context(context, choice, [*outgrown_notes(episodes), *differences])
+    )
     (context.output / "table.md").write_text(markdown_table(metrics) + "\n", encoding="utf-8")
 
     plots = context.output / "plots"
@@ -108,9 +118,11 @@ def evaluation_report(context: StageContext) -> StageResult:
             f"success {policy['success']:.3f}{score}, high-precision ratio {policy['high_ratio']:.3f}, "
             f"cost {policy['cost']:.3f}"
         )
+    speculative = speculative_entries(route, recipe.precisions.speculative) if arena.rollouts.can_draft else []
     acting: dict[str, RoutingPolicy] = {
         "always_high": SinglePrecision(route[0], route),
         "always_low": SinglePrecision(route[-1], route),
+        **{entry.name: entry.policy for entry in speculative},
         "confidence": cascade,
         **{name: routing_policy(router, 1) for name, router in routers.items()},
     }

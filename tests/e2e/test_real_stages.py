@@ -11,7 +11,7 @@ import polars as pl
 import pytest
 
 from dmr_pipeline import pipeline
-from dmr_pipeline.artifacts.folders import artifact_folder
+from dmr_pipeline.artifacts.folders import artifact_folder, sidecar_path
 from dmr_pipeline.artifacts.manifest import verify
 from dmr_pipeline.environments.benchmark import benchmark_of
 from dmr_pipeline.evaluation.results import POLICIES
@@ -47,7 +47,7 @@ def assert_the_rung_acted_alone(cost: float) -> None:
     rollouts = Rollouts.load(artifact_folder("quantized_checkpoints", "micro"), recipe, ("float", "int4"))
     games = benchmark_of(recipe.benchmark).read_tasks(artifact_folder("benchmark_tasks", "micro"), "test")
     played = rollouts.play([RolloutRequest(game) for game in games], SinglePrecision("int4", rollouts.route), seed=0)
-    assert cost == pytest.approx(sum(map(rollouts.cost, played)) / len(played), abs=1e-6)
+    assert cost == pytest.approx(sum(rollouts.cost(episode).total for episode in played) / len(played), abs=1e-6)
 
 
 def test_the_whole_pipeline_runs_and_repeats_itself(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,11 +60,17 @@ def test_the_whole_pipeline_runs_and_repeats_itself(project: Path, monkeypatch: 
 
     report = json.loads(dmr("report", "micro", "--json").stdout)
     policies = report["policies"]
-    assert set(policies) == POLICIES | {"always_int4"}
+    assert set(policies) == POLICIES | {"always_int4", "speculative:float<int2"}
     assert all(policy["spend"] == policy["high_ratio"] for policy in policies.values())
     assert all(policy["n"] == 4 for policy in policies.values())
     assert (policies["always_high"]["high_ratio"], policies["always_int4"]["high_ratio"]) == (1.0, 0.0)
     assert policies["random@kl_router"]["episodes"] == 12
+    checked, written = policies["speculative:float<int2"], policies["always_high"]
+    assert (checked["success"], checked["steps"]) == (written["success"], written["steps"])
+    assert checked["acting_passes"] < written["acting_passes"]
+    assert 0 < checked["accepted"] <= 1
+    record = json.loads(sidecar_path(artifact_folder("evaluation_report", "micro")).read_text())
+    assert record["measured"]["seconds_per_step"]["speculative:float<int2"]["mean"] > 0
     assert_the_rung_acted_alone(report["policies"]["always_int4"]["cost"])
     assert Path(report["html"]).read_text().count("data:image/png;base64,") >= 4
 
@@ -81,7 +87,7 @@ def test_the_whole_pipeline_runs_and_repeats_itself(project: Path, monkeypatch: 
 def assert_three_rungs_were_compared(report: dict[str, Any]) -> None:
     policies = report["policies"]
     assert report["route"] == LADDER
-    assert set(policies) == POLICIES | {"always_int4"}
+    assert set(policies) == POLICIES | {"always_int4", "speculative:float<int4", "speculative:int4<int2"}
     for policy in policies.values():
         assert list(policy["shares"]) == LADDER
         assert sum(policy["shares"].values()) == pytest.approx(1, abs=1e-5)

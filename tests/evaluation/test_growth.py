@@ -19,7 +19,7 @@ from dmr_pipeline.environments.alfworld.generator import generate_game
 from dmr_pipeline.environments.alfworld.store import write_games
 from dmr_pipeline.evaluation.play import acting_facts
 from dmr_pipeline.precision.ladder import LADDER_FILE, read_ladder
-from dmr_pipeline.recipe import Recipe, load_recipe
+from dmr_pipeline.recipe import Recipe, Speculative, load_recipe
 from dmr_pipeline.rollout.engine import SinglePrecision, Timings, Trajectory
 from dmr_pipeline.rollout.known import Known
 from dmr_pipeline.rollout.playing import PolicyRuns, Rollouts
@@ -133,6 +133,8 @@ class Bench:
 
 def label(rollouts: Rollouts, play: PolicyRuns) -> str:
     match play.policy:
+        case SinglePrecision(precision=dear, drafter=str(cheap)):
+            return f"{dear}<{cheap}"
         case SinglePrecision(precision=precision):
             alone = rollouts.route == (precision,)
             return "rung" if alone else {"float": "high", "int2": "low"}.get(precision, precision)
@@ -196,7 +198,8 @@ def without_calibration(played: Sequence[str]) -> list[str]:
 
 ROUTERS = ["kl_router 2", "grpo_router 2"]
 """On validation games."""
-ON_TEST = ["high 3", "low 3", "disagreement 3", "confidence 3", "kl_router 3", "grpo_router 3", "random 6", "random 6"]
+ALONE = ["high 3", "low 3", "disagreement 3"]
+ON_TEST = [*ALONE, "confidence 3", "kl_router 3", "grpo_router 3", "float<int2 3", "random 6", "random 6"]
 EVERYTHING = ["rung 3", *ROUTERS, *ON_TEST]
 
 
@@ -214,6 +217,7 @@ def test_what_is_played_and_in_which_order_it_is_reported(finished: Bench) -> No
         "grpo_router",
         "random@grpo_router",
         "disagreement",
+        "speculative:float<int2",
     ]
     assert set(hash_files(finished.output)) == {"episodes.parquet", "metrics.json", "context.json", "table.md"}
 
@@ -365,6 +369,30 @@ def test_nothing_is_kept_that_the_last_evaluation_did_not_need(bench: Bench) -> 
     assert len(list((bench.folder / "kept").iterdir())) == count - 2
 
 
+def test_other_drafts_are_drafted_anew_and_end_alike(bench: Bench) -> None:
+    precisions = bench.recipe.precisions.model_copy(update={"speculative": Speculative(draft_tokens=1)})
+    bench.recipe = bench.recipe.model_copy(update={"precisions": precisions})
+    whole = pl.read_parquet(bench.output / "episodes.parquet").filter(kind="speculative")
+    assert bench.run() == ["float<int2 3"]
+    short = pl.read_parquet(bench.output / "episodes.parquet").filter(kind="speculative")
+    assert short["steps"].to_list() == whole["steps"].to_list()
+    assert short["passes"].sum() > whole["passes"].sum()
+
+
+def test_nothing_is_drafted_where_commands_are_scored(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    timed: list[str] = []
+    monkeypatch.setattr(evaluate, "seconds_per_step", lambda policy, *_: timed.append(str(policy)))
+    agent = bench.recipe.agent
+    prompt = agent.prompt.model_copy(update={"thought_end": None})
+    bench.recipe = bench.recipe.model_copy(
+        update={"agent": agent.model_copy(update={"action": "score", "prompt": prompt})}
+    )
+    assert "float<int2 3" not in bench.run()
+    assert "speculative" not in set(pl.read_parquet(bench.output / "episodes.parquet")["kind"])
+    assert timed
+    assert not any("drafter='int2'" in policy for policy in timed)
+
+
 def test_all_that_acting_reads_of_the_recipe_is_among_the_facts(artifacts: Path) -> None:
     recipe = make_recipe()
     checkpoints = artifacts / "quantized_checkpoints"
@@ -396,7 +424,8 @@ def test_of_three_routed_rungs_each_is_a_policy_and_the_mix_has_the_routers_shar
         router = random_router(("float", "int4", "int2"), threshold=threshold, offsets={"float": -0.5})
         save_router(router, bench.folder / name / ROUTER_FOLDER)
         publish(bench.folder / name)
-    on_test = ["high 3", "low 3", "disagreement 3", "int4 3", "confidence 3", "kl_router 3", "grpo_router 3"]
+    checked = ["float<int4 3", "int4<int2 3"]
+    on_test = [*ALONE, "int4 3", "confidence 3", "kl_router 3", "grpo_router 3", *checked]
     assert without_calibration(bench.run("of three")) == [*ROUTERS, *on_test, "random 6", "random 6"]
     assert bench.run("of three") == []
     episodes = pl.read_parquet(bench.output / "episodes.parquet")
@@ -405,6 +434,12 @@ def test_of_three_routed_rungs_each_is_a_policy_and_the_mix_has_the_routers_shar
     assert kinds["always_int4"] == "rung"
     assert (episodes["steps_at"].list.sum() == episodes["steps"]).all()
     assert (episodes["steps_at"].list.first() == episodes["high_steps"]).all()
+    assert (episodes["kind"] == "speculative").to_list() == episodes["policy"].str.starts_with("speculative:").to_list()
+    for policy, alone in {"speculative:float<int4": "always_high", "speculative:int4<int2": "always_int4"}.items():
+        same = ["task_id", "success", "reward", "steps", "steps_at", "high_steps", "switches", "spend", "bits"]
+        assert episodes.filter(policy=policy).select(same).equals(episodes.filter(policy=alone).select(same))
+        assert set(episodes.filter(policy=policy)["variant_of"]) == {alone}
+        assert 0 < episodes.filter(policy=policy)["accepted"].sum() <= episodes.filter(policy=policy)["drafted"].sum()
     at_int4 = episodes.filter(policy="always_int4")
     assert at_int4["steps_at"].to_list() == [[0, steps, 0] for steps in at_int4["steps"]]
     folder = bench.folder / "quantized_checkpoints"

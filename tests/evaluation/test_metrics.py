@@ -25,7 +25,7 @@ from dmr_pipeline.evaluation.metrics import (
     wilson,
 )
 from dmr_pipeline.evaluation.results import Metrics, failures_of
-from tests.helpers.evaluations import ROUTE, THREE
+from tests.helpers.evaluations import ROUTE, THREE, with_checked
 
 
 def compute(episodes: pl.DataFrame, **changes: object) -> Metrics:
@@ -332,6 +332,17 @@ def test_metrics_of_known_episodes(episodes: pl.DataFrame) -> None:
     assert metrics["random_curve"]["apgr"] == pytest.approx(0.4 * recovered / 2 + 0.6 * (1 + recovered) / 2, abs=1e-6)
 
 
+def test_a_precision_that_only_checks_is_no_single_one_and_tells_its_passes(episodes: pl.DataFrame) -> None:
+    before, metrics = compute(episodes), compute(with_checked(episodes))
+    assert list(metrics["policies"])[:3] == ["always_high", "always_low", "speculative:float<int2-mse"]
+    found, high = metrics["policies"].pop("speculative:float<int2-mse"), metrics["policies"]["always_high"]
+    assert (found["acting_passes"], found["accepted"]) == (1.2, 0.9)
+    assert (high["acting_passes"], "accepted" in high) == (4.0, False)
+    assert (found["success"], found["high_ratio"], found["gap_recovered"]) == (high["success"], 1.0, 1.0)
+    assert found["gain_at_equal_cost"] == pytest.approx(0.4 - 0.1 / 0.8 * 0.4, abs=1e-6)
+    assert metrics == before
+
+
 def test_a_rung_that_acts_alone_recovers_its_part_of_the_gap_and_is_no_router(episodes: pl.DataFrame) -> None:
     won = pl.col("task_id") < "game-0080"
     rung = episodes.filter(policy="always_low").with_columns(
@@ -545,6 +556,8 @@ def test_any_episodes(make: Callable, success: np.ndarray, seed: int) -> None:
         (lambda rows: rows.with_columns(steps_at=pl.lit([6, 5], pl.List(pl.Int64))), "impossible steps"),
         (lambda rows: rows.with_columns(spend=pl.lit(10.5)), "impossible steps"),
         (lambda rows: rows.with_columns(bits=pl.lit(0.0)), "impossible steps"),
+        (lambda rows: rows.with_columns(accepted=pl.lit(1)), "impossible steps"),
+        (lambda rows: rows.with_columns(passes=pl.lit(0)), "impossible steps"),
         (lambda rows: rows.drop("variant_of"), "missing columns: variant_of"),
         (lambda rows: rows.with_columns(cost_cache=pl.col("cost") + 0.1), "impossible steps, tokens, cost or reward"),
         (lambda rows: rows.with_columns(cost_cache=pl.lit(-0.1)), "impossible steps, tokens, cost or reward"),

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from dmr_pipeline.evaluation import plots
 from dmr_pipeline.evaluation.metrics import compute_metrics
-from tests.helpers.evaluations import ROUTE, THREE
+from tests.helpers.evaluations import ROUTE, THREE, with_checked
 
 
 def draw_all(folder: Path, episodes: pl.DataFrame, shift: float = 0.0) -> dict[str, bytes]:
@@ -64,7 +64,7 @@ def test_labels_of_close_points_do_not_overlap(
     """Measured with the renderer: no two names share pixels, and none leaves the picture."""
     low = episodes.filter(policy="always_low")
     rungs = [low.with_columns(policy=pl.lit(f"always_{number}"), kind=pl.lit("rung")) for number in range(more)]
-    episodes = pl.concat([episodes, *rungs])
+    episodes = with_checked(pl.concat([episodes, *rungs]))
     figures = []
     figure_of = plots.Figure
 
@@ -91,7 +91,7 @@ def test_policies_lie_at_their_spend_and_the_axis_says_so(
     route: tuple[str, ...],
 ) -> None:
     names = {"high": "always_high", "low": "always_low", "headline": "kl_router", "bootstrap": 100}
-    played = episodes if route == ROUTE else of_three
+    played = with_checked(episodes if route == ROUTE else of_three)
     metrics, figures, figure_of = compute_metrics(played, recipe="tiny", route=route, **names), [], plots.Figure
     monkeypatch.setattr(plots, "Figure", lambda **arguments: figures.append(figure_of(**arguments)) or figures[-1])
     plots.plot_accuracy_cost(metrics, tmp_path / "accuracy_cost.png")
@@ -104,7 +104,7 @@ def test_policies_lie_at_their_spend_and_the_axis_says_so(
         found = {
             (round(float(x), 6), round(float(y), 6))
             for line in axes.lines
-            if line.get_marker() in ("s", "o", "X", "D", "^")
+            if line.get_marker() in ("s", "P", "o", "X", "D", "^")
             for x, y in zip(line.get_xdata(), line.get_ydata(), strict=True)
         }
         assert found == wanted

@@ -1,8 +1,9 @@
 import polars as pl
 
-from dmr_pipeline.evaluation.policies import choose_headline
+from dmr_pipeline.evaluation.policies import choose_headline, speculative_differences
 from dmr_pipeline.recipe import load_recipe
 from dmr_pipeline.stages.evaluation_report import outgrown_notes
+from tests.helpers.evaluations import with_checked
 
 
 def validation_frame(won: int, cost: float, high_steps: int, spend: float | None = None) -> pl.DataFrame:
@@ -28,6 +29,18 @@ def test_the_headline_router_is_the_one_of_the_higher_reward_within_the_budget()
     of_three = validation_frame(99, 0.5, 1, spend=4.1)
     chosen, facts = choose_headline({"cheap": cheap, "of three": of_three}, section)
     assert (chosen, facts["of three"]["spend"]) == ("cheap", 0.41)
+
+
+def test_a_check_that_ends_otherwise_than_writing_is_told(episodes: pl.DataFrame) -> None:
+    played = with_checked(episodes)
+    assert speculative_differences(played) == []
+    checked = pl.col("kind") == "speculative"
+    fewer_steps = pl.when(checked & pl.col("task_id").is_in(["game-0003", "game-0004"])).then(9).otherwise("steps")
+    lost = pl.when(checked & (pl.col("task_id") == "game-0004")).then(0.0).otherwise("reward")
+    (sentence,) = speculative_differences(played.with_columns(steps=fewer_steps, reward=lost))
+    assert sentence.startswith(
+        "speculative:float<int2-mse ended otherwise than always_high in 2 of 100 games, which only"
+    )
 
 
 def test_episodes_that_outgrew_their_transcript_are_told_by_policy() -> None:

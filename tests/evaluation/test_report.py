@@ -13,7 +13,7 @@ from dmr_pipeline.evaluation.metrics import compute_metrics
 from dmr_pipeline.evaluation.plots import plot_accuracy_cost
 from dmr_pipeline.evaluation.report import console_table, headline, markdown_table, render_html
 from dmr_pipeline.evaluation.results import Metrics
-from tests.helpers.evaluations import ROUTE, THREE
+from tests.helpers.evaluations import ROUTE, THREE, with_checked
 
 
 @pytest.fixture
@@ -189,17 +189,34 @@ def test_scores_are_shown_where_rewards_are_graded(graded: Metrics, metrics: Met
 def test_markdown_table_holds_the_metrics(metrics: Metrics) -> None:
     lines = markdown_table(metrics).splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
-    assert rows[0][3:] == ["cost (weights + cache)", "tokens read", "steps", "gap recovered", "gain at equal cost"]
-    assert {len(row) for row in rows} == {8}
+    assert rows[0][3:] == ["cost (weights + cache)", "tokens read", "steps",
+                           "passes a step (drafts taken)", "gap recovered", "gain at equal cost"]  # fmt: skip
+    assert {len(row) for row in rows} == {9}
     assert [row[0].strip("*") for row in rows[2:]] == list(metrics["policies"])
     interval = metrics["policies"]["kl_router"]["ci95"]
     assert rows[5][0] == "**kl_router**"
     assert rows[5][1] == f"85.0% [{interval[0] * 100:.1f}, {interval[1] * 100:.1f}]"
     assert rows[5][2:5] == ["40.0%", "0.500 (0.375 + 0.125)", "100"]
     low, high = metrics["policies"]["kl_router"]["gain_ci95"]
-    assert rows[5][5:] == ["10.0", rows[5][6], f"+20.0 [{low * 100:.0f}, {high * 100:.0f}]"]
-    assert rows[5][6].startswith("88% [")
-    assert rows[2][6:] == ["-", "+0.0 [0, 0]"]
+    assert rows[5][5:] == ["10.0", "4.0", rows[5][7], f"+20.0 [{low * 100:.0f}, {high * 100:.0f}]"]
+    assert rows[5][7].startswith("88% [")
+    assert rows[2][7:] == ["-", "+0.0 [0, 0]"]
+
+
+def test_a_precision_that_only_checks_is_told_with_its_passes(folder: Path, episodes: pl.DataFrame) -> None:
+    names = {"high": "always_high", "low": "always_low", "headline": "kl_router"}
+    metrics = compute_metrics(with_checked(episodes), recipe="tiny", route=ROUTE, **names)
+    (row,) = (line for line in markdown_table(metrics).splitlines() if "speculative:float<int2-mse" in line)
+    assert "| 10.0 | 1.2 (90%) |" in row
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    assert "10.0 1.2 (90%) 2.0" in render(folder).text
+    assert "speculative:A<B Precision A acts throughout, and only checks" in render(folder).text
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(console_table(metrics))
+    text = console.export_text()
+    assert max(map(len, text.splitlines())) <= 80
+    assert "…" not in text
+    assert "speculative:float" in text
 
 
 @pytest.mark.parametrize("width", [80, 100])

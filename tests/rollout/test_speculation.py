@@ -4,6 +4,7 @@ import copy
 import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ from dmr_pipeline.rollout.reading import NOTHING, Reading, Round, checking, draf
 from dmr_pipeline.rollout.speculation import Checked, write_checked
 from dmr_pipeline.rollout.writing import NgramGuesses
 from tests.helpers.causal_lms import uncached
+from tests.helpers.kinds import model_of
 from tests.helpers.rollouts import (
     LOW,
     MODELS,
@@ -37,6 +39,7 @@ from tests.helpers.rollouts import (
     greedy_uncached,
     passes_over,
     roll,
+    rollouts_of,
     streams_of,
     taken,
     transcript,
@@ -239,6 +242,11 @@ def test_what_cannot_be_checked_is_refused() -> None:
         plain = {**agents, rung: PlainStreams(MODELS[rung], 7, 2048)}
         with pytest.raises(UserError, match=f"the cache of '{rung}' cannot be cut"):
             play(RUNS, plain, PROMPTER, policy, STEPS)
+    rollouts = rollouts_of(("float", "int2"))
+    slow = replace(rollouts.acting, models={**rollouts.acting.models, "int2": model_of("bloom")})
+    assert rollouts.can_draft
+    assert not replace(rollouts, action="score").can_draft
+    assert not replace(rollouts, acting=slow).can_draft
 
 
 FEW = 5
