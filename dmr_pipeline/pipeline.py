@@ -104,7 +104,7 @@ STAGES: tuple[Stage, ...] = (
         description="Episodes on the router_train games by the behaviour policies that the recipe names.",
         reading=(
             "`episodes.parquet` has a row an episode, `steps.parquet` a row a step. The success of each behaviour "
-            "policy is in the summary: all-low should lose some games that all-high wins."
+            "policy is in the summary: the cheapest rung alone should lose some games that the dearest wins."
         ),
         pool="gpu",
         resources=ONE_GPU,

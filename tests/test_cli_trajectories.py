@@ -157,7 +157,8 @@ def test_a_run_with_nothing_to_do_files_away_what_was_dropped_again(
     shown = CliRunner().invoke(app, ["status", RECIPE])
     assert "again.jsonl: it is ingested; `dmr run fake` moves it into ingested/" in shown.output
     monkeypatch.setattr(stages, "_all_done", lambda _: True)
-    monkeypatch.setattr(stages, "_show_report", lambda _: None)
+    for shown_after in ("_show_report", "_show_verdict"):
+        monkeypatch.setattr(stages, shown_after, lambda _: None)
     done = CliRunner().invoke(app, ["run", RECIPE])
     assert done.exit_code == 0, done.output
     assert sorted(path.name[13:] for path in (incoming / "ingested").iterdir()) == ["a.jsonl", "again.jsonl"]

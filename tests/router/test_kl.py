@@ -239,7 +239,7 @@ def test_ingested_steps_are_labelled_and_learned_from(recipe: Recipe, inputs: di
     }
     (tmp_path / "incoming").mkdir()
     lines = []
-    for episode in episodes.filter(pl.col("policy") == "all-high").iter_rows(named=True):
+    for episode in episodes.filter(pl.col("policy") == "all-float").iter_rows(named=True):
         taken = steps.filter(pl.col("episode_id") == episode["episode_id"])
         log = {"episode_id": episode["episode_id"], "task": task_of[episode["task_id"]]}
         log |= {"observation": episode["opening"]} | {
@@ -269,7 +269,7 @@ def test_ingested_steps_are_labelled_and_learned_from(recipe: Recipe, inputs: di
     assert new["task_id"].unique().sort().to_list() == sorted(task_of)[1:]
     # The transcript up to the first action is that of the played episode, whatever becomes of the tokens it babbled.
     first = {
-        row["task_id"]: row for row in table.filter(pl.col("turn") == 0, pl.col("policy") == "all-high").to_dicts()
+        row["task_id"]: row for row in table.filter(pl.col("turn") == 0, pl.col("policy") == "all-float").to_dicts()
     }
     for row in new.filter(pl.col("turn") == 0).to_dicts():
         assert row["kl_high_low"] == pytest.approx(first[row["task_id"]]["kl_high_low"], rel=1e-3)

@@ -134,7 +134,7 @@ def test_an_episode_that_the_expert_played_teaches_what_the_experts_own_does() -
     for action in taught(wanted):
         command = p.command(action)
         observation, _, _ = episode.step(command)
-        played.steps.append(Step(segment, action, command, observation, ALONE, (), tokens_read=0))
+        played.steps.append(Step(segment, action, command, observation, ALONE, ()))
         segment = p.turn(observation, game.instruction)
     assert relabelled_example(played, p) == wanted
 
