@@ -67,6 +67,21 @@ def test_a_ladder_that_no_router_can_help_names_the_weights_to_deploy(project: R
     assert "verdict: Routing cannot pay. (data/fake/quantized_checkpoints/int2)" in dmr("run", RECIPE).output
 
 
+@pytest.mark.parametrize(
+    ("command", "stage"),
+    [(("report", RECIPE), "evaluation_report"), (("ladder", RECIPE, "--json"), "quantized_checkpoints")],
+)
+def test_what_another_code_version_has_made_is_one_line(
+    finished_project: Recipe, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...], stage: str
+):
+    newer = [replace(s, code_version="99") if s.name == stage else s for s in pipeline.STAGES]
+    monkeypatch.setattr(pipeline, "STAGES", tuple(newer))
+    refused = dmr(*command)
+    assert (refused.exit_code, refused.stderr.count("\n")) == (2, 1)
+    assert f"data/fake/{stage} was made by code version" in refused.stderr
+    assert "this is 99: make it again with `dmr run fake`" in refused.stderr
+
+
 @pytest.mark.parametrize("damage", ["stage deleted", "recipe changed", "dvc.lock lost"])
 def test_run_does_only_what_is_not_up_to_date(finished_project: Recipe, damage: str):
     if damage == "stage deleted":

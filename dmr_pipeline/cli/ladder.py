@@ -8,9 +8,8 @@ from rich import box, filesize
 from rich.table import Table
 
 from dmr_pipeline import pipeline
-from dmr_pipeline.artifacts.folders import artifact_folder
-from dmr_pipeline.artifacts.manifest import verify
 from dmr_pipeline.cli.common import RecipeArgument, console, progress_lines, user_errors_exit_2
+from dmr_pipeline.cli.stages import verify_current
 from dmr_pipeline.precision.ladder import LadderFacts, RungPlayed
 from dmr_pipeline.recipe import load_recipe
 
@@ -32,7 +31,7 @@ def ladder(
 
         with progress_lines():
             runs.materialize(pipeline.STAGES, recipe, ["benchmark_tasks", "agent", STAGE])
-    artifact = verify(artifact_folder(STAGE, recipe))
+    artifact = verify_current(STAGE, recipe)
     facts = LadderFacts.model_validate(artifact.manifest.summary)
     if as_json:
         typer.echo(json.dumps(facts.model_dump(mode="json"), indent=2))

@@ -217,6 +217,21 @@ def _all_done(recipe: Recipe) -> bool:
     )
 
 
+def verify_current(stage: str, recipe: str) -> Artifact:
+    """A stage's artifact, whose files this version of the package can read.
+
+    Raises:
+        UserError: it is missing or damaged, or another version of the stage's code has made it.
+    """
+    artifact, wanted = verify(artifact_folder(stage, recipe)), pipeline.find_stage(stage, pipeline.STAGES).code_version
+    if artifact.manifest.code_version != wanted:
+        raise UserError(
+            f"{artifact.path} was made by code version {artifact.manifest.code_version} of its stage, this is {wanted}: make it"
+            f" again with `dmr run {recipe}`"
+        )
+    return artifact
+
+
 def _when(artifact: Artifact) -> str:
     """By the run record beside it."""
     if not sidecar_path(artifact.path).is_file():
@@ -230,7 +245,7 @@ def _render_report(recipe: str) -> tuple["Metrics", Path]:
     from dmr_pipeline.evaluation.report import render_beside
     from dmr_pipeline.evaluation.results import read_metrics
 
-    artifact = verify(artifact_folder("evaluation_report", recipe))
+    artifact = verify_current("evaluation_report", recipe)
     dvc_objects.check(pipeline.find_stage("evaluation_report", pipeline.STAGES), recipe, artifact)
     html = render_beside(DATA_ROOT, recipe)
     return read_metrics(artifact.path), html.resolve()
@@ -238,9 +253,9 @@ def _render_report(recipe: str) -> tuple["Metrics", Path]:
 
 def _show_verdict(recipe: str) -> None:
     """Whether routing can pay at all; where it cannot, which precision to deploy instead."""
-    folder = artifact_folder("quantized_checkpoints", recipe)
-    verdict = LadderFacts.model_validate(verify(folder).manifest.summary).verdict
-    where = "" if verdict.pays else f" ({folder / verdict.deploy})"
+    artifact = verify_current("quantized_checkpoints", recipe)
+    verdict = LadderFacts.model_validate(artifact.manifest.summary).verdict
+    where = "" if verdict.pays else f" ({artifact.path / verdict.deploy})"
     console.print(f"verdict: {verdict.text}{where}", soft_wrap=True, markup=False, highlight=False)
 
 
