@@ -156,7 +156,8 @@ def console_table(metrics: Metrics) -> Table:
         recovered = policy.get("gap_recovered")
         gap = _NONE if recovered is None else f"{recovered:.0%}"
         middle = (_score(policy), acting, cost) if scores else (acting, cost, gap)
-        table.add_row(marked, _success(policy), *middle, _gain(policy), style=_KIND_STYLES[kind])
+        success = f"{policy['success']:.1%} {_brackets(policy['ci95'], 0)}"
+        table.add_row(marked, success, *middle, _gain(policy), style=_KIND_STYLES[kind])
     return table
 
 
