@@ -42,6 +42,8 @@ RUNGS = (
     Rung(name="int4-mse", weights="int4", ranges="mse"),
     Rung(name="int2", weights="int2"),
     Rung(name="int2-mse", weights="int2", ranges="mse"),
+    Rung(name="int3", weights="int3"),
+    Rung(name="int4-head8", weights="int4", head="int8"),
 )
 MIXED_RATIO = 0.35
 _CAPACITY = 4096
@@ -221,6 +223,7 @@ def two_grpo_updates(agent: TinyAgent, part: Part) -> None:
         | {
             "ladder": [RUNGS[0].model_dump(), RUNGS[4].model_dump()],
             "route": ["float", "int2"],
+            "pair": None,
             "kl_episodes": number,
         },
         "grpo_router": agent.recipe.grpo_router.model_dump()
