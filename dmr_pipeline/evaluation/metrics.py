@@ -18,7 +18,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, pairwise
-from statistics import NormalDist
 from typing import cast
 
 import numpy as np
@@ -37,6 +36,7 @@ from dmr_pipeline.evaluation.results import (
     PolicyMetrics,
     TaskTypeMetrics,
 )
+from dmr_pipeline.intervals import wilson
 from dmr_pipeline.precision.hull import Floats, below_hull, best_mixture
 
 EPISODES = pl.Schema(
@@ -71,7 +71,7 @@ where it is not routed, it has no steps there. `spend` (see `ActingModels.spend`
 sums over the steps. `reward` is in [0, 1], and 1 is success. `tokens`: read by all forward passes of the episode, whoever read
 them: to act, to catch up after a switch, for a draft or a reading that was thrown away; `high_tokens`: those that the dearest
 routed rung read. `passes`: forward passes of the acting precision; `drafted`: tokens that a cheaper one drafted for it, and
-`accepted` those that it took. `cost` is relative to the mean `always_high` episode on validation; `cost_cache` is the part of it
+`accepted` those that it took. `cost` is in the unit of rollout/cost.py; `cost_cache` is the part of it
 that is read from the KV cache."""
 
 _KIND_ORDER: Mapping[str, int] = {
@@ -184,15 +184,6 @@ def compare_policies(
     outcomes = _outcomes(_checked(episodes, (policy, against)))
     weights = game_weights(outcomes[policy].success.size, bootstrap, seed)
     return cast(PairedComparison, _rounded(_paired_comparison(policy, against, outcomes, weights, confidence)))
-
-
-def wilson(rate: float, n: int, confidence: float) -> Interval:
-    """Score interval of a proportion (Wilson, 1927); `rate * n` need not be whole."""
-    z = NormalDist().inv_cdf(0.5 + confidence / 2)
-    centre = (rate + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
-    # Rounding must not push an end past the estimate, at 0 and 1.
-    return [max(0.0, min(centre - half, rate)), min(1.0, max(centre + half, rate))]
 
 
 def game_weights(games: int, resamples: int, seed: int) -> Floats:

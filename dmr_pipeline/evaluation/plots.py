@@ -12,8 +12,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from dmr_pipeline.evaluation.metrics import wilson
 from dmr_pipeline.evaluation.results import Metrics, PolicyMetrics
+from dmr_pipeline.intervals import wilson
 from dmr_pipeline.precision.hull import Floats
 
 INK, MUTED, GRID = "#1f2933", "#616e7c", "#e4e7eb"

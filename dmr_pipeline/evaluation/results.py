@@ -43,7 +43,7 @@ class PolicyMetrics(TypedDict):
     mean_bits: float
     """Bits per weight of the acting rung, mean over the steps."""
     cost: float
-    """Mean over games, in mean `always_high` validation episodes: weights, the router's among them, and KV cache."""
+    """Mean over games, in the unit of rollout/cost.py: weights, the router's among them, and KV cache."""
     cost_ci95: Interval
     cost_cache: float
     """The part of `cost` that is read from the KV cache."""

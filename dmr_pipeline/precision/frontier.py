@@ -8,15 +8,13 @@ are the rungs on the front that cost clearly less. What routing can bring at mos
 the dear end at the cost of the cheap one.
 """
 
-import math
 from collections.abc import Sequence
-from statistics import NormalDist
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
-from scipy.stats import binomtest
 
+from dmr_pipeline.intervals import paired_interval, wilson
 from dmr_pipeline.precision.hull import dominators
 from dmr_pipeline.precision.ladder import LadderFacts, RungFacts, RungPlayed, Verdict
 from dmr_pipeline.recipe import Precisions
@@ -49,20 +47,20 @@ def played_facts(
     won = {name: rows["success"].to_numpy() for name, rows in games.items()}
     points = {name: (_mean(rows["cost"]), _mean(rows["success"])) for name, rows in games.items()}
     level, dearest, dominated = precisions.confidence, facts[0].name, dominators(points)
-    interval = {name: _wilson(games_won, level) for name, games_won in won.items()}
+    interval = {name: wilson(float(games_won.mean()), len(games_won), level) for name, games_won in won.items()}
     lost = {name: paired_interval(won[dearest], games_won, level) for name, games_won in won.items()}
     rungs = [
         RungPlayed(
             **rung.model_dump(),
             validation_success=points[rung.name][1],
-            success_low=interval[rung.name][0],
-            success_high=interval[rung.name][1],
+            success_low=_rounded(interval[rung.name][0]),
+            success_high=_rounded(interval[rung.name][1]),
             validation_steps=_mean(games[rung.name]["steps"]),
             cost=points[rung.name][0],
             cost_cache=_mean(games[rung.name]["cost_cache"]),
             lost=_rounded(points[dearest][1] - points[rung.name][1]),
-            lost_low=lost[rung.name][0],
-            lost_high=lost[rung.name][1],
+            lost_low=_rounded(lost[rung.name][0]),
+            lost_high=_rounded(lost[rung.name][1]),
             dominated_by=dominated.get(rung.name, ""),
         )
         for rung in facts
@@ -126,25 +124,6 @@ def _point(rung: RungPlayed) -> str:
 
 def _list(parts: Sequence[str]) -> str:
     return f"{', '.join(parts[:-1])} and {parts[-1]}"
-
-
-def paired_interval(first: NDArray[np.bool_], second: NDArray[np.bool_], confidence: float) -> tuple[float, float]:
-    """Of the difference of two success rates on the same games, first minus second: Wald's with half a game added to each of the
-    four cells (Agresti & Min, 2005). It has a width also where the two never differ.
-
-    Args:
-        first, second: whether each game was won [games].
-    """
-    n = len(first) + 2
-    gains, losses = int((first & ~second).sum()) + 0.5, int((second & ~first).sum()) + 0.5
-    difference = (gains - losses) / n
-    half = NormalDist().inv_cdf(0.5 + confidence / 2) * math.sqrt((gains + losses) / n - difference**2) / math.sqrt(n)
-    return _rounded(max(-1.0, difference - half)), _rounded(min(1.0, difference + half))
-
-
-def _wilson(won: NDArray[np.bool_], confidence: float) -> tuple[float, float]:
-    interval = binomtest(int(won.sum()), len(won)).proportion_ci(confidence, method="wilson")
-    return _rounded(interval.low), _rounded(interval.high)
 
 
 def _mean(values: pl.Series) -> float:

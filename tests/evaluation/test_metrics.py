@@ -22,9 +22,9 @@ from dmr_pipeline.evaluation.metrics import (
     gap_recovered,
     sign_flip_p_value,
     success_interval,
-    wilson,
 )
 from dmr_pipeline.evaluation.results import Metrics, failures_of
+from dmr_pipeline.intervals import wilson
 from tests.helpers.evaluations import ROUTE, THREE, with_checked
 
 

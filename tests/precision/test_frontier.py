@@ -7,7 +7,8 @@ import numpy as np
 import polars as pl
 import pytest
 
-from dmr_pipeline.precision.frontier import PLAYED, paired_interval, played_facts
+from dmr_pipeline.intervals import paired_interval
+from dmr_pipeline.precision.frontier import PLAYED, played_facts
 from dmr_pipeline.precision.ladder import LadderFacts, RungFacts
 from dmr_pipeline.recipe import Precisions, Rung
 
