@@ -5,18 +5,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
-from dmr_pipeline.agent.checkpoint import save_causal_lm
 from dmr_pipeline.artifacts.stage import StageContext
 from dmr_pipeline.environments.alfworld.store import write_games
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.precision import gptq
-from dmr_pipeline.recipe import Architecture, Precisions, Recipe, Rung, load_recipe
+from dmr_pipeline.recipe import Precisions, Recipe, Rung
 from dmr_pipeline.stages import quantized_checkpoints as stage
 from dmr_pipeline.stages.quantized_checkpoints import expert_steps, quantized_checkpoints
-from dmr_pipeline.training.train import new_model
-from tests.helpers.rollouts import PROMPTER, RUNS
+from tests.helpers.ladders import ladder_recipe, write_inputs
+from tests.helpers.rollouts import RUNS
 
 REPOSITORY = Path(__file__).parents[2]
 GAMES = [run.task for run in RUNS]
@@ -27,26 +25,15 @@ LADDER = [
 ]
 
 
-def ladder_recipe(settings: dict[str, object] | None) -> Recipe:
-    changes = {
-        "benchmark": {"splits": {"agent_train": 3, "router_train": 1, "validation": 1, "test": 1}, "step_limit": 3},
-        "precisions": {"ladder": LADDER, "route": ["float", "int3"], "kl_episodes": 1}
-        | ({} if settings is None else {"gptq": settings}),
-        "runtime": {"device": "cpu", "threads": 1, "processes": 1},
-    }
-    return Recipe.model_validate(load_recipe("alfworld-tiny", REPOSITORY / "recipes").model_dump() | changes)
+def gptq_recipe(settings: dict[str, object] | None) -> Recipe:
+    gptq = {} if settings is None else {"gptq": settings}
+    return ladder_recipe(LADDER, agent_train=3, **gptq)
 
 
 @pytest.fixture
 def context(tmp_path: Path) -> StageContext:
-    architecture = Architecture(layers=2, width=64, heads=4, key_value_heads=2, head_width=16, feed_forward=96)
-    model = new_model(architecture, len(PROMPTER.tokenizer), 0)
-    save_causal_lm(model, PROMPTER.tokenizer, tmp_path / "agent" / "model", torch.float16)
-    (tmp_path / "benchmark_tasks").mkdir()
-    write_games(GAMES[:1], tmp_path / "benchmark_tasks" / "validation.parquet")
-    write_games(GAMES[1:4], tmp_path / "benchmark_tasks" / "agent_train.parquet")
-    inputs = {name: tmp_path / name for name in ("agent", "benchmark_tasks")}
-    return StageContext(ladder_recipe(None), inputs, tmp_path / "out", tmp_path / "scratch")
+    inputs = write_inputs(tmp_path, validation=GAMES[:1], agent_train=GAMES[1:4])
+    return StageContext(gptq_recipe(None), inputs, tmp_path / "out", tmp_path / "scratch")
 
 
 @pytest.fixture
@@ -83,7 +70,7 @@ def test_it_is_calibrated_on_the_experts_episodes_of_agent_train(
         return asked[-1][1]
 
     monkeypatch.setattr(stage, "expert_steps", watched)
-    found = quantized_checkpoints(replace(context, recipe=ladder_recipe(settings))).summary["rungs"]
+    found = quantized_checkpoints(replace(context, recipe=gptq_recipe(settings))).summary["rungs"]
     assert [rung["reloads_equal"] for rung in found] == [True] * 3
     by_gptq, nearest = found[1:]
     assert by_gptq["kl_to_float"] != nearest["kl_to_float"]

@@ -3,7 +3,7 @@
 import copy
 import gc
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,14 +17,12 @@ from transformers import PreTrainedModel
 
 from dmr_pipeline.agent.checkpoint import load_causal_lm, save_causal_lm
 from dmr_pipeline.artifacts.stage import StageContext
-from dmr_pipeline.environments.alfworld.store import write_games
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.precision import quantization
 from dmr_pipeline.precision.acting import ActingModels
 from dmr_pipeline.precision.frontier import PLAYED_FILE
 from dmr_pipeline.precision.ladder import read_ladder
 from dmr_pipeline.precision.pass_bytes import PassBytes
-from dmr_pipeline.recipe import Architecture, Recipe, load_recipe
 from dmr_pipeline.rollout.engine import RolloutRequest, SinglePrecision, Timings, Trajectory
 from dmr_pipeline.rollout.kv_cache.packed import PackedStreams
 from dmr_pipeline.rollout.playing import PolicyRuns, Rollouts, scatter_by_game
@@ -32,7 +30,7 @@ from dmr_pipeline.router.baselines import Confidence, Disagreement, RandomMixing
 from dmr_pipeline.stages import quantized_checkpoints as stage
 from dmr_pipeline.stages.quantized_checkpoints import divergence_to_float, expert_steps, quantized_checkpoints
 from dmr_pipeline.training.examples import IGNORED
-from dmr_pipeline.training.train import new_model
+from tests.helpers.ladders import ladder_recipe, write_inputs
 from tests.helpers.memory import fits
 from tests.helpers.quantized_files import write_packed
 from tests.helpers.rollouts import (
@@ -71,27 +69,12 @@ def test_divergence_is_the_mean_over_steps_of_plain_forward_passes() -> None:
     assert divergence_to_float(HIGH, HIGH, examples, torch.device("cpu")) == (0.0, 0.0)
 
 
-def ladder_recipe(ladder: Sequence[Mapping[str, object]]) -> Recipe:
-    changes = {
-        "benchmark": {"splits": {"agent_train": 1, "router_train": 1, "validation": 1, "test": 1}, "step_limit": 3},
-        "precisions": {"ladder": ladder, "route": [ladder[0]["name"], ladder[-1]["name"]], "kl_episodes": 1},
-        "runtime": {"device": "cpu", "threads": 1, "processes": 1},
-    }
-    return Recipe.model_validate(load_recipe("alfworld-tiny", REPOSITORY / "recipes").model_dump() | changes)
-
-
 LADDER = [{"name": name, "weights": name} for name in ("float", "int8", "int2")]
 
 
 @pytest.fixture
 def context(tmp_path: Path) -> StageContext:
-    """Of the stage, with an agent that knows nothing."""
-    architecture = Architecture(layers=2, width=64, heads=4, key_value_heads=2, head_width=16, feed_forward=96)
-    model = new_model(architecture, len(PROMPTER.tokenizer), 0)
-    save_causal_lm(model, PROMPTER.tokenizer, tmp_path / "agent" / "model", torch.float16)
-    (tmp_path / "benchmark_tasks").mkdir()
-    write_games([RUNS[0].task], tmp_path / "benchmark_tasks" / "validation.parquet")
-    inputs = {name: tmp_path / name for name in ("agent", "benchmark_tasks")}
+    inputs = write_inputs(tmp_path, validation=[RUNS[0].task])
     return StageContext(ladder_recipe(LADDER), inputs, tmp_path / "quantized_checkpoints", tmp_path)
 
 
