@@ -131,25 +131,24 @@ class Pretrained(Section):
     )
 
 
-class Training(Section):
+class Imitation(Section):
     """Behaviour cloning on the expert's actions, then DAgger rounds (Ross et al., 2011). All choices are ours."""
 
-    architecture: Architecture
     updates: Count = Field(description="optimiser updates in all")
     episodes_per_update: Batch = Field(description="expert episodes")
     learning_rate: Rate
     warmup_updates: Update
     weight_decay: Share = 0.1
     looks_per_update: Update = Field(
-        description="single observations, each with what the expert makes of it; ALFWorld's teach thoughts"
+        0, description="single observations, each with what the expert makes of it; ALFWorld's teach thoughts"
     )
     looks_alone_until: Update = Field(
-        description="update up to which there is nothing but looks; after it a quarter of them"
+        0, description="update up to which there is nothing but looks; after it a quarter of them"
     )
     short_until: Update = Field(
-        description="update up to which only games are used that the expert wins in `short_steps`"
+        0, description="update up to which only games are used that the expert wins in `short_steps`"
     )
-    short_steps: Count = Field(description="steps; short games teach sooner what the goal is")
+    short_steps: Count = Field(10, description="steps; short games teach sooner what the goal is")
     dagger_from: Update = Field(description="update from which on the agent's own episodes are added")
     dagger_every: Count = Field(description="updates between two collections of the agent's own episodes")
     dagger_episodes: Batch = Field(description="episodes a collection")
@@ -179,6 +178,47 @@ class Training(Section):
                 f"{self.dagger_every:,} has no multiple from dagger_from on ({self.dagger_from:,}) below {self.updates:,}"
                 " updates, so nothing would be collected; to do without, set dagger_from to the number of updates",
             )
+
+
+class Training(Imitation):
+    """A new agent, from nothing."""
+
+    architecture: Architecture
+
+
+LINEAR_LAYERS = "all-linear"
+"""peft's name of all linear layers but the head."""
+
+
+class Lora(Section):
+    """A low-rank adapter (Hu et al., 2021): W becomes W + (alpha / rank) B A at each layer, and B and A are trained."""
+
+    rank: Size = Field(8, description="rows of A, columns of B")
+    alpha: Size = 16
+    targets: tuple[Text, ...] = Field(
+        (LINEAR_LAYERS,),
+        min_length=1,
+        max_length=100,
+        description="ends of the names of the layers that are adapted, such as q_proj; all-linear: all but the head",
+    )
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        if LINEAR_LAYERS in self.targets and len(self.targets) > 1:
+            yield "targets", f"{LINEAR_LAYERS} has all layers in it: name it alone, or leave it out"
+
+    @property
+    def target_modules(self) -> str | list[str]:
+        """As peft wants them."""
+        return LINEAR_LAYERS if self.targets == (LINEAR_LAYERS,) else list(self.targets)
+
+
+class Finetune(Imitation):
+    """A pretrained agent, which goes on learning from the expert. It computes in bfloat16, and what is trained is held in
+    float32."""
+
+    lora: Lora | None = Field(
+        None, description="an adapter is trained, and is the artifact; without it all weights are, and are the artifact"
+    )
 
 
 class PageView(Section):
@@ -279,10 +319,16 @@ TRAINED_TRANSCRIPT_TOKENS = 4096
 
 
 class Agent(Section):
-    """The float LLM: trained here from nothing (`training`) or brought along (`pretrained`)."""
+    """The float LLM: trained here from nothing (`training`) or brought along (`pretrained`), and then perhaps fine-tuned here
+    (`finetune`)."""
 
     pretrained: Pretrained | None = None
     training: Training | None = None
+    finetune: Finetune | None = Field(
+        None,
+        exclude_if=_unset,
+        description="how the pretrained LLM learns the benchmark first; without it, it acts as it is",
+    )
     prompt: Prompt = Field(default_factory=Prompt)
     action: Literal["generate", "score"] = Field(
         "generate", description="generate the action, or score the admissible ones"
@@ -301,9 +347,10 @@ class Agent(Section):
         if self.action == "score" and self.prompt.thought_end is not None:
             yield "action", "an agent that thinks first must generate its actions"
         unknown = {"steps_left", "admissible_commands"} & placeholders(self.prompt.opening)
-        if self.training is not None and self.training.looks_per_update and unknown:
+        imitation = self.training or self.finetune
+        if imitation is not None and imitation.looks_per_update and unknown:
             yield (
-                "training.looks_per_update",
+                f"{'training' if self.training else 'finetune'}.looks_per_update",
                 f"looks know no {{{min(unknown)}}}, which prompt.opening names: set it to 0",
             )
         default = DEFAULT_TRANSCRIPT_TOKENS if self.training is None else TRAINED_TRANSCRIPT_TOKENS
@@ -316,6 +363,11 @@ class Agent(Section):
             )
         if (self.pretrained is None) == (self.training is None):
             yield "", "give exactly one of 'pretrained' and 'training'"
+        if self.finetune is not None and self.pretrained is None:
+            yield (
+                "finetune",
+                "there is no 'pretrained' LLM to fine-tune; an agent that is trained from nothing has 'training'",
+            )
         if 0 < self.temperature < 1e-3:
             yield "temperature", f"{self.temperature} divides logits by next to nothing; 0 is greedy"
 
@@ -598,11 +650,6 @@ class Sensitivity(Section):
         yield from _in_order("label_share", self.label_share)
 
 
-class Lora(Section):
-    rank: Size = 8
-    alpha: Size = 16
-
-
 class Probe(Section):
     """A head on the hidden states of the low-precision agent, which has read the transcript."""
 
@@ -852,7 +899,8 @@ def _reference_model(kl_router: KlRouter, grpo_router: GrpoRouter) -> Iterator[s
 def _thoughts_of_looks(benchmark: Games, agent: Agent) -> Iterator[str]:
     thinks = agent.prompt.thought_end is not None
     teaches_thoughts = benchmarks.find(benchmark.environment).demonstrations_think
-    if teaches_thoughts and agent.training and agent.training.looks_per_update and not thinks:
+    imitation = agent.training or agent.finetune
+    if teaches_thoughts and imitation and imitation.looks_per_update and not thinks:
         yield f"agent: the looks of {benchmark.environment} teach thoughts, so they need 'prompt.thought_end'"
 
 
@@ -862,8 +910,10 @@ def _forced_searches(benchmark: Games, kl_router: KlRouter) -> Iterator[str]:
 
 
 def _short_games(agent: Agent) -> Iterator[str]:
-    if agent.training and agent.training.short_until and agent.training.short_steps < 3:
-        yield f"agent.training.short_steps: {agent.training.short_steps}, but no game can be won in fewer than 3 steps"
+    imitation = agent.training or agent.finetune
+    if imitation and imitation.short_until and imitation.short_steps < 3:
+        where = "training" if agent.training else "finetune"
+        yield f"agent.{where}.short_steps: {imitation.short_steps}, but no game can be won in fewer than 3 steps"
 
 
 def _probe_layers(agent: Agent, kl_router: KlRouter) -> Iterator[str]:

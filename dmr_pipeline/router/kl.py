@@ -235,7 +235,7 @@ def add_adapters(router: Router, lora: Lora, seed: int) -> PreTrainedModel:
         LoraConfig(
             r=lora.rank,
             lora_alpha=lora.alpha,
-            target_modules="all-linear",
+            target_modules=lora.target_modules,
             trainable_token_indices=dict.fromkeys(names, router.settings.columns),
         ),
     )

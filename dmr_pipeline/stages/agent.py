@@ -1,55 +1,117 @@
-"""Stage `agent`: the float LLM, brought along or trained here on the expert's actions (see training/train.py)."""
+"""Stage `agent`: the float LLM, brought along as it is, fine-tuned here on the expert's actions, or trained on them from nothing
+(see training/)."""
 
+import polars as pl
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dmr_pipeline.agent.checkpoint import load_causal_lm, resolve_device, save_causal_lm
 from dmr_pipeline.agent.memory import out_of_memory_names
 from dmr_pipeline.artifacts.stage import StageContext, StageResult
 from dmr_pipeline.environments.benchmark import benchmark_of
+from dmr_pipeline.recipe import Finetune, Imitation, Pretrained, Training
 from dmr_pipeline.rollout.kv_cache.choice import transcript_capacity, way_of
 from dmr_pipeline.rollout.prompts import Prompter
-from dmr_pipeline.training.train import success_rate, train
+from dmr_pipeline.training.finetuning import COMPUTE, adam, add_adapter, save_adapter
+from dmr_pipeline.training.train import make_optimizers, new_model, success_rate, train
 from dmr_pipeline.training.vocabulary import exact_word_tokenizer, word_tokenizer
 
 
 def agent(context: StageContext) -> StageResult:
-    recipe, section = context.recipe, context.recipe.agent
-    device = resolve_device(recipe.runtime.device)
-    folder = context.output / "model"
-    if section.pretrained is not None:
-        source = section.pretrained
-        model, tokenizer = load_causal_lm(source.model, source.revision, torch.device("cpu"), stored_precision=True)
-        way_of(model)
-        transcript_capacity(model.config, section.max_transcript_tokens)
-        Prompter.of(tokenizer, section.prompt, model.generation_config)
-        save_causal_lm(model, tokenizer, folder, model.dtype)
-        return StageResult(summary={"source": source.model, "parameters": model.num_parameters()})
-    assert section.training is not None
+    section, device = context.recipe.agent, resolve_device(context.recipe.runtime.device)
+    if section.training is not None:
+        return _train(context, section.training, device)
+    assert section.pretrained is not None
+    if section.finetune is not None:
+        return _finetune(context, section.pretrained, section.finetune, device)
+    return _bring(context, section.pretrained)
+
+
+def _bring(context: StageContext, source: Pretrained) -> StageResult:
+    """As it is."""
+    model, tokenizer = load_causal_lm(source.model, source.revision, torch.device("cpu"), stored_precision=True)
+    _check(context, model, tokenizer)
+    save_causal_lm(model, tokenizer, context.output / "model", model.dtype)
+    return StageResult(summary={"source": source.model, "parameters": model.num_parameters()})
+
+
+def _check(context: StageContext, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Prompter:
+    """The prompter, once nothing speaks against acting with this model."""
+    section = context.recipe.agent
+    way_of(model)
+    transcript_capacity(model.config, section.max_transcript_tokens)
+    return Prompter.of(tokenizer, section.prompt, model.generation_config)
+
+
+def _train(context: StageContext, training: Training, device: torch.device) -> StageResult:
+    """From nothing."""
+    recipe = context.recipe
     benchmark, dealt = benchmark_of(recipe.benchmark), context.inputs["benchmark_tasks"]
     tasks = benchmark.read_tasks(dealt, "agent_train")
     new_tokenizer = exact_word_tokenizer if benchmark.exact_words else word_tokenizer
     tokenizer = new_tokenizer(benchmark.texts(dealt))
-    prompter = Prompter.of(tokenizer, section.prompt)
+    prompter = Prompter.of(tokenizer, recipe.agent.prompt)
     with out_of_memory_names("agent.training.architecture"):
-        model, log = train(
+        positions = recipe.agent.max_transcript_tokens
+        model = new_model(training.architecture, len(tokenizer), training.seed, positions).to(device)
+        history = train(
+            model,
+            make_optimizers(model, training),
             tasks,
             prompter,
-            section.training,
+            training,
             recipe.benchmark,
             recipe.runtime,
             device,
             context.scratch,
-            section.max_transcript_tokens,
         )
-    save_causal_lm(model, tokenizer, folder, torch.float16)
+    save_causal_lm(model, tokenizer, context.output / "model", torch.float16)
+    return _trained(context, prompter, training, history, device)
+
+
+def _finetune(context: StageContext, source: Pretrained, finetune: Finetune, device: torch.device) -> StageResult:
+    """From an LLM that exists; the artifact is an adapter, or a whole checkpoint."""
+    recipe, folder = context.recipe, context.output / "model"
+    tasks = benchmark_of(recipe.benchmark).read_tasks(context.inputs["benchmark_tasks"], "agent_train")
+    model, tokenizer = load_causal_lm(source.model, source.revision, torch.device("cpu"), stored_precision=True)
+    stored, prompter = model.dtype, _check(context, model, tokenizer)
+    adapted = add_adapter(model, finetune.lora, finetune.seed) if finetune.lora is not None else None
+    model = adapted.get_base_model() if adapted is not None else model.float()
+    with out_of_memory_names("agent.pretrained"):
+        model = model.to(device)
+        history = train(
+            model,
+            [adam(model, finetune)],
+            tasks,
+            prompter,
+            finetune,
+            recipe.benchmark,
+            recipe.runtime,
+            device,
+            context.scratch,
+            COMPUTE,
+        )
+    if adapted is None:
+        save_causal_lm(model, tokenizer, folder, stored)
+    else:
+        save_adapter(adapted, source, folder)
+    del model, adapted  # before the one that was stored is loaded
+    return _trained(context, prompter, finetune, history, device)
+
+
+def _trained(
+    context: StageContext, prompter: Prompter, imitation: Imitation, log: pl.DataFrame, device: torch.device
+) -> StageResult:
+    """Store how training went, and have the stored model play."""
+    recipe = context.recipe
     log.write_parquet(context.output / "training.parquet")
-    validation = benchmark.read_tasks(dealt, "validation")
-    model, _ = load_causal_lm(folder, None, device)
+    validation = benchmark_of(recipe.benchmark).read_tasks(context.inputs["benchmark_tasks"], "validation")
+    model, _ = load_causal_lm(context.output / "model", None, device)
     success = success_rate(model, validation, prompter, recipe.benchmark, recipe.runtime)
     return StageResult(
         summary={
             "parameters": model.num_parameters(),
-            "updates": section.training.updates,
+            "updates": imitation.updates,
             "validation_games": len(validation),
             "validation_success": success,
             "final_loss": round(log["loss"].tail(50).mean(), 5),  # type: ignore[arg-type]

@@ -1,10 +1,12 @@
-"""Training the float LLM on the expert's actions.
+"""Training the float LLM on the expert's actions: a new one, or one that exists (`finetuning`).
 
 The training is behaviour cloning on expert episodes with some mistakes in them, then DAgger (Ross et al., 2011): the agent's
 own episodes with the expert's actions as targets. Loss on action tokens only. It resumes after a kill with the same result.
 """
 
+import logging
 import random
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -20,10 +22,12 @@ from dmr_pipeline.artifacts.resume import load_state, save_state
 from dmr_pipeline.environments.base import Task
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.progress import training_progress
-from dmr_pipeline.recipe import TRAINED_TRANSCRIPT_TOKENS, Architecture, Games, Runtime, Training
+from dmr_pipeline.recipe import TRAINED_TRANSCRIPT_TOKENS, Architecture, Games, Imitation, Runtime
 from dmr_pipeline.rollout.engine import play_alone
 from dmr_pipeline.rollout.prompts import Prompter
 from dmr_pipeline.training.examples import IGNORED, Example, demonstration_example, expert_example, relabelled_example
+
+log = logging.getLogger(__name__)
 
 _PIECE = {"cpu": 2500, "cuda": 12_000}
 """Tokens in one forward and backward pass, padding included, by type of device: small ones suit a CPU's caches, a GPU is kept
@@ -80,58 +84,80 @@ class _State:
 
 
 def train(
+    model: PreTrainedModel,
+    optimizers: Sequence[torch.optim.Optimizer],
     tasks: Sequence[Task],
     prompter: Prompter,
-    training: Training,
+    training: Imitation,
     benchmark: Games,
     runtime: Runtime,
     device: torch.device,
     scratch: Path,
-    positions: int | None = None,
-) -> tuple[PreTrainedModel, pl.DataFrame]:
-    """Train a `new_model` with these positions from nothing, or from where a killed run stopped.
+    compute: torch.dtype = torch.float32,
+) -> pl.DataFrame:
+    """Train those weights of a model on the device that want a gradient, in place, from the start or from where a killed run
+    stopped; it is left in evaluation mode.
 
     Every update draws from a generator seeded by (seed, update), so that a resumed run repeats an unbroken one.
+
+    Args:
+        compute: dtype of the matrix products of forward and backward passes (torch's autocast).
+
+    Returns:
+        A row an update (loss, accuracy) and a row a collection of own episodes (success).
     """
-    model = new_model(training.architecture, len(prompter.tokenizer), training.seed, positions).to(device)
-    optimizers = make_optimizers(model, training)
     state = _State(0, [], [])
     saved = scratch / "training.pt"
     content = load_state(saved, device)
     if content is not None:
-        model.load_state_dict(content["model"])
+        with torch.no_grad():
+            for name, parameter in trained_weights(model).items():
+                parameter.copy_(content["model"][name])
         for optimizer, saved_state in zip(optimizers, content["optimizers"], strict=True):
             optimizer.load_state_dict(saved_state)
         state = _State(content["update"], [Example(**example) for example in content["own"]], content["log"])
+    tokens, started = 0, time.perf_counter()
+    """Read and learned from since the last save, and when that was."""
     with training_progress() as progress:
         bar = progress.add_task("training the agent", total=training.updates, completed=state.update, note="")
         while state.update < training.updates:
             if state.update % training.dagger_every == 0:
                 _save(saved, model, optimizers, state)
+                if tokens:
+                    log.info("update %d: %s", state.update, _note(state.log, tokens / (time.perf_counter() - started)))
                 if state.update >= training.dagger_from:
                     own, success = collect_own(model, tasks, prompter, training, runtime, state.update)
                     state.own = (state.own + own)[-_KEPT_EPISODES:]
                     state.log.append({"update": state.update, "success": success})
+                tokens, started = 0, time.perf_counter()
             rng = random.Random(f"agent-{training.seed}-{state.update}")
             batch = _batch(tasks, prompter, training, benchmark, state, rng)
             model.train()
             model.zero_grad()
-            loss, accuracy = learn(model, batch, device)
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            loss, accuracy = learn(model, batch, device, compute)
+            torch.nn.utils.clip_grad_norm_(trained_weights(model).values(), 1.0)
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = training.learning_rate * schedule(state.update, training)
                 optimizer.step()
+            tokens += sum(len(example.tokens) for example in batch)
             state.update += 1
             state.log.append({"update": state.update, "loss": loss, "accuracy": accuracy})
-            progress.update(bar, completed=state.update, note=_note(state.log))
-    log = pl.DataFrame(
+            progress.update(
+                bar, completed=state.update, note=_note(state.log, tokens / (time.perf_counter() - started))
+            )
+    model.eval()
+    return pl.DataFrame(
         state.log, schema={"update": pl.Int64, "loss": pl.Float64, "accuracy": pl.Float64, "success": pl.Float64}
     )
-    return model.eval(), log
 
 
-def make_optimizers(model: PreTrainedModel, training: Training) -> list[torch.optim.Optimizer]:
+def trained_weights(model: PreTrainedModel) -> dict[str, torch.nn.Parameter]:
+    """Those that want a gradient, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def make_optimizers(model: PreTrainedModel, training: Imitation) -> list[torch.optim.Optimizer]:
     """Muon (Jordan et al., 2024) for the layers' matrices, AdamW for embeddings, head and norms; one learning rate serves both.
 
     Muon learns this task in a fraction of the updates that AdamW takes for it.
@@ -148,14 +174,16 @@ def make_optimizers(model: PreTrainedModel, training: Training) -> list[torch.op
     ]
 
 
-def schedule(update: int, training: Training) -> float:
+def schedule(update: int, training: Imitation) -> float:
     """Factor on the learning rate: linear warm-up, constant, linear decay to 0 over the last 30% of the updates."""
     decay_from = 0.7 * training.updates
     warm = min(1.0, (update + 1) / max(1, training.warmup_updates))
     return warm * min(1.0, (training.updates - update) / (training.updates - decay_from))
 
 
-def learn(model: PreTrainedModel, batch: Sequence[Example], device: torch.device) -> tuple[float, float]:
+def learn(
+    model: PreTrainedModel, batch: Sequence[Example], device: torch.device, compute: torch.dtype = torch.float32
+) -> tuple[float, float]:
     """Add the gradient of the mean cross-entropy over the batch's trained positions.
 
     The batch goes through in pieces of similar length, so that little of it is padding.
@@ -166,7 +194,8 @@ def learn(model: PreTrainedModel, batch: Sequence[Example], device: torch.device
     trained = sum(target != IGNORED for example in batch for target in example.targets)
     loss, right = 0.0, 0
     for piece in pieces_of_similar_length(batch, _PIECE[device.type]):
-        logits, wanted = trained_logits(model, piece, device)
+        with torch.autocast(device.type, compute, enabled=compute != torch.float32):
+            logits, wanted = trained_logits(model, piece, device)
         cross_entropy = torch.nn.functional.cross_entropy(logits, wanted, reduction="sum") / trained
         cross_entropy.backward()
         loss += cross_entropy.item()
@@ -202,7 +231,7 @@ def collect_own(
     model: PreTrainedModel,
     tasks: Sequence[Task],
     prompter: Prompter,
-    training: Training,
+    training: Imitation,
     runtime: Runtime,
     update: int,
 ) -> tuple[list[Example], float]:
@@ -216,7 +245,7 @@ def collect_own(
 def _batch(
     tasks: Sequence[Task],
     prompter: Prompter,
-    training: Training,
+    training: Imitation,
     benchmark: Games,
     state: _State,
     rng: random.Random,
@@ -236,8 +265,8 @@ def _batch(
     while len(examples) < wanted:
         if next(tries) > _TRIES * wanted:
             raise UserError(
-                f"agent.training.short_steps: next to none of {_TRIES * wanted:,} expert episodes took {longest} steps or"
-                " fewer; give more steps, or set short_until to 0"
+                f"the agent's short_steps: next to none of {_TRIES * wanted:,} expert episodes took {longest} steps"
+                " or fewer; give more steps, or set short_until to 0"
             )
         example = expert_example(rng.choice(tasks), prompter, benchmark.step_limit, training.mistake_rate, rng)
         if example.steps <= longest:
@@ -247,7 +276,7 @@ def _batch(
 
 def _save(path: Path, model: PreTrainedModel, optimizers: Sequence[torch.optim.Optimizer], state: _State) -> None:
     content = {
-        "model": model.state_dict(),
+        "model": trained_weights(model),
         "optimizers": [optimizer.state_dict() for optimizer in optimizers],
         "update": state.update,
         "own": [vars(example) for example in state.own],
@@ -256,7 +285,8 @@ def _save(path: Path, model: PreTrainedModel, optimizers: Sequence[torch.optim.O
     save_state(path, content)
 
 
-def _note(log: Sequence[dict[str, float]]) -> str:
+def _note(log: Sequence[dict[str, float]], speed: float) -> str:
     losses = [row["loss"] for row in log[-50:] if "loss" in row]
     success = [row["success"] for row in log if "success" in row]
-    return f"loss {sum(losses) / len(losses):.3f}" + (f", success {success[-1]:.2f}" if success else "")
+    won = f", success {success[-1]:.2f}" if success else ""
+    return f"loss {sum(losses) / len(losses):.3f}{won}, {speed:,.0f} tokens/s"

@@ -79,7 +79,7 @@ SHARE = {"0", "1", "tiny"}
 RIGHT: dict[str, set[str]] = {
     "benchmark.seed": FROM_0, "benchmark.price_seed": FROM_0,
     "benchmark.splits.agent_train": COUNTED, "benchmark.splits.test": COUNTED,
-    "agent.pretrained": {"null"}, "agent.temperature": FROM_0,
+    "agent.pretrained": {"null"}, "agent.finetune": {"null"}, "agent.temperature": FROM_0,
     "agent.training.architecture.width": COUNTED, "agent.training.architecture.heads": COUNTED,
     "agent.training.architecture.key_value_heads": COUNTED, "agent.training.architecture.feed_forward": COUNTED,
     "agent.training.episodes_per_update": COUNTED, "agent.training.learning_rate": COUNTED,

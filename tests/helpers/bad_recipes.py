@@ -11,6 +11,10 @@ T, P, K, G = "agent.training.", "precisions.", "kl_router.", "grpo_router."
 MODEL, BEHAVIOUR = "kl_router.model", "trajectories.behaviour"
 MIXED = {"name": "mixed"}
 AUTO: dict[str, object] = {P + "route": "auto", "trajectories": LEFT_OUT}
+FINETUNE = {
+    "updates": 4, "episodes_per_update": 2, "learning_rate": 0.001, "warmup_updates": 1, "dagger_from": 4, "dagger_every": 2,
+    "dagger_episodes": 2, "dagger_steps": 4, "dagger_tokens": 100, "mistake_rate": 0.1,
+}  # fmt: skip
 AGENT_ALONE = {"agent.training": LEFT_OUT, "agent.pretrained": {"model": "models/x"}}
 ALFWORLD: list[tuple[str, dict[str, object], str]] = [
     # Types are strict, numbers finite.
@@ -121,6 +125,9 @@ ALFWORLD: list[tuple[str, dict[str, object], str]] = [
     ("mistakes", {T + "mistake_rate": 1.5}, f"{T}mistake_rate: Input should be at most 0.5: the expert"),
     # The agent.
     ("two-sources", {"agent.pretrained": {"model": "x"}}, "agent: give exactly one of 'pretrained' and 'training'"),
+    ("nothing-to-tune", {"agent.finetune": FINETUNE}, "agent.finetune: there is no 'pretrained' LLM to fine-tune"),
+    ("lora-targets", AGENT_ALONE | {"agent.finetune": FINETUNE | {"lora": {"targets": ["all-linear", "q_proj"]}}},
+     "agent.finetune.lora.targets: all-linear has all layers in it"),
     ("no-source", {"agent.training": LEFT_OUT}, "agent: give exactly one of 'pretrained' and 'training'"),
     ("empty-source", {"agent.training": LEFT_OUT, "agent.pretrained": {"model": ""}},
      "agent.pretrained.model: String should have at least 1 character"),

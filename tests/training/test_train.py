@@ -43,7 +43,9 @@ CPU = torch.device("cpu")
 
 
 def run(scratch: Path, training: Training = TRAINING) -> tuple[PreTrainedModel, list[float]]:
-    model, log = train(GAMES, PROMPTER, training, BENCHMARK, Runtime(batch_episodes=2), CPU, scratch)
+    model = new_model(training.architecture, len(PROMPTER.tokenizer), training.seed)
+    optimizers = make_optimizers(model, training)
+    log = train(model, optimizers, GAMES, PROMPTER, training, BENCHMARK, Runtime(batch_episodes=2), CPU, scratch)
     return model, log["loss"].drop_nulls().to_list()
 
 

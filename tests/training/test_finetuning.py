@@ -1,0 +1,161 @@
+"""Fine-tuning: what is trained and stored, and a killed one ends as an unbroken one does."""
+
+import json
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import PreTrainedModel
+
+from dmr_pipeline.agent.checkpoint import load_causal_lm, save_causal_lm
+from dmr_pipeline.artifacts.stage import StageContext
+from dmr_pipeline.environments.alfworld.benchmark import GeneratedAlfWorld, GeneratedGames
+from dmr_pipeline.environments.alfworld.words import alfworld_texts
+from dmr_pipeline.errors import UserError
+from dmr_pipeline.recipe import Agent, Architecture, Finetune, Lora, Pretrained, Prompt, Runtime, Splits, load_recipe
+from dmr_pipeline.stages import agent as stage
+from dmr_pipeline.training import train as module
+from dmr_pipeline.training.finetuning import add_adapter, save_adapter
+from dmr_pipeline.training.train import new_model, schedule, trained_weights
+from dmr_pipeline.training.vocabulary import word_tokenizer
+
+TOKENIZER = word_tokenizer(alfworld_texts())
+ARCHITECTURE = Architecture(layers=2, width=32, heads=2, key_value_heads=1, head_width=16, feed_forward=32)
+LORA = Lora(rank=4, alpha=8)
+FINETUNE = Finetune(
+    lora=LORA,
+    updates=6,
+    episodes_per_update=2,
+    learning_rate=0.004,
+    warmup_updates=2,
+    dagger_from=4,
+    dagger_every=2,
+    dagger_episodes=2,
+    dagger_steps=4,
+    dagger_tokens=100,
+    mistake_rate=0.1,
+)
+BENCHMARK = GeneratedAlfWorld(step_limit=8, splits=Splits(agent_train=12, router_train=1, validation=2, test=1))
+CPU = torch.device("cpu")
+TOKENS = torch.arange(20)[None]
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    """A checkpoint in bfloat16."""
+    folder = tmp_path / "base"
+    save_causal_lm(new_model(ARCHITECTURE, len(TOKENIZER), 1), TOKENIZER, folder, torch.bfloat16)
+    return folder
+
+
+def tuned(base: Path, folder: Path, finetune: Finetune = FINETUNE) -> Path:
+    """The artifact of the stage."""
+    recipe = load_recipe("alfworld-tiny").model_copy(
+        update={
+            "benchmark": BENCHMARK,
+            "agent": Agent(pretrained=Pretrained(model=str(base)), finetune=finetune, prompt=Prompt()),
+            "runtime": Runtime(batch_episodes=2, processes=1),
+        }
+    )
+    tasks = folder / "tasks"
+    if not tasks.exists():
+        tasks.mkdir(parents=True)
+        GeneratedGames(BENCHMARK).make_tasks(tasks)
+    (folder / "out").mkdir(exist_ok=True)
+    (folder / "scratch").mkdir(exist_ok=True)
+    stage.agent(StageContext(recipe, {"benchmark_tasks": tasks}, folder / "out", folder / "scratch"))
+    return folder / "out"
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: w for path in folder.glob("model/*.safetensors") for name, w in load_file(path).items()}
+
+
+@pytest.mark.parametrize("lora", [LORA, None])
+def test_a_killed_fine_tuning_ends_as_an_unbroken_one(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lora: Lora | None
+) -> None:
+    finetune = FINETUNE.model_copy(update={"lora": lora})
+    whole = tuned(base, tmp_path / "whole", finetune)
+
+    def killed(update: int, training: Finetune) -> float:
+        if update == 5:
+            raise KeyboardInterrupt
+        return schedule(update, training)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "schedule", killed)
+        with pytest.raises(KeyboardInterrupt):
+            tuned(base, tmp_path / "broken", finetune)
+    resumed = tuned(base, tmp_path / "broken", finetune)
+    files = sorted(path.relative_to(whole) for path in whole.rglob("*") if path.is_file())
+    assert files
+    for file in files:
+        assert (resumed / file).read_bytes() == (whole / file).read_bytes(), file
+
+
+def test_the_artifact_is_the_adapter_that_was_trained(base: Path, tmp_path: Path) -> None:
+    """Loaded by peft itself upon the base, it computes what the merged agent does, which the base does not."""
+    folder = tuned(base, tmp_path / "run") / "model"
+    assert sorted(path.name for path in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["r"], config["lora_alpha"]) == (str(base), 4, 8)
+    merged, _ = load_causal_lm(folder, None, CPU)
+    plain, _ = load_causal_lm(base, None, CPU)
+    before = plain(input_ids=TOKENS).logits
+    theirs = peft.PeftModel.from_pretrained(plain, folder)(input_ids=TOKENS).logits
+    ours = merged(input_ids=TOKENS).logits
+    assert torch.allclose(ours, theirs, atol=1e-4)
+    assert not torch.allclose(ours, before, atol=1e-2)
+
+
+def test_all_weights_are_trained_without_an_adapter(base: Path, tmp_path: Path) -> None:
+    """And stored as those that they began from."""
+    old, new = (
+        load_file(base / "model.safetensors"),
+        weights(tuned(base, tmp_path / "run", FINETUNE.model_copy(update={"lora": None}))),
+    )
+    assert old.keys() == new.keys()
+    assert all(w.dtype == torch.bfloat16 for w in new.values())
+    assert all(not torch.equal(old[name], new[name]) for name in old if "proj" in name)
+
+
+def test_an_adapter_begins_as_nothing_and_is_all_that_learns() -> None:
+    model = new_model(ARCHITECTURE, len(TOKENIZER), 1)
+    with torch.no_grad():
+        before = model.to(torch.bfloat16)(input_ids=TOKENS).logits.clone()
+        adapted = add_adapter(model, LORA, 0)
+        assert torch.equal(adapted(input_ids=TOKENS).logits, before)
+    trained = trained_weights(adapted.get_base_model())
+    assert all("lora_" in name and w.dtype == torch.float32 for name, w in trained.items())
+    shapes = [(w.shape[0] + w.shape[1]) for name, w in model.named_parameters() if "base_layer" in name]
+    assert len(shapes) == 2 * 7, "every linear layer of a block, and not the head"
+    assert sum(w.numel() for w in trained.values()) == sum(size * LORA.rank for size in shapes)
+
+
+def test_it_learns(base: Path, tmp_path: Path) -> None:
+    """The head and the embeddings of a random model are of no use, and still its adapter learns what comes often."""
+    import polars as pl
+
+    folder = tuned(base, tmp_path / "run", FINETUNE.model_copy(update={"updates": 40, "dagger_from": 40}))
+    losses = pl.read_parquet(folder / "training.parquet")["loss"].drop_nulls()
+    assert losses[-5:].mean() < losses[0] - 0.2
+
+
+def test_a_target_that_fits_no_layer_is_refused_in_one_line() -> None:
+    model: PreTrainedModel = new_model(ARCHITECTURE, len(TOKENIZER), 1)
+    with pytest.raises(UserError, match=r"^agent.finetune.lora.targets: .*quark_proj[^\n]*$"):
+        add_adapter(model, Lora(targets=("quark_proj",)), 0)
+
+
+def test_equal_adapters_give_equal_bytes(tmp_path: Path) -> None:
+    for name in "ab":
+        adapted = add_adapter(
+            new_model(ARCHITECTURE, len(TOKENIZER), 1), Lora(targets=("q_proj", "k_proj", "v_proj")), 3
+        )
+        save_adapter(adapted, Pretrained(model="x/y", revision="0" * 40), tmp_path / name)
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+    assert json.loads((tmp_path / "a" / "adapter_config.json").read_text())["revision"] == "0" * 40
