@@ -336,6 +336,12 @@ class Agent(Section):
     temperature: Annotated[float, Field(ge=0.0), at_most(100.0, "it would draw at random")] = Field(
         0.0, description="acting temperature; 0 is greedy"
     )
+    dtype: Literal["float32", "bfloat16"] | None = Field(
+        None,
+        exclude_if=_unset,
+        description="what the model computes in when it acts, at every precision; by default float32 on a CPU, bfloat16 on a GPU."
+        " bfloat16 halves what a pass reads; it is slow on a CPU without AMX or AVX512-BF16",
+    )
     max_transcript_tokens: Count | None = Field(
         None,
         exclude_if=_unset,

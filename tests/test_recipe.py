@@ -18,6 +18,7 @@ from ruamel.yaml import YAML
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.recipe import (
     RECIPE_FOLDER,
+    Agent,
     Architecture,
     check_recipe,
     load_recipe,
@@ -281,3 +282,9 @@ def test_a_problem_of_the_whole_hides_none_of_its_sections(tmp_path: Path) -> No
     _, found = check_recipe("x", tmp_path)
     assert any("grpo_router.group_size: Input should be greater than or equal to 2 (it is 1)" in line for line in found)
     assert all(line.isprintable() for line in found)
+
+
+def test_a_dtype_that_is_not_set_leaves_the_provenance_of_artifacts_as_it_was() -> None:
+    agent = load_recipe("alfworld-tiny", REPOSITORY / RECIPE_FOLDER).agent
+    assert "dtype" not in agent.model_dump()
+    assert Agent.model_validate(agent.model_dump() | {"dtype": "bfloat16"}).model_dump()["dtype"] == "bfloat16"

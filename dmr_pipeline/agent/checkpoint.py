@@ -2,10 +2,13 @@
 
 import copy
 import json
+import logging
+import platform
 import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -34,6 +37,8 @@ from dmr_pipeline.agent.logits import alike, check_causal_lm, some_tokens
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.pretrained import ADAPTER_CONFIG, adapter_config
 
+log = logging.getLogger(__name__)
+
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _LONGEST_REASON = 300
 """Characters of another library's message that are shown."""
@@ -60,38 +65,58 @@ def random_causal_lm(config: PreTrainedConfig, device: torch.device) -> PreTrain
     return model.eval()
 
 
-def float_dtype(device: torch.device) -> torch.dtype:
-    """What the float rung computes in: float32 on a CPU, bfloat16 on a GPU."""
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
+def float_dtype(device: torch.device, wanted: Literal["float32", "bfloat16"] | None = None) -> torch.dtype:
+    """What the float rung computes in: as `agent.dtype` has it, or float32 on a CPU, bfloat16 on a GPU."""
+    if wanted is None:
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if wanted == "bfloat16" and device.type == "cpu":
+        _warn_of_slow_bfloat16()
+    return torch.bfloat16 if wanted == "bfloat16" else torch.float32
+
+
+@cache
+def _warn_of_slow_bfloat16() -> None:
+    """Once a process, where this CPU has no instructions for it. Others than x86 are not judged."""
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    if x86 and not torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported():
+        log.warning(
+            "agent.dtype: bfloat16 is slow on this CPU, which has neither AMX nor AVX512-BF16; float32 is quicker"
+        )
 
 
 def load_causal_lm(
-    source: str | Path, revision: str | None, device: torch.device, *, stored_precision: bool = False
+    source: str | Path,
+    revision: str | None,
+    device: torch.device,
+    *,
+    stored_precision: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model in evaluation mode, and its tokenizer. An adapter is merged into its base.
 
     Args:
         source: folder with config, tokenizer and safetensors weights, or with a PEFT adapter; or a hub id of either.
         revision: commit hash of a hub id; where the source is the folder of an adapter, that of its base.
-        stored_precision: keep the dtype of the files, for a copy; without it the model is in `float_dtype(device)`.
+        stored_precision: keep the dtype of the files, for a copy.
+        dtype: of the model, where that of the files is not kept; `float_dtype(device)` by default.
 
     Raises:
         UserError: no such folder, a hub id without a commit hash, weights that are pickled or quantized, no causal LM,
             tokens without embeddings, unusable files, or a model that cannot act (`check_causal_lm`).
     """
     name, folder = str(source), local_folder(source, revision)
+    wanted = None if stored_precision else dtype or float_dtype(device)
     adapter = adapter_config(folder)
     if adapter is not None:
         pinned = revision if Path(source).is_dir() and revision is not None else adapter.revision
-        return _load_merged(name, folder, adapter.base_model_name_or_path, pinned, device, stored_precision)
+        return _load_merged(name, folder, adapter.base_model_name_or_path, pinned, device, wanted)
     refuse_pickles(folder)
     refuse_low_bits(name, folder)
-    dtype = stored_dtype(folder) if stored_precision else float_dtype(device)
     with unusable_files(f"model {name!r}"):
         refuse_architecture(name, AutoConfig.from_pretrained(folder, trust_remote_code=False))
         model, report = AutoModelForCausalLM.from_pretrained(
             folder,
-            dtype=dtype,
+            dtype=wanted or stored_dtype(folder),
             use_safetensors=True,
             trust_remote_code=False,
             ignore_mismatched_sizes=True,  # they are named below
@@ -108,9 +133,13 @@ def load_causal_lm(
 
 
 def _load_merged(
-    name: str, folder: Path, base: str | None, revision: str | None, device: torch.device, stored_precision: bool
+    name: str, folder: Path, base: str | None, revision: str | None, device: torch.device, dtype: torch.dtype | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The base with the adapter's weights added, in float32 where they were trained in fewer bits."""
+    """The base with the adapter's weights added, in float32 where they were trained in fewer bits.
+
+    Args:
+        dtype: of the merged model; without it that of the base's files.
+    """
     from peft import PeftModel
 
     if base is None:
@@ -128,7 +157,7 @@ def _load_merged(
     if Path(base).is_dir() and adapter_config(Path(base)) is not None:
         raise UserError(f"adapter {name!r}: its base {base} is an adapter too; merge that one first")
     model, tokenizer = load_causal_lm(base, revision, torch.device("cpu"))
-    kept = stored_dtype(local_folder(base, revision)) if stored_precision else float_dtype(device)
+    kept = dtype or stored_dtype(local_folder(base, revision))
     if any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json")):
         tokenizer = load_tokenizer(folder)
         _refuse_tokens_without_embeddings(name, model, tokenizer)

@@ -14,6 +14,7 @@ from typing import NamedTuple, cast
 
 import torch
 from optimum.quanto import AffineOptimizer, QLinear, WeightQBitsTensor, qint4, qtype, qtypes
+from optimum.quanto.library.qbytes_mm import qbytes_int_mm, qbytes_mm
 from optimum.quanto.tensor.packed import PackedTensor
 from torch import Tensor
 
@@ -50,6 +51,32 @@ def _byte_of(bits: tuple[Tensor, ...]) -> Tensor:
     return byte
 
 
+def _bytes_product(rows: Tensor, integers: Tensor, scales: Tensor) -> Tensor:
+    """Rows [n, inputs], int8 or float, times weights: integers [outputs, inputs] that have scales [outputs, 1]. On a CPU quanto
+    takes torch's kernel for bfloat16, which kills the process where the integers lie as they do in a file, unaligned."""
+    if rows.dtype == torch.int8:
+        return qbytes_int_mm(rows, integers, scales)
+    return qbytes_mm(rows, integers, scales)
+
+
+def _create(
+    kind: qtype,
+    axis: int,
+    group_size: int | None,
+    size: torch.Size,
+    stride: tuple[int, ...],
+    data: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    requires_grad: bool = False,
+) -> WeightQBitsTensor:
+    """quanto's tensor. On a CPU it is never one of quanto's own for torch's int4 kernel, which round the shifts of bfloat16."""
+    make = WeightQBitsTensor if data.device.type == "cpu" else _quantos_create
+    return make(kind, axis, group_size, size, stride, data, scale, shift, requires_grad)
+
+
+_quantos_create = WeightQBitsTensor.create
+WeightQBitsTensor.create = staticmethod(_create)
 _quantos_pack = PackedTensor.pack
 PackedTensor.pack = staticmethod(_pack)  # quanto's own knows 2 and 4 bits
 _kernels = torch.library.Library("quanto", "IMPL")  # the replacement lasts as long as this object
@@ -57,6 +84,7 @@ with warnings.catch_warnings():
     warnings.filterwarnings("ignore", message=".*may also be overridden", category=UserWarning)
     for _device in ("CPU", "CUDA"):
         _kernels.impl("unpack", _unpack, _device, allow_override=True)
+    _kernels.impl("qbytes_mm", _bytes_product, "CPU", allow_override=True)
 
 
 def group_size(width: int) -> int | None:

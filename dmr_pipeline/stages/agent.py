@@ -5,7 +5,7 @@ import polars as pl
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dmr_pipeline.agent.checkpoint import load_causal_lm, resolve_device, save_causal_lm
+from dmr_pipeline.agent.checkpoint import float_dtype, load_causal_lm, resolve_device, save_causal_lm
 from dmr_pipeline.agent.memory import out_of_memory_names
 from dmr_pipeline.artifacts.stage import StageContext, StageResult
 from dmr_pipeline.environments.benchmark import benchmark_of
@@ -105,8 +105,9 @@ def _trained(
     """Store how training went, and have the stored model play."""
     recipe = context.recipe
     log.write_parquet(context.output / "training.parquet")
+    dtype = float_dtype(device, recipe.agent.dtype)
     validation = benchmark_of(recipe.benchmark).read_tasks(context.inputs["benchmark_tasks"], "validation")
-    model, _ = load_causal_lm(context.output / "model", None, device)
+    model, _ = load_causal_lm(context.output / "model", None, device, dtype=dtype)
     success = success_rate(model, validation, prompter, recipe.benchmark, recipe.runtime)
     return StageResult(
         summary={

@@ -12,7 +12,7 @@ import torch
 from rich.progress import Progress, TaskID
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dmr_pipeline.agent.checkpoint import load_causal_lm, resolve_device
+from dmr_pipeline.agent.checkpoint import float_dtype, load_causal_lm, resolve_device
 from dmr_pipeline.agent.memory import in_pieces
 from dmr_pipeline.artifacts.stage import StageContext, StageResult
 from dmr_pipeline.environments.base import Task
@@ -40,7 +40,8 @@ log = logging.getLogger(__name__)
 def quantized_checkpoints(context: StageContext) -> StageResult:
     recipe = context.recipe
     device = resolve_device(recipe.runtime.device)
-    float_model, tokenizer = load_causal_lm(context.inputs["agent"] / "model", None, device)
+    dtype = float_dtype(device, recipe.agent.dtype)
+    float_model, tokenizer = load_causal_lm(context.inputs["agent"] / "model", None, device, dtype=dtype)
     tokenizer.save_pretrained(context.output / "tokenizer")
     prompter = Prompter.of(tokenizer, recipe.agent.prompt, float_model.generation_config)
     games = benchmark_of(recipe.benchmark).read_tasks(context.inputs["benchmark_tasks"], "validation")

@@ -2,6 +2,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from peft import LoraConfig, PeftConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from dmr_pipeline.agent.checkpoint import load_causal_lm, resolve_device, save_causal_lm
+from dmr_pipeline.agent import checkpoint
+from dmr_pipeline.agent.checkpoint import float_dtype, load_causal_lm, resolve_device, save_causal_lm
 from dmr_pipeline.errors import UserError
 from tests.helpers.checkpoints import save, tiny_model, word_tokenizer
 
@@ -108,6 +110,26 @@ def test_a_copy_keeps_the_dtype_of_the_files_and_its_bytes(tmp_path: Path, dtype
     assert json.loads((tmp_path / "copy" / "config.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
     acting, _ = load_causal_lm(tmp_path / "copy", None, CPU)
     assert acting.dtype == torch.float32, "on a CPU it acts in float32"
+
+
+@pytest.mark.parametrize("wanted", ["float32", "bfloat16"])
+def test_it_acts_in_the_dtype_of_the_recipe(tmp_path: Path, wanted: Literal["float32", "bfloat16"]) -> None:
+    save(tmp_path, torch.float16)
+    model, _ = load_causal_lm(tmp_path, None, CPU, dtype=float_dtype(CPU, wanted))
+    assert {parameter.dtype for parameter in model.parameters()} == {getattr(torch, wanted)}
+
+
+def test_bfloat16_on_a_cpu_that_has_no_instructions_for_it_is_warned_of_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: False)
+    for has_instructions, warned in ((True, 0), (False, 1)):
+        checkpoint._warn_of_slow_bfloat16.cache_clear()
+        monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda has=has_instructions: has)
+        assert float_dtype(CPU, "bfloat16") == float_dtype(CPU, "bfloat16") == torch.bfloat16
+        assert float_dtype(CPU, "float32") == float_dtype(CPU) == torch.float32
+        assert [message.split(" on")[0] for message in caplog.messages] == ["agent.dtype: bfloat16 is slow"] * warned
 
 
 def test_tokens_without_embeddings_are_refused_by_name(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from dmr_pipeline.agent.checkpoint import load_causal_lm, save_causal_lm
 from dmr_pipeline.artifacts.stage import StageContext
+from dmr_pipeline.environments.alfworld.store import write_games
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.precision import quantization
 from dmr_pipeline.precision.acting import ActingModels
@@ -146,6 +147,18 @@ def test_facts_of_a_ladder(context: StageContext) -> None:
     assert by_float["cost"] > int8["cost"]
     for rung in summary["rungs"]:
         assert 0 < rung["cost_cache"] < rung["cost"]
+
+
+def test_a_ladder_in_the_agents_dtype(context: StageContext) -> None:
+    ladder = [*LADDER[:2], {"name": "int4", "weights": "int4", "head": "int8", "rounding": "gptq"}]
+    recipe = ladder_recipe(ladder)
+    agent = recipe.agent.model_copy(update={"dtype": "bfloat16"})
+    write_games([RUNS[0].task], context.inputs["benchmark_tasks"] / "agent_train.parquet")
+    summary = quantized_checkpoints(replace(context, recipe=recipe.model_copy(update={"agent": agent}))).summary
+    assert all(rung["reloads_equal"] for rung in summary["rungs"])
+    acting = ActingModels.load(context.output, ["float", "int8", "int4"], torch.device("cpu"))
+    for model in acting.models.values():
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
 
 
 def test_a_rung_that_was_quantized_elsewhere_is_measured_as_the_others_are(context: StageContext) -> None:

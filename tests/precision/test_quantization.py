@@ -104,6 +104,34 @@ def test_a_reloaded_rung_is_bit_identical(tmp_path: Path, weights: Weights, tied
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"weights": "int8"},
+        {"weights": "int4", "head": "int8"},
+        {"weights": "int3", "ranges": "mse"},
+        {"weights": "int2"},
+    ],
+    ids=lambda settings: settings["weights"],
+)
+def test_in_bfloat16_too(tmp_path: Path, settings: dict[str, str]) -> None:
+    """Wide enough for groups of 128, which quanto would give to torch's int4 kernel, and rounded."""
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=VOCABULARY, hidden_size=256, intermediate_size=384, num_hidden_layers=LAYERS,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=40,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    quantized = quantize_rung(model, Rung.model_validate({"name": "rung", **settings}))
+    save_rung(quantized, tmp_path)
+    loaded = load_rung(tmp_path, CPU)
+    assert loaded.dtype == torch.bfloat16
+    expected, state = quantized.state_dict(), loaded.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
+    assert_same(logits(loaded), logits(quantized))
+    assert_same(logits(dequantize(loaded)), logits(quantized))
+
+
 @pytest.mark.parametrize("weights", ["int8", "int4", "int3", "int2"])
 @pytest.mark.parametrize("config_class", [Qwen3Config, Qwen2Config], ids=["qwen3", "qwen2-with-biases"])
 def test_dequantized_it_computes_the_same(weights: Weights, config_class: type) -> None:
