@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from dmr_pipeline.artifacts.folders import DATA_ROOT
+from dmr_pipeline.model_cache import KNOWN, cache_folder, fetched, fetched_bytes, fetched_names
 
 LOW_DISK_BYTES = 5e9
 """Less is worth a warning: an LLM of 2 B parameters with its precision ladder takes about as much."""
@@ -51,6 +52,7 @@ def examine() -> list[Finding]:
         compilers(),
         alfworld_engine(),
         chromium(),
+        *named_models(),
         free_disk(),
     ]
 
@@ -255,6 +257,18 @@ def chromium() -> Finding:
     if browsers:
         return Finding("Chromium", True, browsers[0])
     return Finding("Chromium", False, "not on the PATH: only tests of the UI need it", "apt-get install chromium")
+
+
+def named_models() -> list[Finding]:
+    """LLMs that recipes may name: those that this project knows, and those that were converted here."""
+    findings = []
+    for name in sorted({*KNOWN, *fetched_names()}):
+        if fetched(name) is None:
+            findings.append(Finding(f"model {name}", False, "not fetched", f"dmr models fetch {name}"))
+        else:
+            size, folder = fetched_bytes(name), cache_folder() / name
+            findings.append(Finding(f"model {name}", True, f"{size / 1e6:,.0f} MB in {folder}"))
+    return findings
 
 
 def free_disk() -> Finding:

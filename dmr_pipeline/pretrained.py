@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from dmr_pipeline.errors import UserError, problems_of
 from dmr_pipeline.hashing import file_md5
+from dmr_pipeline.model_cache import identity
 
 ADAPTER_CONFIG = "adapter_config.json"
 MEMORY = Path("data/scratch/.pretrained.json")
@@ -22,25 +23,34 @@ class AdapterConfig(BaseModel):
     model_config = ConfigDict(defer_build=True)
 
     base_model_name_or_path: str | None = None
-    """A folder, if relative then to the working directory, or a hub id."""
+    """A name of the cache of models, a folder, if relative then to the working directory, or a hub id."""
     revision: str | None = None
     """Of the base, where that is a hub id."""
 
 
-def pretrained_paths(source: str | Path) -> list[Path]:
-    """What an LLM that is brought along is read from here: its folder and, where that holds an adapter, its base's; or its file.
+def pretrained_hashes(source: str | Path) -> dict[str, str]:
+    """What an LLM that is brought along is read from -> its hash: its folder and, where that holds an adapter, its base; or its
+    file. A model of the cache goes by its name, and by the file that it was converted from, wherever the cache is.
 
-    Nothing for a hub id, which its commit hash pins.
+    Nothing for a hub id, which its commit hash pins, nor for what is not here.
 
     Raises:
         UserError: the adapter's config is unreadable.
     """
-    folder = Path(source)
-    if not folder.is_dir():
-        return [folder] if folder.is_file() else []
-    adapter = adapter_config(folder)
+    named, path = identity(source), Path(source)
+    if named is not None:
+        return {str(source): named}
+    if not path.exists():
+        return {}
+    own = {path.as_posix(): content_hash(path)}
+    adapter = adapter_config(path)
     base = adapter and adapter.base_model_name_or_path
-    return [folder, Path(base)] if base and Path(base).is_dir() else [folder]
+    if not base:
+        return own
+    named = identity(base)
+    if named is not None:
+        return own | {base: named}
+    return own | ({Path(base).as_posix(): content_hash(Path(base))} if Path(base).is_dir() else {})
 
 
 def adapter_config(folder: Path) -> AdapterConfig | None:

@@ -120,10 +120,12 @@ class Architecture(Section):
 
 
 class Pretrained(Section):
-    """An LLM that exists: a checkpoint folder, that of an adapter, or a hub id with a pinned revision."""
+    """An LLM that exists: one that is known by name, a checkpoint folder, that of an adapter, or a hub id with a pinned
+    revision."""
 
     model: Text = Field(
-        description="folder with config, tokenizer and safetensors weights; or a hub id such as Qwen/Qwen3-1.7B"
+        description="a name that `dmr models list` knows, such as smollm2-135m; a folder with config, tokenizer and safetensors"
+        " weights; or a hub id such as Qwen/Qwen3-1.7B"
     )
     revision: Annotated[str, Field(pattern="^[0-9a-f]{40}$")] | None = Field(
         None,

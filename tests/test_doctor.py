@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 from dmr_pipeline import doctor
 from dmr_pipeline.cli.doctor import doctor as doctor_command
 from dmr_pipeline.doctor import Finding
+from dmr_pipeline.model_cache import CONVERSION, SOURCE_FILE, Source
 from tests.helpers.fake_project import REPOSITORY
 
 ABSENT = Finding("PostgreSQL server", False, "none")
@@ -236,6 +237,18 @@ def test_without_spacys_model_title_nouns_fall_back(tmp_path: Path, monkeypatch:
     (tmp_path / "en_core_web_sm.py").write_text("")
     importlib.invalidate_caches()
     assert doctor.title_nouns() == Finding("nouns of WebShop titles", True, "spaCy's en_core_web_sm, as in WebShop")
+
+
+def test_models_by_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("DMR_MODELS", str(tmp_path))
+    assert doctor.named_models() == [
+        Finding("model smollm2-135m", False, "not fetched", "dmr models fetch smollm2-135m")
+    ]
+    source = Source(name="mine", origin="mine.gguf", sha256="0" * 64, licence=None, conversion=CONVERSION)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / SOURCE_FILE).write_text(source.model_dump_json())
+    (tmp_path / "mine" / "model.safetensors").write_bytes(bytes(3_000_000))
+    assert doctor.named_models()[0] == Finding("model mine", True, f"3 MB in {tmp_path / 'mine'}")
 
 
 @pytest.mark.parametrize(("free", "enough"), [(4.9e9, False), (5.1e9, True)])

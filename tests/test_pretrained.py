@@ -12,29 +12,29 @@ from dmr_pipeline.artifacts.manifest import MANIFEST, verify
 from dmr_pipeline.artifacts.materialize import materialize_stage
 from dmr_pipeline.artifacts.provenance import provenance
 from dmr_pipeline.errors import UserError
-from dmr_pipeline.pretrained import content_hash, pretrained_paths
+from dmr_pipeline.pretrained import content_hash, pretrained_hashes
 from dmr_pipeline.recipe import Recipe
 
 
-def test_an_adapter_is_made_up_of_its_folder_and_its_bases(tmp_path: Path) -> None:
-    adapter, base = tmp_path / "adapter", tmp_path / "base"
+def test_an_adapter_is_made_up_of_its_folder_and_its_bases(project: Recipe) -> None:
+    adapter, base = Path("adapter"), Path("base")
     adapter.mkdir()
     base.mkdir()
     config = adapter / "adapter_config.json"
-    assert pretrained_paths(str(adapter)) == [adapter]
-    config.write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": str(base)}))
-    assert pretrained_paths(adapter) == [adapter, base]
+    assert pretrained_hashes("adapter") == {"adapter": content_hash(adapter)}
+    config.write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "base"}))
+    assert pretrained_hashes(adapter) == {"adapter": content_hash(adapter), "base": content_hash(base)}
     config.write_text(json.dumps({"base_model_name_or_path": "Qwen/Qwen3-1.7B", "revision": "0" * 40}))
-    assert pretrained_paths(adapter) == [adapter], "a hub id has no folder here"
-    assert pretrained_paths("Qwen/Qwen3-1.7B") == []
-    assert pretrained_paths(str(config)) == [config], "a file is a model of its own"
+    assert pretrained_hashes(adapter).keys() == {"adapter"}, "a hub id has no folder here"
+    assert pretrained_hashes("Qwen/Qwen3-1.7B") == {}
+    assert pretrained_hashes(str(config)) == {str(config): content_hash(config)}, "a file is a model of its own"
 
 
 @pytest.mark.parametrize("content", [b"{", b"[]", b"\xff\xfe", b'{"base_model_name_or_path": 5}'])
-def test_an_unreadable_adapter_config_is_named(tmp_path: Path, content: bytes) -> None:
+def test_an_unreadable_adapter_config_is_named(project: Recipe, tmp_path: Path, content: bytes) -> None:
     (tmp_path / "adapter_config.json").write_bytes(content)
     with pytest.raises(UserError, match=r"adapter_config\.json: not the config of an adapter"):
-        pretrained_paths(tmp_path)
+        pretrained_hashes(tmp_path)
 
 
 def test_new_weights_in_the_same_folder_make_what_is_read_from_it_stale(project: Recipe) -> None:

@@ -35,6 +35,7 @@ from dmr_pipeline.agent.formats import (
 )
 from dmr_pipeline.agent.logits import alike, check_causal_lm, some_tokens
 from dmr_pipeline.errors import UserError
+from dmr_pipeline.model_cache import named_folder
 from dmr_pipeline.pretrained import ADAPTER_CONFIG, adapter_config
 
 log = logging.getLogger(__name__)
@@ -95,7 +96,8 @@ def load_causal_lm(
     """Load a model in evaluation mode, and its tokenizer. An adapter is merged into its base.
 
     Args:
-        source: folder with config, tokenizer and safetensors weights, or with a PEFT adapter; or a hub id of either.
+        source: name of a model of the cache; folder with config, tokenizer and safetensors weights, or with a PEFT adapter; or a
+            hub id of either.
         revision: commit hash of a hub id; where the source is the folder of an adapter, that of its base.
         stored_precision: keep the dtype of the files, for a copy.
         dtype: of the model, where that of the files is not kept; `float_dtype(device)` by default.
@@ -149,12 +151,13 @@ def _load_merged(
     if not (folder / "adapter_model.safetensors").is_file():
         found = "a pickle (adapter_model.bin)" if (folder / "adapter_model.bin").is_file() else "missing"
         raise UserError(f"adapter {name!r}: its weights are {found}; save them as adapter_model.safetensors")
-    if not Path(base).is_dir() and (revision is None or not _COMMIT.fullmatch(revision)):
+    here = named_folder(base) or Path(base)
+    if not here.is_dir() and (revision is None or not _COMMIT.fullmatch(revision)):
         raise UserError(
             f"adapter {name!r}: its base {base!r} is no folder here; if it is a hub id, give the base's full commit hash as"
             f" 'revision' in {folder / ADAPTER_CONFIG}, or in the recipe beside the adapter's folder"
         )
-    if Path(base).is_dir() and adapter_config(Path(base)) is not None:
+    if here.is_dir() and adapter_config(here) is not None:
         raise UserError(f"adapter {name!r}: its base {base} is an adapter too; merge that one first")
     model, tokenizer = load_causal_lm(base, revision, torch.device("cpu"))
     kept = dtype or stored_dtype(local_folder(base, revision))
@@ -187,19 +190,23 @@ def _load_merged(
 def local_folder(
     source: str | Path, revision: str | None, check: Callable[[str, Path], object] = refuse_quantized
 ) -> Path:
-    """The folder of a checkpoint; of a hub id that in the hub's cache, once nothing in its configs speaks against it.
+    """The folder of a checkpoint; of a model that is known by name that in the cache of models; of a hub id that in the hub's
+    cache, once nothing in its configs speaks against it.
 
     Args:
         check: is given the source's name and the folder, when its JSON files are there and again when all are; raises a
             UserError where they are not wanted.
     """
-    name, folder = str(source), Path(source)
+    name, folder = str(source), named_folder(source) or Path(source)
     if folder.is_dir():
         check(name, folder)
         return folder
     refuse_file(folder)
     if revision is None or not _COMMIT.fullmatch(revision):
-        raise UserError(f"model {name!r}: no such folder; if it is a hub id, give its full commit hash as 'revision'")
+        raise UserError(
+            f"model {name!r}: no such folder; if it is a hub id, give its full commit hash as 'revision' (names that are neither:"
+            " `dmr models list`)"
+        )
     with unusable_files(f"model {name!r}"):
         for wanted in (["*.json"], ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken"]):
             # Repositories hold the same weights in other formats too, in folders or as consolidated.safetensors.

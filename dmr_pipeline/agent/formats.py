@@ -37,7 +37,7 @@ def refuse_file(path: Path) -> None:
     """Raise a UserError if the path is a file, since a checkpoint is a folder."""
     if path.suffix == ".gguf":
         raise UserError(
-            f"model {str(path)!r}: GGUF files are not read; name a folder of safetensors weights ({_AS_A_RUNG})"
+            f"model {str(path)!r}: GGUF files are not read as they are: dmr models fetch {path} converts it ({_AS_A_RUNG})"
         )
     if path.is_file():
         raise UserError(f"model {str(path)!r} is a file: name the folder that has config.json and the weights")

@@ -9,7 +9,7 @@ from pydantic import JsonValue
 
 from dmr_pipeline.artifacts.manifest import Manifest
 from dmr_pipeline.artifacts.stage import Stage
-from dmr_pipeline.pretrained import content_hash, pretrained_paths
+from dmr_pipeline.pretrained import pretrained_hashes
 from dmr_pipeline.recipe import Recipe
 
 
@@ -23,7 +23,8 @@ class Provenance:
     sections: dict[str, JsonValue]
     inputs: dict[str, str]
     pretrained: dict[str, str]
-    """Of the folders and files that are there: where one is not, a model that was read from it is taken to be the same."""
+    """Of the models of the cache, by name, and of the folders and files that are there: where one is not, a model that was read
+    from it is taken to be the same."""
 
     def fingerprint(self) -> str:
         return hashlib.sha256(json.dumps(vars(self), sort_keys=True).encode()).hexdigest()[:16]
@@ -52,6 +53,6 @@ def provenance(stage: Stage, recipe: Recipe, inputs: Mapping[str, str]) -> Prove
     """
     sections = {name: getattr(recipe, name).model_dump(mode="json") for name in stage.sections}
     models = stage.pretrained(recipe) if stage.pretrained is not None else []
-    paths = {path for model in models for path in pretrained_paths(model.model)}
-    pretrained = {path.as_posix(): content_hash(path) for path in sorted(paths)}
+    found = {path: content for model in models for path, content in pretrained_hashes(model.model).items()}
+    pretrained = dict(sorted(found.items()))
     return Provenance(stage.name, recipe.name, stage.code_version, sections, dict(inputs), pretrained)

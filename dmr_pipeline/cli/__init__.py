@@ -8,6 +8,7 @@ from dmr_pipeline.cli.data import data
 from dmr_pipeline.cli.doctor import doctor
 from dmr_pipeline.cli.environments import env
 from dmr_pipeline.cli.ladder import ladder
+from dmr_pipeline.cli.models import models
 from dmr_pipeline.cli.provenance import provenance
 from dmr_pipeline.cli.recipe import recipe
 from dmr_pipeline.cli.router import router
@@ -35,5 +36,6 @@ app.add_typer(recipe, name="recipe")
 app.add_typer(trajectories, name="trajectories")
 app.add_typer(router, name="router")
 app.add_typer(data, name="data")
+app.add_typer(models, name="models")
 app.add_typer(env, name="env")
 app.add_typer(bench, name="bench")

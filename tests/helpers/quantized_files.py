@@ -10,7 +10,7 @@ import torch
 from gguf import GGMLQuantizationType, GGUFWriter, quantize
 from safetensors.torch import save_file
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.pytorch_utils import Conv1D
 
 AWQ_PLACES = [0, 2, 4, 6, 1, 3, 5, 7]
@@ -146,9 +146,20 @@ def _meant(blocks: np.ndarray, kind: str) -> np.ndarray:
 
 
 def write_gguf(
-    model: PreTrainedModel, path: Path, kind: str = "Q4_0", embedding: str = "Q8_0", tokens: list[str] | None = None
+    model: PreTrainedModel,
+    path: Path,
+    kind: str = "Q4_0",
+    embedding: str = "Q8_0",
+    tokens: list[str] | None = None,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+    split: str = "smollm",
 ) -> tuple[PreTrainedModel, int]:
-    """The model as a GGUF file; and the model that it is, with the bytes of all its tensors."""
+    """The model as a GGUF file; and the model that it is, with the bytes of all its tensors.
+
+    Args:
+        tokenizer: byte-level BPE that the file gets whole, with its chat template, in place of mere `tokens`.
+        split: what the file then calls the splitting of text.
+    """
     config = model.config
     writer = GGUFWriter(path, config.model_type)
     writer.add_block_count(config.num_hidden_layers)
@@ -162,9 +173,21 @@ def write_gguf(
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(tokens or [f"[PAD{i}]" for i in range(config.vocab_size)])
-    normal, unused = 1, 5
-    writer.add_token_types([normal if tokens else unused] * config.vocab_size)
+    normal, control, unused = 1, 3, 5
+    if tokenizer is None:
+        writer.add_token_list(tokens or [f"[PAD{i}]" for i in range(config.vocab_size)])
+        writer.add_token_types([normal if tokens else unused] * config.vocab_size)
+    else:
+        bpe, special = json.loads(tokenizer.backend_tokenizer.to_str())["model"], set(tokenizer.all_special_ids)
+        writer.add_tokenizer_pre(split)
+        writer.add_token_list(sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().__getitem__))
+        writer.add_token_types([control if i in special else normal for i in range(len(tokenizer))])
+        writer.add_token_merges([" ".join(pair) for pair in bpe["merges"]])
+        writer.add_bos_token_id(tokenizer.bos_token_id)
+        writer.add_eos_token_id(tokenizer.eos_token_id)
+        writer.add_pad_token_id(tokenizer.pad_token_id)
+        writer.add_unk_token_id(tokenizer.unk_token_id)
+        writer.add_chat_template(tokenizer.chat_template)
     meant, size = copy.deepcopy(model), 0
     state = meant.state_dict()
     for name, parameter in model.named_parameters():
