@@ -274,11 +274,35 @@ def _problem_of(template: str) -> str | None:
     return None
 
 
+class Chat(Section):
+    """The transcript is a conversation as the tokenizer's own chat template renders it: `opening` and `turn` are what the user
+    says, an action is what the assistant says, and what stands around them is the template's."""
+
+    system: Text | None = Field(
+        None,
+        description="what the system turn says, the same for all tasks; without it, what the template writes by itself, which may"
+        " be a system turn of its own",
+    )
+    thinking: bool | None = Field(
+        None,
+        description="given to templates that ask for enable_thinking, such as Qwen 3's; by default nothing is given",
+    )
+    date: Text | None = Field(
+        None, description="given as date_string to templates that would write today's date, such as Llama 3.2's"
+    )
+
+
 class Prompt(Section):
     """The append-only transcript. Every segment is tokenized by itself, so that nothing before it ever changes; templates that
     make the tokens differ from those of the whole text are refused once there is a tokenizer. Braces that are meant as such
     are written twice. The transcript is the history: nothing of it is offered again."""
 
+    chat: Chat | None = Field(
+        None,
+        exclude_if=_unset,
+        description="takes what stands around the user's and the agent's texts from the tokenizer's chat template; without it,"
+        " opening, turn and action_end say all of it",
+    )
     opening: str = Field(
         "<task> {task} <obs> {observation} <act>",
         description="first segment; may name {task}, {observation}, {step}, {steps_left} and {admissible_commands}."
@@ -312,6 +336,21 @@ class Prompt(Section):
         for field in ("opening", "turn"):
             if problem := _problem_of(getattr(self, field)):
                 yield field, problem
+        if self.chat is not None:
+            yield from self._problems_of_chat()
+
+    def _problems_of_chat(self) -> Iterator[tuple[str, str]]:
+        fields = type(self).model_fields
+        for field, text in (("opening", "'{observation}\\nYour task is to: {task}'"), ("turn", "'{observation}'")):
+            if getattr(self, field) == fields[field].default:
+                yield (
+                    field,
+                    f"its default is for agents that are trained here; with chat, say what the user says, such as {text}",
+                )
+        if self.action_end != fields["action_end"].default:
+            yield "action_end", "with chat, the tokenizer's template says what ends an action: leave it out"
+        if self.chat is not None and self.chat.thinking and self.thought_end is None:
+            yield "thought_end", "chat.thinking lets the model think: say what ends its thoughts, such as '</think>'"
 
 
 DEFAULT_TRANSCRIPT_TOKENS = 16_384
@@ -369,6 +408,8 @@ class Agent(Section):
                 f"{self.prompt.max_action_tokens:,}, but a transcript may have {room:,} tokens: set it lower, or"
                 " agent.max_transcript_tokens higher",
             )
+        if self.training is not None and self.prompt.chat is not None:
+            yield "prompt.chat", "the tokenizer of an agent that is trained here has no chat template: leave it out"
         if (self.pretrained is None) == (self.training is None):
             yield "", "give exactly one of 'pretrained' and 'training'"
         if self.finetune is not None and self.pretrained is None:

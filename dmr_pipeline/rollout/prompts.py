@@ -2,7 +2,8 @@
 
 Every segment is tokenized by itself and appended, so that nothing before it ever changes and caches stay valid. (The sliding
 window of verl-agent's prompt would defeat them.) The transcript is also all the history that an agent has, so templates offer
-no other. Whether the tokens of appended segments are those of the whole text is tried once, when a `Prompter` is made.
+no other. Whether the tokens of appended segments are those of the whole text is tried once, when a `Prompter` is made; so is
+whether that text is what the tokenizer's chat template renders, where it is to be.
 
 An action ends with `action_end`, with a token that ends the model's texts (eos), or after `max_action_tokens`; what was
 generated stays in the transcript as it is.
@@ -19,7 +20,8 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from dmr_pipeline.environments.base import SEPARATOR
 from dmr_pipeline.errors import UserError
-from dmr_pipeline.recipe import PageView, Prompt, placeholders
+from dmr_pipeline.recipe import Chat, PageView, Prompt, placeholders
+from dmr_pipeline.rollout.chat import BY_HAND, rendered, written_out
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +31,8 @@ _SAMPLES = (
     ("2 mugs (blue) are here!", "7 mugs: find them", "look", "None"),
 )
 """Observation, task, command and thought: what segments are tried on."""
+_HOSTILE = ("{{ 7 * 7 }} {% raw %} {# <b>&amp;'\"\\n", "{}", "{{bos_token}}", "{%-")
+"""The same, of what a template might take for its own."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,7 @@ class Prompter:
 
     tokenizer: PreTrainedTokenizerBase
     prompt: Prompt
+    """Written out, where the recipe's has its turns from the chat template."""
     action_end: End
     thought_end: End | None
     """Of the thought before a command, for agents that think."""
@@ -83,9 +88,15 @@ class Prompter:
             generation: the model's, which says what ends its texts.
 
         Raises:
-            UserError: the tokenizer does not know what ends an action or a thought, or the tokens of appended segments are not
-                those of the whole text.
+            UserError: the tokenizer does not know what ends an action or a thought, the tokens of appended segments are not
+                those of the whole text, or its chat template does not render such transcripts.
         """
+        given = prompt
+        if given.chat is not None:
+            prompt = written_out(tokenizer, given)
+            log.info(
+                "the chat template's turns: opening %r, turn %r, end %r", prompt.opening, prompt.turn, prompt.action_end
+            )
         own = generation.eos_token_id if generation is not None else None
         eos = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
         prompter = cls(
@@ -94,7 +105,7 @@ class Prompter:
             _end(tokenizer, "action_end", prompt.action_end),
             None if prompt.thought_end is None else _end(tokenizer, "thought_end", prompt.thought_end),
             frozenset(eos),
-            _bos(tokenizer),
+            _bos(tokenizer) if given.chat is None else (),  # a chat template writes its own
         )
         if prompter.thought_end is not None and prompter.thought_end.token in {*eos, prompter.action_end.token} - {
             None
@@ -111,7 +122,10 @@ class Prompter:
         broken = [next(candidate._broken_joints(), None) for candidate in tried]
         if None not in broken:
             raise UserError(f"agent.prompt: {broken[-1]}")
-        return tried[broken.index(None)]
+        prompter = tried[broken.index(None)]
+        if given.chat is not None:
+            prompter._refuse_another_conversation(given, given.chat)
+        return prompter
 
     @cached_property
     def named(self) -> set[str]:
@@ -206,6 +220,22 @@ class Prompter:
 
     def _encode_first(self, text: str) -> list[int]:
         return list(self.tokenizer.encode(text, add_special_tokens=False))
+
+    def _refuse_another_conversation(self, given: Prompt, chat: Chat) -> None:
+        """The template may look at the texts: that it renders these transcripts is tried."""
+        said = replace(self, prompt=given)
+        for observation, task, command, thought in (*_SAMPLES, _HOSTILE):
+            moment = Moment(2, 9, lambda: ("go to desk 1", "search[red mug]"))
+            first, later = (said._filled(t, observation, task, moment) for t in (given.opening, given.turn))
+            answer = command if self.thought_end is None else thought + self.thought_end.text + command
+            whole = rendered(self.tokenizer, chat, [first, answer, later, answer, later])
+            action, turn = self.action(command, thought), self.turn(observation, task, moment)
+            appended = [*self.opening(observation, task, moment), *action, *turn, *action, *turn]
+            if appended != self._encode_first(whole):
+                raise UserError(
+                    "agent.prompt.chat: the tokens of appended segments are not those of the conversation that the tokenizer's"
+                    f" template renders, for {observation!r} and {answer!r}: {BY_HAND}"
+                )
 
     def _broken_joints(self) -> Iterator[str]:
         """Where the tokens of two segments are not those of the two as one text, and what to do."""
