@@ -566,6 +566,13 @@ class Precisions(Section):
         exclude_if=_unset,
         description="how a cheaper precision drafts where a dearer one checks; by default as its keys have it",
     )
+    kernels: Literal["low_bit"] | None = Field(
+        None,
+        exclude_if=_unset,
+        description="low_bit: where few episodes are acted in at once, int8, int4, int3 and int2 are computed by torch's low-bit"
+        " kernels, which is quicker, rounds otherwise, and takes more memory; needs agent.dtype: bfloat16. Without it, by what"
+        " they are in float",
+    )
 
     @property
     def names(self) -> list[str]:
@@ -978,6 +985,11 @@ def _drafts_of_commands(agent: Agent, precisions: Precisions) -> Iterator[str]:
         yield "precisions.speculative: with agent.action: score nothing is written, so nothing is drafted; leave it out"
 
 
+def _kernels_of_bfloat16(agent: Agent, precisions: Precisions) -> Iterator[str]:
+    if precisions.kernels is not None and agent.dtype != "bfloat16":
+        yield "precisions.kernels: low-bit kernels compute with bfloat16: set agent.dtype to that, or leave kernels out"
+
+
 def _kept_in_float(agent: Agent, precisions: Precisions) -> Iterator[str]:
     if agent.training is None:
         return
@@ -1002,6 +1014,7 @@ _ACROSS: tuple[Callable[..., Iterator[str]], ...] = (
     _short_games,
     _probe_layers,
     _drafts_of_commands,
+    _kernels_of_bfloat16,
     _kept_in_float,
 )
 """Their parameters are the sections that they look at."""

@@ -284,7 +284,8 @@ def test_a_problem_of_the_whole_hides_none_of_its_sections(tmp_path: Path) -> No
     assert all(line.isprintable() for line in found)
 
 
-def test_a_dtype_that_is_not_set_leaves_the_provenance_of_artifacts_as_it_was() -> None:
+def test_a_dtype_and_kernels_that_are_not_set_leave_the_provenance_of_artifacts_as_it_was() -> None:
     agent = load_recipe("alfworld-tiny", REPOSITORY / RECIPE_FOLDER).agent
     assert "dtype" not in agent.model_dump()
+    assert "kernels" not in load_recipe("alfworld-tiny", REPOSITORY / RECIPE_FOLDER).precisions.model_dump()
     assert Agent.model_validate(agent.model_dump() | {"dtype": "bfloat16"}).model_dump()["dtype"] == "bfloat16"

@@ -4,11 +4,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import torch
 from transformers import PreTrainedModel
 
 from dmr_pipeline.errors import UserError
+from dmr_pipeline.precision.kernels import with_kernels
 from dmr_pipeline.precision.pass_bytes import PassBytes, stored_pass_bytes
 from dmr_pipeline.precision.quantization import dequantize, load_rung
 
@@ -24,17 +26,20 @@ class ActingModels:
     device: torch.device
 
     @classmethod
-    def load(cls, checkpoints: Path, rungs: Sequence[str], device: torch.device) -> "ActingModels":
+    def load(
+        cls, checkpoints: Path, rungs: Sequence[str], device: torch.device, kernels: Literal["low_bit"] | None = None
+    ) -> "ActingModels":
         """From the folder of the stage `quantized_checkpoints`.
 
         Args:
             rungs: names, dearest first.
+            kernels: as `acting_model`.
         """
         models, sizes = {}, {}
         for rung in rungs:
             model = load_rung(checkpoints / rung, device)
             sizes[rung] = stored_pass_bytes(model, checkpoints / rung)
-            models[rung] = acting_model(model, device)
+            models[rung] = acting_model(model, device, kernels)
         return cls(models, sizes, device)
 
     @property
@@ -68,6 +73,15 @@ class ActingModels:
         return {rung: (size - least) / (most - least) for rung, size in sizes.items()}
 
 
-def acting_model(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
-    """What computes when a rung acts: on a CPU the model with plain float layers, made in place: no low-bit kernels there."""
+def acting_model(
+    model: PreTrainedModel, device: torch.device, kernels: Literal["low_bit"] | None = None
+) -> PreTrainedModel:
+    """What computes when a rung acts, made in place.
+
+    Args:
+        kernels: `low_bit` has torch's low-bit kernels compute what they can; a model in another dtype than bfloat16, which they
+            cannot, is dequantized. Without it, on a CPU the model with plain float layers, and on a GPU as it is.
+    """
+    if kernels == "low_bit":
+        return with_kernels(model)
     return dequantize(model) if device.type == "cpu" else model

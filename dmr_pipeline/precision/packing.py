@@ -115,6 +115,13 @@ class Levels(NamedTuple):
         return WeightQBitsTensor.create(kind, 0, group_size(shape[1]), shape, stride, *self)
 
 
+def levels_of(weight: WeightQBitsTensor) -> Levels:
+    """What quanto's tensor holds. Of those that it makes on a GPU for torch's int4 kernel the shifts are rounded."""
+    plain = weight if type(weight) is WeightQBitsTensor else weight.weight_qbits_tensor()
+    scale = plain._scale.reshape(-1, 1)
+    return Levels(plain._data.unpack().reshape(len(scale), -1), scale, plain._shift.reshape(-1, 1))
+
+
 def round_to_nearest(weight: Tensor, kind: qtype, optimizer: AffineOptimizer) -> Levels:
     """The level next to each of a linear layer's weights [outputs, inputs]; the optimizer chooses the levels of each group."""
     groups = weight.reshape(-1, group_size(weight.shape[1]) or weight.shape[1])

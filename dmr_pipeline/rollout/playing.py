@@ -83,7 +83,7 @@ class Rollouts:
             rungs: names, dearest first; by default those that are routed.
         """
         ladder, device = read_ladder(checkpoints), resolve_device(recipe.runtime.device)
-        acting = ActingModels.load(checkpoints, rungs or ladder.route, device)
+        acting = ActingModels.load(checkpoints, rungs or ladder.route, device, recipe.precisions.kernels)
         model = acting.models[acting.dearest]
         return cls(
             acting,

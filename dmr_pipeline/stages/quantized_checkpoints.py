@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import polars as pl
 import torch
@@ -62,7 +63,14 @@ def quantized_checkpoints(context: StageContext) -> StageResult:
                 layers = progress.add_task(f"{rung.name}: GPTQ, layer by layer", total=None)
                 gptq = _gptq_run(context, rung, prompter, capacity, partial(_show_layers, progress, layers))
             acting, size, read, equal = _make_rung(
-                float_model, tokenizer, rung, context.output / rung.name, examples, device, gptq
+                float_model,
+                tokenizer,
+                rung,
+                context.output / rung.name,
+                examples,
+                device,
+                gptq,
+                recipe.precisions.kernels,
             )
             divergence, disagreement = divergence_to_float(float_model, acting, examples, device)
             played = _play_validation(acting, games, prompter, recipe, device, lambda n: progress.advance(bar, n))
@@ -146,6 +154,7 @@ def _make_rung(
     examples: Sequence[Example],
     device: torch.device,
     gptq: GptqRun | None,
+    kernels: Literal["low_bit"] | None,
 ) -> tuple[PreTrainedModel, RungSize, PassBytes, bool]:
     """Save a rung and load it again. Beside the float model there is never more than one other as large.
 
@@ -163,7 +172,8 @@ def _make_rung(
     model = load_rung(folder, device)
     equal = torch.equal(saved_logits, trained_logits(model, examples[:1], device)[0])
     size, read = stored_size(model, folder), stored_pass_bytes(model, folder)
-    return float_model if rung.weights == "float" else acting_model(model, device), size, read, equal
+    acting = float_model if rung.weights == "float" else acting_model(model, device, kernels)
+    return acting, size, read, equal
 
 
 def _play_validation(

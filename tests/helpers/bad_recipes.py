@@ -188,6 +188,8 @@ ALFWORLD: list[tuple[str, dict[str, object], str]] = [
     ("gptq-of-too-many-games", {P + "gptq": {"episodes": 10**8}, P + "ladder.4.rounding": "gptq"},
      f"{P}gptq.episodes: 100,000,000 games, but benchmark.splits.agent_train has "),
     ("gptq-without-damping", {P + "gptq": {"damping": 0.0}, P + "ladder.4.rounding": "gptq"}, f"{P}gptq.damping: Input"),
+    ("kernels-of-float32", {P + "kernels": "low_bit"},
+     f"{P}kernels: low-bit kernels compute with bfloat16: set agent.dtype to that, or leave kernels out"),
     ("empty-drafts", {P + "speculative": {"draft_tokens": 0}}, f"{P}speculative.draft_tokens: Input should be greater than"),
     ("float-activations", {P + "ladder.0.activations": "int8"}, f"{P}ladder: rung 'float': quantized activations need"),
     ("float-kept", {P + "ladder.0.keep_float": ["lm_head", "*.down_proj"]},

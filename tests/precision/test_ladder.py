@@ -22,6 +22,7 @@ from dmr_pipeline.errors import UserError
 from dmr_pipeline.precision import quantization
 from dmr_pipeline.precision.acting import ActingModels
 from dmr_pipeline.precision.frontier import PLAYED_FILE
+from dmr_pipeline.precision.kernels import LowBitLinear
 from dmr_pipeline.precision.ladder import read_ladder
 from dmr_pipeline.precision.pass_bytes import PassBytes
 from dmr_pipeline.rollout.engine import RolloutRequest, SinglePrecision, Timings, Trajectory
@@ -149,16 +150,18 @@ def test_facts_of_a_ladder(context: StageContext) -> None:
         assert 0 < rung["cost_cache"] < rung["cost"]
 
 
-def test_a_ladder_in_the_agents_dtype(context: StageContext) -> None:
+def test_a_ladder_in_the_agents_dtype_by_low_bit_kernels(context: StageContext) -> None:
     ladder = [*LADDER[:2], {"name": "int4", "weights": "int4", "head": "int8", "rounding": "gptq"}]
     recipe = ladder_recipe(ladder)
+    recipe = recipe.model_copy(update={"precisions": recipe.precisions.model_copy(update={"kernels": "low_bit"})})
     agent = recipe.agent.model_copy(update={"dtype": "bfloat16"})
     write_games([RUNS[0].task], context.inputs["benchmark_tasks"] / "agent_train.parquet")
     summary = quantized_checkpoints(replace(context, recipe=recipe.model_copy(update={"agent": agent}))).summary
     assert all(rung["reloads_equal"] for rung in summary["rungs"])
-    acting = ActingModels.load(context.output, ["float", "int8", "int4"], torch.device("cpu"))
-    for model in acting.models.values():
+    rollouts = Rollouts.load(context.output, recipe.model_copy(update={"agent": agent}), ["float", "int8", "int4"])
+    for name, model in rollouts.acting.models.items():
         assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+        assert any(isinstance(module, LowBitLinear) for module in model.modules()) == (name != "float")
 
 
 def test_a_rung_that_was_quantized_elsewhere_is_measured_as_the_others_are(context: StageContext) -> None:
