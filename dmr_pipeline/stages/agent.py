@@ -12,7 +12,7 @@ from dmr_pipeline.environments.benchmark import benchmark_of
 from dmr_pipeline.recipe import Finetune, Imitation, Pretrained, Training
 from dmr_pipeline.rollout.kv_cache.choice import transcript_capacity, way_of
 from dmr_pipeline.rollout.prompts import Prompter
-from dmr_pipeline.training.finetuning import COMPUTE, adam, add_adapter, save_adapter
+from dmr_pipeline.training.finetuning import COMPUTE, adam, add_adapter, merged_copy, save_adapter
 from dmr_pipeline.training.train import make_optimizers, new_model, success_rate, train
 from dmr_pipeline.training.vocabulary import exact_word_tokenizer, word_tokenizer
 
@@ -90,6 +90,7 @@ def _finetune(context: StageContext, source: Pretrained, finetune: Finetune, dev
             device,
             context.scratch,
             COMPUTE,
+            merged_copy,
         )
     if adapted is None:
         save_causal_lm(model, tokenizer, folder, stored)

@@ -1,9 +1,11 @@
 """Fine-tuning an LLM that exists: what of it is trained, by whom, and how the outcome is stored."""
 
+import copy
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from transformers import PreTrainedModel
 
@@ -21,7 +23,7 @@ ADAPTER_STORED = torch.float16
 def add_adapter(model: PreTrainedModel, lora: Lora, seed: int) -> PeftModel:
     """Adapters in float32 at the layers that the recipe names, in place; all other weights are frozen, in bfloat16.
 
-    `get_base_model` of what comes back is the model, which acts and learns as before.
+    `get_base_model` of what comes back is the model, which learns as before, under autocast.
 
     Raises:
         UserError: a target is no linear layer of the model.
@@ -29,9 +31,26 @@ def add_adapter(model: PreTrainedModel, lora: Lora, seed: int) -> PeftModel:
     torch.manual_seed(seed)  # A is drawn, B is 0
     config = LoraConfig(task_type="CAUSAL_LM", r=lora.rank, lora_alpha=lora.alpha, target_modules=lora.target_modules)
     try:
-        return get_peft_model(model.to(COMPUTE), config)
+        adapted = get_peft_model(model.to(COMPUTE), config)
     except ValueError as error:
         raise UserError(f"agent.finetune.lora.targets: {' '.join(str(error).split())[:300]}") from error
+    for layer in _adapted_layers(adapted):
+        layer.cast_input_dtype_enabled = False  # autocast does it, without a copy in float32
+    return adapted
+
+
+def merged_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of the model with its adapters merged, which acts in fewer operations; a model without adapters itself."""
+    if not _adapted_layers(model):
+        return model
+    merged = copy.deepcopy(model)
+    for layer in _adapted_layers(merged):
+        layer.merge()
+    return merged
+
+
+def _adapted_layers(model: torch.nn.Module) -> list[BaseTunerLayer]:
+    return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
 
 
 def adam(model: PreTrainedModel, finetune: Finetune) -> torch.optim.Optimizer:

@@ -7,7 +7,7 @@ own episodes with the expert's actions as targets. Loss on action tokens only. I
 import logging
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -94,6 +94,7 @@ def train(
     device: torch.device,
     scratch: Path,
     compute: torch.dtype = torch.float32,
+    acting: Callable[[PreTrainedModel], PreTrainedModel] = lambda model: model,
 ) -> pl.DataFrame:
     """Train those weights of a model on the device that want a gradient, in place, from the start or from where a killed run
     stopped; it is left in evaluation mode.
@@ -102,6 +103,7 @@ def train(
 
     Args:
         compute: dtype of the matrix products of forward and backward passes (torch's autocast).
+        acting: the model that plays, from the one that is trained.
 
     Returns:
         A row an update (loss, accuracy) and a row a collection of own episodes (success).
@@ -126,7 +128,7 @@ def train(
                 if tokens:
                     log.info("update %d: %s", state.update, _note(state.log, tokens / (time.perf_counter() - started)))
                 if state.update >= training.dagger_from:
-                    own, success = collect_own(model, tasks, prompter, training, runtime, state.update)
+                    own, success = collect_own(acting(model), tasks, prompter, training, runtime, state.update)
                     state.own = (state.own + own)[-_KEPT_EPISODES:]
                     state.log.append({"update": state.update, "success": success})
                 tokens, started = 0, time.perf_counter()

@@ -17,7 +17,7 @@ from dmr_pipeline.errors import UserError
 from dmr_pipeline.recipe import Agent, Architecture, Finetune, Lora, Pretrained, Prompt, Runtime, Splits, load_recipe
 from dmr_pipeline.stages import agent as stage
 from dmr_pipeline.training import train as module
-from dmr_pipeline.training.finetuning import add_adapter, save_adapter
+from dmr_pipeline.training.finetuning import add_adapter, merged_copy, save_adapter
 from dmr_pipeline.training.train import new_model, schedule, trained_weights
 from dmr_pipeline.training.vocabulary import word_tokenizer
 
@@ -127,7 +127,8 @@ def test_an_adapter_begins_as_nothing_and_is_all_that_learns() -> None:
     with torch.no_grad():
         before = model.to(torch.bfloat16)(input_ids=TOKENS).logits.clone()
         adapted = add_adapter(model, LORA, 0)
-        assert torch.equal(adapted(input_ids=TOKENS).logits, before)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(adapted(input_ids=TOKENS).logits, before)
     trained = trained_weights(adapted.get_base_model())
     assert all("lora_" in name and w.dtype == torch.float32 for name, w in trained.items())
     shapes = [(w.shape[0] + w.shape[1]) for name, w in model.named_parameters() if "base_layer" in name]
@@ -142,6 +143,20 @@ def test_it_learns(base: Path, tmp_path: Path) -> None:
     folder = tuned(base, tmp_path / "run", FINETUNE.model_copy(update={"updates": 40, "dagger_from": 40}))
     losses = pl.read_parquet(folder / "training.parquet")["loss"].drop_nulls()
     assert losses[-5:].mean() < losses[0] - 0.2
+
+
+@torch.no_grad()
+def test_a_merged_copy_acts_as_the_adapted_model_and_leaves_it_alone() -> None:
+    model = add_adapter(new_model(ARCHITECTURE, len(TOKENIZER), 1), LORA, 0).get_base_model()
+    for weight in trained_weights(model).values():
+        weight.normal_(std=0.2)
+    with torch.autocast("cpu", torch.bfloat16):
+        adapted = model(input_ids=TOKENS).logits
+        merged = merged_copy(model)(input_ids=TOKENS).logits
+        again = model(input_ids=TOKENS).logits
+    assert torch.equal(adapted, again)
+    scale = adapted.float().std()
+    assert (merged - adapted).abs().mean() < 0.05 * scale, "but for bfloat16's rounding"
 
 
 def test_a_target_that_fits_no_layer_is_refused_in_one_line() -> None:
