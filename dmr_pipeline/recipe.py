@@ -555,6 +555,12 @@ class Precisions(Section):
     cache_bits: Literal[8, 16, 32] = Field(
         16, description="bits of a number in the KV cache, as its reading is charged for"
     )
+    cache: Literal["separate", "shared"] = Field(
+        "separate",
+        exclude_if=lambda cache: cache == "separate",
+        description="separate: each rung reads an episode into a KV cache of its own; shared: all have one, and each goes on from"
+        " the keys and values that whoever acted before has written, so that a switch costs no reading",
+    )
     kl_episodes: Count = Field(
         50, description="validation games whose expert steps give the mean KL to the float model"
     )

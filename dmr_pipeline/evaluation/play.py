@@ -129,7 +129,8 @@ def acting_facts(checkpoints: Path, recipe: Recipe, rungs: Sequence[str]) -> dic
         checkpoints: artifact of the stage `quantized_checkpoints`.
         rungs: that act, dearest first.
     """
-    return {
+    shared: dict[str, JsonValue] = {"cache": "shared"} if recipe.precisions.cache == "shared" and len(rungs) > 1 else {}
+    return shared | {
         "rungs": [[rung, content(checkpoints, f"{rung}/")] for rung in rungs],
         "tokenizer": content(checkpoints, "tokenizer/"),
         "unit_bytes": read_ladder(checkpoints).unit_bytes,

@@ -1,7 +1,14 @@
 """Episodes: a router picks the precision before each step, the agent at that precision acts.
 
-Many episodes run at once. Each precision keeps its own exact cache (`TokenStreams`) and catches up, when its turn comes, on the
-tokens it has not seen; a finished episode's slot goes to the next task.
+Many episodes run at once; a finished episode's slot goes to the next task. Each precision keeps its own exact cache
+(`TokenStreams`) and catches up, when its turn comes, on the tokens it has not seen. Or all have one (`SharedStreams`):
+
+- Each goes on from what was read before, whoever has read it. What a policy asks for is read into the cache too, and stays
+  there as far as it is the transcript's; drafts that are thrown away are cut.
+- Who acts reads the transcript's last token itself, since its pass tells what comes next.
+- A step that is checked leaves what the checking precision writes alone would: it reads all that is new in this step, in the
+  place of what the drafter has read.
+- An oracle knows for nothing: what it has asked for leaves no trace, and who acts does so from where the step began.
 
 An episode whose transcript has no room left for another step ends there and counts as lost, whatever its last reward was.
 That is ours; an agent that is cut off in the middle has not done its task.
@@ -10,7 +17,6 @@ That is ours; an agent that is cut off in the middle has not done its task.
 import hashlib
 import logging
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
@@ -30,9 +36,11 @@ from dmr_pipeline.rollout.known import Drafting, Known, KnownAction, Transcript
 from dmr_pipeline.rollout.kv_cache.catching_up import catch_up
 from dmr_pipeline.rollout.kv_cache.choice import token_streams, transcript_capacity
 from dmr_pipeline.rollout.kv_cache.padded import TokenStreams
+from dmr_pipeline.rollout.kv_cache.shared import SharedStreams
 from dmr_pipeline.rollout.prompts import Moment, Prompter
 from dmr_pipeline.rollout.reading import NOTHING, Reading, checking, drafting, each_in_full, one_by_one
 from dmr_pipeline.rollout.speculation import write_checked
+from dmr_pipeline.rollout.trail import Trail, digest
 from dmr_pipeline.rollout.writing import Guess, NgramGuesses, write
 
 log = logging.getLogger(__name__)
@@ -258,9 +266,25 @@ class _Slot:
     episode: Episode
     trajectory: Trajectory
     segment: list[int]
+    trails: Mapping[str, Trail]
+    """Precision -> what its cache has read; the same one for all where they have one cache."""
     transcript: Transcript = field(default_factory=Transcript)
-    read: Counter[str] = field(default_factory=Counter)
-    """Precision -> tokens that it has read. Its stream may lag behind, where it was looked up what it does."""
+    looked: Reading | None = None
+    """Where the cheapest precision has read the transcript in this step for its states, and no action has gone on from there."""
+    fresh: bool = False
+    """Whether it still could: nobody has read into that cache since."""
+
+    def begin_step(self) -> None:
+        self.transcript.append(self.segment)
+        for trail in self.trails.values():
+            trail.begin_step()
+        self.looked, self.fresh = None, False
+
+    def rewind(self) -> None:
+        """As if nothing had been asked for in this step."""
+        for trail in self.trails.values():
+            trail.rewind()
+        self.looked, self.fresh = None, False
 
 
 def play(
@@ -282,7 +306,8 @@ def play(
     `runs` and do not depend on how many slots there are (but for rounding).
 
     Args:
-        agents: precision -> its token streams, dearest first. What they hold of other episodes need not be read again.
+        agents: precision -> its token streams, dearest first; `SharedStreams` where they have one cache. What they hold of
+            other episodes need not be read again.
         action: `generate` writes it token by token; `score` chooses among the admissible commands by their probability,
             each scored in full, the end included.
         temperature: 0 acts greedily; otherwise tokens (or commands) are drawn, seeded by (seed, task, member, turn).
@@ -382,6 +407,8 @@ class _Batch:
         self.agents, self.prompter, self.policy, self.known = agents, prompter, policy, known
         self.speculative = speculative
         self._cheapest = list(agents)[-1]
+        self._readers = {rung: reader for reader, rung in enumerate(agents)}
+        """By which `SharedStreams` know them."""
         self.capacity = min(streams.capacity for streams in agents.values())
         self.scores = action == "score"
         self.temperature, self.seed, self.clock = temperature, seed, clock
@@ -395,7 +422,9 @@ class _Batch:
         opening = episode.reset()
         moment = Moment(1, step_limit, episode.admissible_commands)
         segment = self.prompter.opening(opening, run.task.instruction, moment)
-        self.slots[slot] = _Slot(run, episode, Trajectory(run, opening), segment)
+        one = Trail()
+        trails = {rung: one if self._share else Trail() for rung in self.agents}
+        self.slots[slot] = _Slot(run, episode, Trajectory(run, opening), segment, trails)
         needed = self._needed(self.slots[slot])
         if needed > self.capacity:
             raise UserError(
@@ -403,6 +432,11 @@ class _Batch:
                 " agent.max_transcript_tokens higher, or show less of a page (agent.prompt.page)"
             )
         self.policy.begin(slot, run)
+
+    @property
+    def _share(self) -> bool:
+        """Whether the precisions have one cache."""
+        return isinstance(self.agents, SharedStreams)
 
     def _needed(self, state: _Slot) -> int:
         """Tokens of the transcript once the next step has been taken, at most."""
@@ -417,15 +451,20 @@ class _Batch:
         slots = sorted(self.slots)
         running = [self.slots[slot] for slot in slots]
         for state in running:
-            state.transcript.append(state.segment)
+            state.begin_step()
         peek = _BatchPeek(self)
         started = time.perf_counter()
         decisions = self.policy.decide(slots, [state.segment for state in running], peek)
         decided = time.perf_counter()
-        for slot, decision in zip(slots, decisions, strict=True):
-            for precision, drafted in peek.drafted.items():
-                if slot in drafted and precision != decision.precision:  # its action is thrown away
-                    self.slots[slot].read[precision] = len(self.slots[slot].transcript.tokens)
+        for slot, state, decision in zip(slots, running, decisions, strict=True):
+            if self._share and not decision.charged:
+                state.rewind()
+                self._after.pop(slot, None)
+                peek.forget(slot)
+            held = len(state.transcript.tokens)
+            for trail in state.trails.values():
+                if len(trail) > held and trail.readers[-1] != self._readers[decision.precision]:
+                    trail.cut(held)  # its action is thrown away
         chosen: dict[int, Draft] = {}
         for precision in reversed(list(self.agents)):
             drafters = {
@@ -443,9 +482,6 @@ class _Batch:
             slot: self._besides(slot, decision, chosen[slot], peek)
             for slot, decision in zip(slots, decisions, strict=True)
         }
-        for slot in peek.asked_for_states:
-            state = self.slots[slot]
-            state.read[self._cheapest] = max(state.read[self._cheapest], len(state.transcript.tokens))
         self._after.clear()
         acted = time.perf_counter()
         ended = []
@@ -500,10 +536,8 @@ class _Batch:
                 for precision, drafted in peek.drafted.items()
                 if precision != decision.precision and slot in drafted
             }
-            if slot in peek.asked_for_states and self._cheapest not in (decision.precision, drafter, *besides):
-                state = self.slots[slot]
-                held = len(state.transcript.tokens)
-                besides[self._cheapest] = Reading(1, held - state.read[self._cheapest], held)
+            if (looked := self.slots[slot].looked) is not None:
+                besides[self._cheapest] = besides.get(self._cheapest, NOTHING) + looked
         if drafter is not None and taken.drafting is not None:
             besides[drafter] = besides.get(drafter, NOTHING) + taken.drafting.reading
         return besides
@@ -517,10 +551,26 @@ class _Batch:
             return list(states.cpu().numpy())
 
         if self.known is None:
-            return torch.from_numpy(np.stack(read(list(slots))))
-        keys = {slot: (tuple(layers), self.slots[slot].transcript.digest()) for slot in slots}
-        rows = self.known.fill(self.known.states, keys, read)
+            rows = read(list(slots))
+        else:
+            keys = {slot: (tuple(layers), self._place(slot, self._cheapest)) for slot in slots}
+            rows = self.known.fill(self.known.states, keys, read)
+        for slot in slots:
+            state = self.slots[slot]
+            held = len(state.transcript.tokens)
+            unread = state.trails[self._cheapest].read(self._readers[self._cheapest], held)
+            state.looked, state.fresh = Reading(1, unread, held), True
         return torch.from_numpy(np.stack(rows))
+
+    def _place(self, slot: int, precision: str, drafter: str | None = None) -> bytes:
+        """All that a precision's action depends on: a digest of the transcript and, with one cache, of who has read it."""
+        state = self.slots[slot]
+        if not self._share:
+            return state.transcript.digest()
+        held, trail = len(state.transcript.tokens), state.trails[precision]
+        if drafter is None:
+            return state.transcript.digest() + digest(trail.after(self._readers[precision], held))
+        return state.transcript.digest() + digest(trail.after(self._readers[drafter], held), trail.before)
 
     def act(self, precision: str, slots: list[int], drafter: str | None = None) -> list[Draft]:
         """The action of one precision for each slot.
@@ -535,22 +585,24 @@ class _Batch:
             self._refuse_drafting(precision, drafter)
         drafts = []
         for slot, taken in zip(slots, self._actions(precision, drafter, slots), strict=True):
-            reading = self._grown(slot, precision, taken.kept) + taken.reading
             took = taken.drafting
             if drafter is not None and took is not None:
                 took = replace(took, reading=self._grown(slot, drafter, took.kept) + took.reading)
+                self.slots[slot].trails[precision].rewind()
+            reading = self._grown(slot, precision, taken.kept) + taken.reading
             drafts.append(Draft(taken.tokens, reading, taken.margin, took))
         return drafts
 
     def _grown(self, slot: int, precision: str, kept: int) -> Reading:
-        """Of what the transcript has grown by since this precision read it last; it has then also read so many tokens more."""
+        """Of what the transcript has grown by since it was last read into this precision's cache, where there are then so many
+        tokens more."""
         state = self.slots[slot]
-        held = len(state.transcript.tokens)
-        grown = Reading(
-            tokens=max(1, held - state.read[precision])
-        )  # logits are not kept after a draft that was thrown away
-        state.read[precision] = held + kept
-        return grown
+        unread = state.trails[precision].read(self._readers[precision], len(state.transcript.tokens), kept)
+        if state.looked is not None and state.fresh and precision == self._cheapest:
+            unread, state.looked = state.looked.tokens, None
+        if self._share or precision == self._cheapest:
+            state.fresh = False
+        return Reading(tokens=unread)
 
     def _refuse_drafting(self, precision: str, drafter: str) -> None:
         if list(self.agents).index(drafter) <= list(self.agents).index(precision):
@@ -579,7 +631,7 @@ class _Batch:
         computed: list[int] = []
         if self.known is None:
             return compute(slots)
-        keys = {slot: (precision, drafter, self.slots[slot].transcript.digest()) for slot in slots}
+        keys = {slot: (precision, drafter, self._place(slot, precision, drafter)) for slot in slots}
         actions = self.known.fill(self.known.actions, keys, compute)
         self.known.asked += len(slots)
         self.known.looked_up += len(slots) - len(computed)
@@ -592,7 +644,15 @@ class _Batch:
             if slot in read:  # and perhaps drafted after it
                 self.agents[precision].truncate(slot, len(self.slots[slot].transcript.tokens))
         new = [slot for slot in slots if slot not in read]
-        left = catch_up(self.agents[precision], new, [self.slots[slot].transcript.tokens for slot in new])
+        texts = [self.slots[slot].transcript.tokens for slot in new]
+        if isinstance(self.agents, SharedStreams):
+            trails = [self.slots[slot].trails[precision].readers for slot in new]
+            left = self.agents.catch_up(precision, new, texts, trails)
+            if precision != self._cheapest:
+                for slot in new:
+                    self._after.pop(slot, None)
+        else:
+            left = catch_up(self.agents[precision], new, texts)
         chunks = dict(zip(new, left, strict=True))
         return [chunks.get(slot, []) for slot in slots]
 
@@ -620,26 +680,33 @@ class _Batch:
     def _check(self, precision: str, drafter: str, slots: list[int]) -> list[KnownAction]:
         """What the drafter writes, as far as this precision would write it too."""
         transcripts = [self.slots[slot].transcript.tokens for slot in slots]
+        unread_by_drafter = self._unread(drafter, slots)
+        if self._share:
+            begun = [len(self.slots[slot].trails[precision].before) for slot in slots]
+            unread = [transcript[start:] for transcript, start in zip(transcripts, begun, strict=True)]
+        else:
+            unread = self._unread(precision, slots)
         checked = write_checked(
             self.agents[precision],
             self.agents[drafter],
             slots,
             transcripts,
-            self._unread(precision, slots),
-            self._unread(drafter, slots),
+            unread,
+            unread_by_drafter,
             self._logits_after(drafter, slots),
             self._guess_after(transcripts),
             self.prompter.is_complete,
             self.speculative,
             self.temperature,
             lambda i, index, *purpose: self._draw(slots[i], index, *purpose),
+            self._share,
         )
         actions = []
         for transcript, action in zip(transcripts, checked, strict=True):
             self._guesses.learn(transcript, action.tokens)
             held, rounds = len(transcript), action.rounds
             drafted, accepted = sum(r.drafted for r in rounds), sum(r.agreed for r in rounds)
-            took = Drafting(drafted, accepted, drafting(held, rounds), rounds[-1].kept)
+            took = Drafting(drafted, accepted, drafting(held, rounds, self._share), rounds[-1].kept)
             kept = len(action.tokens) - 1
             actions.append(KnownAction(action.tokens, min(action.leads), checking(held, rounds), kept, took))
         return actions
@@ -704,7 +771,11 @@ class _BatchPeek:
         self._batch = batch
         self.drafted: dict[str, dict[int, Draft]] = {}
         """Precision -> slot -> what it would do."""
-        self.asked_for_states: Sequence[int] = ()
+
+    def forget(self, slot: int) -> None:
+        """What it would do."""
+        for drafted in self.drafted.values():
+            drafted.pop(slot, None)
 
     def drafts(self, precision: str, slots: Sequence[int]) -> list[Draft]:
         there = self.drafted.setdefault(precision, {})
@@ -713,7 +784,6 @@ class _BatchPeek:
         return [there[slot] for slot in slots]
 
     def states(self, slots: Sequence[int], layers: Sequence[int]) -> Tensor:
-        self.asked_for_states = slots
         return self._batch.read_states(slots, layers)
 
     def admissible_commands(self, slots: Sequence[int]) -> list[Sequence[str]]:

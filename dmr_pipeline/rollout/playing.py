@@ -1,6 +1,6 @@
 """Episodes with the rungs that a router chooses from, many policies side by side in several processes."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from transformers import PreTrainedModel
 
 from dmr_pipeline.agent.checkpoint import load_tokenizer, resolve_device
 from dmr_pipeline.agent.memory import halving
@@ -18,7 +19,13 @@ from dmr_pipeline.recipe import Recipe, Speculative
 from dmr_pipeline.rollout.cost import Cost, episode_cost
 from dmr_pipeline.rollout.engine import RolloutRequest, RoutingPolicy, Timings, Trajectory, play, warn_of_outgrown
 from dmr_pipeline.rollout.known import Known
-from dmr_pipeline.rollout.kv_cache.choice import rows_that_fit, token_streams, transcript_capacity, way_of
+from dmr_pipeline.rollout.kv_cache.choice import (
+    rows_that_fit,
+    shared_streams,
+    token_streams,
+    transcript_capacity,
+    way_of,
+)
 from dmr_pipeline.rollout.kv_cache.padded import TokenStreams
 from dmr_pipeline.rollout.parallel import in_processes, processes_on
 from dmr_pipeline.rollout.prompts import Prompter
@@ -74,6 +81,8 @@ class Rollouts:
     reuse_actions: bool
     speculative: Speculative | None
     """As of `engine.play`."""
+    shared_cache: bool = False
+    """Whether the rungs have one KV cache."""
 
     @classmethod
     def load(cls, checkpoints: Path, recipe: Recipe, rungs: Sequence[str] | None = None) -> "Rollouts":
@@ -98,6 +107,7 @@ class Rollouts:
             processes_on(acting.device, recipe.runtime),
             recipe.runtime.reuse_actions,
             recipe.precisions.speculative,
+            recipe.precisions.cache == "shared",
         )
 
     @property
@@ -122,7 +132,13 @@ class Rollouts:
     @cached_property
     def rows(self) -> int:
         """Episodes that a process may act on at once: as the recipe says, or as many as there is memory for."""
-        return rows_that_fit(list(self.acting.models.values()), self.capacity, self.batch_episodes, self.processes)
+        models = list(self.acting.models.values())
+        return rows_that_fit(models, self.capacity, self.batch_episodes, self.processes, self.shared_cache)
+
+    @property
+    def sharing(self) -> Mapping[str, PreTrainedModel] | None:
+        """The models of the rungs, dearest first, where they have one cache."""
+        return self.acting.models if self.shared_cache else None
 
     def slots(self, runs: int) -> int:
         """Episodes that are acted on at once in one process, of so many."""
@@ -176,7 +192,7 @@ class Rollouts:
         parts = scatter_by_game([play.runs for play in plays], self.processes)
 
         def play_part(part: Sequence[Sequence[int]], tell: Callable[[_Ended | _Share], None]) -> Known:
-            mine, streams = known.copied(), dict[int, dict[str, TokenStreams]]()
+            mine, streams = known.copied(), dict[int, Mapping[str, TokenStreams]]()
             for index, runs in enumerate(part):
                 tell(self._play_share(index, plays[index], runs, rows, seed, tell, mine, streams))
             return mine.since(known)
@@ -210,7 +226,7 @@ class Rollouts:
         seed: int,
         tell: Callable[[_Ended | _Share], None],
         known: Known,
-        streams: dict[int, dict[str, TokenStreams]],
+        streams: dict[int, Mapping[str, TokenStreams]],
     ) -> _Share:
         """One process's share of the runs, by their indices.
 
@@ -243,8 +259,10 @@ class Rollouts:
         played = halving(min(rows, len(mine)), "episodes", attempt) if mine else []
         return _Share(index, dict(zip(mine, played, strict=True)), spent)
 
-    def streams(self, slots: int) -> dict[str, TokenStreams]:
+    def streams(self, slots: int) -> Mapping[str, TokenStreams]:
         """Fresh token streams of every rung."""
+        if self.shared_cache:
+            return shared_streams(self.acting.models, slots, self.capacity)
         return {rung: token_streams(model, slots, self.capacity) for rung, model in self.acting.models.items()}
 
 

@@ -61,6 +61,7 @@ def write_checked(
     settings: Speculative,
     temperature: float,
     draw: Draw,
+    shared: bool = False,
 ) -> list[Checked]:
     """After each text an action of the dear precision, drafted by the cheap one. The dear streams end before the action's last
     token, the cheap ones where the last draft did.
@@ -72,6 +73,8 @@ def write_checked(
         known: place among `slots` -> the cheap precision's logits [vocabulary] after a text that it has read to its end.
         guess: spares passes of drafting, and changes no draft.
         is_complete: as in `write`.
+        shared: both are streams of one cache (`SharedStreams`), from which each draft is cut before it is checked. The dear
+            precision's keys and values take the place of what the cheap one has written of `unread`, and of the drafts.
     """
     drafts: list[list[_Draft]] = [[] for _ in slots]
 
@@ -80,10 +83,16 @@ def write_checked(
         places, begun = list(waiting), list(waiting.values())
         first = not any(begun)
         mine = [slots[i] for i in places]
+        if first:
+            left: Sequence[Sequence[int]] = unread_by_cheap
+        elif shared:
+            left = [tokens[-1:] for tokens in begun]
+        else:
+            left = catch_up(cheap, mine, [texts[i] + waiting[i] for i in places])
         written = write(
             cheap,
             mine,
-            unread_by_cheap if first else catch_up(cheap, mine, [texts[i] + waiting[i] for i in places]),
+            left,
             choose=lambda logits, at: choose(logits, [(places[n], index) for n, index in at], "draft"),
             observe=lambda logits: list(zip(leads(logits), logits, strict=True)),
             guess=lambda inside: guess_at(places, inside),
@@ -101,6 +110,8 @@ def write_checked(
             read[i] = tokens[:-1] if complete else tokens
             logits = [row for _, row in action.facts] if temperature else []
             drafts[i].append(_Draft(start, tokens, logits, len(read[i])))
+            if shared:
+                dear.truncate(slots[i], len(texts[i]) + start - (1 if start else len(unread[i])))
         return read
 
     def guess_at(places: list[int], inside: Mapping[int, list[int]]) -> dict[int, Sequence[int]]:
@@ -130,7 +141,17 @@ def write_checked(
                 chosen[row] = token
         return chosen
 
-    written = write(dear, slots, unread, check, leads, draft, is_complete)
+    # The first ones now: where there is one cache, `unread` is what it then lacks.
+    first_drafts = draft({i: [] for i in range(len(slots))})
+    written = write(
+        dear,
+        slots,
+        unread,
+        check,
+        leads,
+        lambda waiting: draft(waiting) if any(waiting.values()) else first_drafts,
+        is_complete,
+    )
     return [
         Checked(action.tokens, action.facts, [_round(its, action.tokens) for its in of_slot])
         for action, of_slot in zip(written, drafts, strict=True)

@@ -116,7 +116,7 @@ def settings_at_ratio(router: Router, scorer: Scorer, games: Sequence[Task], scr
         progress.add_task(f"episodes to start from a spend of {section.initial_ratio:.2f}", total=None)
         played = rollouts.play([RolloutRequest(game) for game in games], policy, section.seed)
     sequences = [sequence_of_trajectory(trajectory, router) for trajectory in played]
-    sequences = with_features(router, sequences, _BATCH, rollouts.processes)
+    sequences = with_features(router, sequences, _BATCH, rollouts.processes, rollouts.sharing)
     asked = [not step.forced for trajectory in played for step in trajectory.steps]
     margins = np.concatenate(routing_margins(router, sequences, _BATCH))[asked]
     spend = np.array([acting.spend[rung] for rung in router.settings.upper])

@@ -264,7 +264,9 @@ def validate(router: Router, games: Sequence[Task], rollouts: Rollouts, recipe: 
         counted = recipe.sensitivity.tokens
         rows = measure(rollouts, episodes, steps, counted, lambda n: progress.advance(bar, n))
     batch = recipe.kl_router.batch_episodes
-    sequences = with_features(router, sequences_of_steps(steps, router.settings), batch, rollouts.processes)
+    sequences = with_features(
+        router, sequences_of_steps(steps, router.settings), batch, rollouts.processes, rollouts.sharing
+    )
     margins = routing_margins(router, sequences, batch)
     flat = pl.Series(np.concatenate(margins).tolist(), dtype=pl.List(pl.Float64))
     asked = pl.Series([not step.forced for trajectory in played for step in trajectory.steps], dtype=pl.Boolean)

@@ -6,7 +6,8 @@ Choices that the paper leaves open, and ours: the action distributions are compa
 (teacher forcing both precisions on its tokens), over every token of it up to and including its end, or (`sensitivity.tokens:
 command`) over those after its thought; a divergence of a step is the sum of the tokens' divergences over the full vocabulary.
 By the chain rule that is the part of the divergence between the two distributions over whole actions that lies on the path high
-precision takes. With more than two rungs a step's class is the cheapest rung that is not sensitive there, else the dearest.
+precision takes. Where the precisions have one cache, each goes on from what those had read before the step that acted in the
+played episode. With more than two rungs a step's class is the cheapest rung that is not sensitive there, else the dearest.
 """
 
 import math
@@ -25,6 +26,7 @@ from dmr_pipeline.errors import UserError
 from dmr_pipeline.recipe import Sensitivity
 from dmr_pipeline.rollout.kv_cache.catching_up import catch_up
 from dmr_pipeline.rollout.kv_cache.padded import TokenStreams
+from dmr_pipeline.rollout.kv_cache.shared import SharedStreams
 from dmr_pipeline.rollout.parallel import in_processes, scatter
 from dmr_pipeline.rollout.playing import Rollouts
 from dmr_pipeline.rollout.prompts import Prompter
@@ -60,11 +62,12 @@ _MOST_LOGITS = 2**27
 
 
 class _Transcript(NamedTuple):
-    """Token ids of the segment and of the action of each step of an episode."""
+    """Token ids of the segment and of the action of each step of an episode, and the rung that acted."""
 
     name: str
     segments: list[list[int]]
     actions: list[list[int]]
+    acted: list[str]
 
 
 _Batch = Sequence[_Transcript]
@@ -98,7 +101,7 @@ def measure(
     """
     prompter = rollouts.prompter
     most = max(1, _MOST_LOGITS // (len(prompter.tokenizer) * prompter.prompt.max_action_tokens))
-    transcripts = steps.group_by("episode_id", maintain_order=True).agg("segment", "action")
+    transcripts = steps.group_by("episode_id", maintain_order=True).agg("segment", "action", "precision")
     context = episodes.select("episode_id", "task_id", "task_type", "policy", "success")
     longest_first = transcripts.with_columns(turns=pl.col("segment").list.len()).sort(
         ["turns", "episode_id"], descending=[True, False]
@@ -108,14 +111,19 @@ def measure(
         rows: list[tuple[object, ...]] = []
         streams, guesses = rollouts.streams(len(episodes)), NgramGuesses()
         texts: list[list[int]] = [[] for _ in episodes]
+        trails = [bytearray() for _ in episodes]
+        readers = {rung: bytes([reader]) for reader, rung in enumerate(streams)}
         for turn in range(len(episodes[0].segments)):
             running = [i for i, episode in enumerate(episodes) if turn < len(episode.segments)]
             for first in range(0, len(running), most):
                 live = running[first : first + most]
                 for i in live:
-                    texts[i] += (episodes[i].actions[turn - 1] if turn else []) + episodes[i].segments[turn]
-                done = [episodes[i].actions[turn] for i in live]
-                compared = compare(streams, live, [texts[i] for i in live], prompter, counted, done, guesses)
+                    if turn:  # the last token of an action is read with what follows
+                        texts[i] += episodes[i].actions[turn - 1]
+                        trails[i] += readers[episodes[i].acted[turn - 1]] * (len(texts[i]) - 1 - len(trails[i]))
+                    texts[i] += episodes[i].segments[turn]
+                done, held = [episodes[i].actions[turn] for i in live], [trails[i] for i in live]
+                compared = compare(streams, live, [texts[i] for i in live], prompter, counted, done, guesses, held)
                 rows += [
                     (episodes[i].name, turn, rung, *vars(divergence).values())
                     for i, by_rung in zip(live, compared, strict=True)
@@ -132,7 +140,7 @@ def measure(
 
     # Lists, since polars does not survive the fork into several processes.
     batches: list[_Batch] = [
-        [_Transcript(*columns) for columns in batch.select("episode_id", "segment", "action").iter_rows()]
+        [_Transcript(*columns) for columns in batch.select("episode_id", "segment", "action", "precision").iter_rows()]
         for batch in longest_first.iter_slices(rollouts.rows)
     ]
     rows = list(chain(*in_processes(compare_batches, scatter(batches, rollouts.processes), on_progress)))
@@ -153,6 +161,7 @@ def compare(
     tokens: Literal["action", "command"] = "action",
     recorded: Sequence[list[int]] | None = None,
     guesses: NgramGuesses | None = None,
+    trails: Sequence[bytearray] | None = None,
 ) -> list[dict[str, Divergence]]:
     """Let all rungs read the texts, and compare what they would do next. Their streams are left with what they did.
 
@@ -164,6 +173,8 @@ def compare(
         tokens: of the actions, what is counted: all, or those after the thought. An action whose thought does not end has none.
         recorded: what was done next, a good guess at what any would do. Not more than that: it changes no outcome.
         guesses: used beside it, and taught.
+        trails: who has read the first tokens of each text, as in `SharedStreams.catch_up`, where streams are such. Every rung
+            reads the rest itself.
     """
     recorded = recorded or [[] for _ in slots]
     guesses = guesses or NgramGuesses()
@@ -177,9 +188,13 @@ def compare(
     def guess(waiting: Mapping[int, list[int]]) -> dict[int, list[int]]:
         return {i: next_of(i, written) for i, written in waiting.items()}
 
+    def unread(rung: str) -> list[list[int]]:
+        if isinstance(streams, SharedStreams):
+            return streams.catch_up(rung, slots, texts, trails or [b""] * len(slots))
+        return catch_up(streams[rung], slots, texts)
+
     dearest, *cheaper = streams
-    unread = catch_up(streams[dearest], slots, texts)
-    high = write(streams[dearest], slots, unread, _greedy, list, guess, prompter.is_complete)
+    high = write(streams[dearest], slots, unread(dearest), _greedy, list, guess, prompter.is_complete)
     high_logits = torch.stack([row for action in high for row in action.facts])
     high_actions = [action.tokens for action in high]
 
@@ -191,7 +206,7 @@ def compare(
     found: list[dict[str, Divergence]] = [{} for _ in slots]
     taught = [[action] for action in high_actions]
     for rung in cheaper:
-        along = _along(streams[rung], slots, texts, high_actions, high_logits, guess, prompter)
+        along = _along(streams[rung], slots, texts, unread(rung), high_actions, high_logits, guess, prompter)
         for place, (high_action, low) in enumerate(zip(high_actions, along, strict=True)):
             high_from, low_from = counted_from(high_action), counted_from(low.action)
             high_low, low_high, js = (max(0.0, math.fsum(column)) for column in _columns(low.between[high_from:], 3))
@@ -223,6 +238,7 @@ def _along(
     streams: TokenStreams,
     slots: Sequence[int],
     texts: Sequence[list[int]],
+    unread: Sequence[list[int]],
     high_actions: Sequence[list[int]],
     high_logits: Tensor,
     guess: Guess,
@@ -230,7 +246,7 @@ def _along(
 ) -> list[_Along]:
     """Arguments as in `compare`, one a slot."""
     sizes = [len(action) for action in high_actions]
-    along = [left + action[:-1] for left, action in zip(catch_up(streams, slots, texts), high_actions, strict=True)]
+    along = [left + action[:-1] for left, action in zip(unread, high_actions, strict=True)]
     low_logits = streams.extend(slots, along, sizes)
     between = token_divergences(high_logits, low_logits)
     own, choices = own_numbers(low_logits), _greedy(low_logits, None)

@@ -16,7 +16,7 @@ rule are ours: the paper's router is a Transformer encoder that chooses between 
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, TypeVar, cast
@@ -40,7 +40,7 @@ from dmr_pipeline.precision.pass_bytes import PassBytes, pass_bytes
 from dmr_pipeline.precision.quantization import stored_bytes
 from dmr_pipeline.recipe import RouterModel
 from dmr_pipeline.rollout.engine import Trajectory
-from dmr_pipeline.rollout.kv_cache.choice import positions_of
+from dmr_pipeline.rollout.kv_cache.choice import positions_of, shared_streams
 from dmr_pipeline.rollout.parallel import gather, in_processes, scatter
 from dmr_pipeline.router.probe import ProbeHead, new_probe, probe_features
 from dmr_pipeline.training.train import new_model
@@ -238,6 +238,8 @@ class RoutingSequence:
     """Precision that acted at each step, in steps up from the cheapest."""
     features: Tensor | None = field(default=None, compare=False)
     """What a probe decides on, float32 [steps, features]; an LM reads the tokens instead."""
+    written: list[int] = field(default_factory=list, compare=False)
+    """Tokens of each step's action."""
 
 
 def routing_sequence(
@@ -253,7 +255,7 @@ def routing_sequence(
         positions.append(len(tokens) - 1)
         tokens.append(settings.tokens[taken])
     up = {rung: place for place, rung in enumerate(reversed(settings.route))}
-    return RoutingSequence(tokens, positions, [up[rung] for rung in precisions])
+    return RoutingSequence(tokens, positions, [up[rung] for rung in precisions], written=list(map(len, actions)))
 
 
 def sequence_of_trajectory(trajectory: Trajectory, router: Router) -> RoutingSequence:
@@ -279,12 +281,18 @@ def sequences_of_steps(steps: pl.DataFrame, settings: RouterSettings) -> list[Ro
 
 
 def with_features(
-    router: Router, sequences: Sequence[RoutingSequence], batch: int, processes: int = 1
+    router: Router,
+    sequences: Sequence[RoutingSequence],
+    batch: int,
+    processes: int = 1,
+    sharing: Mapping[str, PreTrainedModel] | None = None,
 ) -> list[RoutingSequence]:
     """The sequences with what a probe decides on, from plain forward passes of its agent; those of an LM as they are.
 
     Args:
         batch: sequences in one forward pass.
+        sharing: the agents of all rungs, dearest first, where they have one cache. Then features are what the probe's agent
+            reads if it is asked at each step, and goes on from what those have read that acted.
     """
     if not isinstance(router.model, ProbeHead):
         return list(sequences)
@@ -294,6 +302,8 @@ def with_features(
     @torch.no_grad()
     def read_piece(indices: Sequence[int]) -> list[NDArray[np.float32]]:
         read_now = [sequences[i] for i in indices]
+        if sharing is not None:
+            return _read_in_turns(read_now, sharing, layers)
         # The agent does not see the routing tokens: each that is left out moves what follows one place to the front.
         routed = [{position + 1 for position in s.positions} for s in read_now]
         tokens = [[t for i, t in enumerate(s.tokens) if i not in out] for s, out in zip(read_now, routed, strict=True)]
@@ -310,6 +320,32 @@ def with_features(
 
     found = dict(zip(order, gather(in_processes(read, scatter(order, processes))), strict=True))
     return [replace(s, features=torch.from_numpy(found[i])) for i, s in enumerate(sequences)]
+
+
+def _read_in_turns(
+    sequences: Sequence[RoutingSequence], agents: Mapping[str, PreTrainedModel], layers: Sequence[int]
+) -> list[NDArray[np.float32]]:
+    """What a probe decides on at each step, [steps, features] of each sequence: the cheapest of these agents reads what is new
+    into their one cache, and who acted then its own action."""
+    streams = shared_streams(agents, len(sequences), max(len(s.tokens) for s in sequences))
+    *_, cheapest = agents
+    own, rows = streams[cheapest].reader, [list[Tensor]() for _ in sequences]
+    texts, trails = [list[int]() for _ in sequences], [bytearray() for _ in sequences]
+    for turn in range(max(len(s.positions) for s in sequences)):
+        live = [i for i, s in enumerate(sequences) if turn < len(s.positions)]
+        for i in live:
+            s, start = sequences[i], 0
+            if turn:
+                # Who acted has read the transcript's last token again, and all but the last one that it wrote.
+                trails[i] += bytes([own]) * (len(texts[i]) - 1 - len(trails[i]))
+                trails[i] += bytes([own - s.acted[turn - 1]]) * s.written[turn - 1]
+                start = s.positions[turn - 1] + 2
+            texts[i] += s.tokens[start : s.positions[turn] + 1]
+        left = streams.catch_up(cheapest, live, [texts[i] for i in live], [trails[i] for i in live])
+        _, states = streams[cheapest].read(live, left, layers)
+        for i, row in zip(live, states, strict=True):
+            rows[i].append(row)
+    return [probe_features(torch.stack(its), torch.arange(len(its))).cpu().numpy() for its in rows]
 
 
 def routing_logits(model: PreTrainedModel, sequences: Sequence[RoutingSequence], settings: RouterSettings) -> Tensor:

@@ -60,7 +60,7 @@ def kl_router(context: StageContext) -> StageResult:
         rollouts.capacity + recipe.benchmark.step_limit,
     )
     sequences = sequences_of_steps(steps, router.settings)
-    sequences = with_features(router, sequences, section.batch_episodes, rollouts.processes)
+    sequences = with_features(router, sequences, section.batch_episodes, rollouts.processes, rollouts.sharing)
     if isinstance(router.model, ProbeHead):
         router.model.standardize(torch.cat([s.features for s in sequences if s.features is not None]))
     labels = labels_of_steps(steps, sensitivity, route)

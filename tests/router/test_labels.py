@@ -1,6 +1,8 @@
 """Divergences against closed forms and against plain forward passes without caches."""
 
+import copy
 import math
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -14,8 +16,21 @@ from torch.distributions import Categorical, kl_divergence
 from dmr_pipeline.recipe import Prompt, Sensitivity
 from dmr_pipeline.rollout.engine import seeded_generator
 from dmr_pipeline.rollout.kv_cache.padded import Streams
-from dmr_pipeline.router.labels import compare, label, own_numbers, threshold, token_divergences
-from tests.helpers.rollouts import HIGH, LOW, PROMPTER, greedy_uncached
+from dmr_pipeline.rollout.tables import to_frames
+from dmr_pipeline.router.baselines import RandomMixing
+from dmr_pipeline.router.labels import compare, label, measure, own_numbers, threshold, token_divergences
+from tests.helpers.one_cache import OneCache
+from tests.helpers.rollouts import (
+    HIGH,
+    LOW,
+    MODELS,
+    PROMPTER,
+    RUNS,
+    THREE,
+    greedy_uncached,
+    rollouts_of,
+    transcript,
+)
 
 
 def logits(*probabilities: list[float]) -> torch.Tensor:
@@ -181,3 +196,28 @@ def test_a_step_is_sensitive_from_tau_on() -> None:
     won_only = Sensitivity(tau=0.2, won_only=True)
     assert label(lost, absolute, 0.2)["sensitive"].to_list() == [False, False, True, True]
     assert label(lost, won_only, 0.2)["sensitive"].to_list() == [False, False, False, True]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("route", [("float", "int2"), THREE])
+def test_with_one_cache_each_goes_on_from_what_the_played_episode_has_read(route: tuple[str, ...]) -> None:
+    rollouts = replace(rollouts_of(route), shared_cache=True)
+    played = rollouts.play(RUNS[:3], RandomMixing(dict.fromkeys(route, 1 / len(route)), seed=3), seed=0)
+    rows = measure(rollouts, *to_frames(played, "mixed"), "action").iter_rows(named=True)
+    for trajectory in played:
+        cache = OneCache()
+        for turn, step in enumerate(trajectory.steps):
+            text, (high, along) = transcript(trajectory, turn), (copy.deepcopy(cache) for _ in range(2))
+            action = high.act(HIGH, text)
+            high = copy.deepcopy(cache)
+            p = torch.stack([high.see(HIGH, text), *high.read(HIGH, action)[:-1]]).double().log_softmax(-1)
+            for rung in route[1:]:
+                low = copy.deepcopy(along)
+                q = torch.stack([low.see(MODELS[rung], text), *low.read(MODELS[rung], action)[:-1]])
+                row = next(rows)
+                assert (row["turn"], row["precision"]) == (turn, rung)
+                divergence = (p.exp() * (p - q.double().log_softmax(-1))).sum()
+                assert row["kl_high_low"] == pytest.approx(float(divergence), abs=1e-4)
+                assert row["greedy_agree"] == (action == copy.deepcopy(along).act(MODELS[rung], text))
+            assert cache.act(MODELS[step.precision], text) == step.action
+    assert next(rows, None) is None

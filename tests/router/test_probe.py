@@ -17,6 +17,8 @@ from dmr_pipeline.precision.pass_bytes import PassBytes
 from dmr_pipeline.recipe import KlRouter, Probe, Prompt, Recipe, RouterModel, load_recipe, problems_across
 from dmr_pipeline.rollout.cost import episode_cost
 from dmr_pipeline.rollout.engine import RolloutRequest, Trajectory, play
+from dmr_pipeline.rollout.kv_cache.packed import PackedStreams
+from dmr_pipeline.rollout.kv_cache.shared import SharedStreams
 from dmr_pipeline.rollout.prompts import Prompter
 from dmr_pipeline.rollout.reading import Reading
 from dmr_pipeline.router.calibration import auroc
@@ -34,6 +36,7 @@ from dmr_pipeline.router.model import (
 from dmr_pipeline.router.policies import routing_policy
 from tests.helpers.grpo_trainer import CHOICES, section, sequences
 from tests.helpers.kl_router import expert_episodes, flat
+from tests.helpers.one_cache import OneCache
 from tests.helpers.probes import PROBE, by_hand, greedy, new_probe, transcripts
 from tests.helpers.routers import AGENTS, CPU, ROUTE, ROUTES, TOKENIZER, streams
 
@@ -114,6 +117,32 @@ def test_features_of_whole_sequences_are_those_of_acting(processes: int) -> None
         assert sequence.features is not None
         assert again.features is not None
         torch.testing.assert_close(again.features, sequence.features, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("route", ROUTES, ids=len)
+def test_with_one_cache_the_probe_decides_on_what_the_cheapest_has_read_there(route: tuple[str, ...]) -> None:
+    router, models = new_probe(route=route, scale=3.0), {rung: AGENTS[rung] for rung in route}
+    runs = [RolloutRequest(generate_game(number, 50)[0]) for number in range(4)]
+    policy, prompter = routing_policy(router, 3, sample=True, seed=5), Prompter.of(TOKENIZER, Prompt())
+    played = play(runs, SharedStreams(PackedStreams, models, 3, 2048), prompter, policy, step_limit=6)
+    acted = [sequence_of_trajectory(trajectory, router) for trajectory in played]
+    again = with_features(router, [replace(s, features=None) for s in acted], 3, sharing=models)
+    apart = False
+    for trajectory, found in zip(played, again, strict=True):
+        cache = OneCache(AGENTS["int2"])
+        for turn, (step, prefix) in enumerate(zip(trajectory.steps, transcripts(trajectory), strict=True)):
+            features = cache.features(AGENTS["int2"], prefix, (1, 2), turn)
+            apart |= not torch.allclose(features, by_hand(router, prefix, turn), atol=1e-3)
+            for its in (torch.from_numpy(step.features), found.features[turn]):
+                torch.testing.assert_close(its, features, atol=1e-3, rtol=1e-3)
+            if step.precision != "int2":
+                cache.see(AGENTS[step.precision], prefix)
+                (reading,) = step.besides.values()
+                new = len(step.segment) + (turn > 0)
+                assert (reading, step.reading.tokens) == (Reading(1, new, len(prefix)), len(step.action))
+            cache.read(AGENTS[step.precision], step.action[:-1])
+    assert apart
+    assert {step.precision for trajectory in played for step in trajectory.steps} == set(route)
 
 
 def test_standardized_features_have_mean_0_and_deviation_1() -> None:

@@ -22,7 +22,7 @@ def catch_up(streams: TokenStreams, slots: Sequence[int], texts: Sequence[Sequen
     left = []
     for slot, text in zip(slots, texts, strict=True):
         known = text[:-1]
-        streams.truncate(slot, _shared(streams.texts[slot], known))
+        streams.truncate(slot, common_length(streams.texts[slot], known))
         if streams.cuts:
             source, length = _longest(streams, slot, known)
             if source != slot:
@@ -36,13 +36,13 @@ def _longest(streams: TokenStreams, slot: int, text: Sequence[int]) -> tuple[int
     best, length = slot, len(streams.texts[slot])
     for other, held in enumerate(streams.texts):
         if len(held) > length and len(text) > length and held[length] == text[length]:
-            shared = _shared(held, text)
-            if shared > length:
-                best, length = other, shared
+            common = common_length(held, text)
+            if common > length:
+                best, length = other, common
     return best, length
 
 
-def _shared(held: Sequence[int], text: Sequence[int]) -> int:
+def common_length(held: Sequence[int], text: Sequence[int]) -> int:
     """How many tokens both begin with."""
     most = min(len(held), len(text))
     if held[:most] == text[:most]:

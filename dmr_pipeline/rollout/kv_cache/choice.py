@@ -5,7 +5,7 @@ What a model's layers and masks allow is found by trying it once on a few tokens
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
@@ -21,6 +21,7 @@ from dmr_pipeline.recipe import DEFAULT_TRANSCRIPT_TOKENS
 from dmr_pipeline.rollout.kv_cache.packed import PackedStreams
 from dmr_pipeline.rollout.kv_cache.padded import Streams, TokenStreams, attention_windows
 from dmr_pipeline.rollout.kv_cache.plain import PlainStreams
+from dmr_pipeline.rollout.kv_cache.shared import SharedStreams
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +61,27 @@ def token_streams(model: PreTrainedModel, slots: int, capacity: int) -> TokenStr
     """
     refuse_positions(model.config, capacity, "agent.max_transcript_tokens")
     return way_of(model).make(model, slots, capacity)
+
+
+def shared_streams(models: Mapping[str, PreTrainedModel], slots: int, capacity: int) -> SharedStreams:
+    """The fastest exact streams of one cache for all these models, which are of one shape.
+
+    Args:
+        models: rung -> its model, dearest first.
+
+    Raises:
+        UserError: as `token_streams`; or a model's cache cannot be cut.
+    """
+    for model in models.values():
+        refuse_positions(model.config, capacity, "agent.max_transcript_tokens")
+    slowest = max((way_of(model) for model in models.values()), key=_WAYS.index)
+    if slowest.slow:
+        model_type = next(iter(models.values())).config.model_type
+        raise UserError(
+            f"precisions.cache: shared needs a cache that can be cut, and that of model type {model_type!r} cannot be"
+            f" ({slowest.name}); set it to separate"
+        )
+    return SharedStreams(PackedStreams if slowest.make is PackedStreams else Streams, models, slots, capacity)
 
 
 def way_of(model: PreTrainedModel) -> _Way:
@@ -107,14 +129,17 @@ def _is_exact(way: _Way, model: PreTrainedModel) -> bool:
     return all(alike(row, expected.float(), model.dtype, slack=10) for row, expected in zip(found, wanted, strict=True))
 
 
-def rows_that_fit(models: Sequence[PreTrainedModel], capacity: int, rows: int, processes: int) -> int:
+def rows_that_fit(
+    models: Sequence[PreTrainedModel], capacity: int, rows: int, processes: int, shared: bool = False
+) -> int:
     """How many of `rows` transcripts may grow to `capacity` tokens, each in the caches of all these models, in the memory that
     is free; at least 1. A smaller number changes how long it takes, not what comes out, and is logged.
 
     Args:
         processes: that share a CPU's memory.
+        shared: the models have one cache.
     """
-    needed = capacity * sum(_cache_bytes(model) for model in models)
+    needed = capacity * sum(_cache_bytes(model) for model in (models[:1] if shared else models))
     fitting = int(_SHARE_OF_MEMORY * _free_bytes(models[0].device) / (processes * max(needed, 1)))
     if fitting >= rows:
         return rows

@@ -9,7 +9,7 @@ train; `choice.way_of` tries whether the outcome is the model's.
 import math
 import mmap
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from typing import Any, cast
 
@@ -64,6 +64,18 @@ class _Group:
     position; None where all see all."""
 
 
+@dataclass
+class _Storage:
+    """Keys and values of all layers and slots."""
+
+    positions: int = 0
+    """Of each slot."""
+    layers: list[Tensor] = field(default_factory=list)
+    """[2, slots, key-value heads, positions, head width] each. What is not written yet is finite: even masked, a NaN would
+    spread."""
+    rotations: Tensor = field(default_factory=lambda: torch.empty(0))
+
+
 class PackedStreams(Texts):
     """`TokenStreams` of a model of FAMILY. A slot's number is its row in the cache.
 
@@ -71,18 +83,21 @@ class PackedStreams(Texts):
         model: float or quantized. It is put into evaluation mode. Its weights may not change while this is used.
         slots: number of sequences.
         capacity: tokens that one sequence may have; memory is taken as they grow.
+        beside: streams of another model of the same shape, whose cache these use too.
 
     Raises:
         ValueError: the model's layers are of another kind.
     """
 
-    def __init__(self, model: PreTrainedModel, slots: int, capacity: int) -> None:
+    def __init__(
+        self, model: PreTrainedModel, slots: int, capacity: int, beside: "PackedStreams | None" = None
+    ) -> None:
         windows = attention_windows(model.config)
         if model.config.model_type not in FAMILY or windows is None:
             raise ValueError(
                 f"model type {model.config.model_type!r} has layers of another kind than {', '.join(FAMILY)}"
             )
-        super().__init__(slots, capacity)
+        super().__init__(slots, capacity, beside)
         self.model = model.eval()
         self._windows = windows
         self._decoder = cast(Any, decoder_of(model))
@@ -90,20 +105,21 @@ class PackedStreams(Texts):
         self._layers = [_Layer(layer, kind) for layer, kind in zip(self._decoder.layers, kinds, strict=True)]
         self._shared = self._layers[0].heads // self._layers[0].key_value_heads
         self._prices = _PRICES[model.device.type]
-        self._positions = 0
-        self._stored: list[Tensor] = []
-        """Keys and values of each layer, [2, slots, key-value heads, positions, head width]. What is not written yet is
-        finite: even masked, a NaN would spread."""
-        self._rotations = torch.empty(0)
+        self._storage: _Storage = _Storage() if beside is None else beside._storage
         self._reserve(min(capacity, SMALLEST_STORAGE))
+
+    @property
+    def storage(self) -> list[Tensor]:
+        """As `Streams.storage`."""
+        return self._storage.layers
 
     @torch.no_grad()
     def copy(self, source: int, target: int, length: int) -> None:
         """As `Streams.copy`."""
         refuse_bad_cut(source, self.texts[source], length)
-        for stored in self._stored:
+        for stored in self._storage.layers:
             stored[:, target, :, :length] = stored[:, source, :, :length]
-        self.texts[target] = self.texts[source][:length]
+        self._copy_text(source, target, length)
 
     @torch.no_grad()
     def extend(
@@ -144,8 +160,7 @@ class PackedStreams(Texts):
         order = sorted(range(len(slots)), key=lambda i: slots[i])
         rows, sizes = [slots[i] for i in order], [len(chunks[i]) for i in order]
         starts, ends = [len(self.texts[row]) for row in rows], list(accumulate(sizes))
-        for slot, chunk in zip(slots, chunks, strict=True):
-            self.texts[slot] += chunk
+        self._append(slots, chunks)
         self._reserve(max(len(self.texts[row]) for row in rows))
         end_of = dict(zip(order, ends, strict=True))
         picked = [end_of[i] - count + t for i, count in enumerate(wanted) for t in range(count)]
@@ -160,10 +175,10 @@ class PackedStreams(Texts):
         groups = self._groups(rows, starts, sizes, ends)
         chosen, last = torch.tensor(picked).to(device), len(self._layers)
 
-        cosines, sines = self._rotations[:, positions]
+        cosines, sines = self._storage.rotations[:, positions]
         x = self._decoder.embed_tokens(tokens)
         states: dict[int, Tensor] = {}
-        for number, (layer, stored) in enumerate(zip(self._layers, self._stored, strict=True), start=1):
+        for number, (layer, stored) in enumerate(zip(self._layers, self._storage.layers, strict=True), start=1):
             queries, keys, values = layer.before(x, cosines, sines)
             stored[0][at_rows, :, positions] = keys
             stored[1][at_rows, :, positions] = values
@@ -252,27 +267,28 @@ class PackedStreams(Texts):
 
     def _reserve(self, positions: int) -> None:
         """Have room for so many positions in each row."""
-        if positions <= self._positions:
+        storage = self._storage
+        if positions <= storage.positions:
             return
         device, dtype, first = self.model.device, self.model.dtype, self._layers[0]
         # On a CPU memory is taken where it is written: all positions are there from the start, and none is ever moved.
-        self._positions = (
-            self.capacity if device.type == "cpu" else min(max(positions, 2 * self._positions), self.capacity)
+        storage.positions = (
+            self.capacity if device.type == "cpu" else min(max(positions, 2 * storage.positions), self.capacity)
         )
-        shape = (2, len(self.texts), first.key_value_heads, self._positions, first.head_width)
+        shape = (2, len(self.texts), first.key_value_heads, storage.positions, first.head_width)
         for number in range(len(self._layers)):
             new = _zeros(shape, dtype) if device.type == "cpu" else torch.zeros(shape, dtype=dtype, device=device)
-            if number < len(self._stored):
-                old = self._stored[number]
+            if number < len(storage.layers):
+                old = storage.layers[number]
                 new[:, :, :, : old.shape[3]] = old
-                self._stored[number] = new
+                storage.layers[number] = new
             else:
-                self._stored.append(new)
+                storage.layers.append(new)
         probe = torch.zeros(1, dtype=dtype, device=device)
         with torch.no_grad():
-            cosines, sines = self._decoder.rotary_emb(probe, torch.arange(self._positions, device=device)[None])
+            cosines, sines = self._decoder.rotary_emb(probe, torch.arange(storage.positions, device=device)[None])
         sines = torch.cat((-sines[0, :, : first.head_width // 2], sines[0, :, first.head_width // 2 :]), dim=-1)
-        self._rotations = torch.stack((cosines[0], sines))[:, :, None]
+        storage.rotations = torch.stack((cosines[0], sines))[:, :, None]
 
 
 class _Layer:

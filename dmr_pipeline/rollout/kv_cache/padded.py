@@ -113,14 +113,18 @@ class Texts:
     Args:
         slots: number of sequences.
         capacity: tokens that one sequence may have.
+        beside: streams of another model of the same shape, whose sequences these are too.
     """
 
     cuts = True
 
-    def __init__(self, slots: int, capacity: int) -> None:
+    def __init__(self, slots: int, capacity: int, beside: "Texts | None" = None) -> None:
         self.capacity = capacity
-        self.texts: list[list[int]] = [[] for _ in range(slots)]
+        self.texts: list[list[int]] = [[] for _ in range(slots)] if beside is None else beside.texts
         """Token ids in each slot."""
+        self.readers: list[bytearray] = [bytearray() for _ in range(slots)] if beside is None else beside.readers
+        """`reader` of the model that read each of them."""
+        self.reader: int = 0 if beside is None else beside.reader + 1
 
     @property
     def lengths(self) -> list[int]:
@@ -130,12 +134,21 @@ class Texts:
     def reset(self, slots: Sequence[int]) -> None:
         """Empty these slots."""
         for slot in slots:
-            self.texts[slot].clear()
+            self.truncate(slot, 0)
 
     def truncate(self, slot: int, length: int) -> None:
         """Keep the first `length` tokens of a slot."""
         refuse_bad_cut(slot, self.texts[slot], length)
-        del self.texts[slot][length:]
+        del self.texts[slot][length:], self.readers[slot][length:]
+
+    def _append(self, slots: Sequence[int], chunks: Sequence[Sequence[int]]) -> None:
+        for slot, chunk in zip(slots, chunks, strict=True):
+            self.texts[slot] += chunk
+            self.readers[slot] += bytes([self.reader]) * len(chunk)
+
+    def _copy_text(self, source: int, target: int, length: int) -> None:
+        self.texts[target][:] = self.texts[source][:length]
+        self.readers[target][:] = self.readers[source][:length]
 
 
 class Streams(Texts):
@@ -150,12 +163,13 @@ class Streams(Texts):
             into evaluation mode.
         slots: number of sequences.
         capacity: tokens that one sequence may have; memory is taken as the longest sequence needs it.
+        beside: streams of another model of the same shape, whose cache these use too.
 
     Raises:
         UserError: the model has layers of another kind.
     """
 
-    def __init__(self, model: PreTrainedModel, slots: int, capacity: int) -> None:
+    def __init__(self, model: PreTrainedModel, slots: int, capacity: int, beside: "Streams | None" = None) -> None:
         windows = attention_windows(model.config)
         if windows is None:
             raise UserError(
@@ -163,17 +177,22 @@ class Streams(Texts):
                 " which caching of ragged rows needs"
             )
         self._windows = windows
-        super().__init__(slots, capacity)
+        super().__init__(slots, capacity, beside)
         self.model = model.eval()
-        self._cache = _RowCache(slots, capacity)
-        self._row_of = list(range(slots))
-        self._slot_at = list(range(slots))
+        self._cache: _RowCache = _RowCache(slots, capacity) if beside is None else beside._cache
+        self._row_of: list[int] = list(range(slots)) if beside is None else beside._row_of
+        self._slot_at: list[int] = list(range(slots)) if beside is None else beside._slot_at
+
+    @property
+    def storage(self) -> list[Tensor]:
+        """Where keys and values lie, all slots' and all layers'."""
+        return [*self._cache.keys, *self._cache.values]
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Put the first `length` tokens of the source slot in the place of what the target slot holds."""
         refuse_bad_cut(source, self.texts[source], length)
         self._cache.copy_rows([self._row_of[source]], [self._row_of[target]], length)
-        self.texts[target] = self.texts[source][:length]
+        self._copy_text(source, target, length)
 
     @torch.no_grad()
     def extend(
@@ -238,8 +257,7 @@ class Streams(Texts):
         steps = torch.arange(width, device=device)
         positions = starts + steps
         rows, indices = (steps < sizes).nonzero(as_tuple=True)
-        for slot, chunk in zip(slots, chunks, strict=True):
-            self.texts[slot] += chunk
+        self._append(slots, chunks)
 
         cache = self._cache
         cache.read = max(len(self.texts[slot]) for slot in slots)
