@@ -38,6 +38,7 @@ from dmr_pipeline.evaluation.results import (
 )
 from dmr_pipeline.intervals import wilson
 from dmr_pipeline.precision.hull import Floats, below_hull, best_mixture
+from dmr_pipeline.rollout.failures import FAILURES, PARSE_FAILURES
 
 EPISODES = pl.Schema(
     {
@@ -62,6 +63,10 @@ EPISODES = pl.Schema(
         "switches": pl.Int64(),
         "cost": pl.Float64(),
         "cost_cache": pl.Float64(),
+        "unfinished": pl.Int64(),
+        "no_thought": pl.Int64(),
+        "empty": pl.Int64(),
+        "inadmissible": pl.Int64(),
     }
 )
 """One row per (policy, draw, game). `variant_of`: the router that a policy is compared with, or, of the kind `speculative`, the
@@ -72,7 +77,7 @@ sums over the steps. `reward` is in [0, 1], and 1 is success. `tokens`: read by 
 them: to act, to catch up after a switch, for a draft or a reading that was thrown away; `high_tokens`: those that the dearest
 routed rung read. `passes`: forward passes of the acting precision; `drafted`: tokens that a cheaper one drafted for it, and
 `accepted` those that it took. `cost` is in the unit of rollout/cost.py; `cost_cache` is the part of it
-that is read from the KV cache."""
+that is read from the KV cache. The last four are steps whose action failed so (rollout/failures.py)."""
 
 _KIND_ORDER: Mapping[str, int] = {
     "single": 0,
@@ -315,6 +320,7 @@ def _checked(episodes: pl.DataFrame, needed: Sequence[str]) -> pl.DataFrame:
         & (pl.col("reward").eq(1) == pl.col("success"))
         & pl.col("cost").is_finite()
         & pl.col("cost_cache").is_between(0, pl.col("cost"))
+        & pl.sum_horizontal(FAILURES).is_between(0, pl.col("steps"))
     )
     if (impossible := episodes.filter(~possible)).height:
         name, game = impossible.select("policy", "task_id").row(0)
@@ -389,6 +395,8 @@ def _policy_metrics(
         "steps": _total(rows, "steps") / rows.height,
         "acting_passes": _total(rows, "passes") / _total(rows, "steps"),
         "switches": _total(rows, "switches") / rows.height,
+        "parse_failures": sum(_total(rows, failure) for failure in PARSE_FAILURES) / _total(rows, "steps"),
+        "failures": {failure: _total(rows, failure) / _total(rows, "steps") for failure in FAILURES},
         "n": outcomes.success.size,
         "episodes": rows.height,
         "by_task_type": by_type,

@@ -19,6 +19,7 @@ from dmr_pipeline.precision.ladder import read_ladder
 from dmr_pipeline.precision.pass_bytes import PassBytes
 from dmr_pipeline.recipe import Recipe
 from dmr_pipeline.rollout.engine import RolloutRequest, RoutingPolicy, SinglePrecision, Timings, Trajectory
+from dmr_pipeline.rollout.failures import FAILURES
 from dmr_pipeline.rollout.known import Known
 from dmr_pipeline.rollout.playing import PolicyRuns, Rollouts
 
@@ -191,5 +192,6 @@ def _row(entry: Entry, trajectory: Trajectory, arena: Arena) -> tuple[object, ..
         sum(before.precision != after.precision for before, after in pairwise(steps)),
         cost.total,
         cost.cache,
+        *(sum(step.failure == failure for step in steps) for failure in FAILURES),
         trajectory.outgrown,
     )

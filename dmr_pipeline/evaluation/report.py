@@ -15,6 +15,7 @@ from dmr_pipeline.artifacts.run_record import run_record_beside
 from dmr_pipeline.atomic import replaced
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.evaluation.results import SINGLE, Interval, Metrics, PairedComparison, PolicyMetrics
+from dmr_pipeline.rollout.failures import FAILURES
 
 _KIND_STYLES = {
     "single": "",
@@ -29,6 +30,7 @@ _KIND_STYLES = {
 _NONE = "-"
 COST_COLUMN = "cost (weights + cache)"
 GAIN_COLUMN = "gain at equal cost"
+FAILURES_COLUMN = "parse failures"
 PASSES_COLUMN = "passes a step (drafts taken)"
 
 
@@ -113,7 +115,8 @@ def markdown_table(metrics: Metrics) -> str:
     score = ("score",) if has_scores(metrics) else ()
     acting = precision_columns(metrics)
     passes = ("tokens read", "steps", PASSES_COLUMN)
-    columns = ("policy", "success", *score, *acting, COST_COLUMN, *passes, "gap recovered", GAIN_COLUMN)
+    failed = (FAILURES_COLUMN, "inadmissible")
+    columns = ("policy", "success", *score, *acting, COST_COLUMN, *passes, "gap recovered", GAIN_COLUMN, *failed)
     rows = [columns, ("---",) + ("---:",) * (len(columns) - 1)]
     for name, policy in metrics["policies"].items():
         scores = [f"{_score(policy)} {_brackets(policy['score_ci95'], 1)}"] if score else []
@@ -123,6 +126,8 @@ def markdown_table(metrics: Metrics) -> str:
             _passes(policy),
             _recovered(policy),
             _gain(policy),
+            f"{policy['parse_failures']:.1%}",
+            f"{policy['failures']['inadmissible']:.1%}",
         )
         shown = f"**{name}**" if name == metrics["headline"] else name
         rows.append((shown, _success(policy), *scores, *precision_cells(policy, metrics), _cost(policy), *others))
@@ -135,7 +140,7 @@ def console_table(metrics: Metrics) -> Table:
     table = Table(
         box=box.SIMPLE_HEAD,
         pad_edge=False,
-        padding=(0, 1, 0, 0),
+        padding=0,
         title=f"{metrics['recipe']}: test games",
         title_justify="left",
         title_style="bold",
@@ -144,7 +149,12 @@ def console_table(metrics: Metrics) -> Table:
     table.add_column("policy", overflow="fold")
     scores = has_scores(metrics)
     ratio = "ratio" if len(metrics["route"]) == 2 else "bits"
-    for column in ("success", *(("score", ratio, "cost") if scores else (ratio, "cost", "gap")), "gain"):
+    for column in (
+        "success",
+        *(("score", ratio, "cost") if scores else (ratio, "cost", "gap")),
+        "parse\nfails",
+        "gain",
+    ):
         table.add_column(column, justify="right", no_wrap=True)
     kind = None
     for name, policy in metrics["policies"].items():
@@ -157,7 +167,8 @@ def console_table(metrics: Metrics) -> Table:
         gap = _NONE if recovered is None else f"{recovered:.0%}"
         middle = (_score(policy), acting, cost) if scores else (acting, cost, gap)
         success = f"{policy['success']:.1%} {_brackets(policy['ci95'], 0)}"
-        table.add_row(marked, success, *middle, _gain(policy), style=_KIND_STYLES[kind])
+        fails = f"{policy['parse_failures']:.1%}"
+        table.add_row(marked, success, *middle, fails, _gain(policy), style=_KIND_STYLES[kind])
     return table
 
 
@@ -207,6 +218,7 @@ def render_html(folder: Path, sidecar: Path | None, html: Path) -> None:
             precision_columns=precision_columns(metrics),
             precision_cells={name: precision_cells(policy, metrics) for name, policy in policies.items()},
             against_high=policies[metrics["headline"]]["cost"] / policies[metrics["high"]]["cost"],
+            failures=FAILURES,
             task_types=sorted({name for policy in policies.values() for name in policy["by_task_type"]}),
             pictures=_pictures(folder / "plots"),
             ladder=context.get("ladder", []),
@@ -328,10 +340,12 @@ def _score(policy: PolicyMetrics) -> str:
 def _note(metrics: Metrics) -> str:
     games = metrics["policies"][metrics["headline"]]["n"]
     score = " Score: mean reward times 100." if has_scores(metrics) else ""
+    failed = any(policy["parse_failures"] for policy in metrics["policies"].values())
+    fails = " Parse failures: share of the steps whose action is not as the prompt wants it." if failed else ""
     return (
         f"{games} games; brackets: {_confidence(metrics)} intervals, clustered by game.{score} Cost: the ladder's dearest "
         "precision on validation, with 16-bit weights, = 1. Gain: points of success over single precisions and mixtures of "
-        "their episodes at equal cost. "
+        f"their episodes at equal cost.{fails} "
         f"Chosen on validation: {metrics['headline']}, {_against_singles(metrics)}."
     )
 

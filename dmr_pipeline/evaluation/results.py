@@ -60,6 +60,11 @@ class PolicyMetrics(TypedDict):
     """Of the tokens that a cheaper precision drafted, the share that the acting one took. Absent where nothing was drafted."""
     switches: float
     """Mean changes of precision an episode."""
+    parse_failures: float
+    """Share of the steps whose action was none as the prompt wants it: unfinished, without a thought's end, or empty."""
+    failures: dict[str, float]
+    """Each of these -> its share of the steps; and `inadmissible`, the share of those whose command could be read and does
+    nothing (rollout/failures.py)."""
     n: int
     """Games."""
     episodes: int
@@ -178,6 +183,8 @@ def failures_of(metrics: Metrics) -> list[str]:
             failures.append(f"{name}: score {policy['score']} with success {policy['success']}")
         if not 0 <= policy["high_ratio"] <= 1 or not 0 <= policy["spend"] <= 1:
             failures.append(f"{name}: high-precision ratio {policy['high_ratio']}, spend {policy['spend']}")
+        if not 0 <= policy["parse_failures"] <= sum(policy["failures"].values()) + 1e-5 <= 1 + 2e-5:
+            failures.append(f"{name}: parse failures {policy['parse_failures']}, failures {policy['failures']}")
         if policy["cost"] <= 0 or policy["n"] <= 0:
             failures.append(f"{name}: cost {policy['cost']} over {policy['n']} games")
     for name, ratio in ((metrics["high"], 1.0), (metrics["low"], 0.0)):

@@ -32,6 +32,7 @@ from dmr_pipeline.environments.base import Episode, Task
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.recipe import Speculative
 from dmr_pipeline.rollout.choosing import drawn, leads
+from dmr_pipeline.rollout.failures import PARSE_FAILURES, Failure
 from dmr_pipeline.rollout.known import Drafting, Known, KnownAction, Transcript
 from dmr_pipeline.rollout.kv_cache.catching_up import catch_up
 from dmr_pipeline.rollout.kv_cache.choice import token_streams, transcript_capacity
@@ -216,6 +217,8 @@ class Step:
     """Tokens that another rung drafted for the acting one to check."""
     accepted: int = 0
     """Those of them that it took."""
+    failure: Failure | None = None
+    """How the action failed to be a command that does something."""
 
 
 @dataclass
@@ -343,6 +346,8 @@ def play(
     return [done[i] for i in range(len(runs))]
 
 
+_MANY_FAILURES = 0.1
+"""Of the steps."""
 ALONE = "alone"
 """The precision's name where one model plays that is no rung."""
 
@@ -386,6 +391,22 @@ def warn_of_outgrown(played: Sequence[Trajectory], capacity: int) -> None:
             outgrown,
             len(played),
             capacity,
+        )
+
+
+def warn_of_parse_failures(played: Sequence[Trajectory], who: str) -> None:
+    """Log how actions were no actions as the prompt wants them, if many were not.
+
+    Args:
+        who: has acted.
+    """
+    failures = Counter(step.failure for trajectory in played for step in trajectory.steps)
+    if sum(failures[failure] for failure in PARSE_FAILURES) >= _MANY_FAILURES * max(failures.total(), 1):
+        shares = (f"{failures[f] / failures.total():.0%} {f}" for f in PARSE_FAILURES if failures[f])
+        log.warning(
+            "%s: many actions are not as agent.prompt wants them, %s of the steps (rollout/failures.py)",
+            who,
+            ", ".join(shares),
         )
 
 
@@ -488,7 +509,13 @@ class _Batch:
         for slot, state, decision in zip(slots, running, decisions, strict=True):
             taken = chosen[slot]
             command = self.prompter.command(taken.action)
+            before = state.episode.state
             observation, reward, over = state.episode.step(command)
+            failure: Failure | None = self.prompter.parse_failure(taken.action)
+            # Where nothing has changed, what is admissible now was so before.
+            idle = failure is None and not over and state.episode.state == before
+            if idle and command not in state.episode.admissible_commands():
+                failure = "inadmissible"
             state.trajectory.steps.append(
                 Step(
                     state.segment,
@@ -504,6 +531,7 @@ class _Batch:
                     decision.forced,
                     taken.drafting.drafted if taken.drafting else 0,
                     taken.drafting.accepted if taken.drafting else 0,
+                    failure,
                 )
             )
             state.transcript.append(taken.action)

@@ -22,6 +22,7 @@ from dmr_pipeline.environments.base import SEPARATOR
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.recipe import Chat, PageView, Prompt, placeholders
 from dmr_pipeline.rollout.chat import BY_HAND, rendered, written_out
+from dmr_pipeline.rollout.failures import ParseFailure
 
 log = logging.getLogger(__name__)
 
@@ -153,7 +154,11 @@ class Prompter:
 
     def is_complete(self, action: list[int]) -> bool:
         """Whether generated tokens end here; to be asked after each one."""
-        if len(action) >= self.prompt.max_action_tokens or action[-1] in self.eos:
+        return len(action) >= self.prompt.max_action_tokens or self._has_end(action)
+
+    def _has_end(self, action: list[int]) -> bool:
+        """Whether generated tokens end as an action does, not only for want of room."""
+        if action[-1] in self.eos:
             return True
         if not self.action_end.closes(action, self.tokenizer):
             return False
@@ -179,12 +184,24 @@ class Prompter:
             command = list(takewhile(lambda token: token not in self._marks, begun))
             text = str(self.tokenizer.decode(command, skip_special_tokens=True))
         else:
-            text = self._after_thought(action) or _decoded(self.tokenizer, action)
+            thought = self.thought_end is not None and self._has_thought(action, self.thought_end)
+            text = self._after_thought(action) if thought else _decoded(self.tokenizer, action)
             if self.action_end.token is None:
                 text = text.partition(self.action_end.text)[0]
             marks = map(re.escape, self.tokenizer.convert_ids_to_tokens(sorted(self._marks)))
             text = next(filter(str.strip, re.split("|".join(marks), text)), "")
         return re.split(r"[\r\n]", text.strip(), maxsplit=1)[0].strip()
+
+    def parse_failure(self, action: list[int]) -> ParseFailure | None:
+        """How generated tokens, which `is_complete` let end, fail to be an action as the prompt wants it."""
+        if not self._has_end(action):
+            return "unfinished"
+        if self.thought_end is not None and not self._has_thought(action, self.thought_end):
+            return "no_thought"
+        return None if self.command(action) else "empty"
+
+    def _has_thought(self, action: list[int], end: End) -> bool:
+        return end.text in _decoded(self.tokenizer, action) if end.token is None else end.token in action
 
     def _after_thought(self, action: list[int]) -> str:
         """What has been written since the thought ended; nothing where it has not."""

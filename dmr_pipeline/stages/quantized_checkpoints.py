@@ -28,7 +28,7 @@ from dmr_pipeline.precision.pass_bytes import PassBytes, pass_bytes, stored_pass
 from dmr_pipeline.precision.quantization import RungSize, load_rung, quantize_rung, save_rung, stored_size
 from dmr_pipeline.recipe import Gptq, Recipe, Rung
 from dmr_pipeline.rollout.cost import episode_cost
-from dmr_pipeline.rollout.engine import ALONE, Trajectory, play_alone, warn_of_outgrown
+from dmr_pipeline.rollout.engine import ALONE, Trajectory, play_alone, warn_of_outgrown, warn_of_parse_failures
 from dmr_pipeline.rollout.kv_cache.choice import rows_that_fit, transcript_capacity
 from dmr_pipeline.rollout.parallel import gather, in_processes, processes_on, scatter
 from dmr_pipeline.rollout.prompts import Prompter
@@ -89,6 +89,7 @@ def quantized_checkpoints(context: StageContext) -> StageResult:
                     reloads_equal=equal,
                 )
             )
+            warn_of_parse_failures(played, f"rung {rung.name}")
             frames.append(played_rows(rung.name, played, read, bits, unit))
     assert unit is not None
     table = pl.concat(frames)

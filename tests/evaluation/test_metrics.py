@@ -332,6 +332,22 @@ def test_metrics_of_known_episodes(episodes: pl.DataFrame) -> None:
     assert metrics["random_curve"]["apgr"] == pytest.approx(0.4 * recovered / 2 + 0.6 * (1 + recovered) / 2, abs=1e-6)
 
 
+def test_failures_are_shares_of_the_steps(episodes: pl.DataFrame) -> None:
+    first = pl.col("task_id") < "game-0010"
+    router = episodes.filter(policy="kl_router").with_columns(
+        unfinished=pl.when(first).then(3).otherwise(0), empty=pl.when(first).then(1).otherwise(0), inadmissible=2
+    )
+    others = episodes.filter(pl.col("policy") != "kl_router")
+    metrics = compute(pl.concat([others, router.cast(others.schema)]))
+    failed = metrics["policies"]["kl_router"]
+    assert failed["failures"] == {"unfinished": 0.03, "no_thought": 0.0, "empty": 0.01, "inadmissible": 0.2}
+    assert failed["parse_failures"] == 0.04
+    assert metrics["policies"]["random@kl_router"]["failures"]["inadmissible"] == 0.1
+    assert not [line for line in failures_of(metrics) if "parse failures" in line]
+    failed["parse_failures"] = 0.5
+    assert [line for line in failures_of(metrics) if line.startswith("kl_router: parse failures 0.5, failures {")]
+
+
 def test_a_precision_that_only_checks_is_no_single_one_and_tells_its_passes(episodes: pl.DataFrame) -> None:
     before, metrics = compute(episodes), compute(with_checked(episodes))
     assert list(metrics["policies"])[:3] == ["always_high", "always_low", "speculative:float<int2-mse"]
@@ -558,6 +574,7 @@ def test_any_episodes(make: Callable, success: np.ndarray, seed: int) -> None:
         (lambda rows: rows.with_columns(bits=pl.lit(0.0)), "impossible steps"),
         (lambda rows: rows.with_columns(accepted=pl.lit(1)), "impossible steps"),
         (lambda rows: rows.with_columns(passes=pl.lit(0)), "impossible steps"),
+        (lambda rows: rows.with_columns(unfinished=pl.lit(10)), "impossible steps"),
         (lambda rows: rows.drop("variant_of"), "missing columns: variant_of"),
         (lambda rows: rows.with_columns(cost_cache=pl.col("cost") + 0.1), "impossible steps, tokens, cost or reward"),
         (lambda rows: rows.with_columns(cost_cache=pl.lit(-0.1)), "impossible steps, tokens, cost or reward"),

@@ -190,17 +190,38 @@ def test_markdown_table_holds_the_metrics(metrics: Metrics) -> None:
     lines = markdown_table(metrics).splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
     assert rows[0][3:] == ["cost (weights + cache)", "tokens read", "steps",
-                           "passes a step (drafts taken)", "gap recovered", "gain at equal cost"]  # fmt: skip
-    assert {len(row) for row in rows} == {9}
+                           "passes a step (drafts taken)", "gap recovered", "gain at equal cost",
+                           "parse failures", "inadmissible"]  # fmt: skip
+    assert {len(row) for row in rows} == {11}
     assert [row[0].strip("*") for row in rows[2:]] == list(metrics["policies"])
     interval = metrics["policies"]["kl_router"]["ci95"]
     assert rows[5][0] == "**kl_router**"
     assert rows[5][1] == f"85.0% [{interval[0] * 100:.1f}, {interval[1] * 100:.1f}]"
     assert rows[5][2:5] == ["40.0%", "0.500 (0.375 + 0.125)", "100"]
     low, high = metrics["policies"]["kl_router"]["gain_ci95"]
-    assert rows[5][5:] == ["10.0", "4.0", rows[5][7], f"+20.0 [{low * 100:.0f}, {high * 100:.0f}]"]
+    assert rows[5][5:] == ["10.0", "4.0", rows[5][7], f"+20.0 [{low * 100:.0f}, {high * 100:.0f}]", "0.0%", "10.0%"]
     assert rows[5][7].startswith("88% [")
-    assert rows[2][7:] == ["-", "+0.0 [0, 0]"]
+    assert rows[2][7:9] == ["-", "+0.0 [0, 0]"]
+
+
+def test_failures_are_told_by_policy_and_in_the_html_by_class(folder: Path, episodes: pl.DataFrame) -> None:
+    failing = pl.when(policy="always_low").then(pl.lit(4)).otherwise(pl.lit(0))
+    rows = episodes.with_columns(unfinished=failing, no_thought=failing // 2).cast(episodes.schema)
+    metrics = compute_metrics(
+        rows, recipe="tiny", route=ROUTE, high="always_high", low="always_low", headline="kl_router"
+    )
+    low = next(line for line in markdown_table(metrics).splitlines() if line.startswith("| always_low"))
+    assert low.endswith(" | 60.0% | 10.0% |")
+    assert "Parse failures: share of the steps whose action" in markdown_table(metrics)
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(console_table(metrics))
+    text = console.export_text()
+    assert "60.0%" in next(line for line in text.splitlines() if line.strip().startswith("always_low"))
+    assert max(map(len, text.splitlines())) <= 80
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    words = render(folder).text
+    assert "share of the steps parse failures unfinished no thought empty inadmissible always_high 0.0%" in words
+    assert "always_low 60.0% 40.0% 20.0% 0.0% 10.0%" in words
 
 
 def test_a_precision_that_only_checks_is_told_with_its_passes(folder: Path, episodes: pl.DataFrame) -> None:
@@ -262,7 +283,7 @@ def test_the_console_table_of_three_rungs_fits_and_tells_the_mean_bits(metrics_o
     assert max(map(len, lines)) <= 80
     assert not any("…" in line for line in lines)
     assert next(line for line in lines if "policy" in line).split() == [
-        "policy", "success", "bits", "cost", "gap", "gain",
+        "policy", "success", "bits", "cost", "gap", "fails", "gain",
     ]  # fmt: skip
     line = next(line for line in lines if line.strip().startswith("kl_router *"))
     assert " 12.15 " in line

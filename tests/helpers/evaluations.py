@@ -50,6 +50,10 @@ def make_episodes(success: Success, ratios: Mapping[str, Ratio], costs: Mapping[
             "switches": 2,
             "cost": costs[policy],
             "cost_cache": costs[policy] / 4,
+            "unfinished": 0,
+            "no_thought": 0,
+            "empty": 0,
+            "inadmissible": 1,
         }
         for policy, (kind, outcomes) in success.items()
         for draw, row in enumerate(outcomes)

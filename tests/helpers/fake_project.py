@@ -140,7 +140,8 @@ SUMMARIES: dict[str, dict[str, object]] = {
 
 def fake_policy(name: str) -> dict[str, object]:
     ratio = {"always_high": 1.0, "always_low": 0.0}.get(name, 0.3)
-    return {"success": 0.5, "ci95": [0.4, 0.6], "high_ratio": ratio, "spend": ratio, "cost": 0.5, "n": 1}
+    failures = {"parse_failures": 0.0, "failures": {"inadmissible": 0.1}}
+    return {"success": 0.5, "ci95": [0.4, 0.6], "high_ratio": ratio, "spend": ratio, "cost": 0.5, "n": 1, **failures}
 
 
 def fake_stages() -> tuple[Stage, ...]:
