@@ -17,6 +17,7 @@ That is ours; an agent that is cut off in the middle has not done its task.
 import hashlib
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
