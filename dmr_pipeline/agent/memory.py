@@ -1,8 +1,12 @@
-"""What happens where a GPU's memory does not suffice: fewer episodes at once, and where that does not help, one clear line."""
+"""What happens where a GPU's memory does not suffice: fewer episodes at once, and where that does not help, one clear line; and
+what is done so that the machine's own suffices."""
 
+import ctypes
 import logging
+import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import TypeVar
 
 import torch
@@ -10,6 +14,9 @@ import torch
 from dmr_pipeline.errors import UserError
 
 log = logging.getLogger(__name__)
+
+_WORTH_GIVING_BACK = 1 << 18
+"""Bytes of a tensor: it takes the system some milliseconds to look for what is free."""
 
 T = TypeVar("T")
 Item = TypeVar("Item")
@@ -81,3 +88,19 @@ def out_of_memory_names(knob: str) -> Iterator[None]:
             f"the GPU's memory does not suffice for this training: make {knob} smaller, free the GPU of other programs,"
             " or train on runtime.device: cpu"
         ) from error
+
+
+@cache
+def _libc() -> str:
+    return platform.libc_ver()[0]
+
+
+def give_back_freed(after: int) -> None:
+    """Give memory that is free within the process back to the system. glibc keeps what lies between tensors that are still
+    used: of a model that is quantized layer by layer, more than its integers take.
+
+    Args:
+        after: bytes of the tensor that the work was about; nothing is done for a small one.
+    """
+    if after >= _WORTH_GIVING_BACK and _libc() == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from optimum.quanto import QTensor
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from dmr_pipeline.errors import UserError
@@ -29,17 +31,19 @@ class ActingModels:
     def load(
         cls, checkpoints: Path, rungs: Sequence[str], device: torch.device, kernels: Literal["low_bit"] | None = None
     ) -> "ActingModels":
-        """From the folder of the stage `quantized_checkpoints`.
+        """From the folder of the stage `quantized_checkpoints`. Weights that are equal between rungs (embeddings, norms) are in
+        memory once.
 
         Args:
             rungs: names, dearest first.
             kernels: as `acting_model`.
         """
-        models, sizes = {}, {}
+        models: dict[str, PreTrainedModel] = {}
+        sizes: dict[str, PassBytes] = {}
         for rung in rungs:
             model = load_rung(checkpoints / rung, device)
             sizes[rung] = stored_pass_bytes(model, checkpoints / rung)
-            models[rung] = acting_model(model, device, kernels)
+            models[rung] = sharing(acting_model(model, device, kernels), list(models.values()))
         return cls(models, sizes, device)
 
     @property
@@ -85,3 +89,19 @@ def acting_model(
     if kernels == "low_bit":
         return with_kernels(model)
     return dequantize(model) if device.type == "cpu" else model
+
+
+def sharing(model: PreTrainedModel, others: Sequence[PreTrainedModel]) -> PreTrainedModel:
+    """The model with the others' memory where it has the same weight under the same name, bit by bit. Nothing that acts is
+    changed ever after."""
+    for other in others:
+        theirs = dict(other.named_parameters(remove_duplicate=False))
+        for name, mine in model.named_parameters():
+            if name in theirs and _equal(mine, theirs[name]):
+                mine.data = theirs[name].data
+    return model
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    plain = not isinstance(one, QTensor) and not isinstance(other, QTensor)
+    return plain and one.dtype == other.dtype and torch.equal(one, other)

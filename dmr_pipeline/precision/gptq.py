@@ -59,7 +59,7 @@ def rounded_by_gptq(
 ) -> dict[str, WeightQBitsTensor]:
     """Weights of all linear layers of the decoder's layers, by name, but for those that patterns in `kept` fit.
 
-    The model's own weights become, in place, what the rounded ones stand for.
+    The model's own weights become, layer by layer, the rounded ones.
 
     Args:
         model: float, in evaluation mode.
@@ -94,6 +94,8 @@ def rounded_by_gptq(
             module.weight = nn.Parameter(levels.weights(shape), requires_grad=False)
             rounded[name] = levels.packed(shape, kind)
         states = [output(hidden) for output, hidden in zip(forward, states, strict=True)]
+        for name, module in linear.items():  # the layer is not called again
+            module.weight = nn.Parameter(rounded[name], requires_grad=False)
         run.on_layer(number + 1, len(layers))
     return rounded
 

@@ -23,6 +23,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
+from accelerate import init_empty_weights
 from huggingface_hub.errors import StrictDataclassError
 from optimum.quanto import (
     AffineOptimizer,
@@ -31,20 +32,20 @@ from optimum.quanto import (
     QLinear,
     QModuleMixin,
     WeightQBitsTensor,
-    freeze,
     qtype,
     qtypes,
     quantization_map,
     quantize,
 )
 from safetensors import SafetensorError
-from safetensors.torch import load_model, save_model
+from safetensors.torch import load_file, save_model
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from dmr_pipeline.agent.checkpoint import drop_versions, rung_config
 from dmr_pipeline.agent.formats import refuse_pickles
+from dmr_pipeline.agent.memory import give_back_freed
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.precision.gptq import GptqRun, rounded_by_gptq
 from dmr_pipeline.precision.imported import load_imported
@@ -100,7 +101,9 @@ def quantize_rung(
     calibration: Callable[[PreTrainedModel], object] | None = None,
     gptq: GptqRun | None = None,
 ) -> PreTrainedModel:
-    """A copy of the float model at the rung's precision, frozen and in evaluation mode; a float rung is the model itself.
+    """A copy of the float model at the rung's precision, frozen and in evaluation mode; a float rung is the model itself. What is
+    not quantized (embeddings, norms) is shared with the float model, and layers are quantized one by one: the float weights are
+    never there twice.
 
     With `activations: int8`, the inputs of the quantized layers are rounded to int8 too, with one scale a layer.
     quanto's default would round outputs as well, unless calibration finds that nobody uses them as integers, which it
@@ -125,7 +128,7 @@ def quantize_rung(
     if rung.weights == "float":
         return model.eval()
     kept = _kept_patterns(model, rung)
-    model = copy.deepcopy(model).eval()
+    model = copy.deepcopy(model, {id(tensor): tensor for tensor in model.parameters()}).eval()
     _conv1d_to_linear(model)
     if rung.head is not None:
         kept.append(_quantize_head(model, rung))
@@ -222,7 +225,8 @@ def save_rung(model: PreTrainedModel, folder: Path) -> None:
 def load_rung(folder: Path, device: torch.device) -> PreTrainedModel:
     """Read what `save_rung` or `import_rung` wrote, in evaluation mode; its tensors and logits are bit-identical to those saved.
 
-    The model is built on its device: on `meta` its rotary frequencies, which are in no file, would be lost.
+    Its weights are there once, as they are stored: those that the model is built with are never made. Its buffers are, since
+    rotary frequencies are in no file.
 
     Raises:
         UserError: the folder or a file is missing or damaged, or the weights are a pickle.
@@ -235,17 +239,43 @@ def load_rung(folder: Path, device: torch.device) -> PreTrainedModel:
     try:
         modules = json.loads((folder / MAP_FILE).read_text(encoding="utf-8"))
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        with torch.random.fork_rng(), device:  # the initial weights are drawn, then overwritten
+        with init_empty_weights(include_buffers=False), device:
             model = AutoModelForCausalLM.from_config(config, dtype=config.dtype, trust_remote_code=False)
+        model.tie_weights()  # within, each weight is made anew
         if modules:
             _conv1d_to_linear(model)
         for name, types in modules.items():
             activations = None if types["activations"] == "none" else types["activations"]
-            _quantize(model, types["weights"], activations, include=[name])
-        load_model(model, folder / WEIGHTS_FILE, device=str(device))
+            _to_quantized_layers(model, types["weights"], activations, None, include=[name])
+        _fill(model, load_file(folder / WEIGHTS_FILE, device=str(device)))
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, StrictDataclassError) as error:
         raise UserError(f"rung {folder} cannot be loaded: {' '.join(str(error).split())}") from error
     return model.eval()
+
+
+def _fill(model: PreTrainedModel, stored: dict[str, Tensor]) -> None:
+    """Give a model without weights those of a file, each under all of its names where it is tied.
+
+    Raises:
+        RuntimeError: a weight is missing, or is none of the model's.
+    """
+    packed = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, QModuleMixin)}
+    tied: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name not in packed:
+            tied.setdefault(id(parameter), []).append(name)
+    for names in tied.values():
+        found = next((stored[name] for name in names if name in stored), None)
+        if found is not None:
+            stored.update(dict.fromkeys(names, found))
+    model.load_state_dict(stored, assign=True)
+    stored.clear()
+    for names in tied.values():
+        # In a file weights lie unaligned, and on a CPU what is read of it is the file itself.
+        weight = nn.Parameter(model.get_parameter(names[0]).detach().clone(), requires_grad=False)
+        for name in names:
+            module, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(module), attribute, weight)
 
 
 def stored_bytes(model: PreTrainedModel) -> dict[str, int]:
@@ -298,6 +328,8 @@ def dequantize(model: PreTrainedModel) -> PreTrainedModel:
         linear.weight = nn.Parameter(module.weight.dequantize(), requires_grad=False)
         linear.bias = module.bias
         model.set_submodule(name, linear)
+        del module
+        give_back_freed(linear.weight.nbytes)
     return model.eval()
 
 
@@ -311,15 +343,30 @@ def _quantize(
     rounded: Mapping[str, WeightQBitsTensor] = MappingProxyType({}),
 ) -> None:
     """In place. `rounded` has the weights of some of the layers, by name; those of all others are rounded to nearest."""
-    quantize(model, weights=weights, activations=activations, optimizer=optimizer, include=include, exclude=exclude)
+    _to_quantized_layers(model, weights, activations, optimizer, include, exclude)
     for name, module in model.named_modules():
-        if isinstance(module, QModuleMixin):
-            module.disable_output_quantization()
-        if isinstance(module, QLinear) and module.weight_qtype == qint3:
-            module.weight_group_size = group_size(module.in_features)
         if name in rounded:
             module.weight = nn.Parameter(rounded[name])
         elif isinstance(module, QLinear) and module.weight_qtype == qint3 and not module.frozen:
             levels = round_to_nearest(module.weight, qint3, optimizer or MaxOptimizer())
             module.weight = nn.Parameter(levels.packed(module.weight.shape, qint3))
-    freeze(model)
+        if isinstance(module, QModuleMixin):
+            module.freeze()
+            give_back_freed(module.weight.nbytes)
+
+
+def _to_quantized_layers(
+    model: PreTrainedModel,
+    weights: str,
+    activations: str | None,
+    optimizer: AffineOptimizer | None,
+    include: list[str] | None = None,
+    exclude: list[str] | None = None,
+) -> None:
+    """In place. Their weights are still in float."""
+    quantize(model, weights=weights, activations=activations, optimizer=optimizer, include=include, exclude=exclude)
+    for module in model.modules():
+        if isinstance(module, QModuleMixin):
+            module.disable_output_quantization()
+        if isinstance(module, QLinear) and module.weight_qtype == qint3:
+            module.weight_group_size = group_size(module.in_features)

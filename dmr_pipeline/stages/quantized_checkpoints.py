@@ -19,7 +19,7 @@ from dmr_pipeline.artifacts.stage import StageContext, StageResult
 from dmr_pipeline.environments.base import Task
 from dmr_pipeline.environments.benchmark import benchmark_of
 from dmr_pipeline.errors import UserError
-from dmr_pipeline.precision.acting import acting_model
+from dmr_pipeline.precision.acting import acting_model, sharing
 from dmr_pipeline.precision.frontier import PLAYED, PLAYED_FILE, played_facts
 from dmr_pipeline.precision.gptq import GptqRun
 from dmr_pipeline.precision.imported import import_rung, inspect
@@ -173,7 +173,7 @@ def _make_rung(
     model = load_rung(folder, device)
     equal = torch.equal(saved_logits, trained_logits(model, examples[:1], device)[0])
     size, read = stored_size(model, folder), stored_pass_bytes(model, folder)
-    acting = float_model if rung.weights == "float" else acting_model(model, device, kernels)
+    acting = float_model if rung.weights == "float" else sharing(acting_model(model, device, kernels), [float_model])
     return acting, size, read, equal
 
 

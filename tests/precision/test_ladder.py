@@ -124,7 +124,7 @@ def test_beside_the_float_model_there_is_one_other_at_most(
         "play_alone",
     ):
         monkeypatch.setattr(stage, name, watched(getattr(stage, name)))
-    for name in ("_quantize", "load_model", "save_model"):
+    for name in ("_quantize", "_fill", "save_model"):
         monkeypatch.setattr(quantization, name, watched(getattr(quantization, name)))
     quantized_checkpoints(context)
     assert len(seen) > 30
