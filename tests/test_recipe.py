@@ -105,6 +105,7 @@ def test_what_is_right_is_taken(tmp_path: Path, changes: dict[str, object], path
 
 
 DUMPS = {
+    "alfworld-smollm2": "ac65ada41a6d",
     "alfworld-tiny": "8a444d343dff",
     "alfworld-tiny-official": "fccd760a556b",
     "webshop-tiny": "e07b5225508d",

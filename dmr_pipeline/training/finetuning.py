@@ -1,6 +1,7 @@
 """Fine-tuning an LLM that exists: what of it is trained, by whom, and how the outcome is stored."""
 
 import copy
+import json
 from pathlib import Path
 
 import torch
@@ -73,3 +74,7 @@ def save_adapter(adapted: PeftModel, base: Pretrained, folder: Path) -> None:
     for path in folder.iterdir():
         if path.name not in (ADAPTER_CONFIG, SAFETENSORS_WEIGHTS_NAME):  # a card to fill in
             path.unlink()
+    # Without the library's version the files' hashes stay when only the library changes.
+    written = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    written.pop("peft_version", None)
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")

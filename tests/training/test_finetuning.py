@@ -101,6 +101,7 @@ def test_the_artifact_is_the_adapter_that_was_trained(base: Path, tmp_path: Path
     folder = tuned(base, tmp_path / "run") / "model"
     assert sorted(path.name for path in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
     config = json.loads((folder / "adapter_config.json").read_text())
+    assert "peft_version" not in config
     assert (config["base_model_name_or_path"], config["r"], config["lora_alpha"]) == (str(base), 4, 8)
     merged, _ = load_causal_lm(folder, None, CPU)
     plain, _ = load_causal_lm(base, None, CPU)
