@@ -19,5 +19,8 @@ def test_of_all_data_git_takes_the_agents_that_the_project_commits(tmp_path: Pat
             model.parents[1].with_name(f"{stage}.run.json").touch()
     subprocess.run(["git", "-C", str(tmp_path), "add", "."], check=True)
     added = subprocess.run(["git", "-C", str(tmp_path), "ls-files"], capture_output=True, text=True, check=True)
-    agents = [f"data/{recipe}/agent/model/model.safetensors" for recipe in ("alfworld-tiny", "webshop-tiny")]
+    agents = [
+        f"data/{recipe}/agent/model/model.safetensors"
+        for recipe in ("alfworld-smollm2", "alfworld-tiny", "webshop-tiny")
+    ]
     assert added.stdout.split() == ["data/.gitignore", *agents]
