@@ -222,6 +222,16 @@ def test_what_is_played_and_in_which_order_it_is_reported(finished: Bench) -> No
     assert set(hash_files(finished.output)) == {"episodes.parquet", "metrics.json", "context.json", "table.md"}
 
 
+def test_what_random_agents_write_is_counted_as_what_it_is(finished: Bench) -> None:
+    episodes = pl.read_parquet(finished.output / "episodes.parquet")
+    policies = json.loads((finished.output / "metrics.json").read_text())["policies"]
+    counts = episodes.group_by("policy").agg(pl.sum("steps", "unfinished", "no_thought", "empty", "inadmissible"))
+    assert 0 < counts["unfinished"].sum() <= counts["steps"].sum()
+    for policy, steps, *failed in counts.iter_rows():
+        assert policies[policy]["parse_failures"] == pytest.approx(sum(failed[:3]) / steps, abs=1e-6)
+        assert list(policies[policy]["failures"].values()) == pytest.approx([n / steps for n in failed], abs=1e-6)
+
+
 def test_a_finished_evaluation_plays_nothing_again(bench: Bench, finished: Bench) -> None:
     """Not even what shows what was found."""
     assert bench.run() == []

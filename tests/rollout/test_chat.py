@@ -1,11 +1,13 @@
 """Segments derived from chat templates are what the templates render."""
 
 import re
+from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
 from transformers import PreTrainedTokenizerBase
 
+from dmr_pipeline.agent.checkpoint import load_tokenizer
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.recipe import Agent, Chat, Prompt, load_recipe
 from dmr_pipeline.rollout.prompts import Prompter
@@ -224,3 +226,12 @@ def test_a_prompt_without_chat_is_dumped_as_before() -> None:
     assert "chat" not in Prompt().model_dump(mode="json")
     prompt = Prompt(chat=Chat(), opening=OPENING, turn=TURN)
     assert Prompt.model_validate(prompt.model_dump(mode="json")) == prompt
+
+
+def test_the_template_goes_with_the_tokenizer_of_the_rungs(tmp_path: Path) -> None:
+    first = prompter("qwen", CHATML, Chat(system="Be short."))
+    first.tokenizer.save_pretrained(tmp_path)
+    prompt = Prompt(chat=Chat(system="Be short."), opening=OPENING, turn=TURN, max_action_tokens=200)
+    again = Prompter.of(load_tokenizer(tmp_path), prompt)
+    assert again.prompt == first.prompt
+    assert again.opening("A mug.", "find it") == first.opening("A mug.", "find it")
