@@ -1,9 +1,68 @@
 """The most memory that a process has held."""
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
+
+_SECONDS = 0.5
+_OWN = ("Pss_Anon:", "Pss_Shmem:")
 
 
 def peak_bytes() -> int:
     """Of this program so far, as Linux tells it. (`ru_maxrss` is no less than that of the process that started it.)"""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
     return int(line.split()[1]) * 1024
+
+
+@dataclass
+class Peak:
+    """The most that was found so far."""
+
+    bytes: int | None = None
+    """None where the system does not tell."""
+
+
+@contextmanager
+def watched_memory() -> Iterator[Peak]:
+    """Look twice a second at what this process and its children hold together, pages of files aside, which the system takes back
+    where it needs them. What children share with it counts once."""
+    peak, ended = Peak(), threading.Event()
+
+    def look() -> None:
+        held = own_bytes()
+        if held is not None:
+            peak.bytes = max(peak.bytes or 0, held)
+
+    def watch() -> None:
+        while not ended.wait(_SECONDS):
+            look()
+
+    look()
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield peak
+        look()
+    finally:
+        ended.set()
+        watcher.join()
+
+
+def own_bytes() -> int | None:
+    """What this process and its children hold now, as `watched_memory` counts it."""
+    if not Path("/proc/self/smaps_rollup").is_file():
+        return None
+    this = psutil.Process()
+    return sum(_held(process.pid) for process in [this, *this.children(recursive=True)])
+
+
+def _held(pid: int) -> int:
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except (FileNotFoundError, ProcessLookupError, PermissionError):  # it has ended, or is another user's
+        return 0
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(_OWN))

@@ -17,8 +17,10 @@ from dmr_pipeline.artifacts.run_record import (
     RECORDED_LIBRARIES,
     RunRecord,
     git_state,
+    gpu_peak,
     installed_version,
     recorded_log,
+    reset_gpu_peak,
     this_device,
     this_machine,
     write_run_record,
@@ -26,6 +28,7 @@ from dmr_pipeline.artifacts.run_record import (
 from dmr_pipeline.artifacts.stage import DeclaredSections, Stage, StageContext
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.hashing import file_md5
+from dmr_pipeline.peak_memory import watched_memory
 from dmr_pipeline.recipe import Recipe
 
 log = logging.getLogger(__name__)
@@ -144,7 +147,8 @@ def _build(
     output = context.output
     log.info("%s: started", stage.name)
     started, clock = datetime.now(UTC), time.perf_counter()
-    with recorded_log() as lines:
+    reset_gpu_peak()
+    with recorded_log() as lines, watched_memory() as peak:
         result = stage.run(context)
     seconds = time.perf_counter() - clock
     files = hash_files(output)
@@ -167,6 +171,8 @@ def _build(
         started=started.replace(microsecond=0),
         finished=datetime.now(UTC).replace(microsecond=0),
         seconds=round(seconds, 3),
+        peak_bytes=peak.bytes,
+        peak_gpu_bytes=gpu_peak(context.recipe.runtime),
         git=git_state(),
         python=platform.python_version(),
         libraries={name: installed_version(name) for name in RECORDED_LIBRARIES},

@@ -64,6 +64,10 @@ class RunRecord(FrozenModel):
     started: AwareDatetime
     finished: AwareDatetime
     seconds: float
+    peak_bytes: int | None = None
+    """The most memory that the process and its children held, pages of files aside; None where the system does not tell."""
+    peak_gpu_bytes: int | None = None
+    """The most that torch held on the GPU; None on a CPU."""
     git: GitState | None
     """None outside of a Git checkout."""
     python: str
@@ -148,6 +152,21 @@ def this_device(runtime: Runtime) -> Device:
     if torch is not None and runtime.device != "cpu" and torch.cuda.is_initialized():
         return Device(name=torch.cuda.get_device_name(), cuda=torch.version.cuda)
     return Device(name=_cpu_model(), cuda=None)
+
+
+def reset_gpu_peak() -> None:
+    """Let `gpu_peak` tell of what comes from here on."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def gpu_peak(runtime: Runtime) -> int | None:
+    """The most that torch has held on the GPU, in bytes; None where this process has not computed on one."""
+    torch = sys.modules.get("torch")
+    if torch is None or runtime.device == "cpu" or not torch.cuda.is_initialized():
+        return None
+    return int(torch.cuda.max_memory_allocated())
 
 
 def git_state() -> GitState | None:

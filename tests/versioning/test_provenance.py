@@ -171,6 +171,8 @@ def test_record_is_of_the_run(project: Recipe, monkeypatch: pytest.MonkeyPatch):
     assert (run.hash, run.run_id, run.runtime) == (artifact.hash, "some-run", project.runtime)
     assert run.git is not None
     assert (run.git.commit, run.git.clean) == (head, True)
+    assert run.peak_bytes is not None
+    assert run.peak_bytes > 10_000_000
     assert "some-run" not in (artifact.path / MANIFEST).read_text()
     text = shown(TASKS, monkeypatch)
     assert f"git {head}\n" in text
@@ -187,12 +189,18 @@ def test_record_is_of_the_run(project: Recipe, monkeypatch: pytest.MonkeyPatch):
 def test_device_is_the_gpu_only_where_the_run_computed_on_it(
     project: Recipe, monkeypatch: pytest.MonkeyPatch, device: str, used: bool, expected: str | None
 ):
-    cuda = SimpleNamespace(is_initialized=lambda: used, get_device_name=lambda: "Some GPU")
+    cuda = SimpleNamespace(
+        is_initialized=lambda: used,
+        get_device_name=lambda: "Some GPU",
+        max_memory_allocated=lambda: 5_000,
+        reset_peak_memory_stats=lambda: None,
+    )
     monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda, version=SimpleNamespace(cuda="12.8")))
     recipe = project.model_copy(update={"runtime": Runtime(device=device)})
     run = read_run_record(materialize_stage(pipeline.STAGES[0], recipe).artifact)
     assert run is not None
     if expected is None:
-        assert (run.device.name, run.device.cuda) == (run.machine.cpu, None)
+        assert (run.device.name, run.device.cuda, run.peak_gpu_bytes) == (run.machine.cpu, None, None)
     else:
         assert f"device: {expected};" in shown(TASKS, monkeypatch)
+        assert run.peak_gpu_bytes == 5_000
