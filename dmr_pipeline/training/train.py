@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 _PIECE = {"cpu": 2500, "cuda": 12_000}
 """Tokens in one forward and backward pass, padding included, by type of device: small ones suit a CPU's caches, a GPU is kept
 busy by few large ones."""
+_SAVED_EVERY = 300
+"""Seconds after which resume state is saved again, where updates are slow; it is saved before each collection anyway."""
 _EMBEDDING_STD = 0.5
 _TRIES = 200
 """Expert episodes that are played for one that is short, at most; with none among them there would be no end."""
@@ -123,11 +125,12 @@ def train(
     with training_progress() as progress:
         bar = progress.add_task("training the agent", total=training.updates, completed=state.update, note="")
         while state.update < training.updates:
-            if state.update % training.dagger_every == 0:
+            collects = state.update % training.dagger_every == 0
+            if collects or time.perf_counter() - started >= _SAVED_EVERY:
                 _save(saved, model, optimizers, state)
                 if tokens:
                     log.info("update %d: %s", state.update, _note(state.log, tokens / (time.perf_counter() - started)))
-                if state.update >= training.dagger_from:
+                if collects and state.update >= training.dagger_from:
                     own, success = collect_own(acting(model), tasks, prompter, training, runtime, state.update)
                     state.own = (state.own + own)[-_KEPT_EPISODES:]
                     state.log.append({"update": state.update, "success": success})

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from dmr_pipeline.agent.checkpoint import load_causal_lm, save_causal_lm
+from dmr_pipeline.artifacts.resume import load_state
 from dmr_pipeline.artifacts.stage import StageContext
 from dmr_pipeline.environments.alfworld.benchmark import GeneratedAlfWorld, GeneratedGames
 from dmr_pipeline.environments.alfworld.words import alfworld_texts
@@ -73,10 +74,12 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return {name: w for path in folder.glob("model/*.safetensors") for name, w in load_file(path).items()}
 
 
+@pytest.mark.parametrize("saved_every", [0, 300])
 @pytest.mark.parametrize("lora", [LORA, None])
 def test_a_killed_fine_tuning_ends_as_an_unbroken_one(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lora: Lora | None
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lora: Lora | None, saved_every: int
 ) -> None:
+    monkeypatch.setattr(module, "_SAVED_EVERY", saved_every)  # seconds: after each update, or before collections only
     finetune = FINETUNE.model_copy(update={"lora": lora})
     whole = tuned(base, tmp_path / "whole", finetune)
 
@@ -89,6 +92,9 @@ def test_a_killed_fine_tuning_ends_as_an_unbroken_one(
         patch.setattr(module, "schedule", killed)
         with pytest.raises(KeyboardInterrupt):
             tuned(base, tmp_path / "broken", finetune)
+    state = load_state(tmp_path / "broken" / "scratch" / "training.pt")
+    assert state is not None
+    assert state["update"] == (5 if saved_every == 0 else 4)
     resumed = tuned(base, tmp_path / "broken", finetune)
     files = sorted(path.relative_to(whole) for path in whole.rglob("*") if path.is_file())
     assert files
