@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 from optimum.quanto import QLinear
-from torch import nn
+from torch import Tensor, nn
 from transformers import LlamaConfig, PreTrainedModel
 
 from dmr_pipeline.agent.checkpoint import load_causal_lm, random_causal_lm
@@ -129,16 +129,21 @@ def read_bytes(model: PreTrainedModel) -> PassBytes:
     for module in model.modules():
         if isinstance(module, LowBitLinear):
             weights += module.pass_bytes
-        elif isinstance(module, QLinear):
-            weights += sum(tensor.nbytes for name, tensor in module.state_dict().items() if name.startswith("weight"))
         elif not isinstance(module, nn.Embedding):
-            weights += sum(parameter.nbytes for parameter in module.parameters(recurse=False))
+            weights += sum(tensor.nbytes for tensor in _stored(module))
     row = model.get_input_embeddings().weight
     return PassBytes(weights, row.shape[1] * row.element_size(), cached_numbers(model))
 
 
 def held_bytes(model: PreTrainedModel) -> int:
     """Of all weights in memory, in each form in which they are there."""
-    sizes = {parameter.data_ptr(): parameter.nbytes for parameter in model.parameters()}
+    sizes = {tensor.data_ptr(): tensor.nbytes for module in model.modules() for tensor in _stored(module)}
     low_bits = [module.pass_bytes for module in model.modules() if isinstance(module, LowBitLinear)]
     return sum(sizes.values()) + sum(low_bits)
+
+
+def _stored(module: nn.Module) -> list[Tensor]:
+    """A module's own parameters; of quanto's layers the tensors that they are made of."""
+    if not isinstance(module, QLinear):
+        return list(module.parameters(recurse=False))
+    return [tensor for name, tensor in module.state_dict().items() if name.startswith(("weight", "bias"))]

@@ -151,8 +151,9 @@ def bench_acting(
     run.prepare(chosen)
     actor = actors.load_actor(model, layers=2 if quick else None)
     record = run.new_acting_record(actor, chosen)
+    cells = run.QUICK if quick else run.FULL if chosen.type == "cpu" else run.ON_A_GPU
     with progress_lines():
-        for row in run.bench_acting(actor, chosen, record.bandwidth, run.QUICK if quick else run.FULL, seconds):
+        for row in run.bench_acting(actor, chosen, record.bandwidth, cells, seconds):
             record.rows.append(row)
             if json is not None:
                 json.parent.mkdir(parents=True, exist_ok=True)

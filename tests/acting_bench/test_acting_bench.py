@@ -16,7 +16,8 @@ from dmr_pipeline.acting_bench.record import ActingRecord, Row
 from dmr_pipeline.agent.checkpoint import random_causal_lm
 from dmr_pipeline.cli import app
 from dmr_pipeline.environments.alfworld.words import alfworld_texts
-from dmr_pipeline.recipe import Prompt
+from dmr_pipeline.precision.quantization import quantize_rung
+from dmr_pipeline.recipe import Prompt, Rung
 from dmr_pipeline.rollout.prompts import Prompter
 from dmr_pipeline.training.vocabulary import word_tokenizer
 
@@ -68,6 +69,10 @@ def test_bytes_by_hand(actor: Actor) -> None:
     assert low.weights == layers // 2 + 4 * groups + head + 2 * vocabulary + 2 * norms
     assert held_bytes(models[BFLOAT16]) == plain.weights
     assert held_bytes(models[CHEAP]) == low.weights + 2 * (2 * head + layers)
+    # As quanto holds them: a byte, and a scale of two bytes an output.
+    quantos = quantize_rung(models[BFLOAT16], Rung(name="int8", weights="int8"))
+    outputs = LAYERS * (3 * WIDTH + WIDTH + 2 * FEED_FORWARD)
+    assert read_bytes(quantos).weights == held_bytes(quantos) == layers + 2 * outputs + 2 * (head + norms)
 
 
 def test_rows_of_a_cell(actor: Actor) -> None:
