@@ -113,7 +113,8 @@ class Decision:
     forced: bool = False
     """A rule decided, and the router was not asked."""
     drafter: str | None = None
-    """Name of a cheaper rung: it drafts the action, and the one that acts checks it. None: that one writes it."""
+    """Name of a cheaper rung: it drafts the action, and the one that acts checks it. None: that one writes it. Where the rung's
+    greedy draft was asked for, that is what is checked first."""
 
 
 class RoutingPolicy(Protocol):
@@ -487,6 +488,7 @@ class _Batch:
             for trail in state.trails.values():
                 if len(trail) > held and trail.readers[-1] != self._readers[decision.precision]:
                     trail.cut(held)  # its action is thrown away
+        charged = {slot for slot, decision in zip(slots, decisions, strict=True) if decision.charged}
         chosen: dict[int, Draft] = {}
         for precision in reversed(list(self.agents)):
             drafters = {
@@ -498,8 +500,11 @@ class _Batch:
             chosen |= {slot: drafted[slot] for slot in drafters if slot in drafted}
             for drafter in dict.fromkeys(drafters.values()):
                 rest = [slot for slot, its in drafters.items() if its == drafter and slot not in drafted]
-                if rest:
-                    chosen |= dict(zip(rest, self.act(precision, rest, drafter), strict=True))
+                ready = self._ready(drafter, peek, [slot for slot in rest if slot in charged])
+                for some in (list(ready), [slot for slot in rest if slot not in ready]):
+                    if some:
+                        acted_now = self.act(precision, some, drafter, [ready[slot] for slot in some if slot in ready])
+                        chosen |= dict(zip(some, acted_now, strict=True))
         besides = {
             slot: self._besides(slot, decision, chosen[slot], peek)
             for slot, decision in zip(slots, decisions, strict=True)
@@ -591,21 +596,34 @@ class _Batch:
             state.looked, state.fresh = Reading(1, unread, held), True
         return torch.from_numpy(np.stack(rows))
 
-    def _place(self, slot: int, precision: str, drafter: str | None = None) -> bytes:
-        """All that a precision's action depends on: a digest of the transcript and, with one cache, of who has read it."""
+    def _place(self, slot: int, precision: str, drafter: str | None = None, ready: Sequence[int] = ()) -> bytes:
+        """All that a precision's action depends on: a digest of the transcript, of the draft that is there already, if any, and,
+        with one cache, of who has read the transcript."""
         state = self.slots[slot]
+        place = state.transcript.digest() + np.asarray(ready, np.int64).tobytes()
         if not self._share:
-            return state.transcript.digest()
+            return place
         held, trail = len(state.transcript.tokens), state.trails[precision]
         if drafter is None:
-            return state.transcript.digest() + digest(trail.after(self._readers[precision], held))
-        return state.transcript.digest() + digest(trail.after(self._readers[drafter], held), trail.before)
+            return place + digest(trail.after(self._readers[precision], held))
+        return place + digest(trail.after(self._readers[drafter], held), trail.before)
 
-    def act(self, precision: str, slots: list[int], drafter: str | None = None) -> list[Draft]:
+    def _ready(self, drafter: str | None, peek: "_BatchPeek", slots: Sequence[int]) -> dict[int, list[int]]:
+        """Slot -> what the drafter would do there, where that was asked for. A draft that is drawn is not used: its logits, by
+        which it would be checked, are not kept."""
+        if drafter is None or self.temperature > 0:
+            return {}
+        drafted = peek.drafted.get(drafter, {})
+        return {slot: drafted[slot].action for slot in slots if slot in drafted}
+
+    def act(
+        self, precision: str, slots: list[int], drafter: str | None = None, ready: Sequence[list[int]] = ()
+    ) -> list[Draft]:
         """The action of one precision for each slot.
 
         Args:
             drafter: as `Decision.drafter`.
+            ready: for each slot the draft that is checked first, if it is there already.
 
         Raises:
             UserError: it cannot be checked what is drafted.
@@ -613,10 +631,12 @@ class _Batch:
         if drafter is not None:
             self._refuse_drafting(precision, drafter)
         drafts = []
-        for slot, taken in zip(slots, self._actions(precision, drafter, slots), strict=True):
+        for slot, taken in zip(slots, self._actions(precision, drafter, slots, ready), strict=True):
             took = taken.drafting
             if drafter is not None and took is not None:
-                took = replace(took, reading=self._grown(slot, drafter, took.kept) + took.reading)
+                grown = self._grown(slot, drafter, took.kept)
+                if not ready:
+                    took = replace(took, reading=grown + took.reading)
                 self.slots[slot].trails[precision].rewind()
             reading = self._grown(slot, precision, taken.kept) + taken.reading
             drafts.append(Draft(taken.tokens, reading, taken.margin, took))
@@ -648,23 +668,35 @@ class _Batch:
                     " act without drafts"
                 )
 
-    def _actions(self, precision: str, drafter: str | None, slots: list[int]) -> list[KnownAction]:
-        """Looked up or computed."""
+    def _actions(
+        self, precision: str, drafter: str | None, slots: list[int], ready: Sequence[list[int]]
+    ) -> list[KnownAction]:
+        """Looked up or computed; arguments as of `act`."""
+        drafts = dict(zip(slots, ready, strict=True)) if ready else {}
 
         def compute(new: list[int]) -> list[KnownAction]:
             computed.extend(new)
             if drafter is not None:
-                return self._check(precision, drafter, new)
+                return self._check(precision, drafter, new, [drafts[slot] for slot in new if drafts])
             return self._score(precision, new) if self.scores else self._generate(precision, new)
 
         computed: list[int] = []
         if self.known is None:
             return compute(slots)
-        keys = {slot: (precision, drafter, self._place(slot, precision, drafter)) for slot in slots}
+        keys = {
+            slot: (precision, drafter, self._place(slot, precision, drafter, drafts.get(slot, ()))) for slot in slots
+        }
         actions = self.known.fill(self.known.actions, keys, compute)
         self.known.asked += len(slots)
         self.known.looked_up += len(slots) - len(computed)
         return actions
+
+    def _unread_of_step(self, precision: str, slots: Sequence[int]) -> list[list[int]]:
+        """Tokens of each transcript that the one cache of all is still to read, as if nothing had been asked for in this step."""
+        assert isinstance(self.agents, SharedStreams)
+        states = [self.slots[slot] for slot in slots]
+        texts = [state.transcript.tokens for state in states]
+        return self.agents.catch_up(precision, slots, texts, [state.trails[precision].before for state in states])
 
     def _unread(self, precision: str, slots: Sequence[int]) -> list[list[int]]:
         """Tokens of each transcript that its stream is still to read; none where it was read in this step."""
@@ -706,15 +738,17 @@ class _Batch:
             actions.append(KnownAction(action.tokens, min(action.facts), reading, kept=count - 1))
         return actions
 
-    def _check(self, precision: str, drafter: str, slots: list[int]) -> list[KnownAction]:
-        """What the drafter writes, as far as this precision would write it too."""
+    def _check(self, precision: str, drafter: str, slots: list[int], ready: Sequence[list[int]]) -> list[KnownAction]:
+        """What the drafter writes, as far as this precision would write it too; arguments as of `act`."""
         transcripts = [self.slots[slot].transcript.tokens for slot in slots]
-        unread_by_drafter = self._unread(drafter, slots)
-        if self._share:
+        unread_by_drafter = [[]] * len(slots) if ready else self._unread(drafter, slots)
+        if not self._share:
+            unread = self._unread(precision, slots)
+        elif ready:
+            unread = self._unread_of_step(precision, slots)
+        else:
             begun = [len(self.slots[slot].trails[precision].before) for slot in slots]
             unread = [transcript[start:] for transcript, start in zip(transcripts, begun, strict=True)]
-        else:
-            unread = self._unread(precision, slots)
         checked = write_checked(
             self.agents[precision],
             self.agents[drafter],
@@ -729,13 +763,14 @@ class _Batch:
             self.temperature,
             lambda i, index, *purpose: self._draw(slots[i], index, *purpose),
             self._share,
+            ready,
         )
         actions = []
         for transcript, action in zip(transcripts, checked, strict=True):
             self._guesses.learn(transcript, action.tokens)
             held, rounds = len(transcript), action.rounds
             drafted, accepted = sum(r.drafted for r in rounds), sum(r.agreed for r in rounds)
-            took = Drafting(drafted, accepted, drafting(held, rounds, self._share), rounds[-1].kept)
+            took = Drafting(drafted, accepted, drafting(held, rounds, self._share, bool(ready)), rounds[-1].kept)
             kept = len(action.tokens) - 1
             actions.append(KnownAction(action.tokens, min(action.leads), checking(held, rounds), kept, took))
         return actions

@@ -1,7 +1,7 @@
 """What a precision does at transcripts that it has met before.
 
-Greedy acting is a function of the transcript: where another policy, or another member of a group, gets to the same place, the
-action can be looked up.
+Greedy acting is a function of the transcript and, with one cache for all precisions, of who has read which part of it: where
+another policy, or another member of a group, gets to the same place, the action can be looked up.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,9 +23,9 @@ _ENTRY_BYTES = 500
 """About what an action takes, its key included."""
 
 ActionKey = tuple[str, str | None, bytes]
-"""Precision, who drafts if any does, and the transcript's digest."""
+"""Precision, who drafts if any does, and the transcript's digest, with all else that counts (`engine._Batch._place`)."""
 StatesKey = tuple[tuple[int, ...], bytes]
-"""Layers, and the transcript's digest."""
+"""Layers, and the transcript's digest, as in `ActionKey`."""
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,7 @@ def write_checked(
     temperature: float,
     draw: Draw,
     shared: bool = False,
+    ready: Sequence[list[int]] = (),
 ) -> list[Checked]:
     """After each text an action of the dear precision, drafted by the cheap one. The dear streams end before the action's last
     token, the cheap ones where the last draft did.
@@ -75,6 +76,7 @@ def write_checked(
         is_complete: as in `write`.
         shared: both are streams of one cache (`SharedStreams`), from which each draft is cut before it is checked. The dear
             precision's keys and values take the place of what the cheap one has written of `unread`, and of the drafts.
+        ready: of each text the cheap precision's greedy action, if it is there already: the first draft, however long.
     """
     drafts: list[list[_Draft]] = [[] for _ in slots]
 
@@ -142,7 +144,12 @@ def write_checked(
         return chosen
 
     # The first ones now: where there is one cache, `unread` is what it then lacks.
-    first_drafts = draft({i: [] for i in range(len(slots))})
+    if ready:
+        for i, action in enumerate(ready):
+            drafts[i].append(_Draft(0, action, [], len(action) - 1))
+        first_drafts = {i: action[:-1] for i, action in enumerate(ready)}
+    else:
+        first_drafts = draft({i: [] for i in range(len(slots))})
     written = write(
         dear,
         slots,

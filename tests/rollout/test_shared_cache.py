@@ -330,7 +330,7 @@ class Counted(PackedStreams):
 
 @pytest.mark.parametrize("drafts", [None, Speculative(draft_tokens=2)])
 @pytest.mark.parametrize(
-    "policy", [p for p in POLICIES[:-1] if not isinstance(p, Disagreement)], ids=lambda policy: type(policy).__name__
+    "policy", [p for p in POLICIES if not isinstance(p, Disagreement)], ids=lambda policy: type(policy).__name__
 )
 def test_an_episode_costs_what_its_passes_read(
     policy, drafts: Speculative | None, monkeypatch: pytest.MonkeyPatch

@@ -29,6 +29,7 @@ from dmr_pipeline.rollout.speculation import Checked, write_checked
 from dmr_pipeline.rollout.writing import NgramGuesses
 from tests.helpers.causal_lms import uncached
 from tests.helpers.kinds import model_of
+from tests.helpers.one_cache import roll_shared
 from tests.helpers.rollouts import (
     LOW,
     MODELS,
@@ -223,6 +224,19 @@ def test_checked_actions_are_looked_up_as_what_they_are() -> None:
         assert known.looked_up - before == sum(len(trajectory.steps) for trajectory in computed)
     assert roll(SinglePrecision("float", pair), known=known) == written
     assert {drafter for _, drafter, _ in known.actions} == {None, "int2", "int4"}
+
+
+@pytest.mark.parametrize("roll_with", [roll, roll_shared])
+@pytest.mark.parametrize("known", [None, Known()])
+def test_a_draft_that_was_asked_for_is_what_is_checked_and_is_paid_once(roll_with, known: Known | None) -> None:
+    class First(SinglePrecision):
+        def decide(self, slots, segments, peek) -> list[Decision]:
+            peek.drafts("int2", slots)
+            return super().decide(slots, segments, peek)
+
+    asked = roll_with(First("float", THREE, "int2"), route=THREE, known=known)
+    assert asked == roll_with(SinglePrecision("float", THREE, "int2"), route=THREE)
+    assert any(step.accepted < step.drafted for trajectory in asked for step in trajectory.steps)
 
 
 def test_drawn_episodes_depend_on_the_seed_alone() -> None:
