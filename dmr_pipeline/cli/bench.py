@@ -13,6 +13,7 @@ import typer
 from rich import box
 from rich.table import Table
 
+from dmr_pipeline.cli.caches import bench_cache
 from dmr_pipeline.cli.common import console, progress_lines, user_errors_exit_2
 from dmr_pipeline.cli.environments import GAMES_HELP, WebShopData
 from dmr_pipeline.errors import UserError
@@ -22,6 +23,7 @@ if TYPE_CHECKING:  # `dmr --help` needs none of it
     from dmr_pipeline.rollout_bench.record import RolloutRecord
 
 bench = typer.Typer(help="Measure how quick a part is.", no_args_is_help=True)
+bench.command("cache")(bench_cache)
 
 
 @bench.command("env")
