@@ -1,9 +1,7 @@
 """Every real stage on a recipe of a few games and an agent that has learned nothing: it must run, and repeat itself."""
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +18,10 @@ from dmr_pipeline.rollout.engine import RolloutRequest, SinglePrecision
 from dmr_pipeline.rollout.playing import Rollouts
 from dmr_pipeline.router.kl import ROUTER_FOLDER
 from tests.helpers.fake_project import REPOSITORY, make_project
+from tests.helpers.installed_dmr import dmr
 from tests.helpers.micro_recipe import RECIPE_YAML, THREE_RUNGS_YAML
 
 LADDER = ["float", "int4", "int2"]
-
-
-def dmr(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [str(Path(sys.executable).parent / "dmr"), *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
 
 
 @pytest.fixture(scope="module")
