@@ -21,7 +21,7 @@ class Row(BaseModel):
     steps: int = 0
     """That were timed, each with all episodes."""
     ms_a_step: float = 0.0
-    """Median, for all episodes together."""
+    """Median, for all episodes together; of CPU time on a CPU, where other processes may be busy, and of the wall's on a GPU."""
     segment: float = 0.0
     """Tokens that a step reads before it acts."""
     action: float = 0.0

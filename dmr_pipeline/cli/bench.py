@@ -164,9 +164,10 @@ def bench_acting(
         console.print(table)
     console.print(
         f"{record.device}, {record.date[:10]}, memory read at {record.bandwidth / 1e9:.1f} GB/s."
-        " ms: a step of all episodes, median. times: quicker than bfloat16. limit: ms that reading the bytes of its passes takes."
-        " passes: of the dear and the cheap precision. equal: actions that are bfloat16's. int4h: with a head of int8. 1 by 1:"
-        " without guesses from what was written before.",
+        " ms: a step of all episodes, median, of CPU time on a CPU. times: quicker than bfloat16."
+        " limit: ms that reading the bytes of its passes takes. passes: of the dear and the cheap precision."
+        " equal: actions that are bfloat16's. int4h: with a head of int8."
+        " 1 by 1: without guesses from what was written before.",
         highlight=False,
     )
     if not record.passed:
