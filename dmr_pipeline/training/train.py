@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from dmr_pipeline.agent.logits import decoder_of, logits_of
+from dmr_pipeline.agent.memory import halving
 from dmr_pipeline.artifacts.resume import load_state, save_state
 from dmr_pipeline.environments.base import Task
 from dmr_pipeline.errors import UserError
@@ -29,9 +30,9 @@ from dmr_pipeline.training.examples import IGNORED, Example, demonstration_examp
 
 log = logging.getLogger(__name__)
 
-_PIECE = {"cpu": 2500, "cuda": 12_000}
+_PIECE = {"cpu": 2500, "cuda": 24_000}
 """Tokens in one forward and backward pass, padding included, by type of device: small ones suit a CPU's caches, a GPU is kept
-busy by few large ones."""
+busy by few large ones, as far as its memory goes."""
 _SAVED_EVERY = 300
 """Seconds after which resume state is saved again, where updates are slow; it is saved before each collection anyway."""
 _EMBEDDING_STD = 0.5
@@ -120,6 +121,14 @@ def train(
         for optimizer, saved_state in zip(optimizers, content["optimizers"], strict=True):
             optimizer.load_state_dict(saved_state)
         state = _State(content["update"], [Example(**example) for example in content["own"]], content["log"])
+    piece = _PIECE[device.type]
+
+    def learn_in(most_tokens: int) -> tuple[float, float]:
+        nonlocal piece
+        piece = most_tokens
+        model.zero_grad()
+        return learn(model, batch, device, compute, piece)
+
     tokens, started = 0, time.perf_counter()
     """Read and learned from since the last save, and when that was."""
     with training_progress() as progress:
@@ -138,8 +147,7 @@ def train(
             rng = random.Random(f"agent-{training.seed}-{state.update}")
             batch = _batch(tasks, prompter, training, benchmark, state, rng)
             model.train()
-            model.zero_grad()
-            loss, accuracy = learn(model, batch, device, compute)
+            loss, accuracy = halving(piece, "tokens of a training batch", learn_in)
             torch.nn.utils.clip_grad_norm_(trained_weights(model).values(), 1.0)
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
@@ -187,18 +195,25 @@ def schedule(update: int, training: Imitation) -> float:
 
 
 def learn(
-    model: PreTrainedModel, batch: Sequence[Example], device: torch.device, compute: torch.dtype = torch.float32
+    model: PreTrainedModel,
+    batch: Sequence[Example],
+    device: torch.device,
+    compute: torch.dtype = torch.float32,
+    most_tokens: int | None = None,
 ) -> tuple[float, float]:
     """Add the gradient of the mean cross-entropy over the batch's trained positions.
 
     The batch goes through in pieces of similar length, so that little of it is padding.
+
+    Args:
+        most_tokens: of a piece, padding included; by default as many as suit the device.
 
     Returns:
         The mean cross-entropy in nats, and the share of trained positions whose greedy token is the target.
     """
     trained = sum(target != IGNORED for example in batch for target in example.targets)
     loss, right = 0.0, 0
-    for piece in pieces_of_similar_length(batch, _PIECE[device.type]):
+    for piece in pieces_of_similar_length(batch, most_tokens or _PIECE[device.type]):
         with torch.autocast(device.type, compute, enabled=compute != torch.float32):
             logits, wanted = trained_logits(model, piece, device)
         cross_entropy = torch.nn.functional.cross_entropy(logits, wanted, reduction="sum") / trained

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -18,8 +19,9 @@ from dmr_pipeline.errors import UserError
 from dmr_pipeline.recipe import Agent, Architecture, Finetune, Lora, Pretrained, Prompt, Runtime, Splits, load_recipe
 from dmr_pipeline.stages import agent as stage
 from dmr_pipeline.training import train as module
+from dmr_pipeline.training.examples import Example
 from dmr_pipeline.training.finetuning import add_adapter, merged_copy, save_adapter
-from dmr_pipeline.training.train import new_model, schedule, trained_weights
+from dmr_pipeline.training.train import learn, new_model, schedule, trained_weights
 from dmr_pipeline.training.vocabulary import word_tokenizer
 
 TOKENIZER = word_tokenizer(alfworld_texts())
@@ -100,6 +102,31 @@ def test_a_killed_fine_tuning_ends_as_an_unbroken_one(
     assert files
     for file in files:
         assert (resumed / file).read_bytes() == (whole / file).read_bytes(), file
+
+
+def test_smaller_pieces_go_through_where_memory_does_not_suffice(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a failed try has left in the gradients is not learned from, and the pieces stay small."""
+    monkeypatch.setitem(module._PIECE, "cpu", 1250)
+    small = tuned(base, tmp_path / "small")
+    monkeypatch.setitem(module._PIECE, "cpu", 2500)
+    tried = []
+
+    def scarce(model: PreTrainedModel, batch: list[Example], *rest: Any) -> tuple[float, float]:
+        tried.append(rest[-1])
+        if rest[-1] > 1250:
+            learn(model, batch, *rest)
+            raise torch.OutOfMemoryError
+        return learn(model, batch, *rest)
+
+    monkeypatch.setattr(module, "learn", scarce)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    folder = tuned(base, tmp_path / "scarce")
+    assert tried == [2500, *[1250] * FINETUNE.updates]
+    assert (folder / "training.parquet").read_bytes() == (small / "training.parquet").read_bytes()
+    new, old = weights(folder), weights(small)
+    assert all(torch.equal(new[name], old[name]) for name in old)
 
 
 def test_the_artifact_is_the_adapter_that_was_trained(base: Path, tmp_path: Path) -> None:
