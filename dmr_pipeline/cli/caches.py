@@ -60,36 +60,48 @@ def bench_cache(
     if json is not None:
         json.parent.mkdir(parents=True, exist_ok=True)
         json.write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    console.print(_table(record))
+    console.print(_played(record))
+    console.print(_compared(record))
     console.print(
-        f"{record.games} games of {split}, {record.at_once} at once. difference: shared less separate on the same games, points,"
-        f" with its {record.confidence:.0%} interval. tokens: read in an episode. cost: in the ladder's unit. MB: keys and values"
-        " that were written, of all episodes at once. ms: of a step of one episode, its environment included; on a CPU one"
-        " thread's CPU time.",
+        f"{record.games} games of {split}, {record.at_once} at once. tokens: read in an episode. cost: in the ladder's unit. MB:"
+        " keys and values that were written, of all episodes at once. ms: of a step of one episode, its environment included; on"
+        " a CPU one thread's CPU time. difference: of success on the same games, points, with its"
+        f" {record.confidence:.0%} interval.",
         highlight=False,
     )
 
 
-def _table(record: "CacheRecord") -> Table:
-    table = Table(title=f"one KV cache on {record.recipe}", box=box.SIMPLE, pad_edge=False, collapse_padding=True)
-    table.add_column("policy", overflow="fold")
-    table.add_column("cache")
-    for column in ("success", "difference", "tokens", "cost", "MB", "ms"):
-        table.add_column(column, justify="right", no_wrap=True)
-    differences = {change.policy: change for change in record.compared}
+def _played(record: "CacheRecord") -> Table:
+    table = _table(f"{record.recipe}, {' and '.join(_CACHES.values())}", "tokens", "cost", "MB", "ms", first="success")
     for row in record.played:
-        difference = ""
-        if row.cache == "shared":
-            its = differences[row.policy]
-            difference = f"{100 * its.success:+.1f} ({100 * its.low:+.1f} to {100 * its.high:+.1f})"
         table.add_row(
-            row.policy if row.cache == "separate" else "",
-            row.cache,
+            f"{row.policy}, {_CACHES[row.cache]}",
             f"{row.success:.1%}",
-            difference,
             f"{row.tokens:,.0f}",
             f"{row.cost:.3f}",
             f"{row.cache_bytes / 1e6:.1f}",
             f"{1000 * row.seconds:.1f}",
         )
+    return table
+
+
+def _compared(record: "CacheRecord") -> Table:
+    table = _table("with one cache, of what it is with one each", "tokens", "cost", "MB", "ms", first="difference")
+    for its in record.compared:
+        table.add_row(
+            its.policy,
+            f"{100 * its.success:+.1f} ({100 * its.low:+.1f} to {100 * its.high:+.1f})",
+            *(f"{share:.0%}" for share in (its.tokens, its.cost, its.cache_bytes, its.seconds)),
+        )
+    return table
+
+
+_CACHES = {"separate": "one each", "shared": "one cache"}
+
+
+def _table(title: str, *columns: str, first: str) -> Table:
+    table = Table(title=title, box=box.SIMPLE, pad_edge=False, collapse_padding=True)
+    table.add_column("policy", overflow="fold")
+    for column in (first, *columns):
+        table.add_column(column, justify="right", no_wrap=True)
     return table

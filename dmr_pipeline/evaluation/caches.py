@@ -55,7 +55,8 @@ class Compared(FrozenModel):
     high: float
     """Ends of its interval."""
     tokens: float
-    """With one cache, as a share of those with several; so the next two."""
+    """With one cache, as a share of those with several; so the others."""
+    cost: float
     cache_bytes: float
     seconds: float
 
@@ -190,6 +191,7 @@ def _compared(separate: _Outcome, shared: _Outcome) -> Compared:
         low=low,
         high=high,
         tokens=one.tokens / several.tokens,
+        cost=one.cost / several.cost,
         cache_bytes=one.cache_bytes / several.cache_bytes,
         seconds=one.seconds / several.seconds,
     )

@@ -6,8 +6,8 @@ Many episodes run at once; a finished episode's slot goes to the next task. Each
 - Each goes on from what was read before, whoever has read it. What a policy asks for is read into the cache too, and stays
   there as far as it is the transcript's; drafts that are thrown away are cut.
 - Who acts reads the transcript's last token itself, since its pass tells what comes next.
-- A step that is checked leaves what the checking precision writes alone would: it reads all that is new in this step, in the
-  place of what the drafter has read.
+- A step that is checked is as if who checks had written it, what is left in the cache too: it reads all that is new in this
+  step, in the place of what the drafter has read.
 - An oracle knows for nothing: what it has asked for leaves no trace, and who acts does so from where the step began.
 
 An episode whose transcript has no room left for another step ends there and counts as lost, whatever its last reward was.

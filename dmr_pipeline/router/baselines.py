@@ -78,8 +78,8 @@ class Confidence:
 
 
 class Disagreement:
-    """Oracle: the cheapest precision whose greedy action is the dearest's. With exact caches and greedy acting it takes the
-    actions of the dearest precision throughout."""
+    """Oracle: the cheapest precision whose greedy action is the dearest's. With a cache for each and greedy acting it takes
+    the actions of the dearest precision throughout; with one cache the actions differ by what the cheaper ones have read."""
 
     def __init__(self, route: Sequence[str]) -> None:
         self.route = tuple(route)

@@ -1,6 +1,7 @@
 """One cache for all precisions, against plain transformers whose models take turns at a `DynamicCache`."""
 
 import copy
+import itertools
 from collections import Counter
 
 import pytest
@@ -18,6 +19,7 @@ from dmr_pipeline.rollout.kv_cache.packed import PackedStreams
 from dmr_pipeline.rollout.kv_cache.padded import Streams
 from dmr_pipeline.rollout.kv_cache.shared import SharedStreams
 from dmr_pipeline.rollout.reading import NOTHING, Reading
+from dmr_pipeline.rollout.speculation import write_checked
 from dmr_pipeline.rollout.writing import NgramGuesses
 from dmr_pipeline.router.baselines import Confidence, Disagreement, RandomMixing
 from tests.helpers.causal_lms import SHAPE, VOCABULARY, assert_close, causal_lm
@@ -54,6 +56,7 @@ def other_weights(seed: int):
 
 RUNGS = {rung: other_weights(seed) for seed, rung in enumerate(THREE)}
 slot = st.integers(0, SLOTS - 1)
+TOKENS = st.lists(st.integers(0, len(PROMPTER.tokenizer) - 1), min_size=1, max_size=9)
 few_words = st.lists(st.integers(0, 2), min_size=1, max_size=12)
 
 
@@ -152,7 +155,7 @@ class Asking:
 
 
 def assert_acts(played: list[Trajectory], act) -> None:
-    """`act(cache, step, transcript)` gives each step's action, by plain transformers."""
+    """`act(cache, step, transcript)` gives each step's action, by plain transformers; more than one precision acts."""
     for trajectory in played:
         cache = OneCache()
         for turn, step in enumerate(trajectory.steps):
@@ -167,11 +170,56 @@ def differ(played: list[Trajectory], policy, route) -> bool:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("route", [ROUTE, THREE])
-def test_mixed_episodes_are_those_of_models_that_take_turns_at_a_cache(kind: type, route: tuple[str, ...]) -> None:
-    policy = RandomMixing(dict.fromkeys(route, 1 / len(route)), seed=3)
-    played = roll_shared(policy, route=route, kind=kind)
+@given(st.integers(0, 1000), st.sets(st.integers(0, len(RUNS) - 1), min_size=3, max_size=3))
+@settings(max_examples=4, deadline=None)
+def test_mixed_episodes_are_those_of_models_that_take_turns_at_a_cache(
+    kind: type, route: tuple[str, ...], seed: int, games: set[int]
+) -> None:
+    policy = RandomMixing(dict.fromkeys(route, 1 / len(route)), seed)
+    played = roll_shared(policy, slots=2, route=route, kind=kind, runs=[RUNS[game] for game in games])
     assert_acts(played, lambda cache, step, text: cache.act(MODELS[step.precision], text))
-    assert differ(played, policy, route)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    st.sampled_from(list(itertools.combinations(THREE, 2))),
+    st.lists(
+        st.tuples(st.lists(st.tuples(st.sampled_from(THREE), TOKENS), max_size=3), TOKENS), min_size=1, max_size=3
+    ),
+    st.builds(Speculative, draft_tokens=st.none() | st.integers(1, 5), stop_margin=st.sampled_from([0.0, 0.1, 1.0])),
+)
+def test_a_checked_action_and_its_cache_are_those_of_who_checks(
+    kind: type, pair: tuple[str, str], parts: list, drafts: Speculative
+) -> None:
+    """Whoever has read what is before."""
+    streams, slots = SharedStreams(kind, MODELS, len(parts), 2048), range(len(parts))
+    plain = [OneCache() for _ in slots]
+    for at, (begun, _) in enumerate(parts):
+        for rung, tokens in begun:
+            streams[rung].extend([at], [tokens])
+            plain[at].read(MODELS[rung], tokens)
+    dear, cheap = (streams[rung] for rung in pair)
+    readers, unread = [bytes(its) for its in dear.readers], [new for _, new in parts]
+    texts = [cache.tokens + new for cache, new in zip(plain, unread, strict=True)]
+    actions = write_checked(
+        dear, cheap, slots, texts, unread, unread, {}, lambda waiting: {i: [] for i in waiting}, PROMPTER.is_complete,
+        drafts, 0.0, lambda *_: 0.0, shared=True,
+    )  # fmt: skip
+    for at, (text, action) in enumerate(zip(texts, actions, strict=True)):
+        assert action.tokens == plain[at].act(MODELS[pair[0]], text)
+        assert dear.texts[at] == plain[at].tokens == text + action.tokens[:-1]
+        own = bytes([dear.reader]) * (len(unread[at]) + len(action.tokens) - 1)
+        assert dear.readers[at] == readers[at] + own
+    more = [[1, 2]] * len(parts)
+    for rows, cache in zip(cheap.extend(slots, more), plain, strict=True):
+        torch.testing.assert_close(rows, cache.read(MODELS[pair[1]], [1, 2])[-1], atol=1e-3, rtol=1e-3)
+
+
+def test_one_cache_makes_a_difference() -> None:
+    for route in (ROUTE, THREE):
+        policy = RandomMixing(dict.fromkeys(route, 1 / len(route)), seed=3)
+        assert differ(roll_shared(policy, route=route), policy, route)
 
 
 def test_drafts_that_are_thrown_away_leave_the_transcript_as_they_have_read_it() -> None:
