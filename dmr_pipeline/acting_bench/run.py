@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from statistics import mean, median
 from typing import Literal
@@ -164,10 +165,15 @@ def bandwidth(device: torch.device, size: int) -> float:
     """Bytes a second at which a tensor of `size` bytes is summed up, by as many threads as act."""
     numbers, times = torch.ones(size // 4, device=device), []
     for _ in range(7):
-        started = time.perf_counter()
+        started = now(device)
         numbers.sum().item()
-        times.append(time.perf_counter() - started)
+        times.append(now(device) - started)
     return numbers.nbytes / min(times)  # what it can do, also where others are busy
+
+
+def now(device: torch.device) -> float:
+    """Seconds: of this process's one thread on a CPU, where others may be busy; else the wall's."""
+    return time.process_time() if device.type == "cpu" else time.perf_counter()
 
 
 def new_acting_record(actor: Actor, device: torch.device) -> ActingRecord:
@@ -214,10 +220,6 @@ class Bench:
     """Form -> bytes of all its weights in memory."""
     passes: Counter[str] = field(default_factory=Counter)
     """Form -> forward passes so far."""
-
-    def clock(self) -> float:
-        """Seconds: of this process's one thread on a CPU, where others may be busy; else the wall's."""
-        return time.process_time() if self.device.type == "cpu" else time.perf_counter()
 
     def model(self, name: str) -> PreTrainedModel:
         if name not in self.models:
@@ -273,10 +275,10 @@ class Bench:
             for precision in agents:
                 alone, policy = {precision: agents[precision]}, SinglePrecision(precision)
                 play([RolloutRequest(readings[0])], alone, self.actor.prompter, policy, 1)
-        acts = Acts(way.kind, self.passes, self.clock)
+        acts = Acts(way.kind, self.passes, partial(now, self.device))
         runs = [RolloutRequest(reading) for reading in readings]
         played = play(runs, agents, self.actor.prompter, acts, 1 + TIMED_STEPS)
-        times = [*acts.times, self.clock()]
+        times = [*acts.times, now(self.device)]
         steps = [step for trajectory in played for step in trajectory.steps[1:]]
         return Acted(
             [end - begin for begin, end in pairwise(times[1:])],
@@ -322,9 +324,9 @@ class Bench:
                 transcripts[slot] += segments[slot][-1]
             if step == 1:
                 before = Counter(self.passes)
-            started = self.clock()
+            started = now(self.device)
             written = act(range(len(readings)), transcripts)
-            seconds.append(self.clock() - started)
+            seconds.append(now(self.device) - started)
             for slot, action in enumerate(written):
                 actions[slot].append(action)
                 transcripts[slot] += action
