@@ -8,6 +8,7 @@ from dmr_pipeline.cli.data import data
 from dmr_pipeline.cli.doctor import doctor
 from dmr_pipeline.cli.environments import env
 from dmr_pipeline.cli.ladder import ladder
+from dmr_pipeline.cli.metrics import metrics
 from dmr_pipeline.cli.models import models
 from dmr_pipeline.cli.provenance import provenance
 from dmr_pipeline.cli.recipe import recipe
@@ -30,6 +31,7 @@ for command in (
 ):
     app.command()(command)
 app.command()(ladder)
+app.command()(metrics)
 app.command()(provenance)
 app.command()(doctor)
 app.add_typer(recipe, name="recipe")

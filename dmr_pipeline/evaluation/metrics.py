@@ -17,7 +17,7 @@ bytes in any row order.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations, pairwise
+from itertools import combinations
 from typing import cast
 
 import numpy as np
@@ -37,7 +37,7 @@ from dmr_pipeline.evaluation.results import (
     TaskTypeMetrics,
 )
 from dmr_pipeline.intervals import wilson
-from dmr_pipeline.precision.hull import Floats, below_hull, best_mixture
+from dmr_pipeline.precision.hull import Floats, below_hull, best_mixture, rising_hull
 from dmr_pipeline.rollout.failures import FAILURES, PARSE_FAILURES
 
 EPISODES = pl.Schema(
@@ -90,6 +90,7 @@ _KIND_ORDER: Mapping[str, int] = {
     "oracle": 7,
 }
 _DIGITS = 6
+_NOISE = 1e-9
 
 
 @dataclass(frozen=True)
@@ -270,11 +271,10 @@ def average_gap_recovered(points: Sequence[tuple[float, float]]) -> float:
 
 def call_performance_threshold(points: Sequence[tuple[float, float]], target: float) -> float:
     """RouteLLM's CPT: the smallest high-precision ratio at which it recovers `target`, in (0, 1], of the gap."""
-    curve = _routing_curve(points)
-    for (ratio, recovered), (next_ratio, next_recovered) in pairwise(curve):
-        if next_recovered >= target:
-            return ratio + (next_ratio - ratio) * (target - recovered) / (next_recovered - recovered)
-    return 1.0
+    ratios, recovered = np.array(_routing_curve(points)).T
+    k = int(np.argmax(recovered >= target - _NOISE))  # 1 or more, since the curve begins at (0, 0)
+    share = min(1.0, (target - recovered[k - 1]) / (recovered[k] - recovered[k - 1]))
+    return float(ratios[k - 1] + share * (ratios[k] - ratios[k - 1]))
 
 
 def average_improvement_in_quality(points: Sequence[tuple[float, float]], cheapest: float, dearest: float) -> float:
@@ -286,9 +286,9 @@ def average_improvement_in_quality(points: Sequence[tuple[float, float]], cheape
         points: (cost, success); one of them at or below `cheapest`.
         cheapest, dearest: costs between which the mean is taken, cheapest < dearest.
     """
-    costs, successes = (np.array(values, dtype=np.float64) for values in zip(*points, strict=True))
-    grid = np.array(sorted({cheapest, dearest, *(cost for cost, _ in points if cheapest < cost < dearest)}))
-    return float(np.trapezoid(best_mixture(costs, successes, grid), grid) / (dearest - cheapest))
+    costs, successes = rising_hull(*(np.array(values, dtype=np.float64) for values in zip(*points, strict=True)))
+    grid = np.array([cheapest, *costs[(cheapest < costs) & (costs < dearest)], dearest])
+    return float(np.trapezoid(np.interp(grid, costs, successes), grid) / (dearest - cheapest))
 
 
 def _checked(episodes: pl.DataFrame, needed: Sequence[str]) -> pl.DataFrame:

@@ -9,6 +9,7 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.optimize import isotonic_regression
 
 Floats = NDArray[np.float64]
 
@@ -35,6 +36,23 @@ def best_mixture(costs: Floats, successes: Floats, at: Floats) -> Floats:
     mixed = np.where(between, lines, -np.inf).max((-2, -1))
     cheapest = np.where(costs == costs.min(-1, keepdims=True), successes, -np.inf).max(-1)
     return np.where(cheaper.any(-1), np.maximum(alone, mixed), cheapest)
+
+
+def rising_hull(costs: Floats, successes: Floats) -> tuple[Floats, Floats]:
+    """The non-decreasing upper hull of points [points] as a line to interpolate on, level before and after: costs in rising order
+    and the hull there. What `best_mixture` is at each cost, for many points.
+
+    The slopes of the least concave line above a polyline are its own slopes, made monotone (isotonic regression, weighed by
+    their lengths).
+    """
+    order = np.argsort(costs)
+    starts = np.flatnonzero(np.diff(costs[order], prepend=-np.inf) > _NOISE)  # of each run of equal costs
+    costs, successes = costs[order][starts], np.maximum.reduceat(successes[order], starts)
+    if len(costs) == 1:
+        return costs, successes
+    lengths = np.diff(costs)
+    slopes = isotonic_regression(np.diff(successes) / lengths, weights=lengths, increasing=False).x
+    return costs, successes[0] + np.append(0.0, np.cumsum(np.maximum(slopes, 0.0) * lengths))
 
 
 def dominators(points: Mapping[str, tuple[float, float]]) -> dict[str, str]:
