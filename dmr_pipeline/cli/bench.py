@@ -136,7 +136,9 @@ def bench_acting(
     quick: Annotated[
         bool, typer.Option("--quick", help="short histories, few layers: whether every part runs")
     ] = False,
-    seconds: Annotated[float | None, typer.Option(min=1, help="nothing is begun after so many")] = None,
+    seconds: Annotated[
+        float | None, typer.Option(min=1, help="nothing is begun after so many; by default 70 on a GPU")
+    ] = None,
     json: Annotated[Path | None, typer.Option("--json", help="file for the rows")] = None,
 ) -> None:
     """Time for a step, read and written, at each precision, in a quarter of an hour on a CPU at rest.
@@ -153,6 +155,8 @@ def bench_acting(
     run.prepare(chosen)
     actor = actors.load_actor(model, layers=2 if quick else None)
     record = run.new_acting_record(actor, chosen)
+    if seconds is None and chosen.type == "cuda":
+        seconds = 70.0
     cells = run.QUICK if quick else run.FULL if chosen.type == "cpu" else run.ON_A_GPU
     with progress_lines():
         for row in run.bench_acting(actor, chosen, record.bandwidth, cells, seconds):
