@@ -32,10 +32,12 @@ from dmr_pipeline.evaluation.results import (
     Interval,
     Kind,
     Metrics,
+    NonInferiority,
     PairedComparison,
     PolicyMetrics,
     TaskTypeMetrics,
 )
+from dmr_pipeline.evaluation.statistics import games_needed, holm, paired_p_value, smallest_difference
 from dmr_pipeline.intervals import wilson
 from dmr_pipeline.precision.hull import Floats, below_hull, best_mixture, rising_hull
 from dmr_pipeline.rollout.failures import FAILURES, PARSE_FAILURES
@@ -89,6 +91,7 @@ _KIND_ORDER: Mapping[str, int] = {
     "ablation": 6,
     "oracle": 7,
 }
+PLANNED_BASELINE = "confidence"
 _DIGITS = 6
 _NOISE = 1e-9
 
@@ -114,6 +117,7 @@ def compute_metrics(
     high: str,
     low: str,
     headline: str,
+    margin: float = 0.05,
     confidence: float = 0.95,
     bootstrap: int = 2000,
     seed: int = 0,
@@ -126,8 +130,10 @@ def compute_metrics(
         route: the rungs that routers choose from, dearest first.
         high: policy that always acts in the dearest of them.
         low: policy that always acts in the cheapest of them.
-        headline: router that was chosen on validation. The planned test is this router against random at its ratio; the
-            other rows of `paired` are for exploration and not corrected for their number.
+        headline: router that was chosen on validation. Its tests against random at its ratio, the policy PLANNED_BASELINE and the
+            best single rung that costs no more are planned, and corrected for their number (Holm); the other rows of `paired`
+            are for exploration and not corrected.
+        margin: success that the headline may lose against `high`, at most, to be called not worse.
         confidence: of all intervals, in (0, 1); the keys say `ci95` whatever it is.
         bootstrap: resamples of the games.
         seed: of the resamples.
@@ -170,10 +176,8 @@ def compute_metrics(
         "policies": policies,
         "hull": hull,
         "below_hull": off_hull,
-        "paired": [
-            _paired_comparison(policy, against, outcomes, weights, confidence)
-            for policy, against in _comparisons(names, outcomes, high, headline)
-        ],
+        "non_inferiority": _non_inferiority(outcomes[headline], outcomes[high], margin, weights, confidence),
+        "paired": _paired(names, outcomes, high, headline, weights, confidence),
         "apgr": router_curve["apgr"],
         "cpt50": router_curve["cpt50"],
         "cpt80": router_curve["cpt80"],
@@ -236,28 +240,6 @@ def gap_recovered(
     usable = gaps > 1e-12  # float noise around a gap of exactly zero
     ratios = (weights @ (success - low))[usable] / gaps[usable]
     return float(success.mean() - low.mean()) / gap, _percentiles(ratios, confidence)
-
-
-def sign_flip_p_value(first: Floats, second: Floats, draws: int) -> float:
-    """Exact two-sided p-value of the paired permutation test of mean(first) = mean(second).
-
-    Under the null hypothesis the two policies' rates on a game could be swapped, which flips the sign of their
-    difference. The differences are multiples of 1 / draws, so the distribution of their sum over all 2^games sign
-    patterns is a convolution of whole numbers: no Monte Carlo. With one episode a game each, it is the exact McNemar
-    test.
-
-    Args:
-        first, second: success per game [games], multiples of 1 / draws.
-        draws: common denominator.
-    """
-    differences = np.rint((first - second) * draws).astype(np.int64)
-    total = int(np.abs(differences).sum())
-    distribution = np.zeros(2 * total + 1)  # of the sum, index 0 is -total
-    distribution[total] = 1.0
-    for size in np.abs(differences[differences != 0]):
-        distribution = (np.roll(distribution, size) + np.roll(distribution, -size)) / 2
-    sums = np.arange(-total, total + 1)
-    return min(1.0, float(distribution[np.abs(sums) >= abs(differences.sum())].sum()))
 
 
 def average_gap_recovered(points: Sequence[tuple[float, float]]) -> float:
@@ -454,21 +436,52 @@ def _gap(high: _Outcomes, low: _Outcomes, weights: Floats, confidence: float) ->
     }
 
 
-def _comparisons(
-    names: Sequence[str], outcomes: Mapping[str, _Outcomes], high: str, headline: str
-) -> list[tuple[str, str]]:
-    """Each router against random at its ratio, always-high, the best single rung that costs no more and its other variants, the
-    headline first; then routers with one another."""
+def _paired(
+    names: Sequence[str],
+    outcomes: Mapping[str, _Outcomes],
+    high: str,
+    headline: str,
+    weights: Floats,
+    confidence: float,
+) -> list[PairedComparison]:
+    """The planned comparisons of the headline, with Holm's p-values; its others, those of the other routers, and the routers with
+    one another."""
     routers = sorted((name for name in names if outcomes[name].kind == "router"), key=lambda name: name != headline)
-    pairs = []
-    for router in routers:
-        variants = [name for name in names if outcomes[name].variant_of == router]
-        random = [name for name in variants if outcomes[name].kind == "random"]
-        rung = _best_single_within(outcomes[router].cost.mean(), names, outcomes)
-        others = [name for name in variants if name not in random]
-        against = dict.fromkeys((*random, high, *([rung] if rung else []), *others))
-        pairs += [(router, other) for other in against]
-    return pairs + list(combinations(routers, 2))
+    planned = [(headline, other) for other in _planned_against(headline, names, outcomes)]
+    others = [(router, other) for router in routers for other in _against(router, names, outcomes, high)]
+    pairs = list(dict.fromkeys([*planned, *others, *combinations(routers, 2)]))
+    rows = [_paired_comparison(policy, against, outcomes, weights, confidence) for policy, against in pairs]
+    for row, adjusted in zip(rows, holm([row["p_value"] for row in rows[: len(planned)]]), strict=False):
+        row["p_holm"] = adjusted
+    return rows
+
+
+def _planned_against(router: str, names: Sequence[str], outcomes: Mapping[str, _Outcomes]) -> list[str]:
+    """What a router has to beat: random at its ratio, the cascade that nobody trained, and the best single rung that costs no
+    more. Which rung that is, is seen on the same games, to its favour and against the router."""
+    random = [name for name in names if outcomes[name].kind == "random" and outcomes[name].variant_of == router]
+    rung = _best_single_within(outcomes[router].cost.mean(), names, outcomes)
+    return [*random, *([PLANNED_BASELINE] if PLANNED_BASELINE in names else []), *([rung] if rung else [])]
+
+
+def _against(router: str, names: Sequence[str], outcomes: Mapping[str, _Outcomes], high: str) -> list[str]:
+    """As `_planned_against`, always-high and its other variants."""
+    variants = [name for name in names if outcomes[name].variant_of == router]
+    return list(dict.fromkeys([*_planned_against(router, names, outcomes), high, *variants]))
+
+
+def _non_inferiority(
+    policy: _Outcomes, against: _Outcomes, margin: float, weights: Floats, confidence: float
+) -> NonInferiority:
+    difference = policy.success - against.success
+    lower, _ = _percentiles(weights @ difference, confidence)
+    needed = games_needed(margin, confidence)
+    return {
+        "margin": margin,
+        "lower": lower,
+        "games_needed": needed,
+        "shown": bool(lower > -margin and difference.size >= needed),
+    }
 
 
 def _best_single_within(cost: float, names: Sequence[str], outcomes: Mapping[str, _Outcomes]) -> str | None:
@@ -489,7 +502,9 @@ def _paired_comparison(
         "against": against,
         "difference": float(first.success.mean() - second.success.mean()),
         "ci95": _percentiles(weights @ (first.success - second.success), confidence),
-        "p_value": sign_flip_p_value(first.success, second.success, draws),
+        "p_value": paired_p_value(first.success, second.success, first.draws, second.draws),
+        "p_holm": None,
+        "smallest_difference": smallest_difference(first.success - second.success, 1 - confidence),
         "wins": int((signs > 0).sum()),
         "losses": int((signs < 0).sum()),
         "ties": int((signs == 0).sum()),

@@ -79,7 +79,7 @@ _FACTS: Mapping[str, str] = {
 
 def headline(metrics: Metrics) -> list[str]:
     """The result in plain words: what the chosen router does, whether it beats single rungs at its cost, what of the gap it
-    recovers, whether it beats random."""
+    recovers, whether it is no worse than always-high by the margin, and the planned tests."""
     policies, name = metrics["policies"], metrics["headline"]
     router, high, low = policies[name], policies[metrics["high"]], policies[metrics["low"]]
     sentences = [
@@ -107,7 +107,7 @@ def headline(metrics: Metrics) -> list[str]:
         sentences.append(
             f"It saves nothing: an episode costs {router['cost'] / high['cost']:.2f} times {metrics['high']}'s."
         )
-    return [*sentences, *_against_random(metrics)]
+    return [*sentences, f"{_no_worse(metrics)}.", *_planned_tests(metrics)]
 
 
 def markdown_table(metrics: Metrics) -> str:
@@ -219,6 +219,8 @@ def render_html(folder: Path, sidecar: Path | None, html: Path) -> None:
             precision_cells={name: precision_cells(policy, metrics) for name, policy in policies.items()},
             against_high=policies[metrics["headline"]]["cost"] / policies[metrics["high"]]["cost"],
             failures=FAILURES,
+            planned=len(planned(metrics)),
+            no_worse=_no_worse(metrics),
             task_types=sorted({name for policy in policies.values() for name in policy["by_task_type"]}),
             pictures=_pictures(folder / "plots"),
             ladder=context.get("ladder", []),
@@ -265,21 +267,49 @@ def _standing(metrics: Metrics) -> dict[str, str]:
     return {point["policy"]: "on the line" for point in metrics["hull"]} | below
 
 
-def _against_random(metrics: Metrics) -> list[str]:
-    """The planned test, in words. Significance is at one minus the intervals' confidence."""
-    name = metrics["headline"]
-    for pair in metrics["paired"]:
-        if pair["policy"] == name and metrics["policies"][pair["against"]]["kind"] == "random":
-            shares = _shares(metrics["policies"][pair["against"]], metrics)
-            return [f"Against random routing ({shares}) {_verdict(pair, metrics)}."]
-    return []
+def planned(metrics: Metrics) -> list[PairedComparison]:
+    return [pair for pair in metrics["paired"] if pair["p_holm"] is not None]
+
+
+def _planned_tests(metrics: Metrics) -> list[str]:
+    """In words. Significance is at one minus the intervals' confidence, after Holm's correction."""
+    sentences = []
+    for pair in planned(metrics):
+        against = metrics["policies"][pair["against"]]
+        named = f"random routing ({_shares(against, metrics)})" if against["kind"] == "random" else pair["against"]
+        if against["kind"] in SINGLE:
+            named = f"{named}, the best single precision that costs no more,"
+        sentences.append(f"Against {named} {_verdict(pair, metrics)}.")
+    return sentences
 
 
 def _verdict(pair: PairedComparison, metrics: Metrics) -> str:
-    points = f"{pair['difference'] * 100:+.1f} points (interval {_points(pair['ci95'])}, {_p_value(pair['p_value'])})"
-    if pair["p_value"] >= 1 - metrics["confidence"]:
-        return f"no difference is shown: {points} in the paired test"
+    p = corrected(pair)
+    points = f"{pair['difference'] * 100:+.1f} points (interval {_points(pair['ci95'])}, {_p_value(p)})"
+    if p >= 1 - metrics["confidence"]:
+        seen = f"these games could have shown {pair['smallest_difference'] * 100:.1f}"
+        return f"no difference is shown: {points} in the paired test; {seen}"
     return f"it is {'better' if pair['difference'] > 0 else 'worse'} in the paired test: {points}"
+
+
+def corrected(pair: PairedComparison) -> float:
+    """The p-value that counts: of a planned comparison Holm's."""
+    return pair["p_value"] if pair["p_holm"] is None else pair["p_holm"]
+
+
+def _no_worse(metrics: Metrics) -> str:
+    """The non-inferiority test against always-high, in words."""
+    test, games = metrics["non_inferiority"], metrics["policies"][metrics["headline"]]["n"]
+    margin = f"less than {test['margin'] * 100:g} points worse than {metrics['high']}"
+    lower = f"lower end {test['lower'] * 100:+.1f}"
+    if test["shown"]:
+        return f"It is {margin} ({lower})"
+    few = (
+        ""
+        if games >= test["games_needed"]
+        else f"; {games} games are too few for that, {test['games_needed']} are needed"
+    )
+    return f"That it is {margin} is not shown ({lower}{few})"
 
 
 def precision_columns(metrics: Metrics) -> list[str]:
@@ -346,8 +376,19 @@ def _note(metrics: Metrics) -> str:
         f"{games} games; brackets: {_confidence(metrics)} intervals, clustered by game.{score} Cost: the ladder's dearest "
         "precision on validation, with 16-bit weights, = 1. Gain: points of success over single precisions and mixtures of "
         f"their episodes at equal cost.{fails} "
-        f"Chosen on validation: {metrics['headline']}, {_against_singles(metrics)}."
+        f"Chosen on validation: {metrics['headline']}, {_against_singles(metrics)}. {_no_worse(metrics)}."
+        f"{_planned_short(metrics)}"
     )
+
+
+def _planned_short(metrics: Metrics) -> str:
+    """The planned tests in a line."""
+    tests = [
+        f"{pair['against']} {pair['difference'] * 100:+.1f} ({_p_value(corrected(pair))}; "
+        f"could have seen {pair['smallest_difference'] * 100:.1f})"
+        for pair in planned(metrics)
+    ]
+    return f" Planned tests, points against (Holm; 80% power): {', '.join(tests)}." if tests else ""
 
 
 def _pictures(folder: Path) -> list[dict[str, str]]:

@@ -95,12 +95,27 @@ class PairedComparison(TypedDict):
     """Success of `policy` minus success of `against`."""
     ci95: Interval
     p_value: float
-    """Exact two-sided sign-flip test over games; 0 stands for less than 0.0000005."""
+    """Exact two-sided permutation test over games (`statistics.paired_p_value`); 0 stands for less than 0.0000005."""
+    p_holm: float | None
+    """The same, corrected by Holm for the planned comparisons; null where this one was not planned."""
+    smallest_difference: float
+    """What as many games, on which the two differ as often, show with a chance of 80% in one such test."""
     wins: int
     """Games that `policy` solves more often."""
     losses: int
     ties: int
     cost_difference: float
+
+
+class NonInferiority(TypedDict):
+    """Is the headline router no worse than always-high by a margin?"""
+
+    margin: float
+    lower: float
+    """Lower end of the interval of the paired difference in success."""
+    games_needed: int
+    """With fewer games not even a router that loses none could show it."""
+    shown: bool
 
 
 class Gap(TypedDict):
@@ -141,7 +156,9 @@ class Metrics(TypedDict):
     below_hull: dict[str, str]
     """Each other single rung -> the one that dominates it, at least as good and not dearer; or `mixture`, where only a mixture
     of two beats it at its cost."""
+    non_inferiority: NonInferiority
     paired: list[PairedComparison]
+    """The planned ones first."""
     apgr: float | None
     cpt50: float | None
     cpt80: float | None

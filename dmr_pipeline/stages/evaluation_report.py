@@ -84,6 +84,7 @@ def evaluation_report(context: StageContext) -> StageResult:
         high="always_high",
         low="always_low",
         headline=chosen,
+        margin=recipe.precisions.margin,
         confidence=section.confidence,
         bootstrap=section.bootstrap,
         seed=section.seed,

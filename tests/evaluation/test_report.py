@@ -240,6 +240,37 @@ def test_a_precision_that_only_checks_is_told_with_its_passes(folder: Path, epis
     assert "speculative:float" in text
 
 
+def test_planned_tests_are_corrected_and_told_everywhere(folder: Path, metrics: Metrics) -> None:
+    """Random routing and always-low, the only single precision that costs no more; high wins five games more of 100."""
+    words = " ".join(headline(metrics))
+    assert "That it is less than 5 points worse than always_high is not shown (lower end -10.0)." in words
+    assert "Against always_low, the best single precision that costs no more, it is better in the paired test" in words
+    rows = metrics["paired"]
+    assert [row["p_holm"] is None for row in rows] == [False, False, True]
+    seen = rows[1]["smallest_difference"] * 100
+    told = f"always_low +35.0 (p < 0.001; could have seen {seen:.1f})."
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(console_table(metrics))
+    for text in (markdown_table(metrics), " ".join(console.export_text().split())):
+        assert "Planned tests, points against (Holm; 80% power): random@kl_router" in text
+        assert told in text
+    page = render(folder).text
+    assert "p p, Holm could have seen, points better / equal / worse" in page
+    assert "The highlighted rows, 2 in number, are the tests that were planned" in page
+    high = f"kl_router against always_high -5.0 [-10.0 to -1.0] 0.062 – {rows[2]['smallest_difference'] * 100:.1f} 0 / 95 / 5"
+    assert high in page
+
+
+def test_a_difference_that_is_not_shown_is_told_with_what_could_have_been(metrics: Metrics) -> None:
+    pair = metrics["paired"][0]
+    pair["p_value"], pair["p_holm"], pair["smallest_difference"] = 0.03, 0.06, 0.075
+    text = " ".join(headline(metrics))
+    assert "no difference is shown: " in text
+    assert "p = 0.060) in the paired test; these games could have shown 7.5." in text
+    metrics["non_inferiority"] = {"margin": 0.002, "lower": 0.0, "games_needed": 1843, "shown": False}
+    assert "(lower end +0.0; 100 games are too few for that, 1843 are needed)" in " ".join(headline(metrics))
+
+
 @pytest.mark.parametrize("width", [80, 100])
 def test_console_table_fits_and_cuts_nothing(metrics: Metrics, width: int) -> None:
     console = Console(width=width, record=True, file=io.StringIO())
