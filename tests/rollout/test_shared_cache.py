@@ -13,7 +13,7 @@ from transformers import Qwen3Config
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.recipe import Speculative
 from dmr_pipeline.rollout.engine import Decision, RolloutRequest, SinglePrecision, Trajectory, play
-from dmr_pipeline.rollout.known import Known
+from dmr_pipeline.rollout.known import Known, Transcript
 from dmr_pipeline.rollout.kv_cache.choice import shared_streams, token_streams
 from dmr_pipeline.rollout.kv_cache.packed import PackedStreams
 from dmr_pipeline.rollout.kv_cache.padded import Streams
@@ -131,7 +131,8 @@ MIXING = RandomMixing(dict.fromkeys(THREE, 1 / 3), seed=3)
 
 
 class Asking:
-    """The precisions in turn, a checked step among them, after the cheapest was asked for states, a draft, or for nothing."""
+    """The precisions in turn, a checked step among them, after the cheapest was asked for states or a draft, the dearest for a
+    draft, or nobody for anything."""
 
     def __init__(self, *asked: str) -> None:
         self.asked, self.turns = asked, Counter[int]()
@@ -144,6 +145,8 @@ class Asking:
             peek.states(slots, [1])
         if "draft" in self.asked:
             peek.drafts("int2", slots)
+        if "dear" in self.asked:
+            peek.drafts("float", slots)
         return [self.decided(slot) for slot in slots]
 
     def decided(self, slot: int) -> Decision:
@@ -250,6 +253,23 @@ def test_what_was_asked_for_is_gone_on_from_but_for_a_check(asked: tuple[str, ..
     assert differ(played, Asking(*asked), ROUTE)
 
 
+@pytest.mark.parametrize("asked", [("dear",), ("states", "dear"), ("draft", "dear")])
+def test_who_acts_reads_the_last_token_again_where_another_has(asked: tuple[str, ...]) -> None:
+    def act(cache: OneCache, step, text: list[int]) -> list[int]:
+        if "states" in asked:
+            cache.see(LOW, text)
+        draft = cache.act(LOW, text) if "draft" in asked else []
+        dear = cache.act(HIGH, text)
+        if step.precision == "float":
+            return dear
+        cache.cut(len(text))  # what is written there is not what is done
+        return draft or cache.act(LOW, text)
+
+    played = roll_shared(Asking(*asked), 3)
+    assert_acts(played, act)
+    assert differ(played, Asking(*asked), ROUTE)
+
+
 @pytest.mark.parametrize("drafts", [None, Speculative(draft_tokens=2), Speculative(stop_margin=0.1)])
 @pytest.mark.parametrize("dear", ["float", "int4"])
 def test_checked_actions_are_those_that_are_written(dear: str, drafts: Speculative | None) -> None:
@@ -302,6 +322,8 @@ POLICIES = [
     Asking("states"),
     Asking("draft"),
     Asking("states", "draft"),
+    Asking("states", "dear"),
+    Asking("draft", "dear"),
 ]
 
 
@@ -347,22 +369,29 @@ def test_neither_slots_nor_look_ups_change_an_episode(policy) -> None:
 
 
 def test_what_was_read_by_others_is_not_looked_up() -> None:
-    """The same transcript, read by int2 in one episode and by float in the other: what float does there differs."""
+    """The same transcript, read by int2 in one episode and by float in the other: what float does next is not the same."""
 
-    class Last(SinglePrecision):
+    class Then(SinglePrecision):
+        def begin(self, slot, run) -> None:
+            turns[slot] = 0
+
         def decide(self, slots, segments, peek) -> list[Decision]:
-            for slot in slots:
-                turns[slot] += 1
-            return [Decision("float" if turns[slot] == STEPS else self.precision, ()) for slot in slots]
+            return [Decision("float" if turns[slot] else self.precision, ()) for slot in slots]
 
-    known, found = Known(), []
-    for precision in ROUTE:
-        turns = Counter[int]()
-        found.append(roll_shared(Last(precision), runs=RUNS[:1], known=known))
-        turns.clear()
-        assert roll_shared(Last(precision), runs=RUNS[:1]) == found[-1]
-    keys = {place for rung, _, place in known.actions if rung == "float"}
-    assert len(keys) == STEPS + 1
+        def acted(self, slot, segment, precision, action) -> None:
+            turns[slot] += 1
+
+    known, turns = Known(), Counter[int]()
+    played = [roll_shared(Then(precision), known=known) for precision in ROUTE]
+    alike = [pair for pair in zip(*played, strict=True) if pair[0].steps[0].action == pair[1].steps[0].action]
+    assert alike
+    for one, other in alike:
+        second = Transcript()
+        second.append(transcript(one, 1))
+        assert transcript(one, 1) == transcript(other, 1)
+        places = [place for rung, _, place in known.actions if rung == "float" and place.startswith(second.digest())]
+        assert len(places) == 2
+        assert len({known.actions["float", None, place].margin for place in places}) == 2
 
 
 class Counted(PackedStreams):
