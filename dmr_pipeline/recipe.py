@@ -835,10 +835,14 @@ class Release(Section):
     cost_increase: Annotated[float, Field(ge=0.0), at_most(1000.0, "any router would do")] = Field(
         0.0, description="mean cost of an episode may rise by this share of the released router's at most"
     )
-    games: Count | None = Field(None, description="validation games that both play; all of them by default")
+    games: Count | None = Field(
+        None,
+        description="validation games that both play, the next ones at each decision; by default half of them, or as many as the"
+        " margin needs; with fewer than it needs nothing is promoted",
+    )
     confidence: Confidence = 0.95
     bootstrap: Bootstrap = Field(2000, description="bootstrap resamples, of games")
-    seed: Seed = Field(0, description="of the resamples, and of actions drawn at a temperature")
+    seed: Seed = Field(0, description="of the resamples, of the games' order, and of actions drawn at a temperature")
 
     def problems(self) -> Iterator[tuple[str, str]]:
         yield from _resamples(self.confidence, self.bootstrap)

@@ -39,7 +39,7 @@ def train(context: StageContext) -> StageResult:
     return fake_run(context)
 
 
-def play_both(context: StageContext, released: Path, candidate: Candidate) -> pl.DataFrame:
+def play_both(context: StageContext, released: Path, candidate: Candidate, number: int) -> pl.DataFrame:
     """Of eight games the candidate solves none, the released router six."""
     won = {CANDIDATE: np.zeros((1, 8)), RELEASED: np.arange(8)[None] < 6}
     success = {name: ("router", games) for name, games in won.items()}

@@ -1,9 +1,11 @@
 """A newly trained router (the candidate) against the released one, on the same games: is it no worse, and no dearer?"""
 
+import numpy as np
 import polars as pl
 from pydantic import JsonValue
 
 from dmr_pipeline.evaluation.metrics import compare_policies
+from dmr_pipeline.evaluation.statistics import games_needed
 from dmr_pipeline.frozen_model import FrozenModel
 from dmr_pipeline.recipe import Release
 
@@ -35,6 +37,28 @@ class Comparison(FrozenModel):
     losses: int
     rule: dict[str, JsonValue]
     """The recipe's section `release`, defaults filled in."""
+
+
+def games_of(number: int, there: int, rule: Release) -> list[int]:
+    """Positions of the validation games on which a decision is taken: the next ones at each decision, in one shuffled order,
+    round and round. Who is retrained again and again would else be chosen for luck on the same games.
+
+    Args:
+        number: of the decision.
+        there: validation games.
+    """
+    count = min(there, rule.games or max(there // 2, needed_by(rule)))
+    order = np.random.default_rng(rule.seed).permutation(there)
+    return [int(order[(number * count + i) % there]) for i in range(count)]
+
+
+def needed_by(rule: Release) -> int:
+    """Games without which not even a candidate that loses none can be shown to keep the margin."""
+    return games_needed(rule.success_margin, rule.confidence)
+
+
+def has_enough_games(comparison: Comparison, rule: Release) -> bool:
+    return comparison.games >= needed_by(rule)
 
 
 def keeps_success(comparison: Comparison, rule: Release) -> bool:

@@ -1,9 +1,10 @@
 """The router in use, and the history of every decision about it.
 
 Retraining must not make the agent worse. A newly trained router (the candidate) and the released one play the same
-validation games, each at its own threshold, and the candidate takes over only if it passes a non-inferiority test: the
-lower end of the paired interval of its success minus the released one's is above a margin, and it costs no more than the
-recipe allows. The rule is ours. People can overrule it in both directions, by `promote` and `roll_back`.
+validation games, other ones at each decision and each at its own threshold, and the candidate takes over only if it passes a
+non-inferiority test: the lower end of the paired interval of its success minus the released one's is above a margin, on at
+least as many games as can show that, and it costs no more than the recipe allows. The rule is ours. People can overrule it in
+both directions, by `promote` and `roll_back`.
 
 The history only grows. It is one with the artifact: whoever restores an older artifact restores its history.
 """
@@ -21,7 +22,14 @@ from dmr_pipeline.artifacts.manifest import MANIFEST, Manifest, folder_hash, has
 from dmr_pipeline.errors import UserError, problems_of
 from dmr_pipeline.frozen_model import FrozenModel
 from dmr_pipeline.recipe import Release
-from dmr_pipeline.release.comparison import Comparison, _cost_limit, keeps_cost, keeps_success
+from dmr_pipeline.release.comparison import (
+    Comparison,
+    _cost_limit,
+    has_enough_games,
+    keeps_cost,
+    keeps_success,
+    needed_by,
+)
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +118,7 @@ def decide(history: History, candidate: Candidate, rule: Release, compare: Calla
         reason = f"release {current.number} is for another precision ladder; `dmr router promote` releases this router"
         return next_decision(history, candidate, "not_comparable", reason)
     comparison = compare()
-    passed = keeps_success(comparison, rule) and keeps_cost(comparison, rule)
+    passed = has_enough_games(comparison, rule) and keeps_success(comparison, rule) and keeps_cost(comparison, rule)
     reason = _explain(comparison, rule)
     return next_decision(history, candidate, "promoted" if passed else "rejected", reason, comparison)
 
@@ -122,6 +130,9 @@ def _explain(comparison: Comparison, rule: Release) -> str:
         success += f" (asked: above {-100 * rule.success_margin:.1f})"
     if not keeps_cost(comparison, rule):
         cost += f" (asked: at most {_cost_limit(comparison, rule):.3f})"
+    if not has_enough_games(comparison, rule):
+        few = f"{comparison.games} games cannot show a loss below {100 * rule.success_margin:.1f} points"
+        cost += f"; {few}, {needed_by(rule)} are needed (release.games, benchmark.splits.validation)"
     return f"{success}, {cost}"
 
 

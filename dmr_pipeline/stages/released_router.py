@@ -12,7 +12,7 @@ from dmr_pipeline.artifacts.stage import StageContext, StageResult
 from dmr_pipeline.environments.benchmark import benchmark_of
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.evaluation.play import Arena, Entry, evaluate
-from dmr_pipeline.release.comparison import CANDIDATE, RELEASED, compare_routers
+from dmr_pipeline.release.comparison import CANDIDATE, RELEASED, compare_routers, games_of
 from dmr_pipeline.release.history import (
     RELEASES_FILE,
     Candidate,
@@ -42,7 +42,10 @@ def released_router(context: StageContext) -> StageResult:
     if released is None:
         return _write(context, (next_decision((), candidate, "first", "there was no release before"),), grpo_router)
     history = read_releases(released).decisions
-    decision = decide(history, candidate, rule, lambda: compare_routers(play_both(context, released, candidate), rule))
+    number = len(history) + 1
+    decision = decide(
+        history, candidate, rule, lambda: compare_routers(play_both(context, released, candidate, number), rule)
+    )
     if decision is None:
         log.info("released_router: router %s is in use, was turned down or rolled back before", candidate.router[:7])
         return _write(context, history, released)
@@ -86,8 +89,11 @@ def roll_back(context: StageContext, to: int, router: Path) -> StageResult:
     return _write(context, (*history, decision), router)
 
 
-def play_both(context: StageContext, released: Path, candidate: Candidate) -> pl.DataFrame:
+def play_both(context: StageContext, released: Path, candidate: Candidate, number: int) -> pl.DataFrame:
     """Episodes of the candidate and of the router in the artifact `released`, as `compare_routers` reads them.
+
+    Args:
+        number: of the decision, which says on which games they play.
 
     Raises:
         UserError: the candidate was trained for other precisions than there are now.
@@ -100,9 +106,8 @@ def play_both(context: StageContext, released: Path, candidate: Candidate) -> pl
         )
     arena = Arena.load(checkpoints, context.recipe, rule.seed)
     acting = arena.rollouts.acting
-    games = benchmark_of(context.recipe.benchmark).read_tasks(
-        context.inputs["benchmark_tasks"], "validation", rule.games
-    )
+    validation = benchmark_of(context.recipe.benchmark).read_tasks(context.inputs["benchmark_tasks"], "validation")
+    games = [validation[position] for position in games_of(number, len(validation), rule)]
     entries = []
     for name, artifact in ((RELEASED, released), (CANDIDATE, context.inputs["grpo_router"])):
         router = load_router(artifact / ROUTER_FOLDER, acting.device, acting.models[acting.cheapest])

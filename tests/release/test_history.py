@@ -19,10 +19,11 @@ from scipy import stats
 
 from dmr_pipeline.artifacts.manifest import MANIFEST, Manifest, folder_hash, hash_files
 from dmr_pipeline.artifacts.stage import StageContext, StageResult
+from dmr_pipeline.environments.base import Task
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.evaluation.play import Arena, Entry
 from dmr_pipeline.recipe import Recipe, Release, load_recipe
-from dmr_pipeline.release.comparison import CANDIDATE, RELEASED, Comparison, compare_routers
+from dmr_pipeline.release.comparison import CANDIDATE, RELEASED, Comparison, compare_routers, games_of
 from dmr_pipeline.release.history import (
     Candidate,
     Decision,
@@ -85,7 +86,35 @@ def test_margin_and_confidence_are_the_recipes() -> None:
     assert decided(played).decision == "rejected"
     assert decided(played, success_margin=0.0501).decision == "promoted"
     assert decided(played, confidence=0.5).decision == "promoted"
-    assert decided(episodes([True] * 9, [True] * 9), success_margin=0).decision == "rejected", "asks for an improvement"
+    equal, better = episodes([True] * 9, [True] * 9), episodes([True] * 9, [False] * 9)
+    assert decided(equal, success_margin=0).decision == "rejected", "asks for an improvement"
+    assert decided(better, success_margin=0).decision == "promoted"
+
+
+@pytest.mark.parametrize(("games", "expected"), [(20, "rejected"), (71, "rejected"), (72, "promoted")])
+def test_few_games_promote_nobody(games: int, expected: str) -> None:
+    """Of 20 games without one loss the exact bound is 17 points; of 72 it is just below the margin."""
+    assert stats.binomtest(0, 20).proportion_ci(0.95, "exact").high == pytest.approx(0.168, abs=1e-3)
+    decision = decided(episodes([True] * games, [True] * games))
+    assert decision.decision == expected
+    told = f"; {games} games cannot show a loss below 5.0 points, 72 are needed (release.games, benchmark.splits.validation)"
+    assert decision.reason.endswith(told) == (expected == "rejected")
+    assert "\n" not in decision.reason
+
+
+@given(there=st.integers(1, 200), games=st.one_of(st.none(), st.integers(1, 200)), start=st.integers(1, 50))
+def test_games_take_turns_and_all_are_used(there: int, games: int | None, start: int) -> None:
+    rule = Release(games=None if games is None else min(games, there))
+    drawn = [games_of(number, there, rule) for number in range(start, start + there)]
+    count = len(drawn[0])
+    assert count == (rule.games or min(there, max(there // 2, 72)))
+    assert all(len(set(positions)) == count for positions in drawn)
+    used = set()
+    for positions in drawn[: -(-there // count)]:
+        assert 2 * count > there or not used & set(positions) or len(used) + count > there
+        used |= set(positions)
+    assert used == set(range(there))
+    assert games_of(start, there, rule) == drawn[0]
 
 
 @pytest.mark.parametrize(
@@ -101,14 +130,14 @@ def test_margin_and_confidence_are_the_recipes() -> None:
     ],
 )
 def test_cost_may_rise_by_the_allowed_share(candidate: float, released: float, increase: float, expected: str) -> None:
-    won = [True] * 10
+    won = [True] * 80
     decision = decided(episodes(won, won, (candidate, released)), cost_increase=increase)
     assert decision.decision == expected
     assert ("asked: at most" in decision.reason) == (expected == "rejected")
 
 
 def test_cheaper_does_not_excuse_worse_nor_better_dearer() -> None:
-    won, lost = [True] * 10, [False] * 10
+    won, lost = [True] * 80, [False] * 80
     assert decided(episodes(lost, won, (0.1, 0.5))).decision == "rejected"
     assert decided(episodes(won, lost, (0.6, 0.5))).decision == "rejected"
     assert decided(episodes(won, lost, (0.5, 0.5))).decision == "promoted"
@@ -140,12 +169,12 @@ def test_resamples_are_seeded() -> None:
 
 
 @settings(deadline=None)
-@given(st.lists(st.tuples(st.booleans(), st.booleans(), st.booleans()), min_size=1, max_size=60))
+@given(st.lists(st.tuples(st.booleans(), st.booleans(), st.booleans()), min_size=6, max_size=60))
 def test_who_loses_more_games_is_never_preferred(games: list[tuple[bool, bool, bool]]) -> None:
     """Where a candidate is rejected, so is one that solves only a part of its games; and one that solves none of many."""
     released, better = ([game[i] for game in games] for i in (0, 1))
     worse = [solves and keeps for _, solves, keeps in games]
-    rule = {"bootstrap": 200}
+    rule = {"bootstrap": 200, "success_margin": 0.5}  # which six games can show
     assert (
         decided(episodes(better, released), **rule).decision,
         decided(episodes(worse, released), **rule).decision,
@@ -163,7 +192,7 @@ def test_who_loses_more_games_is_never_preferred(games: list[tuple[bool, bool, b
 
 @dataclass
 class World:
-    """A folder in which routers are trained and released; a router's skill is how many of 20 games it solves."""
+    """A folder in which routers are trained and released; a router's skill is how many of each 20 games it solves."""
 
     folder: Path
     comparisons: int = 0
@@ -206,12 +235,13 @@ class World:
         output.rename(self.released)
         return result
 
-    def play(self, context: StageContext, released: Path, candidate: Candidate) -> pl.DataFrame:
+    def play(self, context: StageContext, released: Path, candidate: Candidate, number: int) -> pl.DataFrame:
         self.comparisons += 1
+        assert number == len(self.history) + 1
         grpo_router = context.inputs["grpo_router"]
         assert candidate == Candidate.of(grpo_router)
         skills = [int((folder / "router" / "router.json").read_text()) for folder in (grpo_router, released)]
-        return episodes(*([game < skill for game in range(20)] for skill in skills))
+        return episodes(*([game % 20 < skill for game in range(80)] for skill in skills))
 
     @property
     def released(self) -> Path:
@@ -533,12 +563,13 @@ def test_real_routers_play_and_a_crippled_one_is_kept_out(real_inputs: dict[str,
         "same": real_router(tmp_path / "same", checkpoints, threshold=0.0, note="trained again"),
         "low": real_router(tmp_path / "low", checkpoints, threshold=1.0),
     }
+    few = Release(games=2, success_margin=0.9)  # which two games can show
+    rules = {"high": Release(), "same": few, "low": Release(games=10, success_margin=0.31)}
     previous = None
     for name, router in routers.items():
         output = tmp_path / f"released_{name}"
         output.mkdir()
-        games = {"games": 2} if name == "same" else {}
-        recipe = real_recipe().model_copy(update={"release": Release(**games)})
+        recipe = real_recipe().model_copy(update={"release": rules[name]})
         released_router(StageContext(recipe, real_inputs | {"grpo_router": router}, output, tmp_path, previous))
         previous = output
     first, same, crippled = read_releases(tmp_path / "released_low").decisions
@@ -563,7 +594,7 @@ def test_real_routers_play_and_a_crippled_one_is_kept_out(real_inputs: dict[str,
     again = tmp_path / "again"
     again.mkdir()
     context = StageContext(
-        real_recipe().model_copy(update={"release": Release(games=2)}),
+        real_recipe().model_copy(update={"release": few}),
         real_inputs | {"grpo_router": routers["same"]},
         again,
         tmp_path,
@@ -576,20 +607,24 @@ def test_real_routers_play_and_a_crippled_one_is_kept_out(real_inputs: dict[str,
 def test_actions_are_drawn_by_the_releases_seed(
     real_inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not by the evaluation's, which is no part of what the artifact was made from."""
-    seeds = []
+    """Not by the evaluation's, which is no part of what the artifact was made from. Each decision has games of its own."""
+    seeds, games = [], []
 
-    def evaluate(entries: Sequence[Entry], arena: Arena, *_: object) -> dict[str, pl.DataFrame]:
+    def evaluate(entries: Sequence[Entry], arena: Arena, tasks: Sequence[Task], *_: object) -> dict[str, pl.DataFrame]:
         seeds.append(arena.seed)
+        games.append({task.task_id for task in tasks})
         return {entry.name: pl.DataFrame({"policy": [entry.name]}) for entry in entries}
 
     monkeypatch.setattr(the_stage, "evaluate", evaluate)
     router = real_router(tmp_path / "router", real_inputs["quantized_checkpoints"], 0.5)
-    recipe = real_recipe().model_copy(update={"release": Release(seed=7)})
+    recipe = real_recipe().model_copy(update={"release": Release(seed=7, games=5)})
     context = StageContext(recipe, real_inputs | {"grpo_router": router}, tmp_path, tmp_path)
-    played = the_stage.play_both(context, router, Candidate.of(router))
+    played = the_stage.play_both(context, router, Candidate.of(router), 2)
     assert played["policy"].to_list() == [RELEASED, CANDIDATE]
-    assert seeds == [7]
+    the_stage.play_both(context, router, Candidate.of(router), 3)
+    assert seeds == [7, 7]
+    assert [len(played) for played in games] == [5, 5]
+    assert len(games[0] | games[1]) == 10
 
 
 def test_a_router_of_precisions_that_are_gone_is_not_played(real_inputs: dict[str, Path], tmp_path: Path) -> None:
@@ -600,4 +635,4 @@ def test_a_router_of_precisions_that_are_gone_is_not_played(real_inputs: dict[st
     inputs = real_inputs | {"grpo_router": router, "quantized_checkpoints": checkpoints}
     context = StageContext(real_recipe(), inputs, tmp_path, tmp_path)
     with pytest.raises(UserError, match=r"trained for another precision ladder than .*dmr run alfworld-tiny"):
-        the_stage.play_both(replace(context, previous=router), router, Candidate.of(router))
+        the_stage.play_both(replace(context, previous=router), router, Candidate.of(router), 2)
