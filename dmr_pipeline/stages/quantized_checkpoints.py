@@ -10,6 +10,7 @@ from typing import Literal
 
 import polars as pl
 import torch
+from pydantic import JsonValue
 from rich.progress import Progress, TaskID
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -19,6 +20,8 @@ from dmr_pipeline.artifacts.stage import StageContext, StageResult
 from dmr_pipeline.environments.base import Task
 from dmr_pipeline.environments.benchmark import benchmark_of
 from dmr_pipeline.errors import UserError
+from dmr_pipeline.evaluation.kept import KeptTables
+from dmr_pipeline.evaluation.play import content
 from dmr_pipeline.precision.acting import acting_model, sharing
 from dmr_pipeline.precision.frontier import PLAYED, PLAYED_FILE, played_facts
 from dmr_pipeline.precision.gptq import GptqRun
@@ -26,6 +29,7 @@ from dmr_pipeline.precision.imported import import_rung, inspect
 from dmr_pipeline.precision.ladder import LADDER_FILE, RungFacts
 from dmr_pipeline.precision.pass_bytes import PassBytes, pass_bytes, stored_pass_bytes
 from dmr_pipeline.precision.quantization import RungSize, load_rung, quantize_rung, save_rung, stored_size
+from dmr_pipeline.pretrained import adapter_config, pretrained_hashes
 from dmr_pipeline.recipe import Gptq, Recipe, Rung
 from dmr_pipeline.rollout.cost import episode_cost
 from dmr_pipeline.rollout.engine import ALONE, Trajectory, play_alone, warn_of_outgrown, warn_of_parse_failures
@@ -52,8 +56,8 @@ def quantized_checkpoints(context: StageContext) -> StageResult:
     for rung in recipe.precisions.ladder:
         if rung.checkpoint is not None:
             inspect(float_model, tokenizer, rung)
-    facts, frames = [], []
-    unit: float | None = None
+    kept = KeptTables(context.kept or context.scratch / "measured", _all_rungs_facts(context, device))
+    facts, measured = [], []
     with Progress() as progress:
         bar = progress.add_task("precision ladder", total=len(recipe.precisions.ladder) * len(games))
         for rung in recipe.precisions.ladder:
@@ -72,11 +76,21 @@ def quantized_checkpoints(context: StageContext) -> StageResult:
                 gptq,
                 recipe.precisions.kernels,
             )
-            divergence, disagreement = divergence_to_float(float_model, acting, examples, device)
-            played = _play_validation(acting, games, prompter, recipe, device, lambda n: progress.advance(bar, n))
+            rung_facts = _rung_facts(rung, recipe)
+            table = kept.read(**rung_facts)
+            if table is None:
+                divergence, disagreement = divergence_to_float(float_model, acting, examples, device)
+                played = _play_validation(acting, games, prompter, recipe, device, lambda n: progress.advance(bar, n))
+                warn_of_parse_failures(played, f"rung {rung.name}")
+                table = measured_rows(played, read, pass_bytes(float_model), bits).with_columns(
+                    divergence=pl.lit(divergence), disagreement=pl.lit(disagreement)
+                )
+                kept.write(table, **rung_facts)
+            else:
+                log.info("rung %s: measured before, and not changed since", rung.name)
+                progress.advance(bar, len(games))
             del acting  # before the next one is made
-            if unit is None:  # the first rung is the dearest
-                unit = _mean_bytes(played, pass_bytes(float_model), bits)
+            measured.append(table)
             facts.append(
                 RungFacts(
                     name=rung.name,
@@ -84,15 +98,16 @@ def quantized_checkpoints(context: StageContext) -> StageResult:
                     pass_bytes=read.weights,
                     bits_per_weight=round(size.bits_per_weight, 4),
                     quantized_share=round(size.quantized_share, 4),
-                    kl_to_float=round(divergence, 6),
-                    greedy_disagreement=round(disagreement, 6),
+                    kl_to_float=round(table["divergence"][0], 6),
+                    greedy_disagreement=round(table["disagreement"][0], 6),
                     reloads_equal=equal,
                 )
             )
-            warn_of_parse_failures(played, f"rung {rung.name}")
-            frames.append(played_rows(rung.name, played, read, bits, unit))
-    assert unit is not None
-    table = pl.concat(frames)
+    kept.drop_unused()
+    unit = sum(measured[0]["float_bytes"]) / len(measured[0])  # the first rung is the dearest
+    table = pl.concat(
+        [played_rows(rung.name, table, unit) for rung, table in zip(recipe.precisions.ladder, measured, strict=True)]
+    )
     table.write_parquet(context.output / PLAYED_FILE)
     ladder = played_facts(facts, table, unit, recipe.precisions)
     summary = ladder.model_dump(mode="json")
@@ -100,20 +115,66 @@ def quantized_checkpoints(context: StageContext) -> StageResult:
     return StageResult(summary=summary)
 
 
-def played_rows(
-    rung: str, played: Sequence[Trajectory], read: PassBytes, cache_bits: int, unit_bytes: float
+def _all_rungs_facts(context: StageContext, device: torch.device) -> dict[str, JsonValue]:
+    """What all that is measured of any rung depends on."""
+    recipe, adapter = context.recipe, adapter_config(context.inputs["agent"] / "model")
+    base = None if adapter is None else adapter.base_model_name_or_path
+    return {
+        "agent": content(context.inputs["agent"]),
+        "base": {} if base is None else dict(pretrained_hashes(base)),
+        "games": content(context.inputs["benchmark_tasks"]),
+        "sections": [section.model_dump(mode="json") for section in (recipe.benchmark, recipe.agent)],
+        "kl_episodes": recipe.precisions.kl_episodes,
+        "cache_bits": recipe.precisions.cache_bits,
+        "kernels": recipe.precisions.kernels,
+        "device": device.type,
+    }
+
+
+def _rung_facts(rung: Rung, recipe: Recipe) -> dict[str, JsonValue]:
+    """What it depends on besides; not the rung's name, nor the other rungs."""
+    return {
+        "rung": rung.model_dump(mode="json", exclude={"name"}),
+        "checkpoint": {} if rung.checkpoint is None else dict(pretrained_hashes(rung.checkpoint.model)),
+        "gptq": None if rung.rounding is None else (recipe.precisions.gptq or Gptq()).model_dump(mode="json"),
+    }
+
+
+def measured_rows(
+    played: Sequence[Trajectory], read: PassBytes, read_by_float: PassBytes, cache_bits: int
 ) -> pl.DataFrame:
-    """Rows of `frontier.PLAYED` of a rung that played alone."""
-    costs = [episode_cost(trajectory, {ALONE: read}, cache_bits) for trajectory in played]
-    rows = [
-        (rung, t.run.task.task_id, t.success, len(t.steps), cost.total / unit_bytes, cost.cache / unit_bytes)
-        for t, cost in zip(played, costs, strict=True)
-    ]
-    return pl.DataFrame(rows, schema=PLAYED, orient="row")
+    """An episode a row: task_id, success, steps, the bytes that it read (`bytes`), those of them that are keys and values
+    (`cache_bytes`), and what it would have read with float weights (`float_bytes`)."""
+    rows = []
+    for trajectory in played:
+        cost, by_float = (episode_cost(trajectory, {ALONE: weights}, cache_bits) for weights in (read, read_by_float))
+        rows.append(
+            {
+                "task_id": trajectory.run.task.task_id,
+                "success": trajectory.success,
+                "steps": len(trajectory.steps),
+                "bytes": cost.total,
+                "cache_bytes": cost.cache,
+                "float_bytes": by_float.total,
+            }
+        )
+    return pl.DataFrame(rows)
 
 
-def _mean_bytes(played: Sequence[Trajectory], read: PassBytes, cache_bits: int) -> float:
-    return sum(episode_cost(trajectory, {ALONE: read}, cache_bits).total for trajectory in played) / len(played)
+def played_rows(rung: str, measured: pl.DataFrame, unit_bytes: float) -> pl.DataFrame:
+    """Rows of `frontier.PLAYED` of a rung that played alone.
+
+    Args:
+        measured: as of `measured_rows`.
+    """
+    return measured.select(
+        pl.lit(rung).alias("rung"),
+        "task_id",
+        "success",
+        "steps",
+        (pl.col("bytes") / unit_bytes).alias("cost"),
+        (pl.col("cache_bytes") / unit_bytes).alias("cost_cache"),
+    ).cast(PLAYED)
 
 
 def _gptq_run(

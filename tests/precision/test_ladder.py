@@ -150,6 +150,35 @@ def test_facts_of_a_ladder(context: StageContext) -> None:
         assert 0 < rung["cost_cache"] < rung["cost"]
 
 
+def test_a_rung_that_was_measured_before_does_not_play_again(
+    context: StageContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under another name, or beside other rungs, it is the same; other weights, or the agent's other way of acting, are not."""
+    played = []
+    play_validation = stage._play_validation
+    monkeypatch.setattr(stage, "_play_validation", lambda *args: played.append(1) or play_validation(*args))
+    context = replace(context, kept=tmp_path / "kept")
+    first = quantized_checkpoints(context).summary
+    files = {path.name: path.read_bytes() for path in context.output.rglob("*") if path.is_file()}
+    assert len(played) == len(LADDER)
+
+    again = replace(context, output=tmp_path / "again")
+    assert quantized_checkpoints(again).summary == first
+    assert {path.name: path.read_bytes() for path in again.output.rglob("*") if path.is_file()} == files
+    assert len(played) == len(LADDER)
+
+    longer = [LADDER[0], {**LADDER[1], "name": "eight"}, {"name": "int4", "weights": "int4"}, LADDER[2]]
+    more = quantized_checkpoints(replace(context, recipe=ladder_recipe(longer), output=tmp_path / "more")).summary
+    assert len(played) == len(LADDER) + 1
+    assert [{**rung, "name": ""} for rung in (more["rungs"][i] for i in (0, 1, 3))] == [
+        {**rung, "name": ""} for rung in first["rungs"]
+    ]
+    warm = ladder_recipe(LADDER)
+    warm = warm.model_copy(update={"agent": warm.agent.model_copy(update={"temperature": 1.0})})
+    quantized_checkpoints(replace(context, recipe=warm, output=tmp_path / "warm"))
+    assert len(played) == 2 * len(LADDER) + 1
+
+
 def test_a_ladder_in_the_agents_dtype_by_low_bit_kernels(context: StageContext) -> None:
     ladder = [*LADDER[:2], {"name": "int4", "weights": "int4", "head": "int8", "rounding": "gptq"}]
     recipe = ladder_recipe(ladder)
