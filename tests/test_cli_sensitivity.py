@@ -1,6 +1,7 @@
 """`dmr sensitivity analyse`, whose games were played elsewhere."""
 
 import json
+import logging
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +27,7 @@ def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[object]:
     def label_games(rollouts, recipe, games, behaviour, continuations, artifacts, folder, *_):
         found.extend([behaviour, continuations, sorted(artifacts)])
         folder.mkdir(parents=True)
+        logging.getLogger("dmr_pipeline.rollout").warning("of the games")
         needed = np.arange(200) % 20 == 7
         return labelled_steps(needed, needed.astype(float)), Spent(seconds=12, actions=200, looked_up=150)
 
@@ -50,6 +52,7 @@ def test_tables_refusals_and_what_it_took(asked: list[object]) -> None:
     assert result.exit_code == 0, result.output
     assert asked == ["mixed", ["low", "grpo_router"], ["benchmark_tasks", "grpo_router", "quantized_checkpoints"]]
     assert re.search(r"KL\(high\|\|low\) +1\.00 \(1\.00 to 1\.00\)", result.output)
+    assert "of the games" in result.output
     assert "turns 0-4: high precision is needed at 0 of 100 steps" in result.output
     assert "Took 12 s: 200 actions, 75% of them looked up; the branches read 400 tokens" in result.output
 

@@ -1,6 +1,7 @@
 """`dmr sensitivity`: at which steps high precision is needed, and what tells so."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
@@ -51,7 +52,7 @@ def analyse(
     rollouts = Rollouts.load(artifacts["quantized_checkpoints"], loaded)
     some = benchmark_of(loaded.benchmark).read_tasks(artifacts["benchmark_tasks"], split, games)
     folder = DATA_ROOT / "scratch" / recipe / "consequence"
-    with progress_lines(), Progress(console=console, disable=as_json) as progress:
+    with nullcontext() if as_json else progress_lines(), Progress(console=console, disable=as_json) as progress:
         bar = progress.add_task(f"games by {behaviour}, labelled", total=len(some))
         branches = progress.add_task("branches played", total=None)
         table, spent = label_games(
