@@ -748,7 +748,9 @@ class KlRouter(Section):
     batch_episodes: Batch
     learning_rate: Rate
     validation_games: Count = Field(description="validation games for Platt scaling and for the closed-loop threshold")
-    target_ratio: Ratio = Field(description="high-precision ratio that the threshold is calibrated to, in closed loop")
+    target_ratio: Ratio = Field(
+        description="high-precision ratio on validation games at most, to which the threshold is calibrated in closed loop"
+    )
     force_search: bool = Field(
         False,
         exclude_if=_unset,
@@ -786,7 +788,8 @@ class GrpoRouter(Section):
     validation_games: Count
     target_ratio: Ratio | None = Field(
         None,
-        description="high-precision ratio that the threshold is calibrated to, in closed loop; without it, it is 0.5",
+        description="high-precision ratio on validation games at most, to which the threshold is calibrated in closed loop;"
+        " without it, the threshold is 0.5",
     )
     seed: Seed = 0
 
@@ -804,7 +807,8 @@ class Evaluation(Section):
         3, description="draws of random routing at each router's ratio"
     )
     confidence_ratio: Ratio = Field(
-        0.3, description="high-precision ratio that the confidence cascade is calibrated to on validation games"
+        0.3,
+        description="high-precision ratio at most, to which the confidence cascade is calibrated on validation games",
     )
     confidence_games: Count = Field(60, description="validation games for that")
     confidence: Confidence = 0.95

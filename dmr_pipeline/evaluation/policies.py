@@ -164,7 +164,7 @@ def random_mix(router: str, played: pl.DataFrame, route: Sequence[str], seed: in
 def confidence_cascade(
     arena: Arena, games: Sequence[Task], section: Evaluation, progress: Progress, kept: KeptTables, known: Known
 ) -> Confidence:
-    """At the threshold that gives the recipe's ratio in closed loop on validation games."""
+    """At the threshold that gives the recipe's ratio at most, in closed loop on validation games."""
     rollouts, runs = arena.rollouts, [RolloutRequest(game) for game in games]
     bar = progress.add_task("confidence on validation", total=None)
 

@@ -17,6 +17,7 @@ Classes = NDArray[np.int64]
 
 _ROLLOUTS = 5
 _CLOSE_ENOUGH = 0.01
+"""Spend, on both sides of what is aimed at."""
 
 
 def by_rung(scores: Floats) -> Floats:
@@ -136,25 +137,33 @@ class OperatingPoint:
 def find_threshold(
     play_at: Callable[[float], OperatingPoint], levels: Floats, target: float
 ) -> tuple[OperatingPoint, list[OperatingPoint]]:
-    """The threshold whose closed-loop spend is nearest to the target, and all that were tried.
+    """The threshold whose closed-loop spend is the largest that is at most the target, and all that were tried.
 
     The spend in closed loop does not follow from the `levels` (the exceedances, open loop) above the threshold, since a router
-    changes which states it meets. False position (Illinois) over their quantiles, at most 5 rollouts; the open-loop
-    threshold comes first.
+    changes which states it meets. False position (Illinois) over their quantiles, at most 5 rollouts, aims a hundredth below the
+    target and is content up to that; the open-loop threshold comes first. If all 5 spend more than the target, one above all
+    levels is tried, where only what is forced is spent; what spends least is then taken, and says itself what it spends.
     """
+    tolerance = min(_CLOSE_ENOUGH, target / 2)
+    aim = target - tolerance
     left, right = 0.0, 1.0  # quantiles that everything or nothing is above
-    too_high, too_low = 1.0 - target, -target  # what the ratio is off by there
+    too_high, too_low = 1.0 - aim, -aim  # what the ratio is off by there
     tried: list[OperatingPoint] = []
     while len(tried) < _ROLLOUTS:
         quantile = left + (right - left) * too_high / (too_high - too_low)
         point = play_at(float(np.quantile(levels, quantile)))
-        gap = point.spend - target
-        same_side = bool(tried) and gap * (tried[-1].spend - target) > 0
+        gap = point.spend - aim
+        same_side = bool(tried) and gap * (tried[-1].spend - aim) > 0
         tried.append(point)
-        if abs(gap) <= _CLOSE_ENOUGH:
+        if target - 2 * tolerance <= point.spend <= target:
             break
         if gap > 0:
             left, too_high, too_low = quantile, gap, too_low / 2 if same_side else too_low
         else:
             right, too_low, too_high = quantile, gap, too_high / 2 if same_side else too_high
-    return min(tried, key=lambda point: abs(point.spend - target)), tried
+    if all(point.spend > target for point in tried):
+        tried.append(play_at(min(1.0, float(np.nextafter(levels.max(), np.inf)))))
+    within = [point for point in tried if point.spend <= target]
+    if not within:
+        return min(tried, key=lambda point: point.spend), tried
+    return max(within, key=lambda point: point.spend), tried

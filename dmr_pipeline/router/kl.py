@@ -112,7 +112,7 @@ def calibrate_threshold(
     clock: Timings,
     known: Known,
 ) -> tuple[Router, OperatingPoint, list[OperatingPoint]]:
-    """The router at the threshold that gives the target spend in closed loop on these games.
+    """The router at the threshold that gives at most the target spend in closed loop on these games (`find_threshold`).
 
     Args:
         levels: exceedances at steps that the router may be asked at, to start from.
