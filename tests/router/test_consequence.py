@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from dmr_pipeline.precision.acting import ActingModels
 from dmr_pipeline.rollout.engine import RolloutRequest, SinglePrecision
 from dmr_pipeline.rollout.known import Known
+from dmr_pipeline.rollout.playing import Rollouts
 from dmr_pipeline.rollout.prompts import Moment
 from dmr_pipeline.router.baselines import RandomMixing
 from dmr_pipeline.router.consequence import CONSEQUENCES, Branch, Branching, Player, consequences
@@ -80,12 +81,17 @@ def says(word: str) -> PreTrainedModel:
     return model
 
 
+def toy_rollouts(high: str, low: str) -> Rollouts:
+    """Of a float agent that always writes the one word, and an int2 agent that always writes the other."""
+    plain = rollouts_of(ROUTE)
+    acting = ActingModels({"float": says(high), "int2": says(low)}, plain.acting.pass_bytes, plain.device)
+    return replace(plain, acting=acting, step_limit=LENGTH)
+
+
 @pytest.fixture(scope="module")
 def toy() -> pl.DataFrame:
-    """Low plays two games, of which the one is won by high's word and the other by low's; on under all low and all high."""
-    plain = rollouts_of(ROUTE)
-    models = {"float": says("look"), "int2": says("use")}
-    rollouts = replace(plain, acting=ActingModels(models, plain.acting.pass_bytes, plain.device), step_limit=LENGTH)
+    """Two games, of which the one is won by high's word and the other by low's; either plays them, and either goes on."""
+    rollouts = toy_rollouts("look", "use")
     games = [Toy("high's", "look"), Toy("low's", "use")]
     players = Player("high", ALL_HIGH), Player("low", ALL_LOW)
     return pl.concat(
@@ -110,6 +116,15 @@ def test_one_step_decides(toy: pl.DataFrame) -> None:
             assert row[f"{side}_success"] is won
             assert row[f"{side}_steps"] == steps
             assert row[f"{side}_cost"] == 2 * (others + (8 if side == "high" else 2)), "two passes a step"
+
+
+def test_where_all_agree_nothing_is_played() -> None:
+    rollouts, low = toy_rollouts("look", "look"), Player("low", ALL_LOW)
+    table = consequences(rollouts, [Toy("a game", "look")], low, [low], "action", 0, Known())
+    assert table["turn"].to_list() == [0, 1, 2]
+    assert table["greedy_agree"].all()
+    assert set(table["label"]) == {"neutral"}
+    assert table["high_steps"].null_count() == 3
 
 
 def test_steps_are_those_of_the_played_episodes(toy: pl.DataFrame) -> None:
