@@ -94,6 +94,8 @@ _KIND_ORDER: Mapping[str, int] = {
 PLANNED_BASELINE = "confidence"
 _DIGITS = 6
 _NOISE = 1e-9
+Points = Sequence[tuple[float, float]] | Floats
+"""(x, y) each, or [points, 2]."""
 
 
 @dataclass(frozen=True)
@@ -242,24 +244,24 @@ def gap_recovered(
     return float(success.mean() - low.mean()) / gap, _percentiles(ratios, confidence)
 
 
-def average_gap_recovered(points: Sequence[tuple[float, float]]) -> float:
+def average_gap_recovered(points: Points) -> float:
     """RouteLLM's APGR: area under gap recovered against high-precision ratio.
 
     The curve is piecewise linear from (0, 0), always-low, through the points to (1, 1), always-high.
     """
-    ratios, recovered = zip(*_routing_curve(points), strict=True)
+    ratios, recovered = _routing_curve(points)
     return float(np.trapezoid(recovered, ratios))
 
 
-def call_performance_threshold(points: Sequence[tuple[float, float]], target: float) -> float:
+def call_performance_threshold(points: Points, target: float) -> float:
     """RouteLLM's CPT: the smallest high-precision ratio at which it recovers `target`, in (0, 1], of the gap."""
-    ratios, recovered = np.array(_routing_curve(points)).T
+    ratios, recovered = _routing_curve(points)
     k = int(np.argmax(recovered >= target - _NOISE))  # 1 or more, since the curve begins at (0, 0)
     share = min(1.0, (target - recovered[k - 1]) / (recovered[k] - recovered[k - 1]))
     return float(ratios[k - 1] + share * (ratios[k] - ratios[k - 1]))
 
 
-def average_improvement_in_quality(points: Sequence[tuple[float, float]], cheapest: float, dearest: float) -> float:
+def average_improvement_in_quality(points: Points, cheapest: float, dearest: float) -> float:
     """RouterBench's AIQ: mean success between two costs, on the points' non-decreasing convex hull.
 
     Mixing two policies at random reaches every point between them, so the hull is what the policies offer together.
@@ -268,7 +270,7 @@ def average_improvement_in_quality(points: Sequence[tuple[float, float]], cheape
         points: (cost, success); one of them at or below `cheapest`.
         cheapest, dearest: costs between which the mean is taken, cheapest < dearest.
     """
-    costs, successes = rising_hull(*(np.array(values, dtype=np.float64) for values in zip(*points, strict=True)))
+    costs, successes = rising_hull(*np.asarray(points, dtype=np.float64).T)
     grid = np.array([cheapest, *costs[(cheapest < costs) & (costs < dearest)], dearest])
     return float(np.trapezoid(np.interp(grid, costs, successes), grid) / (dearest - cheapest))
 
@@ -528,8 +530,11 @@ def _curve(policies: Mapping[str, PolicyMetrics], high: str, low: str, kind: Kin
     }
 
 
-def _routing_curve(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    return [(0.0, 0.0), *sorted(points), (1.0, 1.0)]
+def _routing_curve(points: Points) -> tuple[Floats, Floats]:
+    """Ratios in rising order and the gap recovered there, with both ends."""
+    ratios, recovered = np.reshape(np.asarray(points, dtype=np.float64), (-1, 2)).T
+    order = np.lexsort((recovered, ratios))
+    return np.concatenate([[0.0], ratios[order], [1.0]]), np.concatenate([[0.0], recovered[order], [1.0]])
 
 
 def shares_of_steps(episodes: pl.DataFrame, route: Sequence[str]) -> dict[str, float]:

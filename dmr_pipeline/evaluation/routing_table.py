@@ -214,12 +214,13 @@ def _summary(curve: _Curve) -> Summary:
     low, high = float(curve.quality[0]), float(curve.quality[-1])
     cheap, dear = float(curve.cost[0]), float(curve.cost[-1])
     has_gap = high - low > _NOISE
-    recovered = list(zip(curve.ratio[1:-1], (curve.quality[1:-1] - low) / (high - low), strict=True)) if has_gap else []
-    points = list(zip(curve.cost, curve.quality, strict=True))
+    gap = high - low if has_gap else 1.0
+    recovered = np.column_stack([curve.ratio, (curve.quality - low) / gap])[1:-1]
+    points = np.column_stack([curve.cost, curve.quality])
     return {
         "apgr": average_gap_recovered(recovered) if has_gap else None,
-        "cpt50": float(call_performance_threshold(recovered, 0.5)) if has_gap else None,
-        "cpt80": float(call_performance_threshold(recovered, 0.8)) if has_gap else None,
+        "cpt50": call_performance_threshold(recovered, 0.5) if has_gap else None,
+        "cpt80": call_performance_threshold(recovered, 0.8) if has_gap else None,
         "aiq": average_improvement_in_quality(points, cheap, dear) if dear - cheap > _NOISE else None,
         "qnc": _quality_neutral_cost(curve),
     }
