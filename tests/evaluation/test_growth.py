@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from dmr_pipeline.agent.checkpoint import save_causal_lm
-from dmr_pipeline.artifacts.manifest import MANIFEST, Manifest, hash_files
+from dmr_pipeline.artifacts.manifest import hash_files
 from dmr_pipeline.artifacts.stage import StageContext
 from dmr_pipeline.environments.alfworld.generator import generate_game
 from dmr_pipeline.environments.alfworld.store import write_games
@@ -31,6 +31,7 @@ from dmr_pipeline.router.policies import LmRouter
 from dmr_pipeline.stages import evaluation_report as evaluate
 from dmr_pipeline.stages.evaluation_report import evaluation_report
 from dmr_pipeline.stages.quantized_checkpoints import quantized_checkpoints
+from tests.helpers.manifests import publish
 from tests.helpers.routers import TOKENIZER, random_model, random_router
 
 REPOSITORY = Path(__file__).parents[2]
@@ -56,16 +57,6 @@ def make_recipe(
     return Recipe.model_validate(recipe.model_dump() | changes)
 
 
-def publish(folder: Path) -> None:
-    """Write the manifest of what is in the folder."""
-    (folder / MANIFEST).unlink(missing_ok=True)
-    files = hash_files(folder)
-    manifest = Manifest(
-        stage=folder.name, recipe="tiny", code_version="1", sections={}, inputs={}, files=files, summary={}
-    )
-    (folder / MANIFEST).write_text(manifest.to_json())
-
-
 def write_router(folder: Path, threshold: float) -> None:
     save_router(random_router(threshold=threshold), folder / ROUTER_FOLDER)
     publish(folder)
@@ -82,10 +73,11 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
         inputs["benchmark_tasks"].mkdir(exist_ok=True)
         write_games(part, inputs["benchmark_tasks"] / f"{split}.parquet")
     inputs["quantized_checkpoints"].mkdir()
+    publish(inputs["agent"])
+    publish(inputs["benchmark_tasks"])
     # One rung more than the recipe has at first.
     recipe = make_recipe(("float", "int8", "int4", "int2"))
     quantized_checkpoints(StageContext(recipe, inputs, inputs["quantized_checkpoints"], folder))
-    publish(inputs["benchmark_tasks"])
     publish(inputs["quantized_checkpoints"])
     for name, threshold in THRESHOLDS.items():
         write_router(folder / name, threshold)

@@ -39,6 +39,7 @@ from dmr_pipeline.stages.quantized_checkpoints import quantized_checkpoints
 from dmr_pipeline.stages.released_router import promote, released_router, roll_back
 from tests.helpers.evaluations import make_episodes
 from tests.helpers.fake_project import RECIPE_YAML, REPOSITORY
+from tests.helpers.manifests import publish
 
 FAKE = Recipe.model_validate({"name": "fake", **yaml.safe_load(RECIPE_YAML)})
 LADDER, OTHER_LADDER = "a" * 32 + ".dir", "b" * 32 + ".dir"
@@ -529,6 +530,8 @@ def real_inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         done[stage.__name__] = folder / stage.__name__
         done[stage.__name__].mkdir()
         stage(StageContext(real_recipe(), done, done[stage.__name__], folder))
+        if stage is benchmark_tasks:
+            publish(done["benchmark_tasks"])
     return done
 
 
