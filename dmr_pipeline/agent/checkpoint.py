@@ -188,7 +188,10 @@ def _load_merged(
 
 
 def local_folder(
-    source: str | Path, revision: str | None, check: Callable[[str, Path], object] = refuse_quantized
+    source: str | Path,
+    revision: str | None,
+    check: Callable[[str, Path], object] = refuse_quantized,
+    weights: bool = True,
 ) -> Path:
     """The folder of a checkpoint; of a model that is known by name that in the cache of models; of a hub id that in the hub's
     cache, once nothing in its configs speaks against it.
@@ -196,6 +199,7 @@ def local_folder(
     Args:
         check: is given the source's name and the folder, when its JSON files are there and again when all are; raises a
             UserError where they are not wanted.
+        weights: false leaves them on the hub.
     """
     name, folder = str(source), named_folder(source) or Path(source)
     if folder.is_dir():
@@ -208,7 +212,8 @@ def local_folder(
             " `dmr models list`)"
         )
     with unusable_files(f"model {name!r}"):
-        for wanted in (["*.json"], ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken"]):
+        texts = ["*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
+        for wanted in (["*.json"], [*texts, "*.safetensors"] if weights else texts):
             # Repositories hold the same weights in other formats too, in folders or as consolidated.safetensors.
             ignored = ["*/*", "consolidated*"]
             folder = Path(snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=ignored))

@@ -10,6 +10,7 @@ from dmr_pipeline.cli.environments import env
 from dmr_pipeline.cli.ladder import ladder
 from dmr_pipeline.cli.metrics import metrics
 from dmr_pipeline.cli.models import models
+from dmr_pipeline.cli.plan import plan
 from dmr_pipeline.cli.provenance import provenance
 from dmr_pipeline.cli.recipe import recipe
 from dmr_pipeline.cli.router import router
@@ -33,6 +34,7 @@ for command in (
     app.command()(command)
 app.command()(ladder)
 app.command()(metrics)
+app.command()(plan)
 app.command()(provenance)
 app.command()(doctor)
 app.add_typer(recipe, name="recipe")

@@ -41,6 +41,11 @@ from dmr_pipeline.training.train import trained_logits
 
 log = logging.getLogger(__name__)
 
+KL_EPISODES_AT_ONCE = 8
+"""Of the expert, whose steps are compared with the float model's."""
+_NUMBERS_AT_ONCE = 1 << 23
+"""Of the distributions that are compared; those of a large vocabulary are gone through in parts."""
+
 
 def quantized_checkpoints(context: StageContext) -> StageResult:
     recipe = context.recipe
@@ -299,11 +304,13 @@ def divergence_to_float(
     def compare(piece: Sequence[Example]) -> list[tuple[float, int, int, int]]:
         p, wanted = trained_logits(float_model, piece, device)
         q, _ = trained_logits(model, piece, device)
-        log_p, log_q = p.double().log_softmax(-1), q.double().log_softmax(-1)
-        total = float((log_p.exp() * (log_p - log_q)).sum())
+        total, rows = 0.0, max(1, _NUMBERS_AT_ONCE // p.shape[1])
+        for mine, other in zip(p.split(rows), q.split(rows), strict=True):
+            log_p, log_q = mine.double().log_softmax(-1), other.double().log_softmax(-1)
+            total += float((log_p.exp() * (log_p - log_q)).sum())
         different = int((p.argmax(-1) != q.argmax(-1)).sum())
         return [(total, different, len(wanted), sum(example.steps for example in piece))]
 
-    compared = in_pieces(examples, 8, "expert episodes", compare)
+    compared = in_pieces(examples, KL_EPISODES_AT_ONCE, "expert episodes", compare)
     total, different, tokens, steps = (sum(column) for column in zip(*compared, strict=True))
     return total / steps, different / tokens

@@ -30,7 +30,7 @@ from dmr_pipeline.training.examples import IGNORED, Example, demonstration_examp
 
 log = logging.getLogger(__name__)
 
-_PIECE = {"cpu": 2500, "cuda": 24_000}
+TOKENS_AT_ONCE = {"cpu": 2500, "cuda": 24_000}
 """Tokens in one forward and backward pass, padding included, by type of device: small ones suit a CPU's caches, a GPU is kept
 busy by few large ones, as far as its memory goes."""
 _SAVED_EVERY = 300
@@ -121,7 +121,7 @@ def train(
         for optimizer, saved_state in zip(optimizers, content["optimizers"], strict=True):
             optimizer.load_state_dict(saved_state)
         state = _State(content["update"], [Example(**example) for example in content["own"]], content["log"])
-    piece = _PIECE[device.type]
+    piece = TOKENS_AT_ONCE[device.type]
 
     def learn_in(most_tokens: int) -> tuple[float, float]:
         nonlocal piece
@@ -213,7 +213,7 @@ def learn(
     """
     trained = sum(target != IGNORED for example in batch for target in example.targets)
     loss, right = 0.0, 0
-    for piece in pieces_of_similar_length(batch, most_tokens or _PIECE[device.type]):
+    for piece in pieces_of_similar_length(batch, most_tokens or TOKENS_AT_ONCE[device.type]):
         with torch.autocast(device.type, compute, enabled=compute != torch.float32):
             logits, wanted = trained_logits(model, piece, device)
         cross_entropy = torch.nn.functional.cross_entropy(logits, wanted, reduction="sum") / trained

@@ -1,0 +1,110 @@
+"""How fast a model of some shape reads, writes and learns here, with random weights."""
+
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from dmr_pipeline.agent.checkpoint import random_causal_lm
+from dmr_pipeline.plan.episodes import Episodes
+from dmr_pipeline.plan.shapes import without_weights
+from dmr_pipeline.rollout.kv_cache.choice import token_streams
+from dmr_pipeline.training.examples import IGNORED, Example
+from dmr_pipeline.training.train import learn
+
+ROWS = 8
+"""Episodes at once, at most, that are tried."""
+_REPEATS = 3
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Tokens a second of one process."""
+
+    read: float
+    """In the segments of steps."""
+    write: float
+    """One after the other."""
+    learn: float
+    """Forward and backward."""
+    measured: bool
+    """False where it was said instead."""
+
+
+def measured_speed(
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    episodes: Episodes,
+    rows: int,
+    learns_in: torch.dtype | None,
+    free: int,
+) -> Speed:
+    """Of a few forward passes in the middle of an episode, and a backward pass.
+
+    A model of more than a quarter of the free memory is tried with fewer layers, and taken to be slower by as much as it has more
+    weights.
+
+    Args:
+        dtype: that it acts in.
+        rows: episodes at once.
+        learns_in: of the matrix products of training; None where nothing is trained.
+        free: bytes of memory.
+    """
+    few, share = _few_layers(config, dtype, free)
+    model = random_causal_lm(few, device).to(dtype)
+    rows = min(rows, ROWS)
+    middle, segment = int(episodes.tokens(episodes.steps / 2)), max(int(episodes.segment), 1)
+    streams = token_streams(model, rows, middle + _REPEATS * (segment + 4) + 16)
+    everyone = list(range(rows))
+    streams.extend(everyone, [[1] * middle] * rows)
+    reading, writing = [], []
+    for _ in range(_REPEATS):
+        reading.append(_seconds(device, lambda: streams.extend(everyone, [[1] * segment] * rows)))
+        writing.append(_seconds(device, lambda: [streams.extend(everyone, [[1]] * rows) for _ in range(2)]) / 2)
+    read = rows * segment / (min(reading) / share)
+    write = rows / (min(writing) / share)
+    return Speed(read, write, _learning(model, episodes, device, learns_in, share), measured=True)
+
+
+def _few_layers(config: PreTrainedConfig, dtype: torch.dtype, free: int) -> tuple[PreTrainedConfig, float]:
+    """The config with as many layers as fit, and the share of the weights that a token then goes through."""
+    few = copy.deepcopy(config)
+    text = few.get_text_config()
+    whole = weights_gone_through(config, dtype)
+    while 4 * weights_gone_through(few, dtype) > free and text.num_hidden_layers > 1:
+        text.num_hidden_layers = (text.num_hidden_layers + 1) // 2
+        if getattr(text, "layer_types", None):
+            text.layer_types = text.layer_types[: text.num_hidden_layers]
+    return few, weights_gone_through(few, dtype) / whole
+
+
+def weights_gone_through(config: PreTrainedConfig, dtype: torch.dtype) -> int:
+    """Bytes of all weights but the embeddings, the head among them."""
+    model = without_weights(config, dtype)
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    held = sum(parameter.nbytes for parameter in model.parameters())
+    return held if head is embedding else held - embedding.nbytes
+
+
+def _learning(
+    model: PreTrainedModel, episodes: Episodes, device: torch.device, compute: torch.dtype | None, share: float
+) -> float:
+    if compute is None:
+        return 0.0
+    length = int(episodes.tokens(episodes.steps))
+    targets = [1 if i % length < episodes.steps * episodes.action else IGNORED for i in range(length)]
+    examples = [Example([1] * length, targets, int(episodes.steps))]
+    model = model.float().train()
+    return length / (_seconds(device, lambda: learn(model, examples, device, compute)) / share)
+
+
+def _seconds(device: torch.device, work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started

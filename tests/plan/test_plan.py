@@ -1,0 +1,188 @@
+"""`dmr plan`: counts in closed form, and what is refused."""
+
+import json
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import LlamaConfig
+
+from dmr_pipeline.environments.benchmark import benchmark_of
+from dmr_pipeline.plan import machine, predict
+from dmr_pipeline.plan.episodes import Episodes, tried_episodes
+from dmr_pipeline.plan.predict import Plan, plan
+from dmr_pipeline.plan.speed import Speed, measured_speed, weights_gone_through
+from dmr_pipeline.plan.stages import Assumptions, Need, Work, seconds, works
+from dmr_pipeline.recipe import Recipe
+from dmr_pipeline.rollout.prompts import Prompter
+from dmr_pipeline.training.examples import expert_example
+from dmr_pipeline.training.vocabulary import word_tokenizer
+from tests.helpers.commands import dmr
+from tests.helpers.micro_recipe import RECIPE_YAML
+
+CPU = torch.device("cpu")
+SPEED = Speed(read=1000.0, write=100.0, learn=500.0, measured=False)
+EPISODES = Episodes(steps=3.0, opening=50.0, segment=20.0, action=5.0, environment_seconds=0.01, step_limit=4)
+RECIPE = Recipe.model_validate({"name": "micro", **yaml.safe_load(RECIPE_YAML)})
+STAGES = [
+    "benchmark_tasks", "agent", "quantized_checkpoints", "trajectories", "sensitivity_dataset", "kl_router",
+    "grpo_router", "evaluation_report", "released_router",
+]  # fmt: skip
+
+
+def assumed(success: float = 0.5, processes: int = 1) -> Assumptions:
+    return Assumptions(success, EPISODES, SPEED, processes, program_bytes=100_000_000)
+
+
+def own_memory(found: Plan) -> dict[str, int]:
+    """Without the program's, which grows with what tests import."""
+    return {need.stage: need.memory - found.assumed.program_bytes for need in found.stages}
+
+
+def test_lengths_are_those_of_the_experts_episodes(tmp_path: Path) -> None:
+    found, tokenizer = tried_episodes(RECIPE.benchmark, RECIPE.agent.prompt, word_tokenizer)
+    benchmark = benchmark_of(RECIPE.benchmark)
+    benchmark.make_tasks(tmp_path)
+    tasks = benchmark.read_tasks(tmp_path, "validation")
+    prompter = Prompter.of(tokenizer, RECIPE.agent.prompt)
+    examples = [expert_example(task, prompter, 4, 0.0, random.Random(0)) for task in tasks]
+    assert found.steps == pytest.approx(sum(e.steps for e in examples) / 4)
+    assert found.tokens(found.steps) == pytest.approx(sum(len(e.tokens) for e in examples) / 4, rel=0.1)
+
+
+def test_episodes_that_are_lost_take_all_steps() -> None:
+    assert EPISODES.played(1.0) == 3.0
+    assert EPISODES.played(0.25) == 0.25 * 3 + 0.75 * 4
+    assert EPISODES.tokens(1) == 55
+    assert EPISODES.tokens(3) == 50 + 2 * 20 + 3 * 5
+
+
+def test_work_of_the_stages() -> None:
+    found = works(RECIPE, assumed())
+    steps = 3.5
+    read, written = 50 + 2.5 * 20 + steps, steps * 4
+    # Three behaviours on four games, each token read by both precisions, 13% of the actions looked up.
+    collected = found["trajectories"]
+    assert collected.written == pytest.approx(0.87 * 12 * written)
+    assert collected.read == pytest.approx(0.87 * 12 * 2 * read)
+    assert found["sensitivity_dataset"].read == pytest.approx(2 * 12 * EPISODES.tokens(steps))
+    # Three rungs on four games, and the expert's steps of two of them, by the rung and the float model.
+    assert found["quantized_checkpoints"].written == pytest.approx(3 * 4 * written)
+    assert found["quantized_checkpoints"].read == pytest.approx(3 * (4 * read + 4 * EPISODES.tokens(3)))
+    # Four updates of two expert episodes, two of one and a hundred own tokens.
+    assert found["agent"].learned == pytest.approx((4 * 2 + 2 * 1) * EPISODES.tokens(3) + 2 * 100)
+    # Two updates of two groups of two; three games at the start, to start from, twice while learning, for the threshold.
+    assert found["grpo_router"].steps == pytest.approx(0.75 * steps * (2 * 2 * 2 + 3 * 4 + 3 * 4))
+
+
+def test_seconds_are_shared_by_processes_but_for_learning() -> None:
+    work = Work(read=1000, written=100, learned=500, steps=100)
+    assert seconds(work, assumed()) == pytest.approx(1 + 1 + 1 + 1)
+    assert seconds(work, assumed(processes=2)) == pytest.approx(1.5 + 1)
+
+
+def test_a_shared_cache_is_read_once_and_held_once() -> None:
+    shared = RECIPE.model_copy(update={"precisions": RECIPE.precisions.model_copy(update={"cache": "shared"})})
+    apart, one = (works(recipe, assumed())["trajectories"] for recipe in (RECIPE, shared))
+    assert apart.read == 2 * one.read
+    separate_memory, shared_memory = (own_memory(plan(recipe, Path("data"), 0.5, SPEED)) for recipe in (RECIPE, shared))
+    assert shared_memory["trajectories"] < separate_memory["trajectories"]
+    assert shared_memory["quantized_checkpoints"] == separate_memory["quantized_checkpoints"]
+
+
+def test_the_plan_of_a_recipe() -> None:
+    found = plan(RECIPE, Path("data"), 0.9, SPEED)
+    assert [need.stage for need in found.stages] == STAGES
+    assert found.problems == ()
+    by_name = {need.stage: need for need in found.stages}
+    assert all(need.memory >= found.assumed.program_bytes for need in found.stages)
+    assert all(need.gpu == 0 for need in found.stages)
+    assert by_name["evaluation_report"].seconds > by_name["trajectories"].seconds > 0
+    ladder = by_name["quantized_checkpoints"]
+    assert 2.0 < ladder.disk / (found.parameters * 2) < 4.5, "float32, int4 and int2, with embeddings in float32"
+
+
+def test_more_games_take_longer_and_more_rows_more_memory() -> None:
+    def need(**changes: object) -> tuple[dict[str, int], dict[str, Need]]:
+        content = yaml.safe_load(RECIPE_YAML)
+        content["benchmark"]["splits"] |= {"router_train": changes.get("games", 4)}
+        content["runtime"] = {"batch_episodes": changes.get("rows", 64), "processes": 1}
+        found = plan(Recipe.model_validate({"name": "micro", **content}), Path("data"), 0.9, SPEED)
+        return own_memory(found), {need.stage: need for need in found.stages}
+
+    (held_by_few, few), (held_by_many, many), (held_by_narrow, _) = need(), need(games=400), need(games=400, rows=2)
+    assert many["trajectories"].seconds == pytest.approx(100 * few["trajectories"].seconds, rel=0.5), ()
+    assert held_by_many["trajectories"] > held_by_few["trajectories"]
+    assert held_by_narrow["trajectories"] < held_by_many["trajectories"]
+    assert many["trajectories"].disk > 50 * few["trajectories"].disk
+
+
+def test_what_cannot_fit_is_refused_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("recipes").mkdir()
+    Path("recipes/micro.yaml").write_text(RECIPE_YAML)
+    options = ["plan", "micro", "--read-speed", "1000", "--write-speed", "100"]
+    done = dmr(*options, "--json")
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert [need["stage"] for need in found["stages"]] == STAGES
+    assert not found["assumed"]["speed"]["measured"]
+    done = dmr(*options)
+    assert "as given" in " ".join(done.stdout.split())
+    assert all(stage in done.stdout for stage in STAGES)
+
+    monkeypatch.setattr(predict, "free_memory", lambda: 1000)
+    monkeypatch.setattr(predict, "free_disk", lambda folder: 1000)
+    done = dmr(*options)
+    assert done.exit_code == 2
+    assert done.stderr.count("\n") == 1
+    assert "of memory, 0.00 GB are free: set runtime.batch_episodes" in done.stderr
+    assert "of disk, 0.00 GB are free" in done.stderr
+    assert dmr("plan", "micro", "--read-speed", "1000").exit_code == 2
+
+
+def test_speed_is_measured_with_random_weights() -> None:
+    config = LlamaConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=8, num_attention_heads=2,
+        num_key_value_heads=1,
+    )  # fmt: skip
+    whole = measured_speed(config, torch.float32, CPU, EPISODES, 4, torch.float32, free=10**9)
+    assert min(whole.read, whole.write, whole.learn) > 0
+    assert whole.read > whole.write, "a segment is read in one pass"
+    assert config.num_hidden_layers == 8
+    assert measured_speed(config, torch.float32, CPU, EPISODES, 4, None, free=10**9).learn == 0
+
+
+def test_a_model_that_is_too_large_is_tried_with_fewer_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dmr_pipeline.plan import speed
+
+    config = LlamaConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=8, num_attention_heads=2,
+        num_key_value_heads=1, tie_word_embeddings=True,
+    )  # fmt: skip
+    layer = (weights_gone_through(config, torch.float32) - 4 * (50 * 32 + 32)) // 8
+    few, share = speed._few_layers(config, torch.float32, free=4 * (4 * (50 * 32 + 32) + 3 * layer))
+    assert few.num_hidden_layers == 2
+    assert share == pytest.approx((4 * (50 * 32 + 32) + 2 * layer) / (4 * (50 * 32 + 32) + 8 * layer))
+
+
+def test_a_container_s_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limit, used = tmp_path / "memory.max", tmp_path / "memory.current"
+    limit.write_text("5000000\n")
+    used.write_text("1000000\n")
+    monkeypatch.setattr(machine, "_CGROUPS", ((str(limit), str(used)),))
+    assert machine.free_memory() == 4_000_000
+    limit.write_text("max\n")
+    assert machine.free_memory() > 4_000_000
+
+
+def test_a_folder_that_is_not_there_yet_has_its_disks_space(tmp_path: Path) -> None:
+    assert machine.free_disk(tmp_path / "a" / "b") == pytest.approx(machine.free_disk(tmp_path), rel=0.01)
+
+
+def test_the_agent_wins_as_often_as_is_said() -> None:
+    sure, bad = (works(RECIPE, replace(assumed(), success=success))["trajectories"] for success in (1.0, 0.0))
+    assert sure.steps / 3 == pytest.approx(bad.steps / 4)
