@@ -52,6 +52,9 @@ def test_ladder_makes_what_it_shows_and_no_more(project: Recipe):
     }  # fmt: skip
     for said in ("50.0% (40-60)", "Routing can pay.", "Success on 4 validation games, 95% intervals"):
         assert said in shown.output
+    assert "up to date" not in dmr("ladder", RECIPE).output, (
+        "no run is started, which could have to wait for another one"
+    )
     told = dmr("ladder", RECIPE, "--json")
     facts = json.loads(told.stdout)
     assert [rung["name"] for rung in facts["rungs"]] == facts["route"] == ["float", "int2"]

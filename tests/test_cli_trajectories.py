@@ -156,7 +156,7 @@ def test_a_run_with_nothing_to_do_files_away_what_was_dropped_again(
     write(EXAMPLE, name=str(incoming / "again.jsonl"))
     shown = CliRunner().invoke(app, ["status", RECIPE])
     assert "again.jsonl: it is ingested; `dmr run fake` moves it into ingested/" in shown.output
-    monkeypatch.setattr(stages, "_all_done", lambda _: True)
+    monkeypatch.setattr(stages, "up_to_date", lambda *_: True)
     for shown_after in ("_show_report", "_show_verdict"):
         monkeypatch.setattr(stages, shown_after, lambda _: None)
     done = CliRunner().invoke(app, ["run", RECIPE])

@@ -9,11 +9,12 @@ from rich.table import Table
 
 from dmr_pipeline import pipeline
 from dmr_pipeline.cli.common import RecipeArgument, console, progress_lines, user_errors_exit_2
-from dmr_pipeline.cli.stages import verify_current
+from dmr_pipeline.cli.stages import up_to_date, verify_current
 from dmr_pipeline.precision.ladder import LadderFacts, RungPlayed
 from dmr_pipeline.recipe import load_recipe
 
 STAGE = "quantized_checkpoints"
+MADE_FOR_IT = ["benchmark_tasks", "agent", STAGE]
 
 
 @user_errors_exit_2
@@ -25,12 +26,12 @@ def ladder(
 ) -> None:
     """Make the precision ladder of a recipe where it is not up to date, and show what each rung costs and wins: no router is
     trained."""
-    load_recipe(recipe)
-    if not as_json:
+    loaded = load_recipe(recipe)
+    if not as_json and not up_to_date(loaded, MADE_FOR_IT):
         from dmr_pipeline.defs import runs  # Dagster takes a second to import
 
         with progress_lines():
-            runs.materialize(pipeline.STAGES, recipe, ["benchmark_tasks", "agent", STAGE])
+            runs.materialize(pipeline.STAGES, recipe, MADE_FOR_IT)
     artifact = verify_current(STAGE, recipe)
     facts = LadderFacts.model_validate(artifact.manifest.summary)
     if as_json:

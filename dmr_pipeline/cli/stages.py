@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -40,7 +40,7 @@ def run(recipe: RecipeArgument) -> None:
     loaded = load_recipe(recipe)
     dvc_stages.check_rendered(pipeline.STAGES, recipe_names())
     _tell_lost_entries(recipe)
-    if _all_done(loaded):
+    if up_to_date(loaded, [stage.name for stage in pipeline.STAGES]):
         from dmr_pipeline.ingestion.inbox import archive
 
         archive(DATA_ROOT, recipe)  # what was dropped again, or by a run that was killed before it did so itself
@@ -208,12 +208,13 @@ def _name_what_lies(recipe: str) -> None:
         console.print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
-def _all_done(recipe: Recipe) -> bool:
-    """Every artifact is there, valid, current, and recorded in DVC."""
+def up_to_date(recipe: Recipe, names: Collection[str]) -> bool:
+    """The artifacts of these stages are there, valid, current, and recorded in DVC."""
     entries = lock_file.read_entries()
     return all(
         state == "present" and artifact is not None and dvc_stages.records(entries, stage, recipe.name, artifact)
         for stage, (_, state, _, artifact) in zip(pipeline.STAGES, stage_states(recipe), strict=True)
+        if stage.name in names
     )
 
 
