@@ -22,8 +22,8 @@ from tests.helpers.chat_templates import (
     QWEN3,
     templated,
 )
+from tests.helpers.texts import episode_texts
 from tests.helpers.tokenizers import Kind
-from tests.rollout.test_prompts import episode_texts
 
 SYSTEM = 'Answer with one command, such as {"go": 1}.'
 OPENING, TURN = "{observation}\nYour task is to: {task}", "{observation}"

@@ -13,7 +13,7 @@ from dmr_pipeline.rollout.prompts import Prompter
 from dmr_pipeline.rollout.reading import NOTHING as NO_READING
 from tests.helpers.chat_templates import CHATML, templated
 from tests.helpers.rollouts import ALL_HIGH, PROMPTER, RUNS, roll
-from tests.rollout.test_prompts import generated
+from tests.helpers.texts import generated
 
 CHAT = {"opening": "{observation} {task}", "turn": "{observation}", "chat": {}}
 
@@ -56,7 +56,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch, actions: Sequence[list[int]]) -> T
     """An episode of the first game in which these actions are written."""
     script = iter(actions)
 
-    def act(_: object, precision: str, slots: list[int], drafter: str | None = None) -> list[Draft]:
+    def act(_: object, precision: str, slots: list[int], drafter: str | None = None, ready: object = ()) -> list[Draft]:
         return [Draft(next(script), NO_READING, 1.0) for _ in slots]
 
     monkeypatch.setattr(engine._Batch, "act", act)

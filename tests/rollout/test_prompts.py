@@ -1,7 +1,6 @@
 """Transcripts only grow; an action may hold a thought before its command."""
 
 import re
-from collections.abc import Iterator
 
 import pytest
 from hypothesis import given
@@ -20,6 +19,7 @@ from dmr_pipeline.recipe import Agent, PageView, Prompt, load_recipe
 from dmr_pipeline.rollout.prompts import Moment, Prompter, shown, truncation_policy
 from dmr_pipeline.training.vocabulary import word_tokenizer
 from tests.helpers.rollouts import ROUTE
+from tests.helpers.texts import episode_texts, generated
 from tests.helpers.tokenizers import Kind, chat_tokenizer
 
 TOKENIZER = word_tokenizer(alfworld_texts())
@@ -181,18 +181,6 @@ def prompter(kind: Kind, **changes: object) -> Prompter:
     return Prompter.of(chat_tokenizer(kind), PROMPTS[kind].model_copy(update=changes))
 
 
-def episode_texts(seed: int) -> Iterator[tuple[str, str, str, str]]:
-    """Observation, task, command and thought of each step of an expert's episode."""
-    game, _ = generate_game(seed)
-    episode, expert = AlfWorldEpisode(game), ExploringExpert(game.instruction)
-    observation, over, command = episode.reset(), False, None
-    while not over:
-        expert.observe(command, observation)
-        command = expert.act()
-        yield observation, game.instruction, command, expert.think()
-        observation, _, over = episode.step(command)
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_tokens_of_segments_are_those_of_the_whole_text(kind: Kind) -> None:
     p, prompt = prompter(kind), PROMPTS[kind]
@@ -271,11 +259,6 @@ def test_templates_that_the_tokenizer_joins_with_what_follows_are_refused(
     with pytest.raises(UserError, match=f"^agent.prompt: {problem}"):
         Prompter.of(chat_tokenizer("qwen"), prompt.model_copy(update={field: template}))
     Prompter.of(chat_tokenizer("qwen"), prompt.model_copy(update={field: remedied}))
-
-
-def generated(p: Prompter, text: str) -> list[int]:
-    """A text as the model wrote it."""
-    return p.tokenizer.encode(text, add_special_tokens=False)
 
 
 @pytest.mark.parametrize(

@@ -108,9 +108,9 @@ def test_smaller_pieces_go_through_where_memory_does_not_suffice(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a failed try has left in the gradients is not learned from, and the pieces stay small."""
-    monkeypatch.setitem(module._PIECE, "cpu", 1250)
+    monkeypatch.setitem(module.TOKENS_AT_ONCE, "cpu", 1250)
     small = tuned(base, tmp_path / "small")
-    monkeypatch.setitem(module._PIECE, "cpu", 2500)
+    monkeypatch.setitem(module.TOKENS_AT_ONCE, "cpu", 2500)
     tried = []
 
     def scarce(model: PreTrainedModel, batch: list[Example], *rest: Any) -> tuple[float, float]:
