@@ -390,12 +390,16 @@ class Agent(Section):
         " positions for, up to 16,384 (4,096 for an agent that is trained here). Memory is taken as it is used",
     )
 
+    @property
+    def imitation(self) -> Imitation | None:
+        """How it learns from the expert here; None where it acts as it was brought."""
+        return self.training or self.finetune
+
     def problems(self) -> Iterator[tuple[str, str]]:
         if self.action == "score" and self.prompt.thought_end is not None:
             yield "action", "an agent that thinks first must generate its actions"
         unknown = {"steps_left", "admissible_commands"} & placeholders(self.prompt.opening)
-        imitation = self.training or self.finetune
-        if imitation is not None and imitation.looks_per_update and unknown:
+        if self.imitation is not None and self.imitation.looks_per_update and unknown:
             yield (
                 f"{'training' if self.training else 'finetune'}.looks_per_update",
                 f"looks know no {{{min(unknown)}}}, which prompt.opening names: set it to 0",
@@ -969,8 +973,7 @@ def _reference_model(kl_router: KlRouter, grpo_router: GrpoRouter) -> Iterator[s
 def _thoughts_of_looks(benchmark: Games, agent: Agent) -> Iterator[str]:
     thinks = agent.prompt.thought_end is not None
     teaches_thoughts = benchmarks.find(benchmark.environment).demonstrations_think
-    imitation = agent.training or agent.finetune
-    if teaches_thoughts and imitation and imitation.looks_per_update and not thinks:
+    if teaches_thoughts and agent.imitation and agent.imitation.looks_per_update and not thinks:
         yield f"agent: the looks of {benchmark.environment} teach thoughts, so they need 'prompt.thought_end'"
 
 
@@ -980,7 +983,7 @@ def _forced_searches(benchmark: Games, kl_router: KlRouter) -> Iterator[str]:
 
 
 def _short_games(agent: Agent) -> Iterator[str]:
-    imitation = agent.training or agent.finetune
+    imitation = agent.imitation
     if imitation and imitation.short_until and imitation.short_steps < 3:
         where = "training" if agent.training else "finetune"
         yield f"agent.{where}.short_steps: {imitation.short_steps}, but no game can be won in fewer than 3 steps"

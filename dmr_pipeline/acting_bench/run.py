@@ -15,7 +15,6 @@ from itertools import pairwise
 from statistics import mean, median
 from typing import Literal
 
-import psutil
 import torch
 from transformers import PreTrainedModel
 
@@ -43,7 +42,7 @@ from dmr_pipeline.rollout.engine import (
     play,
 )
 from dmr_pipeline.rollout.kv_cache.catching_up import catch_up
-from dmr_pipeline.rollout.kv_cache.choice import positions_of, shared_streams, token_streams
+from dmr_pipeline.rollout.kv_cache.choice import free_bytes, positions_of, shared_streams, token_streams
 from dmr_pipeline.rollout.kv_cache.padded import TokenStreams
 from dmr_pipeline.rollout.writing import write
 from dmr_pipeline.rollout_bench.generate import Generate
@@ -58,8 +57,6 @@ _SHARE_OF_MEMORY = 0.4
 """Of what is free, that the caches of a cell may take."""
 DEAR, CHEAPER = "dear", "cheap"
 Kind = Literal["writes", "1 by 1", "generate", "checks", "mixed"]
-
-
 CACHES = ("separate", "shared")
 
 
@@ -296,8 +293,7 @@ class Bench:
             streams: None has `generate` write, with the keys and values of the step before.
         """
         prompter = self.actor.prompter
-        ends = {*prompter.eos, *([] if prompter.action_end.token is None else [prompter.action_end.token])}
-        writer = Generate(self.model(way.dear), sorted(ends), prompter.prompt.max_action_tokens, keep_cache=True)
+        writer = Generate(self.model(way.dear), prompter.end_tokens, prompter.prompt.max_action_tokens, keep_cache=True)
 
         def act(slots: range, transcripts: list[list[int]]) -> list[list[int]]:
             if streams is None:
@@ -341,7 +337,7 @@ class Bench:
         for key in [tuple(names)] if way.cache == "shared" else [(name,) for name in names]:
             if key not in streams:
                 of_one = self.reads[way.dear].cached_numbers * models[DEAR].dtype.itemsize
-                needed, free = cell.at_once * capacity * of_one, _free_bytes(self.device)
+                needed, free = cell.at_once * capacity * of_one, free_bytes(self.device)
                 if needed > _SHARE_OF_MEMORY * free:
                     raise UserError(f"left out: a cache of {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free")
                 if len(key) > 1:
@@ -388,12 +384,6 @@ class Bench:
         caches = 1 if way.cache == "shared" else len(names)
         row.cache_bytes = int(caches * cell.at_once * of_token * (2 * length - held))
         return row
-
-
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
 
 
 def bench_acting(

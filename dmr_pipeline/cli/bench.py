@@ -14,7 +14,7 @@ from rich import box
 from rich.table import Table
 
 from dmr_pipeline.cli.caches import bench_cache
-from dmr_pipeline.cli.common import console, progress_lines, user_errors_exit_2
+from dmr_pipeline.cli.common import console, progress_lines, user_errors_exit_2, write_record
 from dmr_pipeline.cli.environments import GAMES_HELP, WebShopData
 from dmr_pipeline.errors import UserError
 
@@ -107,8 +107,7 @@ def bench_rollout(
         for figure in run.bench_rollout(run.QUICK if quick else run.FULL, DATA_ROOT):
             record.figures.append(figure)
             if json is not None:
-                json.parent.mkdir(parents=True, exist_ok=True)
-                json.write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
+                write_record(json, record)
     for table in _rollout_tables(record, baseline):
         console.print(table)
     console.print(
@@ -162,8 +161,7 @@ def bench_acting(
         for row in run.bench_acting(actor, chosen, record.bandwidth, cells, seconds):
             record.rows.append(row)
             if json is not None:
-                json.parent.mkdir(parents=True, exist_ok=True)
-                json.write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
+                write_record(json, record)
     for table in _acting_tables(record):
         console.print(table)
     console.print(

@@ -7,7 +7,7 @@ import typer
 from rich import box
 from rich.table import Table
 
-from dmr_pipeline.cli.common import RecipeArgument, console, progress_lines, user_errors_exit_2
+from dmr_pipeline.cli.common import RecipeArgument, console, progress_lines, user_errors_exit_2, write_record
 from dmr_pipeline.recipe import load_recipe
 
 if TYPE_CHECKING:  # `dmr --help` needs none of it
@@ -58,8 +58,7 @@ def bench_cache(
         compared=compared,
     )
     if json is not None:
-        json.parent.mkdir(parents=True, exist_ok=True)
-        json.write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        write_record(json, record)
     console.print(_played(record))
     console.print(_compared(record))
     console.print(

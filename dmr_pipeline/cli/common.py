@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, NoReturn, ParamSpec
 
 import typer
+from pydantic import BaseModel
 from rich import get_console
 from rich.console import Console
 from rich.logging import RichHandler
@@ -69,6 +70,12 @@ def _unforeseen(error: Exception) -> str:
     place = f" ({Path(places[-1].filename).relative_to(PACKAGE.parent)}, line {places[-1].lineno})" if places else ""
     said = " ".join(str(error).split())[:SAID_CHARACTERS]
     return f"{type(error).__name__}: {said}{place}: this was not foreseen, please report it with {file.name}"
+
+
+def write_record(path: Path, record: BaseModel) -> None:
+    """As JSON, in a folder that need not exist."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 
 class _Printable(logging.Formatter):

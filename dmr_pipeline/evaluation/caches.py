@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from dmr_pipeline.environments.base import Task
 from dmr_pipeline.frozen_model import FrozenModel
 from dmr_pipeline.intervals import paired_interval
-from dmr_pipeline.rollout.engine import RolloutRequest, RoutingPolicy, SinglePrecision, Trajectory, play
+from dmr_pipeline.rollout.engine import RolloutRequest, RoutingPolicy, SinglePrecision, play
 from dmr_pipeline.rollout.kv_cache.packed import PackedStreams
 from dmr_pipeline.rollout.kv_cache.padded import Streams, TokenStreams
 from dmr_pipeline.rollout.playing import Rollouts
@@ -159,16 +159,12 @@ def _play(
         cache=cache,
         success=float(won.mean()),
         steps=steps / len(played),
-        tokens=sum(map(_tokens, played)) / len(played),
+        tokens=sum(trajectory.tokens_read for trajectory in played) / len(played),
         cost=sum(rollouts.cost(trajectory).total for trajectory in played) / len(played),
         cache_bytes=written_bytes(agents),
         seconds=seconds / steps,
     )
     return _Outcome(row, won)
-
-
-def _tokens(trajectory: Trajectory) -> int:
-    return sum(reading.tokens for step in trajectory.steps for reading in (step.reading, *step.besides.values()))
 
 
 def written_bytes(agents: Mapping[str, TokenStreams]) -> int:

@@ -218,7 +218,7 @@ def mean_interval(values: Floats, weights: Floats, confidence: float) -> Interva
     """Percentile bootstrap interval of the mean of numbers in [0, 1], one a game; Wilson's where the games do not vary."""
     if np.ptp(values) == 0:
         return wilson(float(values.mean()), values.size, confidence)
-    return _percentiles(weights @ values, confidence)
+    return percentiles(weights @ values, confidence)
 
 
 def gap_recovered(
@@ -241,7 +241,7 @@ def gap_recovered(
     gaps = weights @ (high - low)
     usable = gaps > 1e-12  # float noise around a gap of exactly zero
     ratios = (weights @ (success - low))[usable] / gaps[usable]
-    return float(success.mean() - low.mean()) / gap, _percentiles(ratios, confidence)
+    return float(success.mean() - low.mean()) / gap, percentiles(ratios, confidence)
 
 
 def average_gap_recovered(points: Points) -> float:
@@ -372,7 +372,7 @@ def _policy_metrics(
         "spend": _total(rows, "spend") / _total(rows, "steps"),
         "mean_bits": _total(rows, "bits") / _total(rows, "steps"),
         "cost": float(outcomes.cost.mean()),
-        "cost_ci95": _percentiles(weights @ outcomes.cost, confidence),
+        "cost_ci95": percentiles(weights @ outcomes.cost, confidence),
         "cost_cache": float(outcomes.cost_cache.mean()),
         "cost_per_success": _total(rows, "cost") / successes if successes else None,
         "tokens": _total(rows, "tokens") / rows.height,
@@ -412,7 +412,7 @@ def _gain_at_equal_cost(
     costs = np.stack([mean_of(single.cost) for single in singles], axis=-1)
     successes = np.stack([mean_of(single.success) for single in singles], axis=-1)
     gains = mean_of(policy.success) - best_mixture(costs, successes, mean_of(policy.cost))
-    return float(gains[0]), _percentiles(gains[1:], confidence)
+    return float(gains[0]), percentiles(gains[1:], confidence)
 
 
 def _hull(policies: Mapping[str, PolicyMetrics]) -> tuple[list[HullPoint], dict[str, str]]:
@@ -433,7 +433,7 @@ def _gap(high: _Outcomes, low: _Outcomes, weights: Floats, confidence: float) ->
     gaps = weights @ (high.success - low.success)
     return {
         "difference": float(high.success.mean() - low.success.mean()),
-        "ci95": _percentiles(gaps, confidence),
+        "ci95": percentiles(gaps, confidence),
         "resamples_without_gap": float((gaps <= 1e-12).mean()),
     }
 
@@ -476,7 +476,7 @@ def _non_inferiority(
     policy: _Outcomes, against: _Outcomes, margin: float, weights: Floats, confidence: float
 ) -> NonInferiority:
     difference = policy.success - against.success
-    lower, _ = _percentiles(weights @ difference, confidence)
+    lower, _ = percentiles(weights @ difference, confidence)
     needed = games_needed(margin, confidence)
     return {
         "margin": margin,
@@ -503,7 +503,7 @@ def _paired_comparison(
         "policy": policy,
         "against": against,
         "difference": float(first.success.mean() - second.success.mean()),
-        "ci95": _percentiles(weights @ (first.success - second.success), confidence),
+        "ci95": percentiles(weights @ (first.success - second.success), confidence),
         "p_value": paired_p_value(first.success, second.success, first.draws, second.draws),
         "p_holm": None,
         "smallest_difference": smallest_difference(first.success - second.success, 1 - confidence),
@@ -549,7 +549,8 @@ def _total(rows: pl.DataFrame, column: str) -> float:
     return float(rows[column].sum())
 
 
-def _percentiles(values: Floats, confidence: float) -> Interval:
+def percentiles(values: Floats, confidence: float) -> Interval:
+    """The bootstrap's interval: the middle part of the resampled values."""
     lower, upper = np.quantile(values, [0.5 - confidence / 2, 0.5 + confidence / 2])
     return [float(lower), float(upper)]
 

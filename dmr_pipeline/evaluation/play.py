@@ -164,11 +164,6 @@ def _row(entry: Entry, trajectory: Trajectory, arena: Arena) -> tuple[object, ..
     task, steps = trajectory.run.task, trajectory.steps
     routed = len(rollouts.route) > 1
     dearest = rollouts.acting.dearest if routed else None
-    readings = [
-        (rung, reading.tokens)
-        for step in steps
-        for rung, reading in ((step.precision, step.reading), *step.besides.items())
-    ]
     cost = rollouts.cost(trajectory, entry.router)
     return (
         entry.name,
@@ -181,8 +176,8 @@ def _row(entry: Entry, trajectory: Trajectory, arena: Arena) -> tuple[object, ..
         trajectory.reward,
         len(steps),
         sum(step.precision == dearest for step in steps),
-        sum(tokens for _, tokens in readings),
-        sum(tokens for rung, tokens in readings if rung == dearest),
+        trajectory.tokens_read,
+        sum(reading.tokens for step in steps for rung, reading in step.readings if rung == dearest),
         sum(step.reading.passes for step in steps),
         sum(step.drafted for step in steps),
         sum(step.accepted for step in steps),

@@ -27,6 +27,7 @@ from dmr_pipeline.evaluation.metrics import (
     average_gap_recovered,
     average_improvement_in_quality,
     call_performance_threshold,
+    percentiles,
 )
 from dmr_pipeline.evaluation.results import Interval
 from dmr_pipeline.precision.hull import Floats
@@ -247,7 +248,7 @@ def _interval_of(name: str, summaries: list[Summary], confidence: float) -> Inte
 
 
 def _interval(values: Floats, confidence: float) -> Interval:
-    return [_rounded(end) for end in np.quantile(values, [0.5 - confidence / 2, 0.5 + confidence / 2])]
+    return [_rounded(end) for end in percentiles(values, confidence)]
 
 
 def _rounded(value: float) -> float:

@@ -8,7 +8,7 @@ import torch
 from dmr_pipeline.plan.episodes import Episodes
 from dmr_pipeline.plan.shapes import RungShape, weights_held
 from dmr_pipeline.plan.speed import Speed
-from dmr_pipeline.recipe import Finetune, Gptq, Recipe, Training
+from dmr_pipeline.recipe import Finetune, Gptq, Recipe
 from dmr_pipeline.stages.quantized_checkpoints import KL_EPISODES_AT_ONCE
 from dmr_pipeline.training.train import TOKENS_AT_ONCE
 
@@ -173,7 +173,7 @@ def _route(recipe: Recipe) -> Sequence[str]:
 
 
 def _agent_work(recipe: Recipe, assumed: Assumptions) -> Work:
-    training = recipe.agent.training or recipe.agent.finetune
+    training = recipe.agent.imitation
     if training is None:
         return Work()
     episodes = assumed.episodes
@@ -250,7 +250,7 @@ def memory(recipe: Recipe, model: Model, assumed: Assumptions) -> dict[str, tupl
 
 
 def _agent_memory(recipe: Recipe, model: Model, episodes: Episodes, playing: int) -> int:
-    training: Training | Finetune | None = recipe.agent.training or recipe.agent.finetune
+    training = recipe.agent.imitation
     if training is None:
         return model.parameters * model.stored.itemsize
     lora = training.lora if isinstance(training, Finetune) else None

@@ -52,9 +52,7 @@ def episode_cost(
         router: what a pass of the router reads; None for policies that have none.
     """
     read = [
-        bytes_read(reading, rungs[rung], cache_bits)
-        for step in trajectory.steps
-        for rung, reading in ((step.precision, step.reading), *step.besides.items())
+        bytes_read(reading, rungs[rung], cache_bits) for step in trajectory.steps for rung, reading in step.readings
     ]
     if router is not None:
         read += [bytes_read(step.router, router, cache_bits) for step in trajectory.steps]

@@ -222,6 +222,11 @@ class Step:
     failure: Failure | None = None
     """How the action failed to be a command that does something."""
 
+    @property
+    def readings(self) -> list[tuple[str, Reading]]:
+        """What the forward passes of each rung read, the acting one's first."""
+        return [(self.precision, self.reading), *self.besides.items()]
+
 
 @dataclass
 class Trajectory:
@@ -239,6 +244,11 @@ class Trajectory:
     @property
     def success(self) -> bool:
         return self.reward >= 1.0
+
+    @property
+    def tokens_read(self) -> int:
+        """By all forward passes of all rungs."""
+        return sum(reading.tokens for step in self.steps for _, reading in step.readings)
 
     def share(self, precision: str) -> float:
         """Of the steps, those at which it acted."""

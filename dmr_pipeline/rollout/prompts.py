@@ -133,6 +133,11 @@ class Prompter:
         """Placeholders that the templates name."""
         return placeholders(self.prompt.opening) | placeholders(self.prompt.turn)
 
+    @cached_property
+    def end_tokens(self) -> list[int]:
+        """Those at which an action ends."""
+        return sorted({*self.eos, *([] if self.action_end.token is None else [self.action_end.token])})
+
     def opening(self, observation: str, task: str, moment: Moment = Moment()) -> list[int]:
         text = self._filled(self.prompt.opening, observation, task, moment)
         tokens = self._encode_first(text)

@@ -85,9 +85,8 @@ class TinyAgent:
 
         if way == Way.ENGINE:
             return play_in_slots
-        ends = {*prompter.eos, *([] if prompter.action_end.token is None else [prompter.action_end.token])}
         longest = recipe.agent.prompt.max_action_tokens
-        writer = Generate(model, sorted(ends), longest, keep_cache=way == Way.KEPT)
+        writer = Generate(model, prompter.end_tokens, longest, keep_cache=way == Way.KEPT)
         return play_one_by_one
 
 

@@ -224,6 +224,4 @@ def _left(played: Trajectory, branch: Trajectory, turn: int) -> bool:
 def _rest(rollouts: Rollouts, branch: Trajectory, turn: int, router: PassBytes | None) -> tuple[bool, int, int, float]:
     """`OUTCOMES` of a branch from this step on."""
     rest = replace(branch, steps=branch.steps[turn:])
-    readings = [reading for step in rest.steps for reading in (step.reading, *step.besides.values())]
-    tokens = sum(reading.tokens for reading in readings)
-    return rest.success, len(rest.steps), tokens, rollouts.cost(rest, router).total
+    return rest.success, len(rest.steps), rest.tokens_read, rollouts.cost(rest, router).total

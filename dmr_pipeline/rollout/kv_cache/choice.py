@@ -140,7 +140,7 @@ def rows_that_fit(
         shared: the models have one cache.
     """
     needed = capacity * sum(_cache_bytes(model) for model in (models[:1] if shared else models))
-    fitting = int(_SHARE_OF_MEMORY * _free_bytes(models[0].device) / (processes * max(needed, 1)))
+    fitting = int(_SHARE_OF_MEMORY * free_bytes(models[0].device) / (processes * max(needed, 1)))
     if fitting >= rows:
         return rows
     fitting = max(fitting, 1)
@@ -155,7 +155,8 @@ def rows_that_fit(
     return fitting
 
 
-def _free_bytes(device: torch.device) -> int:
+def free_bytes(device: torch.device) -> int:
+    """Of memory that caches may take there."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return int(psutil.virtual_memory().available)
