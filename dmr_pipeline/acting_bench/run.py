@@ -93,7 +93,7 @@ ON_A_GPU = (
     Cell(8, 500, 1),
     Cell(8, 8000, 1),
 )
-"""The most different ones first, as a GPU is often lent for few seconds."""
+"""The most different ones first, for those who have a GPU for seconds only."""
 QUICK = (Cell(1, 60, 1, all_forms=True), Cell(2, 60, 1))
 
 
