@@ -13,9 +13,7 @@ from pathlib import Path
 
 from pydantic import Field, JsonValue, ValidationError
 
-from dmr_pipeline.artifacts.folders import (
-    recover,
-)
+from dmr_pipeline.artifacts.folders import recover
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.frozen_model import FrozenModel
 from dmr_pipeline.hashing import file_md5
@@ -58,6 +56,34 @@ class Artifact:
 def hash_files(folder: Path) -> dict[str, str]:
     """md5 of every file in the folder, by its posix path relative to it."""
     return {path.relative_to(folder).as_posix(): file_md5(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def write_manifest(
+    folder: Path,
+    *,
+    stage: str = "",
+    recipe: str = "",
+    code_version: str = "",
+    sections: Mapping[str, JsonValue] | None = None,
+    inputs: Mapping[str, str] | None = None,
+    pretrained: Mapping[str, str] | None = None,
+    summary: Mapping[str, JsonValue] | None = None,
+) -> Manifest:
+    """Describe what is in the folder, in the folder. Arguments as in `Manifest`; without any, it is of a stage that was called
+    by itself, in no run of the pipeline."""
+    (folder / MANIFEST).unlink(missing_ok=True)
+    manifest = Manifest(
+        stage=stage or folder.name,
+        recipe=recipe,
+        code_version=code_version,
+        sections=dict(sections or {}),
+        inputs=dict(inputs or {}),
+        files=hash_files(folder),
+        summary=dict(summary or {}),
+        pretrained=dict(pretrained or {}),
+    )
+    (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+    return manifest
 
 
 def folder_hash(files: Mapping[str, str]) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from dmr_pipeline.artifacts.folders import DATA_ROOT, artifact_folder, incoming_folder, locked, publish, published
 from dmr_pipeline.artifacts.full_disk import disk_full_is_user_error
-from dmr_pipeline.artifacts.manifest import MANIFEST, Artifact, Manifest, folder_hash, hash_files, verify
+from dmr_pipeline.artifacts.manifest import MANIFEST, Artifact, folder_hash, verify, write_manifest
 from dmr_pipeline.artifacts.provenance import Provenance, provenance
 from dmr_pipeline.artifacts.run_record import (
     RECORDED_LIBRARIES,
@@ -151,15 +151,13 @@ def _build(
     with recorded_log() as lines, watched_memory() as peak:
         result = stage.run(context)
     seconds = time.perf_counter() - clock
-    files = hash_files(output)
-    pickles = [relpath for relpath in files if Path(relpath).suffix in PICKLE_SUFFIXES]
+    manifest = write_manifest(output, **vars(wanted), summary=result.summary)
+    pickles = [relpath for relpath in manifest.files if Path(relpath).suffix in PICKLE_SUFFIXES]
     if pickles:
         raise UserError(
             f"{folder}: an artifact holds no pickles, found {', '.join(pickles)}: use safetensors, Parquet or JSON"
         )
-    manifest = Manifest(**vars(wanted), files=files, summary=dict(result.summary))
-    (output / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
-    made = folder_hash({**files, MANIFEST: file_md5(output / MANIFEST)})
+    made = folder_hash({**manifest.files, MANIFEST: file_md5(output / MANIFEST)})
     if expected not in (None, made):
         raise UserError(
             f"{folder} is missing, and its history, recorded as {expected}, must not start anew: `dmr restore {stage.name}"

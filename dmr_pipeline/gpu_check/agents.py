@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from dmr_pipeline.agent.checkpoint import load_causal_lm
+from dmr_pipeline.artifacts.manifest import write_manifest
 from dmr_pipeline.artifacts.stage import StageContext
 from dmr_pipeline.environments.alfworld.engine import AlfWorldEpisode
 from dmr_pipeline.environments.alfworld.game import Game
@@ -241,10 +242,13 @@ def two_grpo_updates(agent: TinyAgent, part: Part) -> None:
     recipe = Recipe.model_validate(agent.recipe.model_dump() | changes)
     with tempfile.TemporaryDirectory() as temporary:
         folders = {name: Path(temporary) / name for name in ("benchmark_tasks", "quantized_checkpoints", "grpo_router")}
+        scratch = Path(temporary) / "scratch"
+        scratch.mkdir()
         done = {"agent": agent.folder}
         for name, stage in (("benchmark_tasks", benchmark_tasks), ("quantized_checkpoints", quantized_checkpoints)):
             folders[name].mkdir()
-            stage(StageContext(recipe, done, folders[name], folders[name]))
+            stage(StageContext(recipe, done, folders[name], scratch))
+            write_manifest(folders[name])
             done[name] = folders[name]
         rollouts = Rollouts.load(done["quantized_checkpoints"], recipe)
         done["kl_router"] = Path(temporary) / "kl_router"
@@ -254,8 +258,6 @@ def two_grpo_updates(agent: TinyAgent, part: Part) -> None:
         )
         save_router(router, done["kl_router"] / ROUTER_FOLDER)
         folders["grpo_router"].mkdir()
-        scratch = Path(temporary) / "scratch"
-        scratch.mkdir()
         result = grpo_router(StageContext(recipe, done, folders["grpo_router"], scratch))
         log = pl.read_parquet(folders["grpo_router"] / "training.parquet")
     for row in log.select("update", "reward", "success", "ratio", "divergence").iter_rows(named=True):

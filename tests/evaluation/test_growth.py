@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from dmr_pipeline.agent.checkpoint import save_causal_lm
-from dmr_pipeline.artifacts.manifest import hash_files
+from dmr_pipeline.artifacts.manifest import hash_files, write_manifest
 from dmr_pipeline.artifacts.stage import StageContext
 from dmr_pipeline.environments.alfworld.generator import generate_game
 from dmr_pipeline.environments.alfworld.store import write_games
@@ -31,7 +31,6 @@ from dmr_pipeline.router.policies import LmRouter
 from dmr_pipeline.stages import evaluation_report as evaluate
 from dmr_pipeline.stages.evaluation_report import evaluation_report
 from dmr_pipeline.stages.quantized_checkpoints import quantized_checkpoints
-from tests.helpers.manifests import publish
 from tests.helpers.routers import TOKENIZER, random_model, random_router
 
 REPOSITORY = Path(__file__).parents[2]
@@ -59,7 +58,7 @@ def make_recipe(
 
 def write_router(folder: Path, threshold: float) -> None:
     save_router(random_router(threshold=threshold), folder / ROUTER_FOLDER)
-    publish(folder)
+    write_manifest(folder)
 
 
 @pytest.fixture(scope="module")
@@ -73,12 +72,12 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
         inputs["benchmark_tasks"].mkdir(exist_ok=True)
         write_games(part, inputs["benchmark_tasks"] / f"{split}.parquet")
     inputs["quantized_checkpoints"].mkdir()
-    publish(inputs["agent"])
-    publish(inputs["benchmark_tasks"])
+    write_manifest(inputs["agent"])
+    write_manifest(inputs["benchmark_tasks"])
     # One rung more than the recipe has at first.
     recipe = make_recipe(("float", "int8", "int4", "int2"))
     quantized_checkpoints(StageContext(recipe, inputs, inputs["quantized_checkpoints"], folder))
-    publish(inputs["quantized_checkpoints"])
+    write_manifest(inputs["quantized_checkpoints"])
     for name, threshold in THRESHOLDS.items():
         write_router(folder / name, threshold)
         pl.DataFrame().write_parquet(folder / name / "training.parquet")
@@ -259,7 +258,7 @@ def another_router(bench: Bench) -> None:
     with torch.no_grad():
         next(router.model.parameters())[0, 0] += 1
     save_router(router, bench.folder / "grpo_router" / ROUTER_FOLDER)
-    publish(bench.folder / "grpo_router")
+    write_manifest(bench.folder / "grpo_router")
 
 
 def another_threshold(bench: Bench) -> None:
@@ -269,7 +268,7 @@ def another_threshold(bench: Bench) -> None:
 
 def more_of_a_routers_artifact(bench: Bench) -> None:
     (bench.folder / "kl_router" / "training.txt").write_text("took longer")
-    publish(bench.folder / "kl_router")
+    write_manifest(bench.folder / "kl_router")
 
 
 def another_rung(bench: Bench) -> None:
@@ -278,19 +277,19 @@ def another_rung(bench: Bench) -> None:
     ladder = json.loads(path.read_text())
     ladder["rungs"][1]["kl_to_float"] += 0.1  # of the rung that was not there before
     path.write_text(json.dumps(ladder))
-    publish(bench.folder / "quantized_checkpoints")
+    write_manifest(bench.folder / "quantized_checkpoints")
 
 
 def other_low_weights(bench: Bench) -> None:
     path = bench.folder / "quantized_checkpoints" / "int2" / "config.json"
     path.write_text(path.read_text() + "\n")
-    publish(bench.folder / "quantized_checkpoints")
+    write_manifest(bench.folder / "quantized_checkpoints")
 
 
 def change_ladder(bench: Bench, **facts: object) -> None:
     path = bench.folder / "quantized_checkpoints" / LADDER_FILE
     path.write_text(json.dumps(json.loads(path.read_text()) | facts))
-    publish(bench.folder / "quantized_checkpoints")
+    write_manifest(bench.folder / "quantized_checkpoints")
 
 
 def other_unit_of_cost(bench: Bench) -> None:
@@ -301,7 +300,7 @@ def other_games(bench: Bench) -> None:
     write_games(
         [generate_game(50 + seed, 50)[0] for seed in range(GAMES)], bench.folder / "benchmark_tasks" / "test.parquet"
     )
-    publish(bench.folder / "benchmark_tasks")
+    write_manifest(bench.folder / "benchmark_tasks")
 
 
 def recipe_with(**evaluation: float) -> Callable[[Bench], None]:
@@ -425,7 +424,7 @@ def test_of_three_routed_rungs_each_is_a_policy_and_the_mix_has_the_routers_shar
     for name, threshold in THRESHOLDS.items():
         router = random_router(("float", "int4", "int2"), threshold=threshold, offsets={"float": -0.5})
         save_router(router, bench.folder / name / ROUTER_FOLDER)
-        publish(bench.folder / name)
+        write_manifest(bench.folder / name)
     checked = ["float<int4 3", "int4<int2 3"]
     on_test = [*ALONE, "int4 3", "confidence 3", "kl_router 3", "grpo_router 3", *checked]
     assert without_calibration(bench.run("of three")) == [*ROUTERS, *on_test, "random 6", "random 6"]

@@ -82,7 +82,7 @@ def plainly(table: pl.DataFrame) -> dict[str, float]:
     points = [point(t) for t in (np.inf, *sorted({row["score"] for row in rows}, reverse=True))]
     ratio, quality, cost = (np.array(values) for values in zip(*points, strict=True))
     fine = np.linspace(0, 1, 20_001)
-    pgr = (np.interp(fine, ratio, quality) - quality[0]) / (quality[-1] - quality[0])
+    recovered = (quality - quality[0]) / (quality[-1] - quality[0])
     at_cost = np.linspace(cost[0], cost[-1], 201)
     hull = np.max(
         [
@@ -94,13 +94,15 @@ def plainly(table: pl.DataFrame) -> dict[str, float]:
         ],
         axis=0,
     )
-    good = np.interp(fine, ratio, quality) >= quality[-1] - 1e-9
+    knots = np.union1d(fine, ratio)  # a curve may reach a level at one of its points alone
+    pgr = np.interp(knots, ratio, recovered)
+    good = np.interp(knots, ratio, quality) >= quality[-1] - 1e-9
     return {
-        "apgr": float(pgr.mean()),
-        "cpt50": float(fine[pgr >= 0.5 - 1e-9][0]),
-        "cpt80": float(fine[pgr >= 0.8 - 1e-9][0]),
+        "apgr": float(np.interp(fine, ratio, recovered).mean()),
+        "cpt50": float(knots[pgr >= 0.5 - 1e-9][0]),
+        "cpt80": float(knots[pgr >= 0.8 - 1e-9][0]),
         "aiq": float(np.trapezoid(hull, at_cost) / (cost[-1] - cost[0])),
-        "qnc": float(np.interp(fine, ratio, cost)[good].min() / cost[-1]),
+        "qnc": float(np.interp(knots, ratio, cost)[good].min() / cost[-1]),
     }
 
 

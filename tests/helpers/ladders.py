@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from dmr_pipeline.agent.checkpoint import save_causal_lm
-from dmr_pipeline.artifacts.manifest import MANIFEST, Manifest, hash_files
+from dmr_pipeline.artifacts.manifest import write_manifest
 from dmr_pipeline.environments.alfworld.store import write_games
 from dmr_pipeline.environments.base import Task
 from dmr_pipeline.recipe import Architecture, Recipe, load_recipe
@@ -40,8 +40,6 @@ def write_inputs(folder: Path, **splits: Sequence[Task]) -> dict[str, Path]:
     inputs["benchmark_tasks"].mkdir()
     for split, games in splits.items():
         write_games(games, inputs["benchmark_tasks"] / f"{split}.parquet")
-    for name, artifact in inputs.items():
-        content = {"stage": name, "recipe": "x", "code_version": "1", "sections": {}, "inputs": {}, "summary": {}}
-        manifest = Manifest(**content, files=hash_files(artifact))
-        (artifact / MANIFEST).write_text(manifest.to_json())
+    for artifact in inputs.values():
+        write_manifest(artifact)
     return inputs

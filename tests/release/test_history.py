@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from dmr_pipeline.artifacts.manifest import MANIFEST, Manifest, folder_hash, hash_files
+from dmr_pipeline.artifacts.manifest import folder_hash, hash_files, write_manifest
 from dmr_pipeline.artifacts.stage import StageContext, StageResult
 from dmr_pipeline.environments.base import Task
 from dmr_pipeline.errors import UserError
@@ -39,7 +39,6 @@ from dmr_pipeline.stages.quantized_checkpoints import quantized_checkpoints
 from dmr_pipeline.stages.released_router import promote, released_router, roll_back
 from tests.helpers.evaluations import make_episodes
 from tests.helpers.fake_project import RECIPE_YAML, REPOSITORY
-from tests.helpers.manifests import publish
 
 FAKE = Recipe.model_validate({"name": "fake", **yaml.safe_load(RECIPE_YAML)})
 LADDER, OTHER_LADDER = "a" * 32 + ".dir", "b" * 32 + ".dir"
@@ -205,16 +204,7 @@ class World:
         if not folder.exists():
             (folder / "router").mkdir(parents=True)
             (folder / "router" / "router.json").write_text(str(skill))
-            manifest = Manifest(
-                stage="grpo_router",
-                recipe="fake",
-                code_version="1",
-                sections={},
-                inputs={"quantized_checkpoints": ladder},
-                files=hash_files(folder),
-                summary={},
-            )
-            (folder / MANIFEST).write_text(manifest.to_json())
+            write_manifest(folder, stage="grpo_router", recipe="fake", inputs={"quantized_checkpoints": ladder})
         return folder
 
     def run(
@@ -531,7 +521,7 @@ def real_inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         done[stage.__name__].mkdir()
         stage(StageContext(real_recipe(), done, done[stage.__name__], folder))
         if stage is benchmark_tasks:
-            publish(done["benchmark_tasks"])
+            write_manifest(done["benchmark_tasks"])
     return done
 
 
@@ -546,16 +536,8 @@ def real_router(folder: Path, checkpoints: Path, threshold: float, note: str = "
     router = new_router(RouterModel(architecture=architecture), ("float", "int2"), tokenizer, 0, torch.device("cpu"))
     settings = router.settings.model_copy(update={"threshold": threshold})
     save_router(replace(router, settings=settings), folder / "router")
-    manifest = Manifest(
-        stage="grpo_router",
-        recipe="alfworld-tiny",
-        code_version="1",
-        sections={},
-        inputs={"quantized_checkpoints": folder_hash(hash_files(checkpoints))},
-        files=hash_files(folder),
-        summary={"note": note},
-    )
-    (folder / MANIFEST).write_text(manifest.to_json())
+    inputs = {"quantized_checkpoints": folder_hash(hash_files(checkpoints))}
+    write_manifest(folder, stage="grpo_router", recipe="alfworld-tiny", inputs=inputs, summary={"note": note})
     return folder
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dmr_pipeline.agent.checkpoint import save_causal_lm
+from dmr_pipeline.artifacts.manifest import write_manifest
 from dmr_pipeline.artifacts.stage import StageContext, StageResult
 from dmr_pipeline.recipe import Recipe, load_recipe
 from dmr_pipeline.router.kl import ROUTER_FOLDER
@@ -18,7 +19,6 @@ from dmr_pipeline.stages.trajectories import trajectories
 from tests.helpers import grpo_router
 from tests.helpers.grpo_router import tiny_recipe
 from tests.helpers.kl_router import section
-from tests.helpers.manifests import publish
 from tests.helpers.routers import TOKENIZER, random_model, random_router
 
 # Threads that wait for each other on busy cores make these tiny models many times slower.
@@ -42,7 +42,7 @@ def inputs(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     """The real stages up to the labels, with an agent that babbles."""
     folder = tmp_path_factory.mktemp("artifacts")
     save_causal_lm(random_model(7), TOKENIZER, folder / "agent" / "model", torch.float16)
-    publish(folder / "agent")
+    write_manifest(folder / "agent")
     done = {"agent": folder / "agent"}
     for stage in (
         benchmark_tasks,
@@ -55,7 +55,7 @@ def inputs(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> dict[str
         done[stage.__name__].mkdir()
         stage(StageContext(recipe, done, done[stage.__name__], folder, incoming=folder / "incoming"))
         if stage is benchmark_tasks:
-            publish(done["benchmark_tasks"])
+            write_manifest(done["benchmark_tasks"])
     return done
 
 
@@ -63,14 +63,14 @@ def inputs(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("artifacts")
     save_causal_lm(random_model(7), TOKENIZER, folder / "agent" / "model", torch.float16)
-    publish(folder / "agent")
+    write_manifest(folder / "agent")
     done = {"agent": folder / "agent"}
     for stage in (benchmark_tasks, quantized_checkpoints):
         done[stage.__name__] = folder / stage.__name__
         done[stage.__name__].mkdir()
         stage(StageContext(tiny_recipe(), done, done[stage.__name__], folder))
         if stage is benchmark_tasks:
-            publish(done["benchmark_tasks"])
+            write_manifest(done["benchmark_tasks"])
     save_router(random_router(scale=0.5, offsets={"float": -1.0}, threshold=0.2), folder / "kl_router" / ROUTER_FOLDER)
     return folder
 
