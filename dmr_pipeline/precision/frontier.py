@@ -106,6 +106,17 @@ def judge(rungs: Sequence[RungPlayed], won: dict[str, NDArray[np.bool_]], precis
     return Verdict(pays=True, route=names, deploy=dear.name, text=text)
 
 
+def clearly_beaten(rungs: Sequence[RungPlayed]) -> dict[str, str]:
+    """The rungs that no other games need to tell from a better one -> that one, the best: it costs no more, and the intervals of
+    their success lie apart. This rule is ours."""
+    beaten = {}
+    for rung in rungs:
+        better = [other for other in rungs if other.cost <= rung.cost and other.success_low > rung.success_high]
+        if better:
+            beaten[rung.name] = max(better, key=lambda other: other.validation_success).name
+    return beaten
+
+
 def _no_gain(rungs: Sequence[RungPlayed], dear: RungPlayed, fit: bool, precisions: Precisions) -> str:
     first, margin = rungs[0], f"{100 * precisions.margin:.0f} points"
     if dear is first:

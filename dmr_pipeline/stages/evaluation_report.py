@@ -31,7 +31,8 @@ from dmr_pipeline.evaluation.policies import (
     speculative_entries,
 )
 from dmr_pipeline.evaluation.report import headline, markdown_table
-from dmr_pipeline.precision.ladder import read_ladder
+from dmr_pipeline.precision.frontier import clearly_beaten
+from dmr_pipeline.precision.ladder import LadderFacts, read_ladder
 from dmr_pipeline.rollout.engine import RoutingPolicy, SinglePrecision
 from dmr_pipeline.rollout.known import Known
 from dmr_pipeline.rollout.prompts import truncation_policy
@@ -48,14 +49,15 @@ def evaluation_report(context: StageContext) -> StageResult:
     test = benchmark_of(recipe.benchmark).read_tasks(context.inputs["benchmark_tasks"], "test")
     validation = benchmark_of(recipe.benchmark).read_tasks(context.inputs["benchmark_tasks"], "validation")
     checkpoints = context.inputs["quantized_checkpoints"]
-    route = read_ladder(checkpoints).route
+    ladder = read_ladder(checkpoints)
+    route, beaten = ladder.route, clearly_beaten(ladder.rungs)
     tables = KeptTables(context.kept or context.scratch, {"games": content(context.inputs["benchmark_tasks"])})
     on_validation, on_test = (tables.under(split=split) for split in ("validation", "test"))
     # The other rungs first, one after another: as long as they act, the routed ones are not in memory.
     frames = [
         rung_alone(checkpoints, recipe, rung.name, test, on_test)
         for rung in recipe.precisions.ladder
-        if rung.name not in route
+        if rung.name not in route and rung.name not in beaten
     ]
     facts = acting_facts(checkpoints, recipe, route)
     on_validation, on_test = on_validation.under(**facts), on_test.under(**facts)
@@ -92,7 +94,8 @@ def evaluation_report(context: StageContext) -> StageResult:
     episodes.write_parquet(context.output / "episodes.parquet")
     _write_json(context.output / "metrics.json", metrics)
     _write_json(
-        context.output / "context.json", report_context(context, choice, [*outgrown_notes(episodes), *differences])
+        context.output / "context.json",
+        report_context(context, choice, [*beaten_notes(ladder), *outgrown_notes(episodes), *differences]),
     )
     (context.output / "table.md").write_text(markdown_table(metrics) + "\n", encoding="utf-8")
 
@@ -188,6 +191,18 @@ def _label_facts(table: pl.DataFrame, route: Sequence[str]) -> dict[str, JsonVal
         facts[f"share of steps that are sensitive{of_rung}"] = rows["sensitive"].mean()  # type: ignore[assignment]
         facts[f"share of steps whose greedy actions differ{of_rung}"] = 1 - rows["greedy_agree"].mean()  # type: ignore[assignment, operator]
     return facts
+
+
+def beaten_notes(ladder: LadderFacts) -> list[str]:
+    """The rungs that did not play the test games, and why."""
+    rungs = {rung.name: rung for rung in ladder.rungs}
+    return [
+        f"{name} did not play the test games: on the {ladder.games} validation games it won"
+        f" {rungs[name].validation_success:.1%} at a cost of {rungs[name].cost:.3f}, {better} won"
+        f" {rungs[better].validation_success:.1%} at {rungs[better].cost:.3f}."
+        for name, better in clearly_beaten(ladder.rungs).items()
+        if name not in ladder.route
+    ]
 
 
 def outgrown_notes(episodes: pl.DataFrame) -> list[str]:

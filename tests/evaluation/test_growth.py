@@ -417,6 +417,26 @@ def test_all_that_acting_reads_of_the_recipe_is_among_the_facts(artifacts: Path)
     assert json.dumps(acting_facts(checkpoints, trained, ("float", "int2"))) == facts[0]
 
 
+def test_a_rung_that_validation_has_clearly_beaten_does_not_play_again_unless_routed(bench: Bench) -> None:
+    path = bench.folder / "quantized_checkpoints" / LADDER_FILE
+    rungs = json.loads(path.read_text())["rungs"]
+    won = {"float": (0.9, 1.0), "int8": (0.95, 0.5), "int4": (0.2, 0.6), "int2": (0.1, 1.4)}
+    for rung in rungs:
+        success, cost = won[rung["name"]]
+        ends = {"success_low": success - 0.03, "success_high": success + 0.03}
+        rung |= {"validation_success": success, "cost": cost} | ends
+    change_ladder(bench, rungs=rungs)
+    bench.run("beaten")
+    assert "rung 3" not in bench.played
+    assert "low 3" in bench.played
+    assert "always_int4" not in pl.read_parquet(bench.output / "episodes.parquet")["policy"]
+    notes = json.loads((bench.output / "context.json").read_text())["notes"]
+    (note,) = (note for note in notes if "did not play" in note)
+    assert note == (
+        "int4 did not play the test games: on the 2 validation games it won 20.0% at a cost of 0.600, int8 won 95.0% at 0.500."
+    )
+
+
 def test_of_three_routed_rungs_each_is_a_policy_and_the_mix_has_the_routers_shares(bench: Bench) -> None:
     """And what is told of an episode is what its steps are, by hand."""
     bench.recipe = make_recipe(route=("float", "int4", "int2"))

@@ -8,7 +8,7 @@ import polars as pl
 import pytest
 
 from dmr_pipeline.intervals import paired_interval
-from dmr_pipeline.precision.frontier import PLAYED, played_facts
+from dmr_pipeline.precision.frontier import PLAYED, clearly_beaten, played_facts
 from dmr_pipeline.precision.ladder import LadderFacts, RungFacts
 from dmr_pipeline.recipe import Precisions, Rung
 
@@ -52,6 +52,14 @@ def test_routing_can_pay_between_the_cheapest_that_is_as_good_and_what_is_cheape
         "Routing can pay between int4 (92.0% at a cost of 0.250) and int2 (60.0% at a cost of 0.200): at most 20% of the cost of"
         " int4 at its success, or 32.0 points of success at the cost of int2 (95% interval "
     )
+
+
+def test_clearly_beaten_are_rungs_that_cost_no_less_than_one_that_surely_wins_more() -> None:
+    """Of 100 games: 60 and 80 wins have intervals apart, 60 and 70 do not; a cheaper rung is never beaten."""
+    found = judged({"float": (80, 1.0), "int8": (90, 0.5), "int4": (60, 0.5), "int2": (10, 0.4)})
+    assert clearly_beaten(found.rungs) == {"int4": "int8"}
+    found = judged({"float": (70, 0.5), "int4": (60, 1.0)})
+    assert clearly_beaten(found.rungs) == {}
 
 
 def test_a_dear_rung_on_the_front_is_not_routed_where_a_cheaper_one_is_not_worse() -> None:
