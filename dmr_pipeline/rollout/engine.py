@@ -275,14 +275,29 @@ class Timings:
         self.steps += other.steps
 
 
+@dataclass(frozen=True)
+class Taken:
+    """A step of a transcript that is not carried out yet."""
+
+    segment: list[int]
+    """As `Step.segment`."""
+    decision: Decision
+    draft: Draft
+    """Of the precision that acts."""
+    besides: Mapping[str, Reading]
+    """As `Step.besides`."""
+
+
 @dataclass
 class _Slot:
     run: RolloutRequest
-    episode: Episode
-    trajectory: Trajectory
+    admissible_commands: Callable[[], Sequence[str]]
+    """Where the transcript ends."""
     segment: list[int]
     trails: Mapping[str, Trail]
     """Precision -> what its cache has read; the same one for all where they have one cache."""
+    turn: int = 0
+    """Steps taken."""
     transcript: Transcript = field(default_factory=Transcript)
     looked: Reading | None = None
     """Where the cheapest precision has read the transcript in this step for its states, and no action has gone on from there."""
@@ -338,24 +353,93 @@ def play(
     """
     clock = clock if clock is not None else Timings()
     known, speculative = known if temperature == 0 else None, speculative or Speculative()
-    batch = _Batch(agents, prompter, policy, action, temperature, seed, clock, known, speculative)
+    batch = Batch(agents, prompter, policy, action, temperature, seed, clock, known, speculative)
+    playing: dict[int, _Played] = {}
     done = done if done is not None else {}
     queue = [(index, run) for index, run in enumerate(runs) if index not in done][::-1]
     free = list(range(min(len(streams.lengths) for streams in agents.values())))[::-1]
     order: dict[int, int] = {}
-    while queue or batch.slots:
+    while queue or playing:
         while queue and free:
             index, run = queue.pop()
             slot = free.pop()
             order[slot] = index
-            batch.start(slot, run, step_limit)
-        ended = batch.step(step_limit)
+            playing[slot] = _start(batch, slot, run, step_limit)
+        ended = _step(batch, playing, step_limit)
         for slot in ended:
-            done[order.pop(slot)] = batch.slots.pop(slot).trajectory
+            batch.end(slot)
+            done[order.pop(slot)] = playing.pop(slot).trajectory
             free.append(slot)
         if ended:
             on_progress(len(ended))
     return [done[i] for i in range(len(runs))]
+
+
+@dataclass(frozen=True)
+class _Played:
+    """An episode that runs now."""
+
+    run: RolloutRequest
+    episode: Episode
+    trajectory: Trajectory
+
+
+def _start(batch: "Batch", slot: int, run: RolloutRequest, step_limit: int) -> _Played:
+    episode = run.task.episode()
+    opening = episode.reset()
+    moment = Moment(1, step_limit, episode.admissible_commands)
+    segment = batch.prompter.opening(opening, run.task.instruction, moment)
+    batch.begin(slot, run, segment, episode.admissible_commands)
+    return _Played(run, episode, Trajectory(run, opening))
+
+
+def _step(batch: "Batch", playing: Mapping[int, _Played], step_limit: int) -> list[int]:
+    """One step of every running episode; returns the slots whose episode has ended."""
+    slots = sorted(playing)
+    steps = batch.step(slots)
+    acted = time.perf_counter()
+    ended = []
+    for slot, taken in zip(slots, steps, strict=True):
+        run, episode, trajectory = playing[slot].run, playing[slot].episode, playing[slot].trajectory
+        decision, action = taken.decision, taken.draft.action
+        command = batch.prompter.command(action)
+        before = episode.state
+        observation, reward, over = episode.step(command)
+        failure: Failure | None = batch.prompter.parse_failure(action)
+        # Where nothing has changed, what is admissible now was so before.
+        idle = failure is None and not over and episode.state == before
+        if idle and command not in episode.admissible_commands():
+            failure = "inadmissible"
+        drafting = taken.draft.drafting
+        trajectory.steps.append(
+            Step(
+                taken.segment,
+                action,
+                command,
+                observation,
+                decision.precision,
+                decision.exceedance,
+                taken.draft.reading,
+                taken.besides,
+                decision.router,
+                decision.features,
+                decision.forced,
+                drafting.drafted if drafting else 0,
+                drafting.accepted if drafting else 0,
+                failure,
+            )
+        )
+        done = len(trajectory.steps)
+        if over or done >= step_limit:
+            trajectory.reward = reward
+            ended.append(slot)
+            continue
+        moment = Moment(done + 1, step_limit - done, episode.admissible_commands)
+        if not batch.go_on(slot, batch.prompter.turn(observation, run.task.instruction, moment)):
+            trajectory.outgrown = True
+            ended.append(slot)
+    batch.clock.environment += time.perf_counter() - acted
+    return ended
 
 
 _MANY_FAILURES = 0.1
@@ -422,8 +506,8 @@ def warn_of_parse_failures(played: Sequence[Trajectory], who: str) -> None:
         )
 
 
-class _Batch:
-    """The episodes that run now."""
+class Batch:
+    """Transcripts that are acted on together. Whoever carries the actions out appends what they showed."""
 
     def __init__(
         self,
@@ -450,14 +534,21 @@ class _Batch:
         self._after: dict[int, Tensor] = {}
         """Where the cheapest precision has read the transcript in this step: logits [vocabulary] after it."""
 
-    def start(self, slot: int, run: RolloutRequest, step_limit: int) -> None:
-        episode = run.task.episode()
-        opening = episode.reset()
-        moment = Moment(1, step_limit, episode.admissible_commands)
-        segment = self.prompter.opening(opening, run.task.instruction, moment)
+    def begin(
+        self, slot: int, run: RolloutRequest, segment: list[int], admissible_commands: Callable[[], Sequence[str]]
+    ) -> None:
+        """A new transcript in this slot.
+
+        Args:
+            segment: the opening's tokens.
+            admissible_commands: what can be done where the transcript ends, whenever it is asked.
+
+        Raises:
+            UserError: its first step does not fit.
+        """
         one = Trail()
         trails = {rung: one if self._share else Trail() for rung in self.agents}
-        self.slots[slot] = _Slot(run, episode, Trajectory(run, opening), segment, trails)
+        self.slots[slot] = _Slot(run, admissible_commands, segment, trails)
         needed = self._needed(self.slots[slot])
         if needed > self.capacity:
             raise UserError(
@@ -465,6 +556,14 @@ class _Batch:
                 " agent.max_transcript_tokens higher, or show less of a page (agent.prompt.page)"
             )
         self.policy.begin(slot, run)
+
+    def go_on(self, slot: int, segment: list[int]) -> bool:
+        """What the last action showed, as tokens. Returns whether there is room for a step after it."""
+        self.slots[slot].segment = segment
+        return self._needed(self.slots[slot]) <= self.capacity
+
+    def end(self, slot: int) -> None:
+        del self.slots[slot]
 
     @property
     def _share(self) -> bool:
@@ -475,13 +574,12 @@ class _Batch:
         """Tokens of the transcript once the next step has been taken, at most."""
         longest = self.prompter.prompt.max_action_tokens
         if self.scores:
-            commands = state.episode.admissible_commands()
+            commands = state.admissible_commands()
             longest = max(longest, *(len(self.prompter.action(command)) for command in commands))
         return len(state.transcript.tokens) + len(state.segment) + longest
 
-    def step(self, step_limit: int) -> list[int]:
-        """One step of every running episode; returns the slots whose episode has ended."""
-        slots = sorted(self.slots)
+    def step(self, slots: Sequence[int]) -> list[Taken]:
+        """One step of each of these transcripts: decided, written and appended."""
         running = [self.slots[slot] for slot in slots]
         for state in running:
             state.begin_step()
@@ -515,59 +613,21 @@ class _Batch:
                     if some:
                         acted_now = self.act(precision, some, drafter, [ready[slot] for slot in some if slot in ready])
                         chosen |= dict(zip(some, acted_now, strict=True))
-        besides = {
-            slot: self._besides(slot, decision, chosen[slot], peek)
-            for slot, decision in zip(slots, decisions, strict=True)
-        }
+        steps = [
+            Taken(state.segment, decision, chosen[slot], self._besides(slot, decision, chosen[slot], peek))
+            for slot, state, decision in zip(slots, running, decisions, strict=True)
+        ]
         self._after.clear()
+        for slot, state, taken in zip(slots, running, steps, strict=True):
+            state.transcript.append(taken.draft.action)
+            state.turn += 1
+            self.policy.acted(slot, taken.segment, taken.decision.precision, taken.draft.action)
         acted = time.perf_counter()
-        ended = []
-        for slot, state, decision in zip(slots, running, decisions, strict=True):
-            taken = chosen[slot]
-            command = self.prompter.command(taken.action)
-            before = state.episode.state
-            observation, reward, over = state.episode.step(command)
-            failure: Failure | None = self.prompter.parse_failure(taken.action)
-            # Where nothing has changed, what is admissible now was so before.
-            idle = failure is None and not over and state.episode.state == before
-            if idle and command not in state.episode.admissible_commands():
-                failure = "inadmissible"
-            state.trajectory.steps.append(
-                Step(
-                    state.segment,
-                    taken.action,
-                    command,
-                    observation,
-                    decision.precision,
-                    decision.exceedance,
-                    taken.reading,
-                    besides[slot],
-                    decision.router,
-                    decision.features,
-                    decision.forced,
-                    taken.drafting.drafted if taken.drafting else 0,
-                    taken.drafting.accepted if taken.drafting else 0,
-                    failure,
-                )
-            )
-            state.transcript.append(taken.action)
-            self.policy.acted(slot, state.segment, decision.precision, taken.action)
-            done = len(state.trajectory.steps)
-            if over or done >= step_limit:
-                state.trajectory.reward = reward
-                ended.append(slot)
-                continue
-            moment = Moment(done + 1, step_limit - done, state.episode.admissible_commands)
-            state.segment = self.prompter.turn(observation, state.run.task.instruction, moment)
-            if self._needed(state) > self.capacity:
-                state.trajectory.outgrown = True
-                ended.append(slot)
         self.clock.router += decided - started
         self.clock.agent += acted - decided
-        self.clock.environment += time.perf_counter() - acted
         self.clock.durations.append(acted - started)
         self.clock.steps += len(slots)
-        return ended
+        return steps
 
     def _besides(self, slot: int, decision: Decision, taken: Draft, peek: "_BatchPeek") -> dict[str, Reading]:
         """`Step.besides`: drafts that were not taken, a reading of the transcript that no action went on from, and what the
@@ -800,8 +860,7 @@ class _Batch:
         """The admissible command that is likeliest, or a draw by probability."""
         streams = self.agents[precision]
         candidates = [
-            [self.prompter.action(command) for command in self.slots[slot].episode.admissible_commands()]
-            for slot in slots
+            [self.prompter.action(command) for command in self.slots[slot].admissible_commands()] for slot in slots
         ]
         after = dict(self._after) if precision == self._cheapest else {}
         if new := [slot for slot in slots if slot not in after]:
@@ -834,14 +893,14 @@ class _Batch:
 
     def _draw(self, slot: int, index: int, *purpose: str) -> float:
         """Uniform in [0, 1), for an index in the action of the slot's present step."""
-        run, turn = self.slots[slot].run, len(self.slots[slot].trajectory.steps)
+        run, turn = self.slots[slot].run, self.slots[slot].turn
         return seeded_generator(self.seed, run.task.task_id, run.member, turn, index, *purpose).random()
 
 
 class _BatchPeek:
     """`DecisionContext` into a batch, for one step."""
 
-    def __init__(self, batch: _Batch) -> None:
+    def __init__(self, batch: Batch) -> None:
         self._batch = batch
         self.drafted: dict[str, dict[int, Draft]] = {}
         """Precision -> slot -> what it would do."""
@@ -861,7 +920,7 @@ class _BatchPeek:
         return self._batch.read_states(slots, layers)
 
     def admissible_commands(self, slots: Sequence[int]) -> list[Sequence[str]]:
-        return [self._batch.slots[slot].episode.admissible_commands() for slot in slots]
+        return [self._batch.slots[slot].admissible_commands() for slot in slots]
 
 
 def seeded_generator(*key: object) -> np.random.Generator:

@@ -23,7 +23,7 @@ _ENTRY_BYTES = 500
 """About what an action takes, its key included."""
 
 ActionKey = tuple[str, str | None, bytes]
-"""Precision, who drafts if any does, and the transcript's digest, with all else that counts (`engine._Batch._place`)."""
+"""Precision, who drafts if any does, and the transcript's digest, with all else that counts (`engine.Batch._place`)."""
 StatesKey = tuple[tuple[int, ...], bytes]
 """Layers, and the transcript's digest, as in `ActionKey`."""
 

@@ -59,7 +59,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch, actions: Sequence[list[int]]) -> T
     def act(_: object, precision: str, slots: list[int], drafter: str | None = None, ready: object = ()) -> list[Draft]:
         return [Draft(next(script), NO_READING, 1.0) for _ in slots]
 
-    monkeypatch.setattr(engine._Batch, "act", act)
+    monkeypatch.setattr(engine.Batch, "act", act)
     (trajectory,) = roll(ALL_HIGH, runs=RUNS[:1])
     return trajectory
 
