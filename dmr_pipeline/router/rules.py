@@ -1,0 +1,174 @@
+"""Rules that nobody trained: each gives every step a level, and a budget (budgets.py) has the dearest rung act where it is high.
+
+So one number tunes each of them, and all are calibrated as routers are. The same rule has several names: the first k steps are
+those until turn k, the last k of the step limit those from turn `limit - k` on. Of a route of more than two rungs, rules choose
+between its ends.
+
+Rules that look at the cheapest rung's draft decide after it was written. Where the dearest rung then acts, it may write anew, and
+the draft is paid for in vain; or check it (speculative acting), which takes the same actions for less.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from dmr_pipeline.rollout.engine import Decision, DecisionContext, Draft, RolloutRequest, seeded_generator
+from dmr_pipeline.rollout.prompts import Prompter
+
+CAP_TURN = 15
+"""Rules that are capped ask for nothing from this turn on: an episode that lasts so long is mostly lost. Ours."""
+GOLDEN = (math.sqrt(5) - 1) / 2
+
+
+@dataclass
+class Past:
+    """What a rule knows of an episode, for nothing."""
+
+    run: RolloutRequest
+    turn: int = 0
+    segments: Counter[tuple[int, ...]] = field(default_factory=Counter)
+    """How often each was met: the observation, and what the prompt puts around it. The present one is among them."""
+    actions: Counter[tuple[int, ...]] = field(default_factory=Counter)
+    segment: tuple[int, ...] = ()
+    """The present one."""
+    action: tuple[int, ...] = ()
+    """The last one."""
+    held: float | None = None
+    """The level of the first step, for rules that decide once an episode."""
+
+
+Levels = Callable[[Sequence[int], Sequence[Past], DecisionContext], list[float]]
+"""From slots and what is known of them, a level each, in [0, 1]."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A policy that would have the dearest rung act throughout, and says by `Decision.exceedance` where most.
+
+    Args:
+        route: the rungs, dearest first.
+        drafter: the cheapest rung, where the dearest checks what it has drafted; None: it writes anew.
+    """
+
+    route: Sequence[str]
+    levels: Levels
+    drafter: str | None = None
+    pasts: dict[int, Past] = field(default_factory=dict)
+
+    def begin(self, slot: int, run: RolloutRequest) -> None:
+        self.pasts[slot] = Past(run)
+
+    def decide(self, slots: Sequence[int], segments: Sequence[list[int]], peek: DecisionContext) -> list[Decision]:
+        pasts = [self.pasts[slot] for slot in slots]
+        for past, segment in zip(pasts, segments, strict=True):
+            past.segment = tuple(segment)
+            past.segments[past.segment] += 1
+        cheaper = len(self.route) - 1
+        return [
+            Decision(self.route[0], (level,) * cheaper, drafter=self.drafter)
+            for level in self.levels(slots, pasts, peek)
+        ]
+
+    def acted(self, slot: int, segment: list[int], precision: str, action: list[int]) -> None:
+        past = self.pasts[slot]
+        past.action = tuple(action)
+        past.actions[past.action] += 1
+        past.turn += 1
+
+
+def by_past(level: Callable[[Past], float]) -> Levels:
+    """Of what is known before anything is drafted."""
+    return lambda slots, pasts, peek: [level(past) for past in pasts]
+
+
+def by_draft(route: Sequence[str], level: Callable[[Draft, Sequence[str]], float]) -> Levels:
+    """Of the cheapest rung's draft, and of the commands that do something there."""
+
+    def levels(slots: Sequence[int], pasts: Sequence[Past], peek: DecisionContext) -> list[float]:
+        drafts, commands = peek.drafts(route[-1], slots), peek.admissible_commands(slots)
+        return [level(draft, there) for draft, there in zip(drafts, commands, strict=True)]
+
+    return levels
+
+
+def where(asked: Callable[[Past], bool], levels: Levels) -> Levels:
+    """Level 0 elsewhere, and nothing is looked at there."""
+
+    def some(slots: Sequence[int], pasts: Sequence[Past], peek: DecisionContext) -> list[float]:
+        found = [0.0] * len(slots)
+        mine = [i for i, past in enumerate(pasts) if asked(past)]
+        if mine:
+            values = levels([slots[i] for i in mine], [pasts[i] for i in mine], peek)
+            for i, value in zip(mine, values, strict=True):
+                found[i] = value
+        return found
+
+    return some
+
+
+def once(levels: Levels) -> Levels:
+    """One decision an episode: that of its first step."""
+
+    def held(slots: Sequence[int], pasts: Sequence[Past], peek: DecisionContext) -> list[float]:
+        first = where(lambda past: past.held is None, levels)(slots, pasts, peek)
+        for past, level in zip(pasts, first, strict=True):
+            past.held = level if past.held is None else past.held
+        return [past.held or 0.0 for past in pasts]
+
+    return held
+
+
+def capped(levels: Levels) -> Levels:
+    return where(lambda past: past.turn < CAP_TURN, levels)
+
+
+def evenly(past: Past) -> float:
+    """Every n-th step at a ratio of 1/n or so, and evenly spaced at every ratio: multiples of the golden ratio lie in gaps of at
+    most three lengths (Steinhaus' three-distance theorem)."""
+    return 1 - past.turn * GOLDEN % 1
+
+
+def repeats(past: Past) -> float:
+    """Stuck: n / (n + 1), of n times that this observation was met before and the last command issued before."""
+    again = past.segments[past.segment] - 1 + max(past.actions[past.action] - 1, 0)
+    return again / (again + 1)
+
+
+def doubt(draft: Draft, commands: Sequence[str] = ()) -> float:
+    """One minus the margin of the draft's least certain token."""
+    return 1 - draft.margin
+
+
+def rules(route: Sequence[str], step_limit: int, prompter: Prompter, check: bool, seed: int) -> dict[str, Rule]:
+    """All rules by their names, dearest act first.
+
+    Args:
+        check: the dearest rung checks the draft where there is one.
+        seed: of what is drawn.
+    """
+
+    def inadmissible(draft: Draft, commands: Sequence[str]) -> float:
+        return float(prompter.command(draft.action) not in commands)
+
+    def episode_lot(past: Past) -> float:
+        return seeded_generator("episode-lot", seed, past.run.task.task_id, past.run.member).random()
+
+    before: Mapping[str, Levels] = {
+        "random": by_past(lambda past: 0.5),  # all drawn by lot
+        "evenly": by_past(evenly),
+        "first": by_past(lambda past: 1 - past.turn / step_limit),
+        "last": by_past(lambda past: (past.turn + 1) / step_limit),
+        "stuck": by_past(repeats),
+        "episode": by_past(episode_lot),
+    }
+    margin = by_draft(route, doubt)
+    after: dict[str, Levels] = {"margin": margin, "inadmissible": by_draft(route, inadmissible)}
+    found = {name: Rule(route, levels) for name, levels in before.items()}
+    drafter = route[-1] if check else None
+    if step_limit > CAP_TURN:
+        found["stuck_capped"] = Rule(route, capped(before["stuck"]))
+        after["margin_capped"] = capped(margin)
+    # Only the first step has a draft to check.
+    found["episode_margin"] = Rule(route, once(margin))
+    return found | {name: Rule(route, levels, drafter) for name, levels in after.items()}
