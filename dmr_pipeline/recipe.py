@@ -736,6 +736,12 @@ class RouterModel(Section):
     architecture: Architecture | None = None
     pretrained: Pretrained | None = None
     lora: Lora | None = Field(None, description="train adapters only (needs 'pretrained')")
+    decides: Literal["before", "after"] = Field(
+        "before",
+        exclude_if=lambda decides: decides == "before",
+        description="before: the rung that is chosen writes the action. after (ours): the cheapest rung drafts every action, and"
+        " the router accepts it or names the rung that checks it, which takes a pass or two (speculative acting)",
+    )
 
     def problems(self) -> Iterator[tuple[str, str]]:
         if [self.probe, self.architecture, self.pretrained].count(None) != 2:

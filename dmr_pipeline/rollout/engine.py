@@ -87,6 +87,11 @@ class DecisionContext(Protocol):
         """What can be done at each slot's page or place."""
         ...
 
+    @property
+    def can_check(self) -> bool:
+        """Whether a precision can check what a cheaper one drafts: actions are written, and all caches can be cut."""
+        ...
+
 
 @dataclass(frozen=True)
 class RolloutRequest:
@@ -921,6 +926,10 @@ class _BatchPeek:
 
     def admissible_commands(self, slots: Sequence[int]) -> list[Sequence[str]]:
         return [self._batch.slots[slot].admissible_commands() for slot in slots]
+
+    @property
+    def can_check(self) -> bool:
+        return not self._batch.scores and all(streams.cuts for streams in self._batch.agents.values())
 
 
 def seeded_generator(*key: object) -> np.random.Generator:

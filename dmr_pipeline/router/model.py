@@ -63,6 +63,8 @@ class RouterSettings(FrozenModel):
     """See above."""
     target_ratio: float | None = None
     """Spend (see `ActingModels.spend`) that the threshold was calibrated to."""
+    decides: Literal["before", "after"] = Field("before", exclude_if=lambda decides: decides == "before")
+    """Whether the rung that is chosen writes the action, or checks the cheapest one's draft (see policies.py)."""
     force_search: bool = False
     """The dearest precision acts at search steps, whatever the router says (see search_steps.py)."""
 
@@ -188,7 +190,8 @@ def new_router(
             model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     tokens = {rung: tokenizer.convert_tokens_to_ids(routing_token(rung)) for rung in route}
     kind: Literal["lm", "probe"] = "lm" if section.probe is None else "probe"
-    return Router(model.to(device), tokenizer, RouterSettings(kind=kind, tokens=tokens), agent)
+    settings = RouterSettings(kind=kind, tokens=tokens, decides=section.decides)
+    return Router(model.to(device), tokenizer, settings, agent)
 
 
 def save_router(router: Router, folder: Path) -> None:
@@ -303,7 +306,7 @@ def with_features(
     def read_piece(indices: Sequence[int]) -> list[NDArray[np.float32]]:
         read_now = [sequences[i] for i in indices]
         if sharing is not None:
-            return _read_in_turns(read_now, sharing, layers)
+            return _read_in_turns(read_now, sharing, layers, router.settings.decides == "after")
         # The agent does not see the routing tokens: each that is left out moves what follows one place to the front.
         routed = [{position + 1 for position in s.positions} for s in read_now]
         tokens = [[t for i, t in enumerate(s.tokens) if i not in out] for s, out in zip(read_now, routed, strict=True)]
@@ -323,10 +326,10 @@ def with_features(
 
 
 def _read_in_turns(
-    sequences: Sequence[RoutingSequence], agents: Mapping[str, PreTrainedModel], layers: Sequence[int]
+    sequences: Sequence[RoutingSequence], agents: Mapping[str, PreTrainedModel], layers: Sequence[int], checked: bool
 ) -> list[NDArray[np.float32]]:
     """What a probe decides on at each step, [steps, features] of each sequence: the cheapest of these agents reads what is new
-    into their one cache, and who acted then its own action."""
+    into their one cache, and who acted then its own action; where it has checked a draft, all of the step."""
     streams = shared_streams(agents, len(sequences), max(len(s.tokens) for s in sequences))
     *_, cheapest = agents
     own, rows = streams[cheapest].reader, [list[Tensor]() for _ in sequences]
@@ -337,8 +340,9 @@ def _read_in_turns(
             s, start = sequences[i], 0
             if turn:
                 # Who acted has read the transcript's last token again, and all but the last one that it wrote.
-                trails[i] += bytes([own]) * (len(texts[i]) - 1 - len(trails[i]))
-                trails[i] += bytes([own - s.acted[turn - 1]]) * s.written[turn - 1]
+                actor = own - s.acted[turn - 1]
+                trails[i] += bytes([actor if checked else own]) * (len(texts[i]) - 1 - len(trails[i]))
+                trails[i] += bytes([actor]) * s.written[turn - 1]
                 start = s.positions[turn - 1] + 2
             texts[i] += s.tokens[start : s.positions[turn] + 1]
         left = streams.catch_up(cheapest, live, [texts[i] for i in live], [trails[i] for i in live])

@@ -1,6 +1,15 @@
-"""Routers as routing policies: they decide before each step of the episodes being played."""
+"""Routers as routing policies, in one of two orders.
+
+A router that decides *before* the draft names the rung that writes the action. One that decides *after* the draft lets the
+cheapest rung draft every action, and accepts it or names the rung that checks it in a pass or two (rollout/speculation.py): under
+greedy acting that takes the same actions, and costs less where the draft is mostly right. At a threshold of 0 everything is
+checked by the dearest rung, whose episodes it plays. Where nothing can be checked (commands are scored, or a cache cannot be
+cut) the rung that is named writes anew, and a draft that the router has looked at is thrown away and paid. The paper decides
+before; the other order is ours.
+"""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -26,12 +35,33 @@ def routing_policy(router: Router, slots: int, sample: bool = False, seed: int =
     chooser = _Chooser(router, sample, seed)
     is_probe = router.settings.kind == "probe"
     policy: RoutingPolicy = ProbeRouter(router, chooser) if is_probe else LmRouter(router, chooser, slots)
-    return by_the_rules_of(router, policy)
+    ruled = by_the_rules_of(router, policy)
+    return Checking(ruled, router.settings.route[-1]) if router.settings.decides == "after" else ruled
 
 
 def by_the_rules_of(router: Router, policy: RoutingPolicy) -> RoutingPolicy:
     """The policy, with the steps forced at which this router is not asked."""
     return with_searches_forced(policy, router.settings.route) if router.settings.force_search else policy
+
+
+@dataclass(frozen=True)
+class Checking:
+    """A policy after the draft: whichever rung it names checks what the drafter, the cheapest one, would do."""
+
+    policy: RoutingPolicy
+    drafter: str
+
+    def begin(self, slot: int, run: RolloutRequest) -> None:
+        self.policy.begin(slot, run)
+
+    def decide(self, slots: Sequence[int], segments: Sequence[list[int]], peek: DecisionContext) -> list[Decision]:
+        decisions = self.policy.decide(slots, segments, peek)
+        if not peek.can_check:
+            return decisions
+        return [d if d.precision == self.drafter else replace(d, drafter=self.drafter) for d in decisions]
+
+    def acted(self, slot: int, segment: list[int], precision: str, action: list[int]) -> None:
+        self.policy.acted(slot, segment, precision, action)
 
 
 class _Chooser:
