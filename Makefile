@@ -1,4 +1,4 @@
-# The commands that the README names. Each installs what it needs first.
+# The commands that README and docs name. Each installs what it needs first.
 
 PYTHON ?= python3
 VENV := .venv
@@ -92,7 +92,7 @@ $(UI_READY): $(READY)
 render: setup
 	$(BIN)/dmr render
 
-# Pictures of Dagster's UI for the README, of what `make demo` has made; needs Chromium.
+# Pictures of Dagster's UI for the docs, of what `make demo` has made; needs Chromium.
 screenshots: setup
 	$(INSTALL) -e '.[slow]'
 	$(BIN)/python docs/screenshots.py $(RECIPE)

@@ -1,4 +1,4 @@
-"""The pictures of Dagster's UI in the README: `make screenshots`, after `make demo`.
+"""The pictures of Dagster's UI in docs/how-to/dagster-ui.md: `make screenshots`, after `make demo`.
 
 Starts the web server on the instance of DAGSTER_HOME, looks at it with Chromium, and writes `docs/screenshots/*.png`.
 """
