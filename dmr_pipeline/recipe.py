@@ -96,10 +96,10 @@ DEFAULT_BENCHMARK = "alfworld"
 class Architecture(Section):
     """A Qwen3-architecture causal LM, made from nothing."""
 
-    layers: Size
+    layers: Size = Field(description="decoder layers")
     width: Size = Field(description="hidden size; decides quanto's group size (see precision/quantization.py)")
-    heads: Size
-    key_value_heads: Size
+    heads: Size = Field(description="attention heads")
+    key_value_heads: Size = Field(description="heads of keys and values, each shared by as many attention heads")
     head_width: Size = Field(description="even: rotary positions turn its numbers in pairs")
     feed_forward: Size = Field(description="intermediate size")
 
@@ -138,9 +138,11 @@ class Imitation(Section):
 
     updates: Count = Field(description="optimiser updates in all")
     episodes_per_update: Batch = Field(description="expert episodes")
-    learning_rate: Rate
-    warmup_updates: Update
-    weight_decay: Share = 0.1
+    learning_rate: Rate = Field(
+        description="the highest: of Muon and AdamW in training from nothing, of AdamW in fine-tuning"
+    )
+    warmup_updates: Update = Field(description="updates in which the learning rate rises from 0")
+    weight_decay: Share = Field(0.1, description="of the layers' matrices; in fine-tuning of all that is trained")
     looks_per_update: Update = Field(
         0, description="single observations, each with what the expert makes of it; ALFWorld's teach thoughts"
     )
@@ -163,7 +165,7 @@ class Imitation(Section):
     mistake_rate: Annotated[float, Field(ge=0.0), at_most(0.5, "the expert would hardly win any more")] = Field(
         description="chance that the expert's step is replaced by a random admissible one before DAgger"
     )
-    seed: Seed = 0
+    seed: Seed = Field(0, description="of the weights, of which games are shown when, and of mistakes")
 
     def problems(self) -> Iterator[tuple[str, str]]:
         for field in ("warmup_updates", "looks_alone_until", "short_until", "dagger_from"):
@@ -196,7 +198,7 @@ class Lora(Section):
     """A low-rank adapter (Hu et al., 2021): W becomes W + (alpha / rank) B A at each layer, and B and A are trained."""
 
     rank: Size = Field(8, description="rows of A, columns of B")
-    alpha: Size = 16
+    alpha: Size = Field(16, description="what the adapter is scaled by, times 1 / rank")
     targets: tuple[Text, ...] = Field(
         (LINEAR_LAYERS,),
         min_length=1,
@@ -428,9 +430,9 @@ class Agent(Section):
 class Rung(Section):
     """One rung of the precision ladder."""
 
-    name: Name
-    weights: Literal["float", "int8", "int4", "int3", "int2"]
-    activations: Literal["none", "int8"] = "none"
+    name: Name = Field(description="of the folder, and in reports: always_NAME")
+    weights: Literal["float", "int8", "int4", "int3", "int2"] = Field(description="of the linear layers")
+    activations: Literal["none", "int8"] = Field("none", description="int8: inputs of linear layers are rounded too")
     keep_float: tuple[Text, ...] = Field(
         ("lm_head",), max_length=1000, description="modules left in float, as glob patterns of module names"
     )
@@ -641,7 +643,7 @@ def _in_order(field: str, bounds: tuple[float, float]) -> Iterator[tuple[str, st
 class BehaviourPolicy(Section):
     """Who acts while trajectories are collected."""
 
-    name: Name
+    name: Name = Field(description="as tables and the summary call it")
     shares: dict[str, Share] = Field(
         min_length=1,
         max_length=50,
@@ -660,7 +662,7 @@ class Trajectories(Section):
         description="by default each routed rung alone, and all of them in equal shares; with precisions.route: auto nothing else"
         " can be said, since the rungs are not known yet",
     )
-    seed: Seed = 0
+    seed: Seed = Field(0, description="of who acts when, and of actions drawn at a temperature")
 
     def problems(self) -> Iterator[tuple[str, str]]:
         names = [policy.name for policy in self.behaviour]
@@ -754,9 +756,9 @@ class KlRouter(Section):
     """Stage 1: class-weighted cross-entropy on the sensitivity labels."""
 
     model: RouterModel
-    epochs: Count
-    batch_episodes: Batch
-    learning_rate: Rate
+    epochs: Count = Field(description="times that all labelled episodes are learned from")
+    batch_episodes: Batch = Field(description="episodes an optimiser update")
+    learning_rate: Rate = Field(description="of AdamW at the first update; it falls to 0")
     validation_games: Count = Field(description="validation games for Platt scaling and for the closed-loop threshold")
     target_ratio: Ratio = Field(
         description="high-precision ratio on validation games at most, to which the threshold is calibrated in closed loop"
@@ -767,20 +769,20 @@ class KlRouter(Section):
         description="WebShop: high precision at every step whose page has a search bar, without asking the router, if the mean"
         " divergence of the labelled searches is at least tau; the paper's special case, as far as it is known",
     )
-    seed: Seed = 0
+    seed: Seed = Field(0, description="of the weights and of the episodes' order")
 
 
 class GrpoRouter(Section):
     """Stage 2: GRPO on success and cost."""
 
-    updates: Count
-    games_per_update: Batch
+    updates: Count = Field(description="times that new episodes are played and learned from")
+    games_per_update: Batch = Field(description="games of router_train an update, a group of episodes each")
     group_size: Annotated[int, Field(ge=2), at_most(10_000, "they are played at once")] = Field(
         description="episodes of one game in a group; with one alone there is nothing to compare"
     )
     iterations: Count = Field(1, description="optimizer steps on the same episodes (GRPO's mu)")
     clip: Ratio = Field(0.2, description="GRPO's epsilon: bounds the importance ratio to 1 - clip and 1 + clip")
-    learning_rate: Rate
+    learning_rate: Rate = Field(description="of the optimiser")
     reward: Literal["gated", "difference"] = Field(
         "gated",
         description="gated: success * (1 - cost_weight * cost), ours; difference: success - cost_weight * cost, the paper's",
@@ -795,13 +797,13 @@ class GrpoRouter(Section):
         0.4, description="mean routing probability that the tempered stage-1 router starts from"
     )
     validate_every: Count = Field(description="updates between two validations; the best checkpoint is kept")
-    validation_games: Count
+    validation_games: Count = Field(description="validation games that choose checkpoint and threshold")
     target_ratio: Ratio | None = Field(
         None,
         description="high-precision ratio on validation games at most, to which the threshold is calibrated in closed loop;"
         " without it, the threshold is 0.5",
     )
-    seed: Seed = 0
+    seed: Seed = Field(0, description="of the games' order and of the routing decisions")
 
     def problems(self) -> Iterator[tuple[str, str]]:
         if self.reward == "gated" and self.cost_weight > 1:
@@ -821,9 +823,9 @@ class Evaluation(Section):
         description="high-precision ratio at most, to which the confidence cascade is calibrated on validation games",
     )
     confidence_games: Count = Field(60, description="validation games for that")
-    confidence: Confidence = 0.95
+    confidence: Confidence = Field(0.95, description="of the intervals")
     bootstrap: Bootstrap = Field(2000, description="bootstrap resamples, of games")
-    seed: Seed = 0
+    seed: Seed = Field(0, description="of random routing, of the resamples, and of actions drawn at a temperature")
 
     def problems(self) -> Iterator[tuple[str, str]]:
         yield from _resamples(self.confidence, self.bootstrap)
@@ -854,7 +856,7 @@ class Release(Section):
         description="validation games that both play, the next ones at each decision; by default half of them, or as many as the"
         " margin needs; with fewer than it needs nothing is promoted",
     )
-    confidence: Confidence = 0.95
+    confidence: Confidence = Field(0.95, description="of the interval whose lower bound decides")
     bootstrap: Bootstrap = Field(2000, description="bootstrap resamples, of games")
     seed: Seed = Field(0, description="of the resamples, of the games' order, and of actions drawn at a temperature")
 
@@ -889,7 +891,7 @@ class Runtime(Section):
     """How a stage runs, not what it computes. Not part of any hash; results on CPU are equal for fixed numbers
     of threads and processes."""
 
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU where there is one")
     threads: Workers = Field(1, description="torch threads a process")
     processes: Workers = Field(2, description="processes that play episodes at once on a CPU; one on a GPU")
     batch_episodes: Batch = Field(
