@@ -1,11 +1,8 @@
 """`dmr router`: the router in use, how it came to be so, and what a person can do about it."""
 
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -14,7 +11,7 @@ from rich.table import Table
 
 from dmr_pipeline import pipeline
 from dmr_pipeline.artifacts.folders import artifact_folder
-from dmr_pipeline.artifacts.manifest import folder_hash, hash_files, verify
+from dmr_pipeline.artifacts.manifest import verify
 from dmr_pipeline.artifacts.stage import StageContext, StageResult
 from dmr_pipeline.cli.common import DEFAULT_RECIPE, RecipeOption, console, progress_lines, user_errors_exit_2
 from dmr_pipeline.recipe import load_recipe
@@ -68,10 +65,11 @@ def rollback(
     """Release an earlier router again. Its files come from DVC's cache, or from its remote."""
     from dmr_pipeline.release.history import earlier_release
     from dmr_pipeline.stages.released_router import roll_back
+    from dmr_pipeline.versioning.trained_routers import trained_router
 
     load_recipe(recipe)
     earlier = earlier_release(_read_releases(recipe).decisions, to)
-    with _trained_router(recipe, earlier.router) as folder:
+    with trained_router(recipe, earlier.router) as folder:
         _release(recipe, partial(roll_back, to=earlier.number, router=folder))
 
 
@@ -82,21 +80,6 @@ def _release(recipe: str, run: Callable[[StageContext], StageResult]) -> None:
     stages = [replace(stage, run=run) if stage.name == STAGE else stage for stage in pipeline.STAGES]
     with progress_lines():
         runs.materialize(stages, recipe, [STAGE], force=True)
-
-
-@contextmanager
-def _trained_router(recipe: str, wanted: str) -> Iterator[Path]:
-    """A folder with the artifact `grpo_router` of this hash: the present one, or a restored one for as long as needed."""
-    present = artifact_folder("grpo_router", recipe)
-    if present.is_dir() and folder_hash(hash_files(present)) == wanted:
-        yield present
-        return
-    from dmr_pipeline.versioning import dvc_objects
-
-    with tempfile.TemporaryDirectory(prefix=".restored-", dir=present.parent) as folder:  # no further disk is needed
-        restored = Path(folder) / present.name
-        dvc_objects.restore(wanted, restored)
-        yield restored
 
 
 def _read_releases(recipe: str) -> "Releases":

@@ -294,7 +294,9 @@ class Taken:
 
 
 @dataclass
-class _Slot:
+class OpenTranscript:
+    """A transcript that is acted on, and what is known of it in this step."""
+
     run: RolloutRequest
     admissible_commands: Callable[[], Sequence[str]]
     """Where the transcript ends."""
@@ -534,7 +536,7 @@ class Batch:
         self.capacity = min(streams.capacity for streams in agents.values())
         self.scores = action == "score"
         self.temperature, self.seed, self.clock = temperature, seed, clock
-        self.slots: dict[int, _Slot] = {}
+        self.slots: dict[int, OpenTranscript] = {}
         self._guesses = NgramGuesses()
         self._after: dict[int, Tensor] = {}
         """Where the cheapest precision has read the transcript in this step: logits [vocabulary] after it."""
@@ -553,7 +555,7 @@ class Batch:
         """
         one = Trail()
         trails = {rung: one if self._share else Trail() for rung in self.agents}
-        self.slots[slot] = _Slot(run, admissible_commands, segment, trails)
+        self.slots[slot] = OpenTranscript(run, admissible_commands, segment, trails)
         needed = self._needed(self.slots[slot])
         if needed > self.capacity:
             raise UserError(
@@ -567,15 +569,37 @@ class Batch:
         self.slots[slot].segment = segment
         return self._needed(self.slots[slot]) <= self.capacity
 
-    def end(self, slot: int) -> None:
-        del self.slots[slot]
+    def end(self, slot: int) -> OpenTranscript:
+        """The transcript leaves its slot, which is free for another one."""
+        return self.slots.pop(slot)
+
+    def resume(self, slot: int, transcript: OpenTranscript) -> None:
+        """One that has left its slot goes on in a free one, its caches as far as they are still there. The policy must have
+        been told of it again."""
+        self.slots[slot] = transcript
+
+    def follow(self, slot: int, action: list[int]) -> None:
+        """A step of this transcript was taken elsewhere. The policy is not told."""
+        state = self.slots[slot]
+        state.begin_step()
+        state.transcript.append(action)
+        state.turn += 1
+
+    def decide(self, slots: Sequence[int]) -> list[Decision]:
+        """What the policy decides at these transcripts, with nothing written. They are of no further use."""
+        running = [self.slots[slot] for slot in slots]
+        for state in running:
+            state.begin_step()
+        decisions = self.policy.decide(slots, [state.segment for state in running], _BatchPeek(self))
+        self._after.clear()
+        return decisions
 
     @property
     def _share(self) -> bool:
         """Whether the precisions have one cache."""
         return isinstance(self.agents, SharedStreams)
 
-    def _needed(self, state: _Slot) -> int:
+    def _needed(self, state: OpenTranscript) -> int:
         """Tokens of the transcript once the next step has been taken, at most."""
         longest = self.prompter.prompt.max_action_tokens
         if self.scores:
@@ -656,7 +680,7 @@ class Batch:
 
         def read(new: list[int]) -> Sequence[NDArray[np.float32]]:
             logits, states = self.agents[self._cheapest].read(new, self._unread(self._cheapest, new), layers)
-            self._after = dict(zip(new, logits, strict=True))
+            self._after |= zip(new, logits, strict=True)
             return list(states.cpu().numpy())
 
         if self.known is None:

@@ -177,6 +177,15 @@ class Prompter:
             return 0
         return next((n for n in range(1, len(action) + 1) if end.closes(action[:n], self.tokenizer)), 0)
 
+    def thought_text(self, action: list[int]) -> str:
+        """The thought in generated tokens, without its end; empty where there is none."""
+        length, end = self.thought_length(action), self.thought_end
+        return (
+            ""
+            if end is None or not length
+            else _decoded(self.tokenizer, action[:length]).partition(end.text)[0].strip()
+        )
+
     def command(self, action: list[int]) -> str:
         """The command in generated tokens: what follows the thought, up to the first end of an action, special token (there a
         model that goes on begins another turn) or line break."""

@@ -1,0 +1,124 @@
+"""The policy at work: each session by its own decider, held to its budget, sometimes at random, and never without an answer."""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from dmr_pipeline.rollout.engine import (
+    Decision,
+    DecisionContext,
+    RolloutRequest,
+    certain,
+    seeded_generator,
+)
+from dmr_pipeline.serve.sessions import Choice, Decider, Reason, Session
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Deciding:
+    """A `RoutingPolicy` over sessions."""
+
+    route: Sequence[str]
+    """The routed rungs, dearest first."""
+    spend: Mapping[str, float]
+    """As `ActingModels.spend`."""
+    worst_cost: Callable[[Session, str], float]
+    """Of a session's next step at most, if this rung acts; in units of cost."""
+    fallback: str
+    """Rung that acts where a router fails."""
+    epsilon: float = 0.0
+    """Share of decisions that are drawn among the routed rungs, each as likely as another."""
+    seed: int = 0
+    """Of these draws; also (session, turn) tell them apart."""
+    sessions: dict[int, Session] = field(default_factory=dict)
+    """By slot."""
+    choices: dict[int, Choice] = field(default_factory=dict)
+    """The last one of each slot."""
+    failures: int = 0
+    """Decisions that a router did not give."""
+    _told: dict[int, Decider] = field(default_factory=dict)
+    """Slot -> the decider that knows its transcript."""
+
+    def begin(self, slot: int, run: RolloutRequest) -> None:
+        """The session that `sessions` names begins, or goes on in this slot: its decider is told what was done."""
+        session = self.sessions[slot]
+        self._tell(slot, session)
+
+    def decide(self, slots: Sequence[int], segments: Sequence[list[int]], peek: DecisionContext) -> list[Decision]:
+        for slot in slots:
+            if self._told.get(slot) is not self.sessions[slot].decider:
+                self._tell(slot, self.sessions[slot])
+        by_decider: dict[int, list[int]] = {}
+        for i, slot in enumerate(slots):
+            by_decider.setdefault(id(self.sessions[slot].decider), []).append(i)
+        answers: dict[int, Decision | None] = {}
+        for places in by_decider.values():
+            decider = self.sessions[slots[places[0]]].decider
+            answers |= zip(
+                places,
+                self._asked(decider, [slots[i] for i in places], [segments[i] for i in places], peek),
+                strict=True,
+            )
+        for i, slot in enumerate(slots):
+            self.choices[slot] = self._choice(self.sessions[slot], answers[i])
+        return [self.choices[slot].decision for slot in slots]
+
+    def acted(self, slot: int, segment: list[int], precision: str, action: list[int]) -> None:
+        if slot in self._told:
+            self._told[slot].policy.acted(slot, segment, precision, action)
+
+    def _tell(self, slot: int, session: Session) -> None:
+        session.decider.policy.begin(slot, session.trajectory.run)
+        for step in session.trajectory.steps:
+            session.decider.policy.acted(slot, step.segment, step.precision, step.action)
+        self._told[slot] = session.decider
+
+    def _asked(
+        self, decider: Decider, slots: Sequence[int], segments: Sequence[list[int]], peek: DecisionContext
+    ) -> Sequence[Decision | None]:
+        """None where the router failed."""
+        try:
+            return decider.policy.decide(slots, segments, peek)
+        except Exception as error:  # noqa: BLE001 - whatever happens to a router, the agent acts
+            log.warning(
+                "release %s: the router failed (%s), %s acts", decider.release, type(error).__name__, self.fallback
+            )
+            self.failures += len(slots)
+            for slot in slots:  # what it has read by then is not known: it is told anew before it is asked again
+                self._told.pop(slot, None)
+            return [None] * len(slots)
+
+    def _choice(self, session: Session, answer: Decision | None) -> Choice:
+        decider = session.decider
+        if answer is None:
+            decision = Decision(self.fallback, certain(self.fallback, self.route))
+            return self._within(session, Choice(decision, "fallback", 1.0, decider.release, decider.threshold), {})
+        reason: Reason = "fixed" if decider.fixed else "forced" if answer.forced else "router"
+        chances = {answer.precision: 1.0}
+        if reason == "router" and self.epsilon > 0:
+            chances = dict.fromkeys(self.route, self.epsilon / len(self.route))
+            chances[answer.precision] += 1 - self.epsilon
+            draw = seeded_generator("exploration", self.seed, session.session_id, session.turn)
+            if draw.random() < self.epsilon:
+                drawn = self.route[int(draw.integers(len(self.route)))]
+                answer, reason = replace(answer, precision=drawn, drafter=None), "exploration"
+        propensity = chances[answer.precision]
+        return self._within(session, Choice(answer, reason, propensity, decider.release, decider.threshold), chances)
+
+    def _within(self, session: Session, choice: Choice, chances: Mapping[str, float]) -> Choice:
+        """The choice, or the dearest rung below it that the session's budget allows."""
+        affordable = {rung: self._affordable(session, rung) for rung in {choice.decision.precision, *chances}}
+        acting = affordable[choice.decision.precision]
+        if chances:
+            choice = replace(choice, propensity=sum(p for rung, p in chances.items() if affordable[rung] == acting))
+        if acting == choice.decision.precision:
+            return choice
+        return replace(choice, decision=replace(choice.decision, precision=acting, drafter=None), reason="budget")
+
+    def _affordable(self, session: Session, rung: str) -> str:
+        for cheaper in self.route[self.route.index(rung) : -1]:
+            if session.affords(cheaper, self.spend[cheaper], lambda rung=cheaper: self.worst_cost(session, rung)):  # type: ignore[misc]
+                return cheaper
+        return self.route[-1]

@@ -1,0 +1,172 @@
+"""Episodes of agents whose environment is elsewhere: what is kept of each between its turns."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NoReturn
+
+from dmr_pipeline.environments.base import Demonstration, Episode, Expert, Task
+from dmr_pipeline.errors import UserError
+from dmr_pipeline.precision.pass_bytes import PassBytes
+from dmr_pipeline.rollout.engine import Decision, OpenTranscript, RoutingPolicy, Trajectory
+
+Reason = Literal["router", "forced", "budget", "fallback", "fixed", "exploration"]
+"""Why a precision acts: the router said so; a rule of the recipe did; the session's budget allows no dearer one; the router
+failed; one precision acts throughout; a random decision."""
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A task whose environment is elsewhere."""
+
+    task_id: str
+    task_type: str
+    instruction: str
+
+    def episode(self) -> Episode:
+        self._refuse()
+
+    def expert(self) -> Expert:
+        self._refuse()
+
+    def demonstration(self, rng: object) -> Demonstration:
+        self._refuse()
+
+    def _refuse(self) -> NoReturn:
+        raise TypeError(f"the environment of {self.task_id!r} is not here")
+
+
+@dataclass(frozen=True)
+class Decider:
+    """Who decides which precision acts, step by step."""
+
+    policy: RoutingPolicy
+    fixed: bool = False
+    """One precision acts throughout."""
+    release: int | None = None
+    """Number of the release whose router it is."""
+    threshold: float | None = None
+    """Of a router: as `RouterSettings.threshold`."""
+    router: PassBytes | None = None
+    """What a pass of the router reads."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What an episode may spend. It holds for every episode, whenever it ends."""
+
+    high_ratio: float | None = None
+    """Mean spend (`ActingModels.spend`) of its steps at most, in [0, 1]; of two rungs, the high-precision ratio."""
+    cost: float | None = None
+    """In units of cost: a dearer rung than the cheapest acts only where its step surely fits into what is left of it. What the
+    cheapest one spends is not refused."""
+
+
+UNLIMITED = Budget()
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A decision as it was taken at work."""
+
+    decision: Decision
+    reason: Reason
+    propensity: float
+    """Probability with which the precision that acts was chosen, in (0, 1]: 1 where nothing was drawn."""
+    release: int | None
+    threshold: float | None
+
+
+@dataclass(frozen=True)
+class Action:
+    """What the agent does next, and how it came about."""
+
+    command: str
+    thought: str
+    """What it wrote before the command, where it is an agent that thinks."""
+    precision: str
+    """Rung that acted."""
+    probability: float | None
+    """The router's, that the dearest rung acts; None where no router was asked."""
+    threshold: float | None
+    """That the probability was compared with."""
+    reason: Reason
+    release: int | None
+    propensity: float
+    """As `Choice.propensity`."""
+    turn: int
+    """Number of the step, from 1."""
+    switched: bool
+    """Another precision acted the step before."""
+    prompt_tokens: int
+    """Of the transcript before the action."""
+    cached_tokens: int
+    """Those of them that the acting precision had read before."""
+    completion_tokens: int
+    """Of the action, its end included."""
+    cost: float
+    """Of the step, in units of cost: the router's part and drafts that were thrown away included."""
+    finished: bool
+    """The action ended by itself, and not for want of room."""
+
+
+@dataclass
+class Session:
+    """One episode that goes on."""
+
+    session_id: str
+    trajectory: Trajectory
+    """What has been played; the last step's observation is empty as long as it is not known."""
+    decider: Decider
+    budget: Budget = UNLIMITED
+    choices: list[Choice] = field(default_factory=list)
+    """One for each step."""
+    thoughts: list[str] = field(default_factory=list)
+    """One for each step."""
+    actions: list[Action] = field(default_factory=list)
+    """One for each step that was taken here: all, unless there was a beginning elsewhere."""
+    spend: float = 0.0
+    """Sum over the steps of `ActingModels.spend`."""
+    cost: float = 0.0
+    """Sum over the steps, in units of cost."""
+    admissible: Sequence[str] | None = None
+    """Commands that do something where the transcript ends, where they were told."""
+    held: OpenTranscript | None = None
+    """The engine's, while it is in no slot."""
+
+    @property
+    def task(self) -> Task:
+        return self.trajectory.run.task
+
+    @property
+    def turn(self) -> int:
+        """Steps taken."""
+        return len(self.trajectory.steps)
+
+    @property
+    def has_foreign_steps(self) -> bool:
+        """Whether its beginning was played elsewhere, so that it is not known which precisions acted."""
+        return len(self.actions) < self.turn
+
+    def admissible_commands(self) -> Sequence[str]:
+        """
+        Raises:
+            UserError: they were not told.
+        """
+        if self.admissible is None:
+            raise UserError(
+                "this recipe's agent or router looks at the admissible commands, and this turn came without: send them with"
+                " the observation (admissible_commands)"
+            )
+        return self.admissible
+
+    def affords(self, rung: str, spend: float, worst_cost: Callable[[], float]) -> bool:
+        """Whether the budget allows this rung now.
+
+        Args:
+            spend: `ActingModels.spend` of it.
+            worst_cost: of its step at most, in units of cost.
+        """
+        ratio, cost = self.budget.high_ratio, self.budget.cost
+        if ratio is not None and self.spend + spend > ratio * (self.turn + 1) + 1e-9:
+            return False
+        return cost is None or self.cost + worst_cost() <= cost

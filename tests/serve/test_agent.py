@@ -1,0 +1,241 @@
+"""A routed agent in a loop of its own does what the pipeline's rollouts do."""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+
+from dmr_pipeline.environments.alfworld.generator import generate_game
+from dmr_pipeline.errors import UserError
+from dmr_pipeline.rollout.engine import RolloutRequest, SinglePrecision, Trajectory
+from dmr_pipeline.router.policies import routing_policy
+from dmr_pipeline.serve.agent import Budget, Goal, RoutedAgent, Turn, decider_of
+from dmr_pipeline.serve.local import Ask, LocalAgents
+from tests.helpers.probes import new_probe
+from tests.helpers.routers import ROUTE, random_router
+from tests.helpers.serving import as_told, babbling, play_by_hand
+
+RUNS = [RolloutRequest(generate_game(seed, 50)[0], member) for seed in range(3) for member in range(2)]
+ROUTERS = {"lm": random_router, "probe": new_probe}
+
+
+def median_threshold(make, **settings):
+    """A router at a threshold at which both rungs act, none of the levels being close to it."""
+    played = babbling().play(RUNS, routing_policy(make(**settings), len(RUNS)), 0)
+    levels = sorted(step.exceedance[0] for trajectory in played for step in trajectory.steps)
+    middle = levels[len(levels) // 3 : -len(levels) // 3]
+    _, low, high = max((after - before, before, after) for before, after in pairwise(middle))
+    return make(threshold=(low + high) / 2, **settings)
+
+
+@pytest.mark.parametrize("kind", ROUTERS)
+def test_episodes_are_those_of_the_pipelines_rollouts(kind: str) -> None:
+    """Everything of them: tokens, precisions, probabilities, what was read."""
+    router, rollouts = median_threshold(ROUTERS[kind]), babbling()
+    played = rollouts.play(RUNS, routing_policy(router, len(RUNS)), 0)
+    agent = RoutedAgent(rollouts, router)
+    by_hand = [play_by_hand(agent, run, rollouts.step_limit) for run in RUNS]
+    assert as_told(by_hand) == as_told(played)
+    assert {step.precision for trajectory in by_hand for step in trajectory.steps} == set(ROUTE)
+
+
+def test_one_precision_throughout_and_drawn_actions() -> None:
+    rollouts = babbling(temperature=1.0)
+    played = rollouts.play(RUNS, SinglePrecision("int2", ROUTE), 5)
+    agent = RoutedAgent(rollouts, "int2", seed=5)
+    assert as_told([play_by_hand(agent, run, rollouts.step_limit) for run in RUNS]) == as_told(played)
+    with pytest.raises(UserError, match="none of the routed rungs"):
+        RoutedAgent(rollouts, "int3")
+
+
+@pytest.mark.parametrize("kind", ROUTERS)
+@pytest.mark.parametrize("shared", [False, True])
+def test_sessions_side_by_side_in_fewer_places_do_the_same(kind: str, shared: bool) -> None:
+    """Their turns come in any order, and each loses its place again and again."""
+    router, rollouts = median_threshold(ROUTERS[kind]), babbling(shared_cache=shared)
+    played = rollouts.play(RUNS, routing_policy(router, len(RUNS)), 0)
+    agents = LocalAgents(rollouts, slots=2)
+    decider = decider_of(router, 2)
+    sessions = [agents.open(str(i), run, decider) for i, run in enumerate(RUNS)]
+    episodes = [run.task.episode() for run in RUNS]
+    shown = [episode.reset() for episode in episodes]
+    over = [False] * len(RUNS)
+    for start in itertools.cycle(range(len(RUNS))):
+        order = [*range(start, len(RUNS)), *range(start)]
+        live = [i for i in order if not over[i] and sessions[i].turn < rollouts.step_limit][:3]
+        if not live:
+            break
+        for i, action in zip(live, agents.act([Ask(sessions[i], shown[i]) for i in live]), strict=True):
+            assert not isinstance(action, UserError)
+            shown[i], _, over[i] = episodes[i].step(action.command)
+    done = [session.trajectory for session in sessions]
+    assert [[s.action for s in t.steps] for t in done] == [[s.action for s in t.steps] for t in played]
+    assert [[s.precision for s in t.steps] for t in done] == [[s.precision for s in t.steps] for t in played]
+    if kind == "probe":  # a router that is a model of its own reads again what it has lost
+        assert [[s.readings for s in t.steps] for t in done] == [[s.readings for s in t.steps] for t in played]
+
+
+def turns_of(trajectory: Trajectory, count: int) -> list[Turn]:
+    shown = [trajectory.opening, *(step.observation for step in trajectory.steps)]
+    return [Turn(shown[i], step.command, "", step.precision) for i, step in enumerate(trajectory.steps[:count])]
+
+
+@pytest.mark.parametrize("kind", ROUTERS)
+def test_the_router_alone_decides_as_it_does_in_an_episode(kind: str) -> None:
+    router, rollouts = median_threshold(ROUTERS[kind]), babbling()
+    # The agents babble: what they do is what a command says only where they happen to write one.
+    played = rollouts.play(RUNS[:2], SinglePrecision("int2", ROUTE), 0)
+    told = [replace(t, steps=[replace(s, action=rollouts.prompter.action(s.command)) for s in t.steps]) for t in played]
+    agent = RoutedAgent(rollouts, router)
+    for trajectory in told:
+        shown = [trajectory.opening, *(step.observation for step in trajectory.steps)]
+        for count in (0, 2, 5):
+            decision = agent.decide(trajectory.run.task, turns_of(trajectory, count), shown[count])
+            assert decision.exceedance == pytest.approx(expected_level(router, rollouts, trajectory, count), abs=1e-4)
+
+
+def expected_level(router, rollouts, trajectory: Trajectory, count: int) -> Sequence[float]:
+    """From one plain forward pass over the whole transcript."""
+    from dmr_pipeline.router.model import routing_logits, routing_sequence, with_features
+
+    steps = trajectory.steps[: count + 1]
+    precisions = [step.precision for step in steps]
+    sequence = routing_sequence([s.segment for s in steps], [s.action for s in steps], precisions, router.settings)
+    (sequence,) = with_features(router, [sequence], 1)
+    return router.settings.exceedance(routing_logits(router.model, [sequence], router.settings).double())[-1].tolist()
+
+
+def test_a_budget_holds_at_every_step() -> None:
+    rollouts = babbling()
+    agent = RoutedAgent(rollouts, random_router(threshold=0.0))  # always the dearest, if it may
+    for run in RUNS[:2]:
+        episode = run.task.episode()
+        observation = episode.reset()
+        agent.begin(run.task, run.member, Budget(high_ratio=0.4))
+        for turn in range(1, 8):
+            action = agent.act(observation)
+            observation, _, over = episode.step(action.command)
+            assert agent.session.spend <= 0.4 * turn
+            assert action.reason == ("router" if action.precision == "float" else "budget")
+            assert not over
+        assert agent.session.spend == 2  # and it is used: of 7 steps 2.8 were allowed
+
+
+def test_a_cost_is_not_exceeded_by_the_dearest_rung() -> None:
+    agent = RoutedAgent(babbling(), random_router(threshold=0.0))
+    spent, dear_steps = [], []
+    for share in (None, 0.0, 0.6):
+        limit = None if share is None else share * spent[0]
+        agent.begin(RUNS[0].task, budget=Budget(cost=limit))
+        episode = RUNS[0].task.episode()
+        observation, dear = episode.reset(), []
+        for _ in range(7):
+            action = agent.act(observation)
+            observation, _, _ = episode.step(action.command)
+            dear.append(action.precision == "float")
+            if dear[-1] and limit is not None:
+                assert agent.session.cost <= limit
+        spent.append(agent.session.cost)
+        dear_steps.append(sum(dear))
+    assert dear_steps[:2] == [7, 0]
+    assert 0 < dear_steps[2] < 7
+
+
+def test_exploration_draws_as_often_as_it_says_and_tells_its_propensity() -> None:
+    agents = LocalAgents(babbling(), slots=1, epsilon=0.5)
+    decider = decider_of(random_router(threshold=1.0), 1)  # the cheapest, if nothing is drawn
+    choices = []
+    for number in range(12):
+        session = agents.open(str(number), RUNS[0], decider)
+        episode = RUNS[0].task.episode()
+        observation = episode.reset()
+        for _ in range(4):
+            (action,) = agents.act([Ask(session, observation)])
+            assert not isinstance(action, UserError)
+            observation, _, _ = episode.step(action.command)
+            choices.append(action)
+        agents.close(session)
+    dear = [action for action in choices if action.precision == "float"]
+    assert 5 <= len(dear) <= 20  # of 48, a quarter
+    assert {action.propensity for action in dear} == {0.25}
+    assert {action.propensity for action in choices if action.precision == "int2"} == {0.75}
+    assert {action.reason for action in dear} == {"exploration"}
+
+
+class Broken:
+    """A router that fails at its second decision."""
+
+    def __init__(self, policy) -> None:
+        self.policy, self.asked = policy, 0
+
+    def begin(self, slot, run):
+        self.policy.begin(slot, run)
+
+    def decide(self, slots, segments, peek):
+        decisions = self.policy.decide(slots, segments, peek)
+        self.asked += 1
+        if self.asked == 2:
+            raise ValueError("a fault")
+        return decisions
+
+    def acted(self, slot, segment, precision, action):
+        self.policy.acted(slot, segment, precision, action)
+
+
+def test_where_the_router_fails_the_agent_acts_and_later_decisions_are_as_if_it_had_not() -> None:
+    rollouts, router = babbling(), random_router(threshold=1.0)
+    agents = LocalAgents(rollouts, slots=1)
+    decider = decider_of(router, 1)
+    session = agents.open("a", RUNS[0], replace(decider, policy=Broken(decider.policy)))
+    episode = RUNS[0].task.episode()
+    observation, found = episode.reset(), []
+    for _ in range(4):
+        (action,) = agents.act([Ask(session, observation)])
+        assert not isinstance(action, UserError)
+        observation, _, _ = episode.step(action.command)
+        found.append(action)
+    assert [action.reason for action in found] == ["router", "fallback", "router", "router"]
+    assert [action.precision for action in found] == ["int2", "float", "int2", "int2"]
+    assert found[1].probability is None
+    assert agents.deciding.failures == 1
+    for turn in (2, 3):
+        level = expected_level(router, rollouts, session.trajectory, turn)
+        assert session.trajectory.steps[turn].exceedance == pytest.approx(level, abs=1e-4)
+
+
+def test_another_router_takes_over_in_the_midst_of_an_episode() -> None:
+    """It decides as if it had been there from the beginning."""
+    rollouts, agents = babbling(), LocalAgents(babbling(), slots=1)
+    first, second = random_router(threshold=0.0), new_probe(threshold=1.0)
+    session = agents.open("a", RUNS[0], decider_of(first, 1, 1))
+    episode = RUNS[0].task.episode()
+    observation = episode.reset()
+    for turn in range(4):
+        if turn == 2:
+            session.decider = decider_of(second, 1, 2)
+        (action,) = agents.act([Ask(session, observation)])
+        assert not isinstance(action, UserError)
+        assert (action.release, action.precision) == ((1, "float") if turn < 2 else (2, "int2"))
+        observation, _, _ = episode.step(action.command)
+    level = expected_level(second, rollouts, session.trajectory, 3)
+    assert session.trajectory.steps[3].exceedance == pytest.approx(level, abs=1e-4)
+
+
+def test_what_cannot_go_on_says_why() -> None:
+    agent = RoutedAgent(babbling(step_limit=1), "int2")
+    with pytest.raises(UserError, match="begin"):
+        agent.act("a room")
+    agent.begin(Goal("kitchen/17", "pick_and_place_simple", "put some apple on sidetable."))
+    action = agent.act("You are in a room.")
+    assert (action.turn, action.reason, action.probability) == (1, "fixed", None)
+    with pytest.raises(UserError, match="1 steps"):
+        agent.act("Nothing happens.")
+    small = RoutedAgent(babbling(capacity=70), "int2")
+    small.begin(RUNS[0].task)
+    with pytest.raises(UserError, match="max_transcript_tokens"):
+        small.act("mug " * 100)
+    small.act("You are in a room.")
+    with pytest.raises(UserError, match="none for another step"):
+        small.act("mug " * 60)
