@@ -718,17 +718,34 @@ class Sensitivity(Section):
         yield from _in_order("label_share", self.label_share)
 
 
+Feature = Literal["repeats", "behind", "margin", "draft", "draft_repeats"]
+
+
 class Probe(Section):
-    """A head on the hidden states of the low-precision agent, which has read the transcript."""
+    """A head on the hidden states of the low-precision agent, which has read the transcript; the turn is told besides."""
 
     layers: tuple[Size, ...] = Field(
-        min_length=1, max_length=1000, description="decoder layers, from 1, whose outputs are read"
+        max_length=1000,
+        description="decoder layers, from 1, whose outputs are read; with none nothing is read for the decision",
     )
-    hidden: Size = Field(32, description="width of the head's hidden layer")
+    features: tuple[Feature, ...] = Field(
+        (),
+        max_length=10,
+        exclude_if=_unset,
+        description="numbers that cost nothing, ours: of states and commands that come again (repeats), tokens since each rung"
+        " acted (behind), how sure the last action was (margin) and, where the router decides after it, of the cheapest rung's"
+        " draft (draft, draft_repeats)",
+    )
+    hidden: Annotated[int, Field(ge=0), at_most(1_000_000, "no LLM has so many")] = Field(
+        32, description="width of the head's hidden layer; 0: none, a logistic regression"
+    )
 
     def problems(self) -> Iterator[tuple[str, str]]:
-        if len(set(self.layers)) != len(self.layers):
-            yield "layers", f"{list(self.layers)} are not all different"
+        if not self.layers and not self.features:
+            yield "layers", "there is nothing to decide on; name a layer, or 'features'"
+        for field, values in (("layers", self.layers), ("features", self.features)):
+            if len(set(values)) != len(values):
+                yield field, f"{list(values)} are not all different"
 
 
 class RouterModel(Section):
@@ -750,6 +767,10 @@ class RouterModel(Section):
             yield "", "give exactly one of 'probe', 'architecture' and 'pretrained'"
         if self.lora is not None and self.pretrained is None:
             yield "lora", "needs 'pretrained'"
+        if self.probe is not None and self.decides == "before":
+            for feature in self.probe.features:
+                if feature.startswith("draft"):
+                    yield "probe.features", f"{feature!r} is of a draft, which there is only with decides: after"
 
 
 class KlRouter(Section):
@@ -978,6 +999,18 @@ def _reference_model(kl_router: KlRouter, grpo_router: GrpoRouter) -> Iterator[s
         yield "grpo_router.beta: trl reloads the reference as a causal LM, which a probe is not; set it to 0"
 
 
+def _greedy_features(agent: Agent, kl_router: KlRouter) -> Iterator[str]:
+    """What is recorded of drafts and margins for training is of greedy actions."""
+    greedy = agent.action == "generate" and agent.temperature == 0
+    probe = kl_router.model.probe
+    wanted = [name for name in (probe.features if probe else ()) if name not in ("repeats", "behind")]
+    if wanted and not greedy:
+        yield (
+            f"kl_router.model.probe.features: {wanted[0]!r} is learned from greedy actions; set agent.action to generate and"
+            " agent.temperature to 0, or leave it out"
+        )
+
+
 def _thoughts_of_looks(benchmark: Games, agent: Agent) -> Iterator[str]:
     thinks = agent.prompt.thought_end is not None
     teaches_thoughts = benchmarks.find(benchmark.environment).demonstrations_think
@@ -1001,7 +1034,7 @@ def _probe_layers(agent: Agent, kl_router: KlRouter) -> Iterator[str]:
     if agent.training is None or kl_router.model.probe is None:
         return
     layers, there = kl_router.model.probe.layers, agent.training.architecture.layers
-    if max(layers) > there:
+    if max(layers, default=0) > there:
         yield f"kl_router.model.probe.layers: {list(layers)}, but the agent has {there}"
 
 
@@ -1034,6 +1067,7 @@ _ACROSS: tuple[Callable[..., Iterator[str]], ...] = (
     _games_asked_for,
     _behaviour_on_the_route,
     _reference_model,
+    _greedy_features,
     _thoughts_of_looks,
     _forced_searches,
     _short_games,

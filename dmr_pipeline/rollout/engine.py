@@ -20,6 +20,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from statistics import fmean
 from typing import Literal, Protocol
 
 import numpy as np
@@ -61,6 +62,8 @@ class Draft:
     the likeliest command's)."""
     drafting: Drafting | None = None
     """Where another precision drafted it, what that took, all its forward passes included."""
+    mean_margin: float = 1.0
+    """The mean lead of the action's tokens; where commands are scored, `margin`."""
 
 
 class DecisionContext(Protocol):
@@ -85,6 +88,14 @@ class DecisionContext(Protocol):
 
     def admissible_commands(self, slots: Sequence[int]) -> list[Sequence[str]]:
         """What can be done at each slot's page or place."""
+        ...
+
+    def margins(self, slots: Sequence[int]) -> list[float]:
+        """`Draft.margin` of each slot's last action, by the precision that took it; 1 where there is none."""
+        ...
+
+    def command(self, action: list[int]) -> str:
+        """The command in an action's tokens."""
         ...
 
     @property
@@ -305,6 +316,8 @@ class OpenTranscript:
     """Precision -> what its cache has read; the same one for all where they have one cache."""
     turn: int = 0
     """Steps taken."""
+    margin: float = 1.0
+    """Of the last action."""
     transcript: Transcript = field(default_factory=Transcript)
     looked: Reading | None = None
     """Where the cheapest precision has read the transcript in this step for its states, and no action has gone on from there."""
@@ -650,6 +663,7 @@ class Batch:
         for slot, state, taken in zip(slots, running, steps, strict=True):
             state.transcript.append(taken.draft.action)
             state.turn += 1
+            state.margin = taken.draft.margin
             self.policy.acted(slot, taken.segment, taken.decision.precision, taken.draft.action)
         acted = time.perf_counter()
         self.clock.router += decided - started
@@ -738,7 +752,7 @@ class Batch:
                     took = replace(took, reading=grown + took.reading)
                 self.slots[slot].trails[precision].rewind()
             reading = self._grown(slot, precision, taken.kept) + taken.reading
-            drafts.append(Draft(taken.tokens, reading, taken.margin, took))
+            drafts.append(Draft(taken.tokens, reading, taken.margin, took, taken.mean_margin))
         return drafts
 
     def _grown(self, slot: int, precision: str, kept: int) -> Reading:
@@ -834,7 +848,8 @@ class Batch:
             self._guesses.learn(transcript, action.tokens)
             count = len(action.tokens)
             reading = one_by_one(len(transcript), count)
-            actions.append(KnownAction(action.tokens, min(action.facts), reading, kept=count - 1))
+            margins = min(action.facts), fmean(action.facts)
+            actions.append(KnownAction(action.tokens, *margins, reading, kept=count - 1))
         return actions
 
     def _check(self, precision: str, drafter: str, slots: list[int], ready: Sequence[list[int]]) -> list[KnownAction]:
@@ -871,7 +886,8 @@ class Batch:
             drafted, accepted = sum(r.drafted for r in rounds), sum(r.agreed for r in rounds)
             took = Drafting(drafted, accepted, drafting(held, rounds, self._share, bool(ready)), rounds[-1].kept)
             kept = len(action.tokens) - 1
-            actions.append(KnownAction(action.tokens, min(action.leads), checking(held, rounds), kept, took))
+            margins = min(action.leads), fmean(action.leads)
+            actions.append(KnownAction(action.tokens, *margins, checking(held, rounds), kept, took))
         return actions
 
     def _guess_after(self, transcripts: Sequence[list[int]]) -> Guess:
@@ -911,7 +927,8 @@ class Batch:
             values = torch.tensor([of_commands])
             chosen = self._choose(values, [(slot, 0)])[0]
             reading = each_in_full(len(self.slots[slot].transcript.tokens), [len(command) for command in commands])
-            actions.append(KnownAction(commands[chosen], leads(values)[0], reading, kept=0))
+            (margin,) = leads(values)
+            actions.append(KnownAction(commands[chosen], margin, margin, reading, kept=0))
         return actions
 
     def _choose(self, logits: Tensor, positions: list[tuple[int, int]]) -> list[int]:
@@ -950,6 +967,12 @@ class _BatchPeek:
 
     def admissible_commands(self, slots: Sequence[int]) -> list[Sequence[str]]:
         return [self._batch.slots[slot].admissible_commands() for slot in slots]
+
+    def margins(self, slots: Sequence[int]) -> list[float]:
+        return [self._batch.slots[slot].margin for slot in slots]
+
+    def command(self, action: list[int]) -> str:
+        return self._batch.prompter.command(action)
 
     @property
     def can_check(self) -> bool:

@@ -47,6 +47,8 @@ class KnownAction:
     tokens: list[int]
     margin: float
     """As `engine.Draft.margin`."""
+    mean_margin: float
+    """As `engine.Draft.mean_margin`."""
     reading: Reading
     """What its forward passes read, but for the tokens that the transcript has grown by."""
     kept: int

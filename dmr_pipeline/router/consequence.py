@@ -163,7 +163,7 @@ def consequences(
     episodes, steps = to_frames(played, behaviour.name)
     level = pl.col("exceedance").list.first() if behaviour.router is not None else pl.lit(None)
     acted = steps.select("episode_id", "turn", acted="precision", probability=level.cast(pl.Float64))
-    rows = measure(rollouts, episodes, steps, counted).join(
+    rows = measure(rollouts, episodes, steps, counted).steps.join(
         acted, on=["episode_id", "turn"], maintain_order="left", validate="m:1"
     )
     by_id = dict(zip(episodes["episode_id"], played, strict=True))

@@ -47,7 +47,8 @@ from dmr_pipeline.router.model import (
     sequence_of_trajectory,
     with_features,
 )
-from dmr_pipeline.router.policies import by_the_rules_of, routing_policy
+from dmr_pipeline.router.policies import Observed, by_the_rules_of, in_the_order_of, routing_policy
+from dmr_pipeline.router.probe import ProbeHead
 
 Floats = NDArray[np.float64]
 
@@ -112,11 +113,15 @@ def settings_at_ratio(router: Router, scorer: Scorer, games: Sequence[Task], scr
     if found is not None:
         return RouterSettings.model_validate(found)
     policy = by_the_rules_of(router, RandomMixing(two_way_shares(route, section.initial_ratio), section.seed))
+    numbers = isinstance(router.model, ProbeHead) and bool(router.model.config.features)
+    if numbers:
+        policy = in_the_order_of(router, Observed(router, policy))
     with Progress(TextColumn("{task.description}"), TimeElapsedColumn()) as progress:
         progress.add_task(f"episodes to start from a spend of {section.initial_ratio:.2f}", total=None)
         played = rollouts.play([RolloutRequest(game) for game in games], policy, section.seed)
     sequences = [sequence_of_trajectory(trajectory, router) for trajectory in played]
-    sequences = with_features(router, sequences, _BATCH, rollouts.processes, rollouts.sharing)
+    if not numbers:
+        sequences = with_features(router, sequences, _BATCH, rollouts.processes, rollouts.sharing)
     asked = [not step.forced for trajectory in played for step in trajectory.steps]
     margins = np.concatenate(routing_margins(router, sequences, _BATCH))[asked]
     spend = np.array([acting.spend[rung] for rung in router.settings.upper])

@@ -46,6 +46,7 @@ from dmr_pipeline.router.model import (
     routing_margins,
     sequences_of_steps,
     with_features,
+    with_numbers,
 )
 from dmr_pipeline.router.policies import by_the_rules_of, routing_policy
 
@@ -262,11 +263,12 @@ def validate(router: Router, games: Sequence[Task], rollouts: Rollouts, recipe: 
     with Progress() as progress:
         bar = progress.add_task("their labels", total=len(episodes))
         counted = recipe.sensitivity.tokens
-        rows = measure(rollouts, episodes, steps, counted, lambda n: progress.advance(bar, n))
+        rows, drafts = measure(rollouts, episodes, steps, counted, lambda n: progress.advance(bar, n))
     batch = recipe.kl_router.batch_episodes
     sequences = with_features(
         router, sequences_of_steps(steps, router.settings), batch, rollouts.processes, rollouts.sharing
     )
+    sequences = with_numbers(router, sequences, steps, drafts, rollouts.prompter.command)
     margins = routing_margins(router, sequences, batch)
     flat = pl.Series(np.concatenate(margins).tolist(), dtype=pl.List(pl.Float64))
     asked = pl.Series([not step.forced for trajectory in played for step in trajectory.steps], dtype=pl.Boolean)

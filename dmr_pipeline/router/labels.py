@@ -24,6 +24,7 @@ from torch import Tensor
 from dmr_pipeline.agent.memory import in_pieces
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.recipe import Sensitivity
+from dmr_pipeline.rollout.choosing import leads
 from dmr_pipeline.rollout.kv_cache.catching_up import catch_up
 from dmr_pipeline.rollout.kv_cache.padded import TokenStreams
 from dmr_pipeline.rollout.kv_cache.shared import SharedStreams
@@ -56,6 +57,18 @@ STEPS = pl.Schema(
 `margin_low` (smallest gap between the two likeliest tokens' probabilities) are those of low precision along its own
 greedy action. `success` is the episode's outcome."""
 
+DRAFTS = pl.Schema(
+    {
+        "episode_id": pl.String(),
+        "turn": pl.Int64(),
+        "precision": pl.String(),
+        "action": pl.List(pl.Int64),
+        "margin": pl.Float64(),
+        "mean_margin": pl.Float64(),
+    }
+)
+"""One row a step and routed rung, dearest first: the greedy action that it would take there, as token ids, and the least and the
+mean lead in probability of the likeliest token over the next, over all of its tokens."""
 
 _MOST_LOGITS = 2**27
 """Held at once, of one precision: 512 MB. A comparison holds those of whole actions."""
@@ -72,6 +85,8 @@ class _Transcript(NamedTuple):
 
 _Batch = Sequence[_Transcript]
 """Episodes that are measured at once, the longest first."""
+_Rows = tuple[list[tuple[object, ...]], list[tuple[object, ...]]]
+"""Of the two tables of `Measured`."""
 
 
 @dataclass(frozen=True)
@@ -86,14 +101,42 @@ class Divergence:
     margin_low: float
 
 
+class GreedyAction(NamedTuple):
+    """A precision's greedy action: the columns of `DRAFTS`."""
+
+    action: list[int]
+    margin: float
+    mean_margin: float
+
+    @classmethod
+    def of(cls, action: list[int], leads: Sequence[float]) -> "GreedyAction":
+        return cls(action, min(leads), math.fsum(leads) / len(leads))
+
+
+class Compared(NamedTuple):
+    """All rungs at one step."""
+
+    divergences: dict[str, Divergence]
+    """By cheaper rung."""
+    drafts: dict[str, GreedyAction]
+    """By rung, dearest first."""
+
+
+class Measured(NamedTuple):
+    steps: pl.DataFrame
+    """The columns of STEPS but `sensitive`, in the order of the steps that were measured."""
+    drafts: pl.DataFrame
+    """`DRAFTS`, in the same order."""
+
+
 def measure(
     rollouts: Rollouts,
     episodes: pl.DataFrame,
     steps: pl.DataFrame,
     counted: Literal["action", "command"],
     on_progress: Callable[[int], None] = lambda _: None,
-) -> pl.DataFrame:
-    """Divergences of every step of these trajectories: the columns of STEPS but `sensitive`, in the steps' order.
+) -> Measured:
+    """Divergences of every step of these trajectories, and what every rung would have done there.
 
     Args:
         counted: what divergences are summed over, as in `compare`.
@@ -107,8 +150,8 @@ def measure(
         ["turns", "episode_id"], descending=[True, False]
     )
 
-    def compare_episodes(episodes: _Batch) -> list[tuple[object, ...]]:
-        rows: list[tuple[object, ...]] = []
+    def compare_episodes(episodes: _Batch) -> list[_Rows]:
+        rows, drafts = list[tuple[object, ...]](), list[tuple[object, ...]]()
         streams, guesses = rollouts.streams(len(episodes)), NgramGuesses()
         texts: list[list[int]] = [[] for _ in episodes]
         trails = [bytearray() for _ in episodes]
@@ -126,13 +169,18 @@ def measure(
                 compared = compare(streams, live, [texts[i] for i in live], prompter, counted, done, guesses, held)
                 rows += [
                     (episodes[i].name, turn, rung, *vars(divergence).values())
-                    for i, by_rung in zip(live, compared, strict=True)
-                    for rung, divergence in by_rung.items()
+                    for i, its in zip(live, compared, strict=True)
+                    for rung, divergence in its.divergences.items()
                 ]
-        return rows
+                drafts += [
+                    (episodes[i].name, turn, rung, *draft)
+                    for i, its in zip(live, compared, strict=True)
+                    for rung, draft in its.drafts.items()
+                ]
+        return [(rows, drafts)]
 
-    def compare_batches(batches: Sequence[_Batch], on_progress: Callable[[int], None]) -> list[tuple[object, ...]]:
-        rows: list[tuple[object, ...]] = []
+    def compare_batches(batches: Sequence[_Batch], on_progress: Callable[[int], None]) -> list[_Rows]:
+        rows: list[_Rows] = []
         for batch in batches:
             rows += in_pieces(batch, len(batch), "episodes", compare_episodes)
             on_progress(len(batch))
@@ -143,14 +191,19 @@ def measure(
         [_Transcript(*columns) for columns in batch.select("episode_id", "segment", "action", "precision").iter_rows()]
         for batch in longest_first.iter_slices(rollouts.rows)
     ]
-    rows = list(chain(*in_processes(compare_batches, scatter(batches, rollouts.processes), on_progress)))
+    found = list(chain(*in_processes(compare_batches, scatter(batches, rollouts.processes), on_progress)))
+    rows, drafted = (list(chain(*parts)) for parts in zip(*found, strict=True))
     columns = {name: STEPS[name] for name in ("episode_id", "turn", "precision", *Divergence.__dataclass_fields__)}
     measured = pl.DataFrame(rows, schema=columns, orient="row").join(context, on="episode_id")
-    return (
-        steps.select("episode_id", "turn")
-        .join(measured, on=["episode_id", "turn"], how="left", maintain_order="left_right")
-        .select([name for name in STEPS if name != "sensitive"])
+    drafts = pl.DataFrame(drafted, schema=DRAFTS, orient="row")
+    ordered = (
+        steps.select("episode_id", "turn").join(
+            table, on=["episode_id", "turn"], how="left", maintain_order="left_right"
+        )
+        for table in (measured, drafts)
     )
+    of_steps, of_drafts = ordered
+    return Measured(of_steps.select([name for name in STEPS if name != "sensitive"]), of_drafts)
 
 
 def compare(
@@ -162,7 +215,7 @@ def compare(
     recorded: Sequence[list[int]] | None = None,
     guesses: NgramGuesses | None = None,
     trails: Sequence[bytearray] | None = None,
-) -> list[dict[str, Divergence]]:
+) -> list[Compared]:
     """Let all rungs read the texts, and compare what they would do next. Their streams are left with what they did.
 
     The dearest writes its greedy action, and each cheaper one is taken along it. Where that would write another token, it is
@@ -203,7 +256,8 @@ def compare(
             return 0
         return prompter.thought_length(action) or len(action)
 
-    found: list[dict[str, Divergence]] = [{} for _ in slots]
+    high_drafts = map(GreedyAction.of, high_actions, _split(leads(high_logits), map(len, high_actions)))
+    found = [Compared({}, {dearest: draft}) for draft in high_drafts]
     taught = [[action] for action in high_actions]
     for rung in cheaper:
         along = _along(streams[rung], slots, texts, unread(rung), high_actions, high_logits, guess, prompter)
@@ -212,7 +266,8 @@ def compare(
             high_low, low_high, js = (max(0.0, math.fsum(column)) for column in _columns(low.between[high_from:], 3))
             entropies, margins = _columns(low.own[low_from:], 2)
             agree = high_action[high_from:] == low.action[low_from:]
-            found[place][rung] = Divergence(
+            found[place].drafts[rung] = GreedyAction.of(low.action, [lead for _, lead in low.own])
+            found[place].divergences[rung] = Divergence(
                 high_low, low_high, js, agree, math.fsum(entropies), min(margins, default=1.0)
             )
             taught[place].append(low.action)
@@ -318,7 +373,7 @@ def label(rows: pl.DataFrame, section: Sensitivity, tau: float) -> pl.DataFrame:
 
 
 def read_sensitivity(folder: Path) -> pl.DataFrame:
-    """The dataset, checked again on reading.
+    """The labelled steps, checked again on reading.
 
     Raises:
         UserError: other columns than it should have, missing values, NaN, or negative divergences.
@@ -332,6 +387,21 @@ def read_sensitivity(folder: Path) -> pl.DataFrame:
         raise UserError(f"{path}: missing values or NaN; make it anew")
     if (table.select("kl_high_low", "kl_low_high", "js").min().transpose().to_series() < -1e-9).any():
         raise UserError(f"{path}: negative divergences; make it anew")
+    return table
+
+
+def read_drafts(folder: Path) -> pl.DataFrame:
+    """What every routed rung would have done at these steps, checked again on reading.
+
+    Raises:
+        UserError: other columns than there should be, missing values, or NaN.
+    """
+    path = folder / "drafts.parquet"
+    table = pl.read_parquet(path)
+    if table.schema != DRAFTS:
+        raise UserError(f"{path}: its columns are {dict(table.schema)}, expected {dict(DRAFTS)}; make it anew")
+    if sum(table.null_count().row(0)) or any(table.select(pl.col(pl.Float64).is_nan().any()).row(0)):
+        raise UserError(f"{path}: missing values or NaN; make it anew")
     return table
 
 
@@ -358,7 +428,7 @@ def _kl(p: Tensor, q: Tensor) -> Tensor:
     return (p.exp() * (p - q)).sum(-1)
 
 
-def _split(values: Iterable[T], sizes: Sequence[int]) -> list[list[T]]:
+def _split(values: Iterable[T], sizes: Iterable[int]) -> list[list[T]]:
     """The values in runs of these sizes."""
     left = iter(values)
     return [list(islice(left, size)) for size in sizes]

@@ -1,8 +1,9 @@
 """Routers: logits of the routed precisions at each step of a transcript.
 
 There are two kinds. `lm` is a small causal LM over the transcript whose next token is a precision; `probe` is a head on the
-hidden states of the cheapest routed agent. Both are given the agent's transcript with a routing token, one a routed rung,
-between each segment and the action (which a probe's agent does not read):
+hidden states of the cheapest routed agent, on numbers that cost nothing (features.py), or on both. Both kinds are given the
+agent's transcript with a routing token, one a routed rung, between each segment and the action (which a probe's agent does not
+read):
 
     segment <precision:...> action segment <precision:...> action ...
 
@@ -16,7 +17,7 @@ rule are ours: the paper's router is a Transformer encoder that chooses between 
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, TypeVar, cast
@@ -42,6 +43,7 @@ from dmr_pipeline.recipe import RouterModel
 from dmr_pipeline.rollout.engine import Trajectory
 from dmr_pipeline.rollout.kv_cache.choice import positions_of, shared_streams
 from dmr_pipeline.rollout.parallel import gather, in_processes, scatter
+from dmr_pipeline.router.features import numbers_of_steps
 from dmr_pipeline.router.probe import ProbeHead, new_probe, probe_features
 from dmr_pipeline.training.train import new_model
 
@@ -290,7 +292,8 @@ def with_features(
     processes: int = 1,
     sharing: Mapping[str, PreTrainedModel] | None = None,
 ) -> list[RoutingSequence]:
-    """The sequences with what a probe decides on, from plain forward passes of its agent; those of an LM as they are.
+    """The sequences with what a probe decides on, from plain forward passes of its agent, but for the numbers that cost nothing
+    (`with_numbers`); those of an LM as they are.
 
     Args:
         batch: sequences in one forward pass.
@@ -300,6 +303,10 @@ def with_features(
     if not isinstance(router.model, ProbeHead):
         return list(sequences)
     agent, layers = _given(router.agent), router.model.config.layers
+    if not layers:
+        turns = (torch.arange(len(s.positions)) for s in sequences)
+        bare = (probe_features(torch.empty(len(its), 0), its) for its in turns)
+        return [replace(s, features=its) for s, its in zip(sequences, bare, strict=True)]
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i].tokens))
 
     @torch.no_grad()
@@ -323,6 +330,24 @@ def with_features(
 
     found = dict(zip(order, gather(in_processes(read, scatter(order, processes))), strict=True))
     return [replace(s, features=torch.from_numpy(found[i])) for i, s in enumerate(sequences)]
+
+
+def with_numbers(
+    router: Router,
+    sequences: Sequence[RoutingSequence],
+    steps: pl.DataFrame,
+    drafts: pl.DataFrame,
+    command: Callable[[list[int]], str],
+) -> list[RoutingSequence]:
+    """The sequences of these steps, their features with the numbers that cost nothing behind them, for a probe that wants such.
+    Arguments as of `features.numbers_of_steps`."""
+    if not isinstance(router.model, ProbeHead) or not router.model.config.features:
+        return list(sequences)
+    rows = numbers_of_steps(router.model.config.features, router.settings.route, steps, drafts, command)
+    return [
+        replace(s, features=torch.cat([_given(s.features), torch.from_numpy(its)], dim=1))
+        for s, its in zip(sequences, rows, strict=True)
+    ]
 
 
 def _read_in_turns(

@@ -18,6 +18,7 @@ from dmr_pipeline.recipe import DEFAULT_TRANSCRIPT_TOKENS
 from dmr_pipeline.rollout.engine import Decision, DecisionContext, RolloutRequest, RoutingPolicy, seeded_generator
 from dmr_pipeline.rollout.kv_cache.choice import positions_of, token_streams
 from dmr_pipeline.rollout.reading import Reading
+from dmr_pipeline.router.features import OF_DRAFTS, Drafted, Past
 from dmr_pipeline.router.model import Router
 from dmr_pipeline.router.probe import probe_features
 from dmr_pipeline.router.search_steps import with_searches_forced
@@ -35,8 +36,12 @@ def routing_policy(router: Router, slots: int, sample: bool = False, seed: int =
     chooser = _Chooser(router, sample, seed)
     is_probe = router.settings.kind == "probe"
     policy: RoutingPolicy = ProbeRouter(router, chooser) if is_probe else LmRouter(router, chooser, slots)
-    ruled = by_the_rules_of(router, policy)
-    return Checking(ruled, router.settings.route[-1]) if router.settings.decides == "after" else ruled
+    return in_the_order_of(router, by_the_rules_of(router, policy))
+
+
+def in_the_order_of(router: Router, policy: RoutingPolicy) -> RoutingPolicy:
+    """The policy, with drafts checked where this router decides after them."""
+    return Checking(policy, router.settings.route[-1]) if router.settings.decides == "after" else policy
 
 
 def by_the_rules_of(router: Router, policy: RoutingPolicy) -> RoutingPolicy:
@@ -128,20 +133,20 @@ class LmRouter:
 
 
 class ProbeRouter:
-    """The cheapest agent reads what is new, and the head decides on its hidden states. Where another one acts, that pass was
-    for the decision alone."""
+    """A head decides on the hidden states of the cheapest agent, which reads what is new, and on what is known for nothing. Where
+    another one acts, a pass for states was for the decision alone; after the draft it was the draft's first."""
 
     def __init__(self, router: Router, chooser: _Chooser) -> None:
-        self.router, self._chooser = router, chooser
+        self.router, self._chooser, self._seen = router, chooser, _Seen(router)
 
     def begin(self, slot: int, run: RolloutRequest) -> None:
         self._chooser.begin(slot, run)
+        self._seen.begin(slot)
 
     @torch.no_grad()
     def decide(self, slots: Sequence[int], segments: Sequence[list[int]], peek: DecisionContext) -> list[Decision]:
         model = self.router.model
-        turns = torch.tensor([self._chooser.turns[slot] for slot in slots])
-        features = probe_features(peek.states(slots, model.config.layers), turns)
+        features = self._seen.features(slots, segments, peek)
         choices = self._chooser.choose(slots, model(features.to(model.device)))
         return [
             Decision(*choice, Reading(1), features=row)
@@ -150,3 +155,64 @@ class ProbeRouter:
 
     def acted(self, slot: int, segment: list[int], precision: str, action: list[int]) -> None:
         self._chooser.acted(slot)
+        self._seen.acted(slot, segment, precision, action)
+
+
+class Observed:
+    """A policy in whose episodes is written down what a probe would have decided on."""
+
+    def __init__(self, router: Router, policy: RoutingPolicy) -> None:
+        self.policy, self._seen = policy, _Seen(router)
+
+    def begin(self, slot: int, run: RolloutRequest) -> None:
+        self.policy.begin(slot, run)
+        self._seen.begin(slot)
+
+    def decide(self, slots: Sequence[int], segments: Sequence[list[int]], peek: DecisionContext) -> list[Decision]:
+        rows = self._seen.features(slots, segments, peek).cpu().numpy()
+        decisions = self.policy.decide(slots, segments, peek)
+        return [replace(decision, features=row) for decision, row in zip(decisions, rows, strict=True)]
+
+    def acted(self, slot: int, segment: list[int], precision: str, action: list[int]) -> None:
+        self.policy.acted(slot, segment, precision, action)
+        self._seen.acted(slot, segment, precision, action)
+
+
+class _Seen:
+    """What a probe decides on, slot by slot."""
+
+    def __init__(self, router: Router) -> None:
+        config = router.model.config
+        self._layers, self._features, self._route = config.layers, config.features, router.settings.route
+        self._pasts: dict[int, Past] = {}
+        self._turns: dict[int, int] = {}
+        self._acted: dict[int, list[tuple[list[int], str, list[int]]]] = {}
+        """Segment, precision and action of the steps that `_pasts` does not know of."""
+
+    def begin(self, slot: int) -> None:
+        self._pasts[slot], self._turns[slot], self._acted[slot] = Past(self._route), 0, []
+
+    def acted(self, slot: int, segment: list[int], precision: str, action: list[int]) -> None:
+        self._turns[slot] += 1
+        if self._features:
+            self._acted[slot].append((segment, precision, action))
+
+    def features(self, slots: Sequence[int], segments: Sequence[list[int]], peek: DecisionContext) -> Tensor:
+        """float32 [slots, features]"""
+        states = peek.states(slots, self._layers) if self._layers else torch.empty(len(slots), 0)
+        features = probe_features(states, torch.tensor([self._turns[slot] for slot in slots]))
+        if not self._features:
+            return features
+        drafts: list[Drafted | None] = [None] * len(slots)
+        if not OF_DRAFTS.isdisjoint(self._features):
+            drafts = [
+                Drafted(peek.command(draft.action), len(draft.action), draft.margin, draft.mean_margin)
+                for draft in peek.drafts(self._route[-1], slots)
+            ]
+        numbers = []
+        for slot, segment, margin, draft in zip(slots, segments, peek.margins(slots), drafts, strict=True):
+            for seen, precision, action in self._acted[slot]:
+                self._pasts[slot].act(seen, peek.command(action), precision, len(action))
+            self._acted[slot].clear()
+            numbers.append(self._pasts[slot].numbers(self._features, segment, margin, draft))
+        return torch.cat([features, torch.tensor(numbers, dtype=features.dtype, device=features.device)], dim=1)

@@ -5,6 +5,7 @@ another precision then acts, and next to nothing where it goes on itself. This f
 is an encoder of its own.
 """
 
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -12,7 +13,8 @@ from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from dmr_pipeline.errors import UserError
-from dmr_pipeline.recipe import Probe
+from dmr_pipeline.recipe import Feature, Probe
+from dmr_pipeline.router.features import width_of
 
 _TURN_FEATURES = 2
 _LONGEST = 50
@@ -21,12 +23,22 @@ _LONGEST = 50
 
 class ProbeConfig(PreTrainedConfig):
     model_type = "dmr-probe"
+    features: Sequence[Feature] = ()
+    """Numbers beside the states and the turn, in their order (features.py); where there are none nothing is written of them."""
 
     def __init__(
-        self, layers: list[int] | None = None, state_width: int = 1, hidden: int = 1, rungs: int = 2, **rest: object
+        self,
+        layers: list[int] | None = None,
+        state_width: int = 1,
+        hidden: int = 1,
+        rungs: int = 2,
+        features: list[Feature] | None = None,
+        **rest: object,
     ) -> None:
-        self.layers = layers or [1]
+        self.layers = [1] if layers is None else layers
         """Of the agent, from 1."""
+        if features:
+            self.features = features
         self.state_width = state_width
         """Numbers in the states of all these layers."""
         self.hidden = hidden
@@ -39,7 +51,7 @@ AutoConfig.register("dmr-probe", ProbeConfig)  # AutoTokenizer looks at the conf
 
 
 class ProbeHead(PreTrainedModel):
-    """Standardised features -> one hidden layer -> logits of the routed rungs, cheapest first."""
+    """Standardised features -> one hidden layer, or none -> logits of the routed rungs, cheapest first."""
 
     config_class = ProbeConfig
     generation_config = GenerationConfig()
@@ -47,11 +59,11 @@ class ProbeHead(PreTrainedModel):
 
     def __init__(self, config: ProbeConfig) -> None:
         super().__init__(config)
-        width = config.state_width + _TURN_FEATURES
+        width = config.state_width + _TURN_FEATURES + width_of(config.features, config.rungs)
         self.register_buffer("mean", torch.zeros(width))
         self.register_buffer("deviation", torch.ones(width))
-        self.inner = torch.nn.Linear(width, config.hidden)
-        self.outer = torch.nn.Linear(config.hidden, config.rungs)
+        self.inner = torch.nn.Linear(width, config.hidden) if config.hidden else None
+        self.outer = torch.nn.Linear(config.hidden or width, config.rungs)
         self.post_init()
 
     def _init_weights(self, module: torch.nn.Module) -> None:
@@ -60,6 +72,8 @@ class ProbeHead(PreTrainedModel):
     def forward(self, features: Tensor) -> Tensor:
         """float32 [n, features] -> float32 [n, rungs]."""
         standard = (features - self.mean) / self.deviation
+        if self.inner is None:
+            return cast(Tensor, self.outer(standard))
         return cast(Tensor, self.outer(torch.nn.functional.gelu(self.inner(standard))))
 
     def standardize(self, features: Tensor) -> None:
@@ -74,13 +88,14 @@ def new_probe(section: Probe, rungs: int, agent: PreTrainedModel, seed: int) -> 
     Raises:
         UserError: the agent has fewer layers.
     """
-    if max(section.layers) > agent.config.num_hidden_layers:
+    if max(section.layers, default=0) > agent.config.num_hidden_layers:
         raise UserError(
             f"kl_router.model.probe.layers: {list(section.layers)}, but the agent has {agent.config.num_hidden_layers}"
         )
     torch.manual_seed(seed)
     width = len(section.layers) * agent.config.hidden_size
-    return ProbeHead(ProbeConfig(layers=list(section.layers), state_width=width, hidden=section.hidden, rungs=rungs))
+    config = ProbeConfig(list(section.layers), width, section.hidden, rungs, list(section.features))
+    return ProbeHead(config)
 
 
 def probe_features(states: Tensor, turns: Tensor) -> Tensor:

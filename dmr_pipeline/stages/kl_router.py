@@ -29,12 +29,13 @@ from dmr_pipeline.router.kl import (
     validate,
     with_settings,
 )
-from dmr_pipeline.router.labels import read_sensitivity, threshold
+from dmr_pipeline.router.labels import read_drafts, read_sensitivity, threshold
 from dmr_pipeline.router.model import (
     new_router,
     save_router,
     sequences_of_steps,
     with_features,
+    with_numbers,
 )
 from dmr_pipeline.router.probe import ProbeHead
 from dmr_pipeline.summaries import KlSummary
@@ -62,6 +63,9 @@ def kl_router(context: StageContext) -> StageResult:
     sequences = sequences_of_steps(steps, router.settings)
     sequences = with_features(router, sequences, section.batch_episodes, rollouts.processes, rollouts.sharing)
     if isinstance(router.model, ProbeHead):
+        if router.model.config.features:
+            drafts = read_drafts(context.inputs["sensitivity_dataset"])
+            sequences = with_numbers(router, sequences, steps, drafts, rollouts.prompter.command)
         router.model.standardize(torch.cat([s.features for s in sequences if s.features is not None]))
     labels = labels_of_steps(steps, sensitivity, route)
     with out_of_memory_names("kl_router.batch_episodes"):

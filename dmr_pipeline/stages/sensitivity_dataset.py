@@ -19,10 +19,11 @@ def sensitivity_dataset(context: StageContext) -> StageResult:
     with Progress() as progress:
         bar = progress.add_task("divergence of the precisions", total=len(given.episodes))
         counted = recipe.sensitivity.tokens
-        rows = measure(rollouts, given.episodes, given.steps, counted, lambda n: progress.advance(bar, n))
+        rows, drafts = measure(rollouts, given.episodes, given.steps, counted, lambda n: progress.advance(bar, n))
     tau = threshold(rows, recipe.sensitivity)
     table = label(rows, recipe.sensitivity, tau)
     table.write_parquet(context.output / "steps.parquet")
+    drafts.write_parquet(context.output / "drafts.parquet")
     late = pl.col("turn") >= 10
     return StageResult(
         summary=SensitivitySummary(

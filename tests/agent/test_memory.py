@@ -117,8 +117,8 @@ def test_routed_episodes_and_their_labels_are_the_same(monkeypatch: pytest.Monke
     policy = RandomMixing(HALF, seed=1)
     expected = rollouts_of(ROUTE).play(RUNS, policy, seed=0)
     frames = to_frames(expected, "mixed")
-    rows = measure(rollouts_of(ROUTE), *frames, "action")
+    rows = measure(rollouts_of(ROUTE), *frames, "action").steps
     fits(monkeypatch, rows=2)
     assert taken(rollouts_of(ROUTE).play(RUNS, policy, seed=0)) == taken(expected)
-    fewer = measure(rollouts_of(ROUTE), *frames, "action")
+    fewer = measure(rollouts_of(ROUTE), *frames, "action").steps
     assert_frame_equal(fewer, rows, abs_tol=1e-5)

@@ -5,11 +5,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 
-from dmr_pipeline.recipe import Probe, RouterModel
+from dmr_pipeline.recipe import Feature, Probe, RouterModel
 from dmr_pipeline.rollout.engine import SinglePrecision, Trajectory
 from dmr_pipeline.rollout.reading import NOTHING, Reading
 from dmr_pipeline.router.kl import with_settings
@@ -28,6 +29,7 @@ from tests.helpers.routers import ARCHITECTURE, CPU, enlarge
 
 ROUTES = [ROUTE, THREE]
 PROBE = Probe(layers=(1, 2), hidden=8)
+ALL: tuple[Feature, ...] = get_args(Feature)
 
 
 def new(model: RouterModel, route: Sequence[str] = ROUTE, **settings: float) -> Router:
@@ -41,6 +43,16 @@ def probe(route: Sequence[str] = ROUTE, **settings: float) -> Router:
     return new(RouterModel(probe=PROBE, decides="after"), route, **settings)
 
 
+def informed(route: Sequence[str] = ROUTE, **settings: float) -> Router:
+    """It looks at the draft, and at the states before that."""
+    return new(RouterModel(probe=Probe(layers=(1, 2), features=ALL, hidden=8), decides="after"), route, **settings)
+
+
+def counting(route: Sequence[str] = ROUTE, **settings: float) -> Router:
+    """A logistic regression of a few numbers."""
+    return new(RouterModel(probe=Probe(layers=(), features=ALL, hidden=0), decides="after"), route, **settings)
+
+
 def lm(route: Sequence[str] = ROUTE, **settings: float) -> Router:
     return new(RouterModel(architecture=ARCHITECTURE, decides="after"), route, **settings)
 
@@ -50,8 +62,7 @@ def played(router: Router, slots: int = 7, sample: bool = True, **changes: objec
     return roll(routing_policy(router, slots, sample=sample, seed=3), slots, route=route, **changes)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("make", [probe, lm])
-@pytest.mark.parametrize("route", ROUTES, ids=len)
+@pytest.mark.parametrize(("make", "route"), [(probe, ROUTE), (informed, THREE), (counting, ROUTE), (lm, THREE)])
 def test_at_a_threshold_of_0_it_is_the_dearest_rung_that_only_checks(make, route: Sequence[str]) -> None:
     everything = played(make(route, threshold=0.0), sample=False)
     assert taken(everything) == taken(roll(SinglePrecision("float", route), route=route))
@@ -101,11 +112,10 @@ def cost_by_hand(trajectory: Trajectory, turn: int, seen: dict[str, int]) -> dic
     return total
 
 
-@pytest.mark.parametrize("make", [probe, lm])
-@pytest.mark.parametrize("route", ROUTES, ids=len)
+@pytest.mark.parametrize(("make", "route"), [(probe, ROUTE), (informed, THREE), (counting, ROUTE), (lm, THREE)])
 def test_every_pass_is_paid_once(make, route: Sequence[str]) -> None:
     acted = set()
-    for trajectory in played(make(route, scale=3.0), runs=RUNS[:3]):
+    for trajectory in played(make(route, scale=0.5), runs=RUNS[:3]):
         seen: dict[str, int] = {}
         for turn, step in enumerate(trajectory.steps):
             expected = cost_by_hand(trajectory, turn, seen)
@@ -156,3 +166,14 @@ def test_the_order_is_kept_with_the_weights_and_not_written_where_it_is_the_pape
     save_router(with_settings(router, decides="before"), tmp_path / "before")
     assert "decides" not in json.loads((tmp_path / "before" / "router.json").read_text())
     assert "decides" not in RouterModel(probe=PROBE).model_dump()
+
+
+def test_a_draft_that_was_looked_at_and_cannot_be_checked_is_thrown_away_and_paid() -> None:
+    drafted = roll(SinglePrecision("int2", ROUTE), action="score", runs=RUNS[:3])
+    passes = {len(trajectory.steps[0].readings) for trajectory in drafted}
+    assert passes == {1}
+    for trajectory in played(informed(scale=3.0), action="score", runs=RUNS[:3]):
+        for step in trajectory.steps:
+            cheap = dict(step.readings)["int2"]
+            assert cheap.passes > 1
+            assert dict(step.readings).keys() == {step.precision, "int2"}

@@ -227,7 +227,7 @@ def test_with_nothing_ingested_the_labels_are_those_of_the_played_steps_alone(
     recipe: Recipe, inputs: dict[str, Path]
 ) -> None:
     rollouts = Rollouts.load(inputs["quantized_checkpoints"], recipe)
-    rows = measure(rollouts, *read_trajectories(inputs["trajectories"]), recipe.sensitivity.tokens)
+    rows, _ = measure(rollouts, *read_trajectories(inputs["trajectories"]), recipe.sensitivity.tokens)
     alone = label(rows, recipe.sensitivity, threshold(rows, recipe.sensitivity))
     assert read_sensitivity(inputs["sensitivity_dataset"]).equals(alone)
 

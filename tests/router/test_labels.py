@@ -132,9 +132,9 @@ def test_a_comparison_equals_one_written_down_straight(
             return slice(0, None)
         return slice(action.index(1) + 1 if 1 in action else len(action), None)
 
-    assert [list(by_rung) for by_rung in found] == [list(cheaper)] * 3
-    for rung, (by_rung, prefix) in product(cheaper, zip(found, prefixes, strict=True)):
-        one = by_rung[rung]
+    assert [list(its.divergences) for its in found] == [list(cheaper)] * 3
+    for rung, (its, prefix) in product(cheaper, zip(found, prefixes, strict=True)):
+        one = its.divergences[rung]
         high, low = (greedy(streams[name], prefix) for name in ("float", rung))
         p, q = (
             [Categorical(logits=streams[name].logits(prefix + high[:i]).double()) for i in range(8)]
@@ -153,6 +153,14 @@ def test_a_comparison_equals_one_written_down_straight(
         leads = [float(best[0] - best[1]) for best in (each.probs.topk(2).values for each in own)]
         assert one.margin_low == pytest.approx(min(leads, default=1.0), abs=1e-9)
         assert one.greedy_agree == (high[counted(high)] == low[counted(low)])
+        for name, action in (("float", high), (rung, low)):
+            best = [
+                streams[name].logits(prefix + action[:i]).double().softmax(-1).topk(2).values
+                for i in range(len(action))
+            ]
+            leads = [float(first - second) for first, second in best]
+            assert its.drafts[name].action == action
+            assert its.drafts[name][1:] == pytest.approx((min(leads), np.mean(leads)), abs=1e-5)
 
 
 @torch.no_grad()
@@ -161,8 +169,8 @@ def test_comparison_on_a_prefix_equals_plain_forward_passes() -> None:
     streams = {"float": Streams(HIGH, 3, 64), "int2": Streams(LOW, 3, 64)}
     for part in (slice(2), slice(None)):  # in two calls: the second continues the caches
         found = compare(streams, [0, 1, 2], [prefix[part] for prefix in prefixes], PROMPTER)
-    for by_rung, prefix in zip(found, prefixes, strict=True):
-        one = by_rung["int2"]
+    for its, prefix in zip(found, prefixes, strict=True):
+        one = its.divergences["int2"]
         action, own = greedy_uncached(HIGH, prefix), greedy_uncached(LOW, prefix)
         assert prefix + action[:-1] in streams["float"].texts, "so that it need not be read again"
         assert any(text[: len(prefix + own) - 1] == prefix + own[:-1] for text in streams["int2"].texts)
@@ -203,7 +211,7 @@ def test_a_step_is_sensitive_from_tau_on() -> None:
 def test_with_one_cache_each_goes_on_from_what_the_played_episode_has_read(route: tuple[str, ...]) -> None:
     rollouts = replace(rollouts_of(route), shared_cache=True)
     played = rollouts.play(RUNS[:3], RandomMixing(dict.fromkeys(route, 1 / len(route)), seed=3), seed=0)
-    rows = measure(rollouts, *to_frames(played, "mixed"), "action").iter_rows(named=True)
+    rows = measure(rollouts, *to_frames(played, "mixed"), "action").steps.iter_rows(named=True)
     for trajectory in played:
         cache = OneCache()
         for turn, step in enumerate(trajectory.steps):
