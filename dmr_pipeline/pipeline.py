@@ -168,8 +168,8 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         name="grpo_router",
         inputs=("benchmark_tasks", "quantized_checkpoints", "kl_router"),
-        sections=("benchmark", "agent", "precisions", "grpo_router"),
-        code_version="7",
+        sections=("benchmark", "agent", "precisions", "kl_router", "grpo_router"),
+        code_version="8",
         run=_stage("grpo_router"),
         group="router",
         kinds=frozenset({"pytorch", "huggingface"}),
@@ -180,6 +180,7 @@ STAGES: tuple[Stage, ...] = (
         ),
         pool="gpu",
         resources=ONE_GPU,
+        pretrained=lambda recipe: _brought(recipe.kl_router.model.pretrained),
     ),
     Stage(
         name="evaluation_report",

@@ -793,6 +793,26 @@ class KlRouter(Section):
     seed: Seed = Field(0, description="of the weights and of the episodes' order")
 
 
+class Budget(Section):
+    """What stage 2 may spend; the price is solved for, by dual ascent: it rises by an update as long as more is spent."""
+
+    ratio: Ratio | None = Field(
+        None,
+        description="mean spend of all steps, with two rungs the high-precision ratio; then lambda prices that in place of cost",
+    )
+    cost: Annotated[float, Field(gt=0.0), at_most(100.0, "nothing costs that much")] | None = Field(
+        None, description="mean cost of an episode, in the ladder's unit"
+    )
+    rate: Annotated[float, Field(gt=0.0), at_most(100.0, "the price would jump between its ends")] = Field(
+        0.5,
+        description="what lambda rises by in an update for each unit that the update's episodes spent above the budget",
+    )
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        if (self.ratio is None) == (self.cost is None):
+            yield "", "give either ratio or cost"
+
+
 class GrpoRouter(Section):
     """Stage 2: GRPO on success and cost."""
 
@@ -809,7 +829,30 @@ class GrpoRouter(Section):
         description="gated: success * (1 - cost_weight * cost), ours; difference: success - cost_weight * cost, the paper's",
     )
     cost_weight: Annotated[float, Field(ge=0.0), at_most(100.0, "success would count for nothing")] = Field(
-        description="lambda"
+        description="lambda; with a budget, where it starts"
+    )
+    budget: Budget | None = Field(
+        None, exclude_if=_unset, description="solve lambda for what may be spent, and keep the best weights within that"
+    )
+    start: Literal["untrained"] | None = Field(
+        None,
+        exclude_if=_unset,
+        description="untrained: new weights in the place of those that stage 1 has learned (an ablation); by default stage 1's",
+    )
+    branch_groups: Update = Field(
+        0,
+        exclude_if=_unset,
+        description="of games_per_update, those whose group branches at one decision (see router/grpo_groups.py)",
+    )
+    refills: Update = Field(
+        0,
+        exclude_if=_unset,
+        description="rounds in which groups whose rewards tie are replaced by other games' in an update",
+    )
+    entropy_weight: Annotated[float, Field(ge=0.0), at_most(100.0, "nothing else would count")] = Field(
+        0.0,
+        exclude_if=_unset,
+        description="added to an episode's reward for each nat of entropy of a decision; keeps the router from collapsing",
     )
     beta: Annotated[float, Field(ge=0.0), at_most(100.0, "the router would stay as it is")] = Field(
         0.0, description="KL penalty to the stage-1 router"
@@ -832,6 +875,16 @@ class GrpoRouter(Section):
                 "cost_weight",
                 f"{self.cost_weight}: with the gated reward, a game won at the cost of always-high would be worth less than"
                 " a lost one; give at most 1",
+            )
+        if self.branch_groups > self.games_per_update:
+            yield (
+                "branch_groups",
+                f"{self.branch_groups}: an update has only {self.games_per_update} groups (games_per_update)",
+            )
+        if self.budget is not None and self.target_ratio is not None:
+            yield (
+                "target_ratio",
+                "leave it out: with a budget of ratio the threshold is calibrated to that",
             )
 
 

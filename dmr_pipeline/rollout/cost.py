@@ -59,13 +59,15 @@ def episode_cost(
     return Cost(sum(cost.weights for cost in read), sum(cost.cache for cost in read))
 
 
-def reward(success: bool, cost: float, section: GrpoRouter) -> float:
+def reward(success: bool, cost: float, section: GrpoRouter, price: float | None = None) -> float:
     """Of one episode, what stage 2 maximises and routers are compared by: success - lambda * cost (`difference`, the paper's)
     or success * (1 - lambda * cost) (`gated`, ours).
 
     Args:
         cost: in units of cost.
+        price: lambda; by default the recipe's.
     """
+    price = section.cost_weight if price is None else price
     if section.reward == "gated":
-        return success * (1 - section.cost_weight * cost)
-    return success - section.cost_weight * cost
+        return success * (1 - price * cost)
+    return success - price * cost

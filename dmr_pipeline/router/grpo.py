@@ -1,17 +1,21 @@
 """Stage 2 of the router: GRPO (Shao et al., 2024) on success and cost.
 
-A group is several episodes of one game by the router that samples; each is credited with its reward minus the group's
-mean. The paper's reward is success - lambda * cost; the default, success * (1 - lambda * cost), is ours: cheap failure
-must not pay. Ours as well: start from the stage-1 router, shifted to a ratio at which groups do not tie; train all its
-weights; keep those that are best on validation games, acting at a threshold of 0.5; then calibrate the threshold to a ratio,
-if the recipe names one. The training resumes after a kill with the same result.
+A group is several episodes of one game by the router that samples; each is credited with its reward minus the group's mean
+(router/grpo_groups.py). The paper's reward is success - lambda * cost; the default, success * (1 - lambda * cost), is ours: cheap
+failure must not pay. With a budget, lambda is its Lagrange multiplier, found by dual ascent: after each update it rises by what
+was spent above the budget, and those weights are best that win the most within it. Ours as well: start from the stage-1 router,
+shifted to a ratio at which groups do not tie; train all its weights; keep those that are best on validation games, acting at
+a threshold of 0.5; then calibrate the threshold to a ratio, if the recipe names one. A router whose decisions have all become
+certain learns nothing more, and its training ends. A training resumes after a kill with the same result.
 """
 
+import logging
+import math
 import warnings
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import count, islice
 from pathlib import Path
 from typing import Any
@@ -32,13 +36,14 @@ from dmr_pipeline.environments.base import Task
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.precision.pass_bytes import PassBytes
 from dmr_pipeline.progress import training_progress
-from dmr_pipeline.recipe import GrpoRouter
+from dmr_pipeline.recipe import Budget, GrpoRouter
 from dmr_pipeline.rollout.cost import reward
 from dmr_pipeline.rollout.engine import RolloutRequest, Trajectory, seeded_generator
 from dmr_pipeline.rollout.known import Known
 from dmr_pipeline.rollout.playing import Rollouts
 from dmr_pipeline.router.baselines import RandomMixing, two_way_shares
 from dmr_pipeline.router.calibration import by_rung, rest_of, shares
+from dmr_pipeline.router.grpo_groups import Group, chances, play_groups, refilled
 from dmr_pipeline.router.grpo_trainer import Rollout, RoutingTrainer
 from dmr_pipeline.router.model import (
     Router,
@@ -50,6 +55,8 @@ from dmr_pipeline.router.model import (
 from dmr_pipeline.router.policies import Observed, by_the_rules_of, in_the_order_of, routing_policy
 from dmr_pipeline.router.probe import ProbeHead
 
+log = logging.getLogger(__name__)
+
 Floats = NDArray[np.float64]
 
 LOG = pl.Schema(
@@ -60,6 +67,9 @@ LOG = pl.Schema(
         "ratio": pl.Float64,
         "cost": pl.Float64,
         "tied_groups": pl.Float64,
+        "refilled_groups": pl.Float64,
+        "entropy": pl.Float64,
+        "price": pl.Float64,
         "divergence": pl.Float64,
         "validation_reward": pl.Float64,
         "validation_success": pl.Float64,
@@ -68,7 +78,8 @@ LOG = pl.Schema(
     }
 )
 """One row an update, from 0. The first columns are of the episodes that the update learned from (null at update 0):
-means, the share of groups whose rewards tie, and KL(router || its start) in nats a decision. The validation columns are
+means, the share of groups whose rewards tie and of those that took the place of such, the entropy of a decision and KL(router ||
+its start) in nats a decision, and lambda. Means are over the router's own episodes, branches aside. The validation columns are
 of the router after the update, acting at its threshold (null between validations). `ratio` is the mean spend of all steps (of two
 rungs the high-precision ratio, see `ActingModels.spend`)."""
 
@@ -77,6 +88,8 @@ SESSION = "session.pt"
 
 _BATCH = 16
 """Episodes in one forward pass of the router at its start."""
+_CERTAIN = 0.01
+"""Of the entropy of an even choice: below it a router has collapsed."""
 
 
 @dataclass(frozen=True)
@@ -90,13 +103,29 @@ class Scorer:
     def cost(self, trajectory: Trajectory) -> float:
         return self.rollouts.cost(trajectory, self.router).total
 
-    def reward(self, trajectory: Trajectory) -> float:
-        return reward(trajectory.success, self.cost(trajectory), self.section)
+    def reward(self, trajectory: Trajectory, price: float) -> float:
+        """At lambda = price."""
+        budget = self.section.budget
+        priced = self.spend(trajectory) if budget is not None and budget.ratio is not None else self.cost(trajectory)
+        return reward(trajectory.success, priced, self.section, price)
 
-    def means(self, played: Sequence[Trajectory]) -> dict[str, float]:
+    def spend(self, trajectory: Trajectory) -> float:
+        return float(np.mean([self.rollouts.acting.spend[step.precision] for step in trajectory.steps]))
+
+    def earned(self, trajectory: Trajectory, price: float) -> float:
+        """What a sampled episode is credited with: its reward, and the surprise of its decisions, whose mean is their entropy."""
+        surprises = [
+            -math.log(chances(step)[self.rollouts.route.index(step.precision)])
+            for step in trajectory.steps
+            if self.section.entropy_weight and not step.forced
+        ]
+        bonus = self.section.entropy_weight * float(np.mean(surprises)) if surprises else 0.0
+        return self.reward(trajectory, price) + bonus
+
+    def means(self, played: Sequence[Trajectory], price: float) -> dict[str, float]:
         steps = [step for trajectory in played for step in trajectory.steps]
         return {
-            "reward": float(np.mean([self.reward(trajectory) for trajectory in played])),
+            "reward": float(np.mean([self.reward(trajectory, price) for trajectory in played])),
             "success": float(np.mean([trajectory.success for trajectory in played])),
             "ratio": float(np.mean([self.rollouts.acting.spend[step.precision] for step in steps])),
             "cost": float(np.mean([self.cost(trajectory) for trajectory in played])),
@@ -174,6 +203,41 @@ def divergence(levels: Floats, start: Floats) -> Floats:
     return result
 
 
+def entropy(levels: Floats) -> Floats:
+    """Of choices of precision, in nats.
+
+    Args:
+        levels: `Decision.exceedance`, [steps, rungs - 1].
+    """
+    p = np.diff(levels.T, axis=0, prepend=0.0, append=1.0)
+    result: Floats = -xlogy(p, p).sum(0)
+    return result
+
+
+def next_price(price: float, spent: float, section: GrpoRouter) -> float:
+    """Lambda after an update: a step of dual ascent. It is 0 at least, and with the gated reward 1 at most, where a game
+    that is won at the price of always-high is worth as little as a lost one.
+
+    Args:
+        spent: in the update's episodes, on average, of what the budget is of.
+    """
+    assert section.budget is not None
+    budget = section.budget.cost if section.budget.ratio is None else section.budget.ratio
+    assert budget is not None
+    highest = 1.0 if section.reward == "gated" else math.inf
+    return min(max(price + section.budget.rate * (spent - budget), 0.0), highest)
+
+
+def merit_within(means: Mapping[str, float], budget: Budget) -> float:
+    """By which the best weights are chosen: success within the budget; outside of it less, minus what it is exceeded by.
+
+    Args:
+        means: as `Scorer.means` has them.
+    """
+    over = means["cost"] - budget.cost if budget.cost is not None else means["ratio"] - (budget.ratio or 0.0)
+    return means["success"] if over <= 0 else -over
+
+
 def game_order(task_ids: Sequence[str], number: int, seed: int) -> list[str]:
     """`number` tasks: all of them in random order, then all in another one, and so on."""
     passes = (seeded_generator("grpo-games", seed, i).permutation(len(task_ids)) for i in count())
@@ -198,51 +262,82 @@ class Session(TrainerCallback):
         """On validation games, where only what the router does counts and no probability is kept."""
         self.rows: list[dict[str, Any]] = []
         self.best_weights: Mapping[str, Tensor] = {}
-        self.best_update, self.best_reward = 0, float("-inf")
+        self.best_update, self.best_merit = 0, float("-inf")
         self.progress = training_progress()
         self.bar = self.progress.add_task("training by GRPO", total=self.section.updates, note="")
 
     def log(self) -> pl.DataFrame:
         return pl.DataFrame(self.rows, schema=LOG)
 
+    @property
+    def price(self) -> float:
+        """Lambda, by what has been spent in the updates so far."""
+        section, last = self.section, self.rows[-1] if self.rows else {"update": 0}
+        if section.budget is None or last["update"] == 0:
+            return section.cost_weight
+        return next_price(last["price"], last["cost"] if section.budget.ratio is None else last["ratio"], section)
+
     def rollouts(self, update: int, task_ids: Sequence[str]) -> list[Rollout]:
         """The trainer's `RolloutFunction`; every draw is seeded by (seed, update, game, member, turn)."""
-        members: Counter[str] = Counter()
-        runs = []
-        for task_id in task_ids:
-            runs.append(RolloutRequest(self.games[task_id], members[task_id]))
-            members[task_id] += 1
-        seed = int(seeded_generator("grpo", self.section.seed, update).integers(2**62))
-        rollouts = self.scorer.rollouts
-        policy = routing_policy(self.router, rollouts.slots(len(runs)), sample=True, seed=seed)
-        played = rollouts.play(runs, policy, seed)
-        sequences = [sequence_of_trajectory(trajectory, self.router) for trajectory in played]
-        rewards = [self.scorer.reward(trajectory) for trajectory in played]
+        section, rollouts, price, known = self.section, self.scorer.rollouts, self.price, Known()
+        games = [self.games[task_id] for task_id in task_ids[:: section.group_size]]
+        seed = int(seeded_generator("grpo", section.seed, update).integers(2**62))
 
-        settings = self.start.settings
-        scores = settings.scale * np.concatenate(routing_margins(self.start, sequences, _BATCH)) + settings.shifts
-        steps = [step for trajectory in played for step in trajectory.steps]
+        def play(runs: Sequence[RolloutRequest]) -> list[Trajectory]:
+            policy = routing_policy(self.router, rollouts.slots(len(runs)), sample=True, seed=seed)
+            return rollouts.play(runs, policy, seed, known=known)
+
+        def play_some(some: Sequence[Task], branched: Sequence[bool]) -> list[Group]:
+            earned = partial(self.scorer.earned, price=price)
+            return play_groups(some, branched, section.group_size, rollouts.route, play, earned, seed)
+
+        groups = first = play_some(games, [i >= len(games) - section.branch_groups for i in range(len(games))])
+        if section.refills:
+            others = game_order([game for game in self.games if game not in task_ids], len(self.games), seed)
+            spare = iter(dict.fromkeys(others))
+            for _ in range(section.refills):
+                tied = sum(group.tied for group in groups)
+                groups = refilled(groups, [self.games[task_id] for task_id in islice(spare, tied)], play_some)
+        members = [episode for group in groups for episode in group.episodes]
+        sampled = [episode for group in groups for episode in group.sampled]
+        steps = [step for trajectory in sampled for step in trajectory.steps]
         levels, asked = np.array([step.exceedance for step in steps]), [not step.forced for step in steps]
-        forced = [frozenset(i for i, step in enumerate(t.steps) if step.forced) for t in played]
         row = {
             "update": update,
-            **self.scorer.means(played),
-            "tied_groups": float(np.mean(np.ptp(np.reshape(rewards, (-1, self.section.group_size)), axis=1) == 0)),
-            "divergence": float(divergence(levels, scores)[asked].mean()),
+            **self.scorer.means(sampled, price),
+            "tied_groups": float(np.mean([group.tied for group in groups])),
+            "refilled_groups": float(np.mean([one is not other for one, other in zip(first, groups, strict=True)])),
+            "entropy": float(entropy(levels)[asked].mean()),
+            "price": price,
+            "divergence": float(divergence(levels, self._scores_of_start(sampled))[asked].mean()),
         }
         self.rows.append(row)
         note = f"reward {row['reward']:.3f}, ratio {row['ratio']:.2f}, ties {row['tied_groups']:.0%}"
         self.progress.update(self.bar, completed=update, note=note)
-        return [Rollout(*parts) for parts in zip(sequences, rewards, forced, strict=True)]
+        sequences = [sequence_of_trajectory(trajectory, self.router) for trajectory in members]
+        rewards = [reward for group in groups for reward in group.rewards]
+        untrained = [turns for group in groups for turns in group.untrained]
+        return [Rollout(*parts) for parts in zip(sequences, rewards, untrained, strict=True)]
+
+    def _scores_of_start(self, played: Sequence[Trajectory]) -> Floats:
+        """Of the router that training began with, at all steps: [steps, rungs - 1]."""
+        settings = self.start.settings
+        sequences = [sequence_of_trajectory(trajectory, self.router) for trajectory in played]
+        scores: Floats = (
+            settings.scale * np.concatenate(routing_margins(self.start, sequences, _BATCH)) + settings.shifts
+        )
+        return scores
 
     def validate(self, update: int) -> None:
         """Log how the router acts at its threshold, and keep its weights if none were better."""
         runs = [RolloutRequest(game) for game in self.validation]
         policy = routing_policy(self.router, self.scorer.rollouts.slots(len(runs)))
-        means = self.scorer.means(self.scorer.rollouts.play(runs, policy, self.section.seed, known=self.known))
+        played = self.scorer.rollouts.play(runs, policy, self.section.seed, known=self.known)
+        means = self.scorer.means(played, self.price)
         self.rows[-1] |= {f"validation_{name}": value for name, value in means.items()}
-        if means["reward"] > self.best_reward:
-            self.best_update, self.best_reward = update, means["reward"]
+        merit = means["reward"] if self.section.budget is None else merit_within(means, self.section.budget)
+        if merit > self.best_merit:
+            self.best_update, self.best_merit = update, merit
             weights = self.router.model.state_dict()
             self.best_weights = {name: value.detach().cpu().clone() for name, value in weights.items()}
 
@@ -255,18 +350,30 @@ class Session(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         update, unfinished = divmod(state.global_step, self.section.iterations)
-        if not unfinished and (update % self.section.validate_every == 0 or update == self.section.updates):
+        if unfinished:
+            return
+        collapsed = self.rows[-1]["entropy"] < _CERTAIN * math.log(len(self.scorer.rollouts.route))
+        if update % self.section.validate_every == 0 or update == self.section.updates or collapsed:
             self.validate(update)
+        if collapsed:
+            log.warning(
+                "after update %d of %d every decision is certain (ratio %.2f), and nothing more can be learned: the training"
+                " ends. Keep the choice open with grpo_router.entropy_weight or beta, or set learning_rate lower",
+                update,
+                self.section.updates,
+                self.rows[-1]["ratio"],
+            )
+            control.should_training_stop = True
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         """After the trainer has saved its own state: the checkpoint is complete once `session.pt` is there."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        best = {"update": self.best_update, "reward": self.best_reward, "weights": self.best_weights}
+        best = {"update": self.best_update, "merit": self.best_merit, "weights": self.best_weights}
         save_state(folder / SESSION, {"rows": self.rows, "best": best, "files": _trainers_files(folder)})
 
     def resume(self, saved: Mapping[str, Any]) -> None:
         self.rows, best = saved["rows"], saved["best"]
-        self.best_update, self.best_reward, self.best_weights = best["update"], best["reward"], best["weights"]
+        self.best_update, self.best_merit, self.best_weights = best["update"], best["merit"], best["weights"]
 
 
 def train(session: Session, section: GrpoRouter, scratch: Path) -> None:

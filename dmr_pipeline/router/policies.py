@@ -27,6 +27,14 @@ _UNLIMITED = 2 * DEFAULT_TRANSCRIPT_TOKENS
 """Tokens that the sequence of an LM router without positions may have."""
 
 
+@dataclass(frozen=True)
+class Resumed(RolloutRequest):
+    """An episode whose first decisions have been taken; a router that samples goes on from there."""
+
+    taken: tuple[str, ...] = ()
+    """Which precision acts at each of the first steps, whatever is drawn."""
+
+
 def routing_policy(router: Router, slots: int, sample: bool = False, seed: int = 0) -> RoutingPolicy:
     """
     Args:
@@ -85,11 +93,15 @@ class _Chooser:
         choices = []
         for slot, levels in zip(slots, self.settings.exceedance(logits.double()).tolist(), strict=True):
             bar = self._draw(slot) if self.sample else self.settings.threshold
-            choices.append((self.settings.choose(levels, bar), tuple(levels)))
+            choices.append((self._taken(slot) or self.settings.choose(levels, bar), tuple(levels)))
         return choices
 
     def acted(self, slot: int) -> None:
         self.turns[slot] += 1
+
+    def _taken(self, slot: int) -> str | None:
+        run, turn = self._runs[slot], self.turns[slot]
+        return run.taken[turn] if isinstance(run, Resumed) and turn < len(run.taken) else None
 
     def _draw(self, slot: int) -> float:
         """In (0, 1], so that a probability of 0 is never taken."""

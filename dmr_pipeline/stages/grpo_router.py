@@ -10,6 +10,7 @@ import polars as pl
 from dmr_pipeline.agent.memory import out_of_memory_names
 from dmr_pipeline.artifacts.stage import StageContext, StageResult
 from dmr_pipeline.environments.benchmark import benchmark_of
+from dmr_pipeline.recipe import Recipe
 from dmr_pipeline.rollout.engine import Timings
 from dmr_pipeline.rollout.known import Known
 from dmr_pipeline.rollout.playing import Rollouts
@@ -19,9 +20,11 @@ from dmr_pipeline.router.model import (
     Router,
     RouterSettings,
     load_router,
+    new_router,
     save_router,
 )
 from dmr_pipeline.router.policies import routing_policy
+from dmr_pipeline.router.probe import ProbeHead
 from dmr_pipeline.summaries import GrpoSummary
 
 
@@ -37,7 +40,8 @@ def grpo_router(context: StageContext) -> StageResult:
     stage_1 = context.inputs["kl_router"] / ROUTER_FOLDER
 
     def load() -> Router:
-        return load_router(stage_1, rollouts.device, acting.models[acting.cheapest])
+        router = load_router(stage_1, rollouts.device, acting.models[acting.cheapest])
+        return untrained(router, recipe, rollouts) if section.start == "untrained" else router
 
     start = load()
     scorer = Scorer(rollouts, start.pass_bytes, section)
@@ -50,15 +54,16 @@ def grpo_router(context: StageContext) -> StageResult:
     chosen.model.load_state_dict(session.best_weights)
     log = session.log()
     summary = summarize(log, session.best_update, settings)
-    if section.target_ratio is not None:
+    target = section.target_ratio if section.budget is None else section.budget.ratio
+    if target is not None:
         policy = routing_policy(chosen, rollouts.slots(len(validation)))
         played = play_games(validation, policy, rollouts, section.seed, "router at threshold 0.5", Timings())
         levels = np.array([s.exceedance for trajectory in played for s in trajectory.steps if not s.forced])
         chosen, point, _ = calibrate_threshold(
-            chosen, levels.ravel(), section.target_ratio, validation, rollouts, section.seed, Timings(), Known()
+            chosen, levels.ravel(), target, validation, rollouts, section.seed, Timings(), Known()
         )
         summary |= {
-            "target_ratio": section.target_ratio,
+            "target_ratio": target,
             "threshold": point.threshold,
             "calibrated_validation_success": round(point.success, 6),
             "calibrated_validation_ratio": round(point.spend, 6),
@@ -67,6 +72,23 @@ def grpo_router(context: StageContext) -> StageResult:
     log.write_parquet(context.output / "training.parquet")
     measured = {"seconds": time.perf_counter() - started, "share_of_validation_actions_looked_up": session.known.share}
     return StageResult(summary=GrpoSummary(**summary).model_dump(exclude_unset=True), measured=measured)
+
+
+def untrained(router: Router, recipe: Recipe, rollouts: Rollouts) -> Router:
+    """The router as it was before stage 1, but for what its features are standardised by, which no label has told."""
+    acting, section = rollouts.acting, recipe.kl_router
+    fresh = new_router(
+        section.model,
+        rollouts.route,
+        rollouts.prompter.tokenizer,
+        recipe.grpo_router.seed,
+        rollouts.device,
+        acting.models[acting.cheapest],
+        rollouts.capacity + recipe.benchmark.step_limit,
+    )
+    if isinstance(router.model, ProbeHead) and isinstance(fresh.model, ProbeHead):
+        fresh.model.load_state_dict(dict(router.model.named_buffers()), strict=False)
+    return fresh
 
 
 def summarize(log: pl.DataFrame, chosen_update: int, settings: RouterSettings) -> dict[str, Any]:

@@ -100,7 +100,9 @@ def test_artifact_and_log(artifacts: Path, unbroken: tuple[Path, StageResult]) -
     rollouts = Rollouts.load(artifacts / "quantized_checkpoints", recipe)
     scorer = Scorer(rollouts, router.pass_bytes, recipe.grpo_router)
     games = benchmark_of(recipe.benchmark).read_tasks(artifacts / "benchmark_tasks", "validation", 3)
-    means = scorer.means(rollouts.play([RolloutRequest(game) for game in games], routing_policy(router, 3), seed=0))
+    means = scorer.means(
+        rollouts.play([RolloutRequest(game) for game in games], routing_policy(router, 3), seed=0), 1.0
+    )
     for name, value in means.items():
         assert result.summary[f"validation_{name}"] == pytest.approx(value, abs=1e-6)
 
