@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEV_READY := $(VENV)/.ready-dev
 UI_READY := $(VENV)/.ready-ui
+DOCS_READY := $(VENV)/.ready-docs
 RECIPE ?= alfworld-tiny
 
 export DAGSTER_HOME := $(CURDIR)/dagster_home
@@ -15,7 +16,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 INSTALL := $(BIN)/python -m pip install -q --no-compile -c constraints.txt
 
-.PHONY: setup dev official-engine demo smollm2 test test-fast test-slow test-timing lint gpu-check ui render screenshots
+.PHONY: setup dev official-engine demo smollm2 test test-fast test-slow test-timing lint docs gpu-check ui render screenshots
 
 setup: $(READY)
 
@@ -91,6 +92,16 @@ $(UI_READY): $(READY)
 
 render: setup
 	$(BIN)/dmr render
+
+# The pages of docs/ as a site, in build/site; without a network. mkdocs-material's notice of its own end of life is not ours to heed
+# on each build.
+docs: $(DOCS_READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo "open build/site/index.html; with its search: $(BIN)/python -m http.server -b 127.0.0.1 -d build/site 8000"
+
+$(DOCS_READY): $(READY)
+	$(INSTALL) -e '.[docs]'
+	touch $(DOCS_READY)
 
 # Pictures of Dagster's UI for the docs, of what `make demo` has made; needs Chromium.
 screenshots: setup
