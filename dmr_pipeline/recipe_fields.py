@@ -28,7 +28,8 @@ Update = Annotated[int, Field(ge=0), at_most(10**9, "more would take years")]
 GameCount = Annotated[int, Field(gt=0), at_most(10**7, "each split draws its games from a range of so many seeds")]
 StepLimit = Annotated[int, Field(ge=3), at_most(10_000, "no transcript has room for so many steps")]
 """No task of ALFWorld or WebShop can be done in fewer than three steps."""
-Seed = Annotated[int, Field(ge=0), at_most(2**32 - 1, "numpy takes no larger seed")]
+MOST_SEED = 2**32 - 1
+Seed = Annotated[int, Field(ge=0), at_most(MOST_SEED, "numpy takes no larger seed")]
 Rate = Annotated[float, Field(ge=1e-9), at_most(1.0, "no optimiser here learns with larger steps")]
 Ratio = Annotated[float, Field(ge=0.001, le=0.999)]
 """Of high precision, for a router: always-high and always-low need none, and are in every report."""

@@ -13,6 +13,7 @@ from dmr_pipeline.cli.models import models
 from dmr_pipeline.cli.plan import plan
 from dmr_pipeline.cli.provenance import provenance
 from dmr_pipeline.cli.recipe import recipe
+from dmr_pipeline.cli.route import route
 from dmr_pipeline.cli.router import router
 from dmr_pipeline.cli.sensitivity import sensitivity
 from dmr_pipeline.cli.trajectories import trajectories
@@ -40,6 +41,7 @@ app.command()(doctor)
 app.add_typer(recipe, name="recipe")
 app.add_typer(trajectories, name="trajectories")
 app.add_typer(router, name="router")
+app.add_typer(route, name="route")
 app.add_typer(sensitivity, name="sensitivity")
 app.add_typer(data, name="data")
 app.add_typer(models, name="models")

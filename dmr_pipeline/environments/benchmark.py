@@ -11,6 +11,7 @@ from pydantic import JsonValue
 from dmr_pipeline import benchmarks
 from dmr_pipeline.environments.base import Task
 from dmr_pipeline.recipe import Games
+from dmr_pipeline.recipe_fields import MOST_SEED
 
 SPLITS = ("agent_train", "router_train", "validation", "test")
 _SEEDS_A_SPLIT = 10_000_000
@@ -62,6 +63,11 @@ class Benchmark(ABC, Generic[S]):
     def texts(self, folder: Path) -> list[str]:
         """Texts that together hold every word that a tokenizer for the benchmark must know."""
 
+    def fresh_tasks(self, count: int) -> Sequence[Task]:
+        """Tasks that no split of any recipe has, so that nothing was ever chosen on them; none where the benchmark has a list of
+        tasks that ends."""
+        return []
+
     def notes(self, summary: Mapping[str, JsonValue]) -> list[str]:
         """Sentences for the report, from the stage's summary."""
         return []
@@ -92,6 +98,12 @@ def split_seeds(settings: Games, split: str) -> range:
     """One for each task of a split, for benchmarks whose tasks are drawn by seed."""
     start = (settings.seed * len(SPLITS) + SPLITS.index(split)) * _SEEDS_A_SPLIT
     return range(start, start + getattr(settings.splits, split))
+
+
+def fresh_seeds(settings: Games, count: int) -> range:
+    """Of tasks in no split of any recipe: beyond the ranges of all."""
+    start = (MOST_SEED + 1) * len(SPLITS) * _SEEDS_A_SPLIT + settings.seed * _SEEDS_A_SPLIT
+    return range(start, start + count)
 
 
 def split_summary(task_types: Sequence[str], **facts: JsonValue) -> dict[str, Any]:

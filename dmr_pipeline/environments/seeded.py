@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 from pydantic import BaseModel
 
 from dmr_pipeline.environments.base import Demonstration, Episode, Expert
-from dmr_pipeline.environments.benchmark import SPLITS, Benchmark, S, split_seeds, split_summary
+from dmr_pipeline.environments.benchmark import SPLITS, Benchmark, S, fresh_seeds, split_seeds, split_summary
 
 
 class TaskModel(BaseModel, ABC, frozen=True):
@@ -53,3 +53,6 @@ class SeededBenchmark(Benchmark[S], Generic[S, T]):
         from dmr_pipeline.environments.task_files import read_tasks
 
         return read_tasks(self.task_class, folder / f"{split}.parquet", limit)
+
+    def fresh_tasks(self, count: int) -> Sequence[TaskModel]:
+        return [self.draw(seed) for seed in fresh_seeds(self.settings, count)]

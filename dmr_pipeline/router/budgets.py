@@ -11,17 +11,19 @@ from math import ceil
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.optimize import brentq
+from scipy.special import expit, logit
 
 from dmr_pipeline.rollout.engine import Decision, DecisionContext, RolloutRequest, RoutingPolicy, seeded_generator
 
 Floats = NDArray[np.float64]
 
-NOBODY = 2.0
-"""A threshold above all levels."""
 _ROLLOUTS = 5
 """For each budget."""
-_CLOSE_ENOUGH = 0.01
+_CLOSE_ENOUGH = 0.005
 """Spend, on both sides of what is aimed at."""
+_LEAST_LEVEL, _FAR = 1e-6, 100.0
+"""Of samples: levels closer to 0 or 1 are taken as this far from it, so that there are odds; and log-odds that none has."""
 _DIGITS = 9
 """Of products that are rounded up."""
 
@@ -47,8 +49,13 @@ class Bar:
             return self.ties if level == self.threshold else float(level > self.threshold)
         if not 0 < self.threshold < 1:
             return float(self.threshold <= 0)
+        level = min(max(level, _LEAST_LEVEL), 1 - _LEAST_LEVEL)
         asked = level * (1 - self.threshold)
         return asked / (asked + (1 - level) * self.threshold)
+
+
+NOBODY = Bar(1.0, ties=0.0)
+"""Above all levels."""
 
 
 class AtBar:
@@ -102,8 +109,9 @@ class AtBar:
         return seeded_generator("lot", self.seed, run.task.task_id, run.member, turn).random()
 
 
-def bar_at(levels: Floats, quantile: float) -> Bar:
-    """The bar that so large a share of the levels is below, lots included: from 0, all above, to 1, none.
+def bar_at(levels: Floats, quantile: float, sample: bool = False) -> Bar:
+    """The bar that so large a share of the levels is below, lots included: from 0, all above, to 1, none. Of a sample, the one at
+    which that share of the steps would be the cheapest rung's.
 
     Where the level at that place is one step's alone, the bar lies half way to the next one below: levels of another batch may
     differ in their last bits.
@@ -111,7 +119,13 @@ def bar_at(levels: Floats, quantile: float) -> Bar:
     ordered = np.sort(levels)[::-1]
     above = round((1 - quantile) * len(ordered), _DIGITS)
     if above <= 0:
-        return Bar(NOBODY)
+        return replace(NOBODY, sample=sample)
+    if sample:
+        odds = logit(np.clip(levels, _LEAST_LEVEL, 1 - _LEAST_LEVEL))
+        if quantile <= 0:
+            return Bar(0.0, sample=True)
+        shift = brentq(lambda x: float(expit(odds - x).mean()) - (1 - quantile), -_FAR, _FAR)
+        return Bar(float(expit(shift)), sample=True)
     place = min(ceil(above), len(ordered)) - 1
     threshold = ordered[place]
     higher, run = int((ordered > threshold).sum()), int((ordered == threshold).sum())
@@ -132,7 +146,9 @@ class Tried:
     """Mean over all steps, see `ActingModels.spend`."""
 
 
-def find_bars(play_at: Callable[[Bar], float], levels: Floats, targets: Sequence[float]) -> Iterator[Tried]:
+def find_bars(
+    play_at: Callable[[Bar], float], levels: Floats, targets: Sequence[float], sample: bool = False
+) -> Iterator[Tried]:
     """For each target, in their order, the bar whose closed-loop spend is the largest that is at most the target.
 
     As `calibration.find_threshold`, for several budgets: what was played for one narrows the search for the next. False position
@@ -142,11 +158,12 @@ def find_bars(play_at: Callable[[Bar], float], levels: Floats, targets: Sequence
     Args:
         play_at: plays, and gives the spend.
         levels: exceedances met in some rollout, in any order.
+        sample: bars that sample.
     """
     tried: list[Tried] = []
 
     def play(quantile: float) -> Tried:
-        bar = bar_at(levels, quantile)
+        bar = bar_at(levels, quantile, sample)
         known = next((point for point in tried if point.bar == bar), None)
         point = Tried(quantile, bar, play_at(bar) if known is None else known.spend)
         tried.append(point)

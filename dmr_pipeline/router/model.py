@@ -43,6 +43,7 @@ from dmr_pipeline.recipe import RouterModel
 from dmr_pipeline.rollout.engine import Trajectory
 from dmr_pipeline.rollout.kv_cache.choice import positions_of, shared_streams
 from dmr_pipeline.rollout.parallel import gather, in_processes, scatter
+from dmr_pipeline.router.budgets import Bar
 from dmr_pipeline.router.features import numbers_of_steps
 from dmr_pipeline.router.probe import ProbeHead, new_probe, probe_features
 from dmr_pipeline.training.train import new_model
@@ -69,11 +70,19 @@ class RouterSettings(FrozenModel):
     """Whether the rung that is chosen writes the action, or checks the cheapest one's draft (see policies.py)."""
     force_search: bool = False
     """The dearest precision acts at search steps, whatever the router says (see search_steps.py)."""
+    ties: float = Field(1.0, ge=0.0, le=1.0, exclude_if=lambda ties: ties == 1)
+    """This and the next two as in `budgets.Bar`; routers that are trained here have none of them."""
+    sample: bool = Field(False, exclude_if=lambda sample: not sample)
+    strict: float | None = Field(None, gt=0.0, le=1.0, exclude_if=lambda strict: strict is None)
 
     @property
     def route(self) -> tuple[str, ...]:
         """The rungs, dearest first."""
         return tuple(self.tokens)
+
+    @property
+    def bar(self) -> Bar:
+        return Bar(self.threshold, self.ties, self.sample, self.strict)
 
     @property
     def columns(self) -> list[int]:

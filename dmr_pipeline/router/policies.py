@@ -18,6 +18,7 @@ from dmr_pipeline.recipe import DEFAULT_TRANSCRIPT_TOKENS
 from dmr_pipeline.rollout.engine import Decision, DecisionContext, RolloutRequest, RoutingPolicy, seeded_generator
 from dmr_pipeline.rollout.kv_cache.choice import positions_of, token_streams
 from dmr_pipeline.rollout.reading import Reading
+from dmr_pipeline.router.budgets import AtBar, Bar
 from dmr_pipeline.router.features import OF_DRAFTS, Drafted, Past
 from dmr_pipeline.router.model import Router
 from dmr_pipeline.router.probe import probe_features
@@ -41,6 +42,8 @@ def routing_policy(router: Router, slots: int, sample: bool = False, seed: int =
         slots: episodes at once, at least as many as the agents' streams have.
         sample: draw the precision, seeded by (seed, task, member, turn), instead of comparing with the threshold.
     """
+    if not sample and router.settings.bar != Bar(router.settings.threshold):
+        return AtBar(asking_policy(router, slots), router.settings.route, router.settings.bar, seed)
     chooser = _Chooser(router, sample, seed)
     is_probe = router.settings.kind == "probe"
     policy: RoutingPolicy = ProbeRouter(router, chooser) if is_probe else LmRouter(router, chooser, slots)
@@ -50,6 +53,12 @@ def routing_policy(router: Router, slots: int, sample: bool = False, seed: int =
 def in_the_order_of(router: Router, policy: RoutingPolicy) -> RoutingPolicy:
     """The policy, with drafts checked where this router decides after them."""
     return Checking(policy, router.settings.route[-1]) if router.settings.decides == "after" else policy
+
+
+def asking_policy(router: Router, slots: int) -> RoutingPolicy:
+    """As `AtBar` wants it: the dearest rung throughout, with the router's own levels."""
+    settings = router.settings.model_copy(update={"threshold": 0.0, "ties": 1.0, "sample": False, "strict": None})
+    return routing_policy(replace(router, settings=settings), slots)
 
 
 def by_the_rules_of(router: Router, policy: RoutingPolicy) -> RoutingPolicy:

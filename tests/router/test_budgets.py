@@ -77,7 +77,8 @@ def test_a_sample_is_drawn_with_the_level_s_odds_over_the_threshold_s() -> None:
     assert Bar(0.5, sample=True).chance(0.3) == pytest.approx(0.3)
     odds = (0.3 / 0.7) / (0.8 / 0.2)
     assert Bar(0.8, sample=True).chance(0.3) == pytest.approx(odds / (1 + odds))
-    assert [Bar(t, sample=True).chance(0.4) for t in (0.0, 1.0, NOBODY)] == [1, 0, 0]
+    assert [Bar(t, sample=True).chance(0.4) for t in (0.0, 1.0)] == [1, 0]
+    assert [NOBODY.chance(level) for level in (0.0, 0.5, 1.0)] == [0, 0, 0]
     assert share(decided(Told([(0.3,)]), Bar(0.8, sample=True), 3000)) == pytest.approx(odds / (1 + odds), abs=0.03)
     # One draw a step: who asks for the dearest asks for all that are dearer than the cheapest.
     found = decided(Told([(0.2, 0.6)], THREE), Bar(0.5, sample=True), 3000)
@@ -117,6 +118,9 @@ def test_a_bar_is_above_as_many_levels_as_it_is_asked_for(values: list[float], q
     run = values.count(bar.threshold)
     if run > 1:
         assert expected == pytest.approx(wanted, abs=1e-6)
+    drawn = bar_at(np.array(values), quantile, sample=True)
+    assert drawn.sample
+    assert sum(drawn.chance(value) for value in values) == pytest.approx(wanted, abs=1e-5)
 
 
 @pytest.mark.parametrize("power", [0.5, 1.0, 2.5])

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 from pydantic import Field
 
 from dmr_pipeline.environments.alfworld.game import Game, TaskType
-from dmr_pipeline.environments.benchmark import Benchmark, split_summary
+from dmr_pipeline.environments.benchmark import Benchmark, fresh_seeds, split_summary
 from dmr_pipeline.recipe import Games
 from dmr_pipeline.recipe_fields import StepLimit
 
@@ -96,6 +96,11 @@ class GeneratedGames(AlfWorldGames[GeneratedAlfWorld]):
         from dmr_pipeline.environments.alfworld.tasks import generated_games
 
         return generated_games(self.settings)
+
+    def fresh_tasks(self, count: int) -> Sequence[Game]:
+        from dmr_pipeline.environments.alfworld.generator import generate_game
+
+        return [generate_game(seed, self.settings.step_limit)[0] for seed in fresh_seeds(self.settings, count)]
 
 
 class OfficialGames(AlfWorldGames[OfficialAlfWorld]):
