@@ -774,12 +774,26 @@ class RouterModel(Section):
 
 
 class KlRouter(Section):
-    """Stage 1: class-weighted cross-entropy on the sensitivity labels."""
+    """Stage 1: class-weighted cross-entropy on the sensitivity labels, or advantages from mixed episodes."""
 
     model: RouterModel
     epochs: Count = Field(description="times that all labelled episodes are learned from")
     batch_episodes: Batch = Field(description="episodes an optimiser update")
     learning_rate: Rate = Field(description="of AdamW at the first update; it falls to 0")
+    target: Literal["divergence", "advantage"] = Field(
+        "divergence",
+        exclude_if=lambda target: target == "divergence",
+        description="divergence: the labels of `sensitivity`, the paper's. advantage (ours): by how much the chance of success"
+        " rises where a dearer rung takes the step, learned from the trajectories in which rungs were drawn (R-learner)",
+    )
+    weight_decay: Annotated[float, Field(ge=0.0), at_most(100.0, "the weights would be 0")] | None = Field(
+        None, exclude_if=lambda decay: decay is None, description="of AdamW; 0.01 by default"
+    )
+    held_out: Annotated[float, Field(ge=0.0, le=0.9)] = Field(
+        0.0,
+        exclude_if=_unset,
+        description="share of the games that are not trained on: the epoch whose loss is least there is kept (early stopping)",
+    )
     validation_games: Count = Field(description="validation games for Platt scaling and for the closed-loop threshold")
     target_ratio: Ratio = Field(
         description="high-precision ratio on validation games at most, to which the threshold is calibrated in closed loop"

@@ -1,16 +1,17 @@
-"""Stage 1 of the router: class-weighted cross-entropy on the sensitivity labels.
+"""Stage 1 of the router: class-weighted cross-entropy on the sensitivity labels, or the advantages of advantage.py.
 
-The paper's loss, for any number of rungs; the rest is ours. It is taken over the routing tokens alone, at every step of the
-router_train and the ingested trajectories. Held out by game: calibration (Platt), quality and threshold come from
+The first is the paper's loss, for any number of rungs; the rest is ours. It is taken over the routing tokens alone, at every step
+of the router_train and the ingested trajectories. Held out by game: calibration (Platt), quality and threshold come from
 validation games, without the search steps where these are forced (see search_steps.py). The training resumes after a kill with
 the same result.
 """
 
+import logging
 import math
 import random
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,8 @@ from dmr_pipeline.router.model import (
     with_numbers,
 )
 from dmr_pipeline.router.policies import by_the_rules_of, routing_policy
+
+log = logging.getLogger(__name__)
 
 ROUTER_FOLDER = "router"
 
@@ -166,40 +169,70 @@ def train(
     labels: Sequence[Sequence[int]],
     section: KlRouter,
     scratch: Path,
+    held: Collection[int] = (),
 ) -> tuple[Router, pl.DataFrame]:
-    """Train, from where a killed run stopped if one did (at an epoch's start).
+    """Train on classes, arguments as of `fit`.
 
     Returns:
         The router with the class weights undone: they shift the optimal margin z of class k by log(w_k / w_0), so its offset is
         minus that. And the loss of every update.
     """
-    route = router.settings.route
-    weights = class_weights(labels, len(route))
+    learned = [its for i, its in enumerate(labels) if i not in held]
+    weights = class_weights(learned, len(router.settings.route))
+    classes = [torch.tensor(its) for its in labels]
+    router, log = fit(router, sequences, classes, lambda z, y: routing_loss(z, y, weights), section, scratch, held)
+    offsets = router.settings.named([math.log(weights[0] / weight) for weight in weights[1:]])
+    return with_settings(router, offsets=offsets), log
+
+
+def fit(
+    router: Router,
+    sequences: Sequence[RoutingSequence],
+    targets: Sequence[Tensor],
+    loss_of: Callable[[Tensor, Tensor], Tensor],
+    section: KlRouter,
+    scratch: Path,
+    held: Collection[int] = (),
+) -> tuple[Router, pl.DataFrame]:
+    """Train, from where a killed run stopped if one did (at an epoch's start).
+
+    Args:
+        targets: of each sequence, a row a step.
+        loss_of: mean loss of logits [steps, rungs], cheapest first, and their targets.
+        held: sequences, by their place, that are not trained on. If there are any, the weights of the epoch whose loss is least
+            on them are kept.
+
+    Returns:
+        The router, and the loss of every update.
+    """
     adapters = add_adapters(router, section.model.lora, section.seed) if section.model.lora is not None else None
     model, device = router.model, router.model.device
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    optimizer = torch.optim.AdamW(trained.values(), lr=section.learning_rate)
-    epoch, losses = 0, list[float]()
+    decay = 0.01 if section.weight_decay is None else section.weight_decay
+    optimizer = torch.optim.AdamW(trained.values(), lr=section.learning_rate, weight_decay=decay)
+    epoch, losses, best = 0, list[float](), _Best()
     saved = scratch / "training.pt"
     state = load_state(saved, device)
     if state is not None:
-        epoch, losses = state["epoch"], state["losses"]
+        epoch, losses, best = state["epoch"], state["losses"], _Best(**state.get("best", {}))
         optimizer.load_state_dict(state["optimizer"])
-        with torch.no_grad():
-            for name, value in state["weights"].items():
-                trained[name].copy_(value)
-    total = section.epochs * math.ceil(len(sequences) / section.batch_episodes)
+        _put(trained, state["weights"])
+    learned = [i for i in range(len(sequences)) if i not in held]
+    total = section.epochs * math.ceil(len(learned) / section.batch_episodes)
+
+    def loss_on(batch: Sequence[int]) -> Tensor:
+        logits = routing_logits(model, [sequences[i] for i in batch], router.settings)
+        return loss_of(logits, torch.cat([targets[i] for i in batch]).to(device))
+
     with training_progress("loss {task.fields[loss]:.3f}") as progress:
         bar = progress.add_task("training the router", total=total, completed=len(losses), loss=float("nan"))
-        model.train()
         while epoch < section.epochs:
+            model.train()
             rng = random.Random(f"kl-router-{section.seed}-{epoch}")
-            for batch in batches_by_length(sequences, section.batch_episodes, rng):
+            for places in batches_by_length([sequences[i] for i in learned], section.batch_episodes, rng):
                 for group in optimizer.param_groups:
                     group["lr"] = section.learning_rate * (1 - len(losses) / total)
-                logits = routing_logits(model, [sequences[i] for i in batch], router.settings)
-                classes = torch.tensor([y for i in batch for y in labels[i]], device=device)
-                loss = routing_loss(logits, classes, weights)
+                loss = loss_on([learned[place] for place in places])
                 optimizer.zero_grad()
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
@@ -208,13 +241,74 @@ def train(
                 progress.update(bar, completed=len(losses), loss=float(np.mean(losses[-20:])))
             epoch += 1
             values = {name: parameter.detach() for name, parameter in trained.items()}
+            if held:
+                best = best.or_after(epoch, _mean_loss(model, sorted(held), targets, loss_on, section), values)
             state = {"epoch": epoch, "losses": losses, "optimizer": optimizer.state_dict(), "weights": values}
-            save_state(saved, state)
+            save_state(saved, state | ({"best": vars(best)} if held else {}))
+    if held:
+        _put(trained, best.weights)
+        log.info("the weights after epoch %d of %d are best on the games held out", best.epoch, section.epochs)
     if adapters is not None:
         model = adapters.merge_and_unload()
-    log = pl.DataFrame({"update": range(1, total + 1), "loss": losses}, schema={"update": pl.Int64, "loss": pl.Float64})
-    offsets = router.settings.named([math.log(weights[0] / weight) for weight in weights[1:]])
-    return with_settings(replace(router, model=model.eval()), offsets=offsets), log
+    table = pl.DataFrame(
+        {"update": range(1, total + 1), "loss": losses}, schema={"update": pl.Int64, "loss": pl.Float64}
+    )
+    return replace(router, model=model.eval()), table
+
+
+@dataclass(frozen=True)
+class _Best:
+    """The weights of the epoch whose loss is least on what is held out."""
+
+    epoch: int = 0
+    loss: float = math.inf
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def or_after(self, epoch: int, loss: float, weights: Mapping[str, Tensor]) -> "_Best":
+        if loss >= self.loss:
+            return self
+        return _Best(epoch, loss, {name: value.clone() for name, value in weights.items()})
+
+
+def _put(trained: Mapping[str, torch.nn.Parameter], weights: Mapping[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, value in weights.items():
+            trained[name].copy_(value)
+
+
+@torch.no_grad()
+def _mean_loss(
+    model: PreTrainedModel,
+    held: Sequence[int],
+    targets: Sequence[Tensor],
+    loss_on: Callable[[Sequence[int]], Tensor],
+    section: KlRouter,
+) -> float:
+    """Of the steps of these sequences."""
+    model.eval()
+    batches = [held[first : first + section.batch_episodes] for first in range(0, len(held), section.batch_episodes)]
+    steps = [sum(len(targets[i]) for i in batch) for batch in batches]
+    return float(np.average([loss_on(batch).item() for batch in batches], weights=steps))
+
+
+def games_of(steps: pl.DataFrame, episodes: pl.DataFrame) -> list[str]:
+    """The task of each episode of these steps, in their order."""
+    game = dict(episodes.select("episode_id", "task_id").iter_rows())
+    return [game[episode] for episode in steps["episode_id"].unique(maintain_order=True)]
+
+
+def held_out(games: Sequence[str], share: float, seed: int) -> frozenset[int]:
+    """Places of the episodes that are not trained on: all of a share of the games, at least one where there is a share.
+
+    Args:
+        games: of each episode, its task.
+    """
+    if not share:
+        return frozenset()
+    names = sorted(set(games))
+    count = max(1, round(share * len(names)))
+    chosen = {names[i] for i in np.random.default_rng(seed).permutation(len(names))[:count]}
+    return frozenset(i for i, game in enumerate(games) if game in chosen)
 
 
 def add_adapters(router: Router, lora: Lora, seed: int) -> PreTrainedModel:

@@ -1,4 +1,5 @@
-"""Stage `kl_router`: stage 1 of the router, class-weighted cross-entropy on the sensitivity labels (see router/kl.py)."""
+"""Stage `kl_router`: stage 1 of the router, class-weighted cross-entropy on the sensitivity labels (see router/kl.py), or
+advantages (see router/advantage.py)."""
 
 import numpy as np
 import polars as pl
@@ -12,6 +13,7 @@ from dmr_pipeline.ingestion.tables import read_all_trajectories
 from dmr_pipeline.rollout.engine import Timings
 from dmr_pipeline.rollout.known import Known
 from dmr_pipeline.rollout.playing import Rollouts
+from dmr_pipeline.router.advantage import advantage_loss, mixed, spread, targets
 from dmr_pipeline.router.calibration import (
     auprc,
     auroc,
@@ -23,6 +25,9 @@ from dmr_pipeline.router.calibration import (
 from dmr_pipeline.router.kl import (
     ROUTER_FOLDER,
     calibrate_threshold,
+    fit,
+    games_of,
+    held_out,
     labels_of_steps,
     search_summary,
     train,
@@ -45,12 +50,13 @@ def kl_router(context: StageContext) -> StageResult:
     recipe, section = context.recipe, context.recipe.kl_router
     rollouts = Rollouts.load(context.inputs["quantized_checkpoints"], recipe)
     route, acting = rollouts.route, rollouts.acting
-    steps = read_all_trajectories(
+    given = read_all_trajectories(
         context.inputs, recipe.precisions.names, rollouts.route, rollouts.prompter, rollouts.capacity
-    ).steps
+    )
     sensitivity = read_sensitivity(context.inputs["sensitivity_dataset"])
     tau = threshold(sensitivity, recipe.sensitivity)
-    searches = search_summary(steps, sensitivity, recipe, tau)
+    searches = search_summary(given.steps, sensitivity, recipe, tau)
+    steps = given.steps if section.target == "divergence" else mixed(given.steps, given.episodes)
     router = new_router(
         section.model,
         route,
@@ -68,8 +74,13 @@ def kl_router(context: StageContext) -> StageResult:
             sequences = with_numbers(router, sequences, steps, drafts, rollouts.prompter.command)
         router.model.standardize(torch.cat([s.features for s in sequences if s.features is not None]))
     labels = labels_of_steps(steps, sensitivity, route)
+    held = held_out(games_of(steps, given.episodes), section.held_out, section.seed)
     with out_of_memory_names("kl_router.batch_episodes"):
-        router, log = train(router, sequences, labels, section, context.scratch)
+        if section.target == "divergence":
+            router, log = train(router, sequences, labels, section, context.scratch, held)
+        else:
+            its = targets(steps, given.episodes, route, sequences, section.seed)
+            router, log = fit(router, sequences, its, advantage_loss, section, context.scratch, held)
     router = with_settings(router, force_search=searches.get("search_forced", False))
 
     games = benchmark_of(recipe.benchmark).read_tasks(
@@ -78,16 +89,20 @@ def kl_router(context: StageContext) -> StageResult:
     validation = validate(router, games, rollouts, recipe, tau)
     classes = validation["rung"].to_numpy()
     sensitive = classes > 0
-    if sensitive.all() or not sensitive.any():
+    labelled = sensitive.any() and not sensitive.all()
+    if not labelled and section.target == "divergence":
         raise UserError(
             f"kl_router: {'all' if sensitive.any() else 'none'} of the {len(validation)} steps on validation games are"
             " sensitive; set another sensitivity.quantile or tau, or more kl_router.validation_games"
         )
     margins = np.array(validation["margins"].to_list())
-    unweighted = margins + router.settings.shifts
-    before = exceedances(unweighted)
-    scale, shifts = platt(unweighted, classes)
-    offsets = [scale * old + new for old, new in zip(router.settings.shifts, shifts, strict=True)]
+    if section.target == "divergence":
+        unweighted = margins + router.settings.shifts
+        before = exceedances(unweighted)
+        scale, shifts = platt(unweighted, classes)
+        offsets = [scale * old + new for old, new in zip(router.settings.shifts, shifts, strict=True)]
+    else:
+        scale, offsets = spread(margins)
     router = with_settings(router, scale=scale, offsets=router.settings.named(offsets))
     levels = exceedances(scale * margins + offsets)
     probabilities = levels[:, -1]  # that more than the cheapest rung is asked for
@@ -103,6 +118,20 @@ def kl_router(context: StageContext) -> StageResult:
         context.output / "validation.parquet"
     )
     pl.DataFrame([vars(tried_point) for tried_point in tried]).write_parquet(context.output / "calibration.parquet")
+    quality: dict[str, object] = {}
+    if labelled:
+        quality = {
+            "auroc": round(auroc(probabilities, sensitive), 5),
+            "auprc": round(auprc(probabilities, sensitive), 5),
+        }
+    if section.target == "divergence":
+        quality |= {
+            "brier": round(brier(probabilities, sensitive), 5),
+            "ece": round(expected_calibration_error(probabilities, sensitive), 5),
+            "brier_before_platt": round(brier(before[:, -1], sensitive), 5),
+            "platt_scale": scale,
+            "platt_shifts": shifts,
+        }
     llm = acting.models[acting.dearest].num_parameters()
     return StageResult(
         summary=KlSummary(
@@ -116,13 +145,7 @@ def kl_router(context: StageContext) -> StageResult:
             validation_games=len(games),
             validation_steps=len(validation),
             validation_label_share=round(float(sensitive.mean()), 5),
-            auroc=round(auroc(probabilities, sensitive), 5),
-            auprc=round(auprc(probabilities, sensitive), 5),
-            brier=round(brier(probabilities, sensitive), 5),
-            ece=round(expected_calibration_error(probabilities, sensitive), 5),
-            brier_before_platt=round(brier(before[:, -1], sensitive), 5),
-            platt_scale=scale,
-            platt_shifts=shifts,
+            **quality,
             scale=router.settings.scale,
             offsets=router.settings.offsets,
             threshold=point.threshold,

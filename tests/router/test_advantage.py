@@ -1,0 +1,160 @@
+"""Advantages from mixed episodes, on simulated ones whose answer is known, and through the stage."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+
+from dmr_pipeline.errors import UserError
+from dmr_pipeline.recipe import Probe, Recipe, RouterModel
+from dmr_pipeline.rollout.tables import EPISODES, STEPS
+from dmr_pipeline.router.advantage import advantage_loss, cross_fitted, folds, mixed, spread, targets
+from dmr_pipeline.router.kl import fit, held_out
+from dmr_pipeline.router.model import Router, RoutingSequence, load_router, routing_margins
+from tests.helpers.kl_router import run_stage, section
+from tests.helpers.probes import new_probe
+from tests.helpers.rollouts import LOW, ROUTE, THREE
+from tests.helpers.routers import CPU
+from tests.router.test_after import ALL, new
+
+GAINS = {"float": (0.3, 0.4), "int4": (0.1, -0.2)}
+"""Rung -> its advantage at x: the first, and the second times x."""
+
+
+def simulated(
+    route: Sequence[str], count: int, seed: int = 0
+) -> tuple[pl.DataFrame, pl.DataFrame, list[RoutingSequence]]:
+    """Episodes of one step each, three of a game. Whether one is lost depends on x, and on who acted by GAINS."""
+    rng = np.random.default_rng(seed)
+    chances = np.array([0.5, 0.3, 0.2] if len(route) == 3 else [0.4, 0.6])  # dearest first
+    episodes, steps, sequences = [], [], []
+    for number in range(count):
+        x, rung = rng.uniform(-1, 1), rng.choice(len(route), p=chances)
+        base, slope = GAINS.get(route[rung], (0.0, 0.0))
+        won = bool(rng.random() < 0.4 + 0.1 * x + base + slope * x * (route[rung] == "float") * 0.5)
+        name = str(number)
+        episodes.append((name, f"game {number // 3}", "kind", "mixed", 0, "", won, float(won), 1))
+        steps.append((name, 0, "go", "", route[rung], chances.cumsum()[:-1].tolist(), [1, 2], [3], 3))
+        features = torch.tensor([[x, 0.0, 0.0]], dtype=torch.float32)
+        sequences.append(RoutingSequence([1, 2, 9], [1], [len(route) - 1 - int(rung)], features, [1]))
+    return pl.DataFrame(steps, STEPS, orient="row"), pl.DataFrame(episodes, EPISODES, orient="row"), sequences
+
+
+def linear(route: Sequence[str]) -> Router:
+    """A head of three features, without a hidden layer."""
+    router = new(RouterModel(probe=Probe(layers=(), features=("margin",), hidden=0)), route)
+    with torch.no_grad():
+        router.model.outer.weight.zero_()
+        router.model.outer.bias.zero_()
+    return router
+
+
+@pytest.mark.parametrize("route", [ROUTE, THREE], ids=len)
+def test_it_finds_the_advantage_that_was_put_in(route: Sequence[str], tmp_path: Path) -> None:
+    steps, episodes, sequences = simulated(route, 12_000)
+    its = targets(mixed(steps, episodes), episodes, route, sequences, 0)
+    settings = section(epochs=6, batch_episodes=500, learning_rate=0.05)
+    router, _ = fit(linear(route), sequences, its, advantage_loss, settings, tmp_path)
+    (found,) = routing_margins(router, [at(-1, 0, 1)], 1)
+    for column, rung in enumerate(router.settings.upper):
+        base, slope = GAINS[rung]
+        slope = slope / 2 if rung == "float" else 0.0
+        assert found[:, column] == pytest.approx([base - slope, base, base + slope], abs=0.06)
+
+
+def at(*xs: float) -> RoutingSequence:
+    features = torch.tensor([[x, 0.0, 0.0] for x in xs], dtype=torch.float32)
+    return RoutingSequence([0] * 2 * len(xs), list(range(0, 2 * len(xs), 2)), [0] * len(xs), features)
+
+
+def test_the_least_loss_is_the_known_answer_of_a_regression() -> None:
+    """With one constant advantage: the covariance of outcome and surprise over the variance of the surprise."""
+    steps, episodes, sequences = simulated(ROUTE, 600)
+    rows = torch.cat(targets(steps, episodes, ROUTE, sequences, 0)).double()
+    best = float((rows[:, 0] * rows[:, 1]).sum() / (rows[:, 1] ** 2).sum())
+    losses = {
+        tau: float(advantage_loss(torch.tensor([[1.0, 1.0 + tau]]).double().expand(len(rows), 2), rows))
+        for tau in (best - 0.01, best, best + 0.01)
+    }
+    assert min(losses, key=losses.__getitem__) == best
+    assert best == pytest.approx(0.3, abs=0.1)
+    surprise = rows[:, 1].numpy()
+    assert np.unique(surprise.round(6)).tolist() == [-0.4, 0.6]
+    assert abs(surprise.mean()) < 0.05
+
+
+def test_what_is_expected_of_a_game_comes_from_other_games() -> None:
+    rng = np.random.default_rng(0)
+    inputs, fold = rng.normal(size=(300, 4)), folds([str(n // 10) for n in range(100)], [3] * 100, 0)
+    assert len({frozenset(fold[30 * n : 30 * n + 30]) for n in range(10)}) <= 5
+    assert all(len(set(fold[30 * n : 30 * n + 30])) == 1 for n in range(10))
+    outcomes = inputs @ [1.0, -2.0, 0.5, 0.0] + 3
+    expected = cross_fitted(inputs, outcomes, fold)
+    assert expected == pytest.approx(outcomes, abs=0.3)
+    changed = np.where(fold == 0, -100.0, outcomes)
+    assert cross_fitted(inputs, changed, fold)[fold == 0] == pytest.approx(expected[fold == 0])
+
+
+def test_only_drawn_rungs_teach() -> None:
+    steps, episodes, _ = simulated(ROUTE, 9)
+    certain = steps.with_columns(exceedance=pl.Series([[1.0]] * 3 + [[0.4]] * 6, dtype=pl.List(pl.Float64)))
+    assert mixed(certain, episodes)["episode_id"].to_list() == list("345678")
+    logged = episodes.with_columns(
+        policy=pl.when(pl.col("episode_id") < "6").then(pl.lit("ingested")).otherwise("policy")
+    )
+    assert mixed(certain, logged)["episode_id"].to_list() == list("678")
+    with pytest.raises(UserError, match="add such a policy"):
+        mixed(certain.head(3), episodes)
+
+
+def test_spread_margins_have_mean_0_and_deviation_1() -> None:
+    margins = np.random.default_rng(0).normal([0.1, 0.3], 0.02, size=(500, 2))
+    scale, offsets = spread(margins)
+    scores = scale * margins + offsets
+    assert scores.mean(0) == pytest.approx([0, 0], abs=1e-9)
+    assert scores.std() == pytest.approx(1)
+
+
+def test_the_epoch_that_is_best_on_games_held_out_is_kept(tmp_path: Path) -> None:
+    """Outcomes are noise: all that is learned is overfitted, and the first epoch is best. Resumed, it is the same."""
+    router = replace(new_probe(), agent=None)
+    generator = torch.Generator().manual_seed(0)
+    sequences = [RoutingSequence([1, 2], [0], [0], torch.randn(1, 66, generator=generator)) for _ in range(60)]
+    noise = [torch.cat([torch.randn(1, 1, generator=generator), torch.ones(1, 1)], dim=1) for _ in sequences]
+    held = held_out([str(n // 2) for n in range(60)], 0.3, 0)
+    assert len(held) == 18
+    assert all((place ^ 1) in held for place in held)
+
+    learned = [place for place in range(60) if place not in held]
+
+    def loss_after(held_there: bool) -> float:
+        folder = tmp_path / str(held_there)
+        folder.mkdir()
+        places = range(60) if held_there else learned
+        start = replace(router, model=new_probe().model)
+        settings = section(epochs=30, batch_episodes=60, learning_rate=0.05)
+        given = [sequences[i] for i in places], [noise[i] for i in places]
+        done, _ = fit(start, *given, advantage_loss, settings, folder, held if held_there else ())
+        margins = routing_margins(done, [sequences[i] for i in sorted(held)], 9)
+        return float(np.mean([(noise[i][0, 0] - m[0, 0]) ** 2 for i, m in zip(sorted(held), margins, strict=True)]))
+
+    assert loss_after(held_there=True) < 0.8 * loss_after(held_there=False)
+
+
+def test_the_stage_learns_advantages(recipe: Recipe, inputs: dict[str, Path], tmp_path: Path) -> None:
+    model = RouterModel(probe=Probe(layers=(), features=ALL, hidden=0), decides="after")
+    learning = section(model, epochs=2).model_copy(
+        update={"target": "advantage", "held_out": 0.25, "weight_decay": 0.1}
+    )
+    changed = recipe.model_copy(update={"kl_router": learning})
+    output, summary = run_stage(changed, inputs, tmp_path)
+    router = load_router(output / "router", CPU, LOW)
+    assert router.settings.scale > 0
+    assert summary["train_steps"] == len(
+        pl.read_parquet(inputs["trajectories"] / "steps.parquet").filter(pl.col("episode_id").str.starts_with("mixed"))
+    )
+    assert "brier" not in summary
