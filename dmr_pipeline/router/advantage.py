@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dmr_pipeline.errors import UserError
-from dmr_pipeline.ingestion.tables import INGESTED
 from dmr_pipeline.router.kl import games_of
 from dmr_pipeline.router.model import RoutingSequence
 
@@ -32,18 +31,19 @@ _RIDGE = 0.01
 """Of a mean squared error, features standardised."""
 
 
-def mixed(steps: pl.DataFrame, episodes: pl.DataFrame) -> pl.DataFrame:
-    """The steps of episodes in which rungs were drawn. What is logged of ingested ones is a router's belief, and no chance.
+def mixed(steps: pl.DataFrame, played: pl.DataFrame) -> pl.DataFrame:
+    """The steps of episodes in which rungs were drawn.
 
     Args:
-        steps, episodes: `rollout.tables.STEPS` and `EPISODES`.
+        steps: `rollout.tables.STEPS`.
+        played: `rollout.tables.EPISODES` of those that were played here: what is logged of ingested ones is a router's belief, and
+            no chance.
 
     Raises:
         UserError: there are none.
     """
-    played = episodes.filter(pl.col("policy") != INGESTED).select("episode_id")
     drawn = pl.col("exceedance").list.eval((pl.element() > 0) & (pl.element() < 1)).list.any()
-    found = steps.join(played, on="episode_id", how="semi", maintain_order="left").filter(
+    found = steps.join(played.select("episode_id"), on="episode_id", how="semi", maintain_order="left").filter(
         drawn.any().over("episode_id")
     )
     if found.is_empty():

@@ -9,7 +9,7 @@ from dmr_pipeline.agent.memory import out_of_memory_names
 from dmr_pipeline.artifacts.stage import StageContext, StageResult
 from dmr_pipeline.environments.benchmark import benchmark_of
 from dmr_pipeline.errors import UserError
-from dmr_pipeline.ingestion.tables import read_all_trajectories
+from dmr_pipeline.ingestion.tables import INGESTED, read_all_trajectories
 from dmr_pipeline.rollout.engine import Timings
 from dmr_pipeline.rollout.known import Known
 from dmr_pipeline.rollout.playing import Rollouts
@@ -56,7 +56,9 @@ def kl_router(context: StageContext) -> StageResult:
     sensitivity = read_sensitivity(context.inputs["sensitivity_dataset"])
     tau = threshold(sensitivity, recipe.sensitivity)
     searches = search_summary(given.steps, sensitivity, recipe, tau)
-    steps = given.steps if section.target == "divergence" else mixed(given.steps, given.episodes)
+    steps = given.steps
+    if section.target == "advantage":
+        steps = mixed(steps, given.episodes.filter(pl.col("policy") != INGESTED))
     router = new_router(
         section.model,
         route,
