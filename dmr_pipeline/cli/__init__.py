@@ -16,6 +16,7 @@ from dmr_pipeline.cli.recipe import recipe
 from dmr_pipeline.cli.route import route
 from dmr_pipeline.cli.router import router
 from dmr_pipeline.cli.sensitivity import sensitivity
+from dmr_pipeline.cli.serve import serve
 from dmr_pipeline.cli.trajectories import trajectories
 
 app = typer.Typer(
@@ -38,6 +39,7 @@ app.command()(metrics)
 app.command()(plan)
 app.command()(provenance)
 app.command()(doctor)
+app.command()(serve)
 app.add_typer(recipe, name="recipe")
 app.add_typer(trajectories, name="trajectories")
 app.add_typer(router, name="router")

@@ -63,6 +63,21 @@ class LoggedStep(FrozenModel):
         description="with which the policy at work chose the ladder's high rung at this step, whatever it then drew; left out"
         " where it is not known",
     )
+    propensity: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        allow_inf_nan=False,
+        description="with which what acted was chosen, all that was drawn at random included: 1 where nothing was; left out where"
+        " it is not known",
+    )
+    reason: Name | None = Field(
+        None,
+        description="why this rung acted: router, forced, budget, fallback, fixed or exploration; left out where it is not known",
+    )
+    release: int | None = Field(
+        None, ge=1, le=10**9, description="number of the release whose router decided, if one did"
+    )
 
 
 class LoggedEpisode(FrozenModel):

@@ -35,18 +35,19 @@ def stored_ids(folder: Path) -> set[str]:
 
 
 def store_episodes(episodes: Sequence[LoggedEpisode], path: Path) -> None:
-    """One row an episode. Equal episodes give equal bytes. Where no step has a probability, there is no column of them."""
+    """One row an episode. Equal episodes give equal bytes. What no step tells of how it was decided has no column."""
     import pyarrow as pa
     import pyarrow.parquet
 
     text = pa.string()
-    known = any(step.probability is not None for episode in episodes for step in episode.steps)
+    decided = {"probability": pa.float64(), "propensity": pa.float64(), "reason": text, "release": pa.int64()}
+    known = {
+        name
+        for name in decided
+        if any(getattr(step, name) is not None for episode in episodes for step in episode.steps)
+    }
     step = pa.struct(
-        [
-            (name, pa.float64() if name == "probability" else text)
-            for name in LoggedStep.model_fields
-            if known or name != "probability"
-        ]
+        [(name, decided.get(name, text)) for name in LoggedStep.model_fields if name not in decided or name in known]
     )
     others = {"steps": pa.list_(step), "success": pa.bool_(), "reward": pa.float64()}
     schema = pa.schema([(name, others.get(name, text)) for name in LoggedEpisode.model_fields])

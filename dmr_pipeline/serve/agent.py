@@ -22,10 +22,10 @@ from dmr_pipeline.recipe import load_recipe
 from dmr_pipeline.rollout.engine import Decision, RolloutRequest, Trajectory
 from dmr_pipeline.rollout.playing import Rollouts
 from dmr_pipeline.router.model import Router
-from dmr_pipeline.router.policies import routing_policy
 from dmr_pipeline.serve import release
+from dmr_pipeline.serve.deciders import decider_of
 from dmr_pipeline.serve.local import Ask, LocalAgents, Turn
-from dmr_pipeline.serve.sessions import UNLIMITED, Action, Budget, Decider, Goal, Session
+from dmr_pipeline.serve.sessions import UNLIMITED, Action, Budget, Goal, Session
 
 __all__ = ["Action", "Budget", "Goal", "RoutedAgent", "Turn"]
 
@@ -128,13 +128,3 @@ class RoutedAgent:
         """
         session = self._agents.open(task.task_id, RolloutRequest(task), self.decider, past=past)
         return self._agents.decide(Ask(session, observation, admissible_commands)).decision
-
-
-def decider_of(router: Router, slots: int, number: int | None = None) -> Decider:
-    """
-    Args:
-        slots: sessions at once.
-        number: of the router's release, if it is one.
-    """
-    policy = routing_policy(router, slots + 1)  # one more for what is decided and not played
-    return Decider(policy, release=number, threshold=router.settings.threshold, router=router.pass_bytes)

@@ -120,7 +120,7 @@ class LocalAgents:
             shown = past[turn + 1].observation if turn + 1 < len(past) else ""
             step = Step(segment, action, done.command, shown, done.precision or dearest, ())
             session.trajectory.steps.append(step)
-            session.thoughts.append(done.thought)
+            session.answers.append(done.command)
         return session
 
     def act(self, asks: Sequence[Ask]) -> list[Action | UserError]:
@@ -255,9 +255,10 @@ class LocalAgents:
             max(0, held - max(1, step.reading.tokens - len(step.action) + 1)),
             len(step.action),
             cost,
+            self._cost_at_dearest(step, held),
             step.failure != "unfinished",
         )
-        session.thoughts.append(action.thought)
+        session.answers.append(action.command)
         session.actions.append(action)
         return action
 
@@ -314,6 +315,12 @@ class LocalAgents:
                 f"the transcript has room for {self.batch.capacity} tokens (agent.max_transcript_tokens), and none for another"
                 " step: post the episode's outcome, and begin another one"
             )
+
+    def _cost_at_dearest(self, step: Step, held: int) -> float:
+        reading = Reading(tokens=len(step.segment)) + one_by_one(held, len(step.action))
+        acting = self.rollouts.acting
+        read = bytes_read(reading, acting.pass_bytes[acting.dearest], self.rollouts.cache_bits)
+        return read.total / self.rollouts.unit_bytes
 
     def _worst_cost(self, session: Session, rung: str) -> float:
         """Of the next step if this rung acts, at most: it reads the whole transcript and writes the longest action, and the

@@ -69,3 +69,11 @@ def load(folder: Path, rollouts: Rollouts) -> Router:
             f" {', '.join(rollouts.route)}: train it again, or name the router of this ladder"
         )
     return router
+
+
+def numbers(recipe: str, data_root: Path = DATA_ROOT) -> list[int]:
+    """Of all releases, the earliest first; none before the first one."""
+    folder = artifact_folder(STAGE, recipe, data_root)
+    if not folder.is_dir():
+        return []
+    return [decision.number for decision in read_releases(folder).decisions if decision.releases]

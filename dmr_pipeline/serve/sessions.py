@@ -105,6 +105,8 @@ class Action:
     """Of the action, its end included."""
     cost: float
     """Of the step, in units of cost: the router's part and drafts that were thrown away included."""
+    cost_at_dearest: float
+    """What the same action takes where the dearest precision writes it, and always has."""
     finished: bool
     """The action ended by itself, and not for want of room."""
 
@@ -120,14 +122,16 @@ class Session:
     budget: Budget = UNLIMITED
     choices: list[Choice] = field(default_factory=list)
     """One for each step."""
-    thoughts: list[str] = field(default_factory=list)
-    """One for each step."""
+    answers: list[str] = field(default_factory=list)
+    """One for each step: what the client was told, or has told of steps that were taken elsewhere."""
     actions: list[Action] = field(default_factory=list)
     """One for each step that was taken here: all, unless there was a beginning elsewhere."""
     spend: float = 0.0
     """Sum over the steps of `ActingModels.spend`."""
     cost: float = 0.0
     """Sum over the steps, in units of cost."""
+    asked: object = None
+    """How the last step was asked for, so that the same request is known again."""
     admissible: Sequence[str] | None = None
     """Commands that do something where the transcript ends, where they were told."""
     held: OpenTranscript | None = None

@@ -239,6 +239,9 @@ def episodes_of_any_kind(draw: st.DrawFn) -> list[Episode]:
                 "observation": texts,
                 "precision": st.sampled_from(["float", "int2"]),
                 "probability": st.none() | st.floats(0, 1),
+                "propensity": st.none() | st.floats(0, 1, exclude_min=True),
+                "reason": st.none() | names,
+                "release": st.none() | st.integers(1, 10**9),
             }
         )
         made.append(

@@ -11,7 +11,8 @@ from dmr_pipeline.environments.alfworld.generator import generate_game
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.rollout.engine import RolloutRequest, SinglePrecision, Trajectory
 from dmr_pipeline.router.policies import routing_policy
-from dmr_pipeline.serve.agent import Budget, Goal, RoutedAgent, Turn, decider_of
+from dmr_pipeline.serve.agent import Budget, Goal, RoutedAgent, Turn
+from dmr_pipeline.serve.deciders import decider_of
 from dmr_pipeline.serve.local import Ask, LocalAgents
 from tests.helpers.probes import new_probe
 from tests.helpers.routers import ROUTE, random_router

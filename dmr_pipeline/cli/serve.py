@@ -1,0 +1,66 @@
+"""`dmr serve`: the released router at work, behind OpenAI's interface."""
+
+import os
+from typing import Annotated
+
+import typer
+from pydantic import SecretStr, ValidationError
+
+from dmr_pipeline.cli.common import RecipeArgument, console, progress_lines, user_errors_exit_2
+from dmr_pipeline.errors import UserError, problems_of
+from dmr_pipeline.recipe import load_recipe
+
+KEY_VARIABLE = "DMR_API_KEY"
+
+
+@user_errors_exit_2
+def serve(
+    recipe: RecipeArgument,
+    host: Annotated[
+        str, typer.Option(help=f"address to listen on; any but this machine's own needs ${KEY_VARIABLE}")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes a free one")] = 8000,
+    slots: Annotated[int, typer.Option(help="sessions whose keys and values are kept; so many act at once")] = 32,
+    sessions: Annotated[int, typer.Option(help="kept at most")] = 1000,
+    session_seconds: Annotated[
+        float, typer.Option(help="after which a session that is not heard of has ended")
+    ] = 3600.0,
+    request_seconds: Annotated[float, typer.Option(help="after which a request is given up")] = 120.0,
+    epsilon: Annotated[
+        float,
+        typer.Option(help="share of decisions that are drawn at random, so that the log tells of other routers too"),
+    ] = 0.0,
+    low_on_failure: Annotated[
+        bool, typer.Option(help="where the router fails the cheapest precision acts, not the dearest")
+    ] = False,
+) -> None:
+    """Serve a recipe's agent: POST /v1/chat/completions, and what docs/serve.md describes.
+
+    Its released router decides at each turn which precision acts. Episodes whose outcome is posted become files in
+    data/incoming/RECIPE/, which the pipeline takes in; a router that is released meanwhile is taken up.
+    """
+    load_recipe(recipe)
+    key = os.environ.get(KEY_VARIABLE)
+    from dmr_pipeline.serve.settings import ServeSettings
+
+    try:
+        settings = ServeSettings(
+            recipe=recipe,
+            host=host,
+            port=port,
+            api_key=SecretStr(key) if key else None,
+            slots=slots,
+            sessions=sessions,
+            session_seconds=session_seconds,
+            request_seconds=request_seconds,
+            epsilon=epsilon,
+            low_on_failure=low_on_failure,
+        )
+    except ValidationError as error:
+        raise UserError("; ".join(problems_of(error))) from error
+    try:
+        from dmr_pipeline.serve import run
+    except ModuleNotFoundError as error:
+        raise UserError(f"{error.name} is not installed: pip install 'dmr-pipeline[serve]'") from error
+    with progress_lines():
+        run.serve(settings, lambda address: console.print(f"dmr/{recipe} at {address}/v1", highlight=False))

@@ -1,0 +1,255 @@
+"""The server's HTTP interface: OpenAI's chat completions, and what is ours beside it."""
+
+import hmac
+import json
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+from typing import Any
+from uuid import uuid4
+
+from pydantic import ValidationError
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from dmr_pipeline.errors import UserError, problems_of
+from dmr_pipeline.serve.requests import ChatRequest, Outcome, options_of, which_of
+from dmr_pipeline.serve.service import Answer, NotFound, Service
+from dmr_pipeline.serve.sessions import Action, Choice
+from dmr_pipeline.serve.settings import LOOPBACK, ServeSettings
+
+log = logging.getLogger(__name__)
+
+Handler = Callable[[Request], Awaitable[Response]]
+
+
+def make_app(service: Service) -> Starlette:
+    """An ASGI application. The service stops with it."""
+    settings, http = service.settings, _Http(service)
+
+    @asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        yield
+        await service.stop()
+
+    routes = [
+        Route("/v1/chat/completions", http.guarded(http.chat), methods=["POST"]),
+        Route("/v1/decision", http.guarded(http.decision), methods=["POST"]),
+        Route("/v1/sessions/{session_id:path}/outcome", http.guarded(http.outcome), methods=["POST"]),
+        Route("/v1/models", http.guarded(http.models)),
+        Route("/metrics", http.guarded(http.metrics)),
+        Route("/health", http.health),
+    ]
+    middleware = []
+    if settings.api_key is None:
+        # A page on the internet whose name is made to lead to 127.0.0.1 would reach the server from its reader's browser.
+        middleware.append(Middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK, "[::1]"], www_redirect=False))
+    handlers = {HTTPException: _http_error, Exception: _unforeseen}
+    return Starlette(routes=routes, middleware=middleware, exception_handlers=handlers, lifespan=lifespan)  # type: ignore[arg-type]
+
+
+def refuse_open_door(settings: ServeSettings) -> None:
+    """
+    Raises:
+        UserError: others could reach the server, and nothing is asked of them.
+    """
+    if settings.host not in LOOPBACK and (settings.api_key is None or not settings.api_key.get_secret_value()):
+        raise UserError(
+            f"--host {settings.host}: whoever reaches this address could use the server: set DMR_API_KEY to a secret that clients"
+            " are to send (Authorization: Bearer ...), or leave --host out"
+        )
+
+
+class _Http:
+    def __init__(self, service: Service) -> None:
+        self.service, self.settings = service, service.settings
+        self.running = 0
+
+    def guarded(self, handler: Handler) -> Handler:
+        """The handler for those who may ask, and as many at once as the server can bear; trouble is told as OpenAI tells it."""
+
+        async def checked(request: Request) -> Response:
+            if not self._may_ask(request):
+                return _error(401, "a key is needed: Authorization: Bearer ...", "invalid_api_key")
+            if self.running >= self.settings.requests:
+                return _error(429, "too many requests at once", "rate_limit_exceeded", {"retry-after": "1"})
+            self.running += 1
+            try:
+                return await handler(request)
+            except NotFound as error:
+                return _error(404, str(error), "not_found")
+            except UserError as error:
+                return _error(400, str(error), "invalid_request_error")
+            except ValidationError as error:
+                return _error(400, "; ".join(problems_of(error)), "invalid_request_error")
+            except TimeoutError:
+                return _error(504, f"no answer within {self.settings.request_seconds:g} s: ask again", "timeout")
+            finally:
+                self.running -= 1
+
+        return checked
+
+    async def chat(self, request: Request) -> Response:
+        started = time.perf_counter()
+        asked = ChatRequest.model_validate_json(await self._body(request))
+        which, options = which_of(asked.model, self.settings.recipe), options_of(asked, request.headers)
+        try:
+            answer = await self.service.chat(asked, which, options)
+        except Exception:
+            self.service.metrics.count("dmr_requests_total", precision="none", reason="none", outcome="error")
+            raise
+        spent = time.perf_counter() - started
+        action, metrics = answer.action, self.service.metrics
+        metrics.count("dmr_requests_total", precision=action.precision, reason=action.reason, outcome="ok")
+        metrics.observe("dmr_first_token_seconds", spent)
+        metrics.observe("dmr_token_seconds", spent / max(1, action.completion_tokens))
+        headers = headers_of(action) | {"x-session-id": answer.session_id, "x-dmr-session-source": answer.source}
+        shown = _Shown(self.settings.recipe, answer)
+        if not asked.stream:
+            return JSONResponse(shown.whole(), headers=headers)
+        with_usage = asked.stream_options is not None and asked.stream_options.include_usage
+        return StreamingResponse(shown.events(with_usage), media_type="text/event-stream", headers=headers)
+
+    async def decision(self, request: Request) -> Response:
+        asked = ChatRequest.model_validate_json(await self._body(request))
+        which, options = which_of(asked.model, self.settings.recipe), options_of(asked, request.headers)
+        choice, turn = await self.service.decide(asked, which, options)
+        return JSONResponse({"object": "dmr.decision", "turn": turn, **_told(choice)})
+
+    async def outcome(self, request: Request) -> Response:
+        outcome = Outcome.model_validate_json(await self._body(request))
+        try:
+            return JSONResponse(await self.service.end(request.path_params["session_id"], outcome))
+        except OSError as error:
+            why = error.strerror or type(error).__name__
+            log.warning("an episode cannot be written: %s", why)
+            return _error(507, f"the episode cannot be written ({why}): mend it, and post the outcome again", "storage")
+
+    async def models(self, _: Request) -> Response:
+        names = self.service.backend.deciders.names()
+        return JSONResponse(
+            {
+                "object": "list",
+                "data": [{"id": name, "object": "model", "created": 0, "owned_by": "dmr"} for name in names],
+            }
+        )
+
+    async def metrics(self, _: Request) -> Response:
+        self.service.table.sweep()
+        return PlainTextResponse(
+            self.service.metrics.text(self.service.gauges()), media_type="text/plain; version=0.0.4"
+        )
+
+    async def health(self, _: Request) -> Response:
+        return JSONResponse({"status": "ok"})
+
+    async def _body(self, request: Request) -> bytes:
+        """
+        Raises:
+            UserError: it is too large.
+        """
+        body = bytearray()
+        async for part in request.stream():
+            body += part
+            if len(body) > self.settings.request_bytes:
+                raise UserError(f"the request has more than {self.settings.request_bytes:,} bytes")
+        return bytes(body)
+
+    def _may_ask(self, request: Request) -> bool:
+        if self.settings.api_key is None:
+            return True
+        said = request.headers.get("authorization", "").removeprefix("Bearer ")
+        return hmac.compare_digest(said.encode(), self.settings.api_key.get_secret_value().encode())
+
+
+def headers_of(action: Action) -> dict[str, str]:
+    """How the action came about; what is not known is left out."""
+    said = {
+        "precision": action.precision,
+        "probability": None if action.probability is None else f"{action.probability:.6f}",
+        "threshold": None if action.threshold is None else f"{action.threshold:.6f}",
+        "release": action.release,
+        "turn": action.turn,
+        "switched": str(action.switched).lower(),
+        "reason": action.reason,
+    }
+    return {f"x-dmr-{name}": str(value) for name, value in said.items() if value is not None}
+
+
+class _Shown:
+    """An answer in OpenAI's words."""
+
+    def __init__(self, recipe: str, answer: Answer) -> None:
+        self.answer, self.action = answer, answer.action
+        self.common = {
+            "id": f"chatcmpl-{uuid4().hex}",
+            "created": int(time.time()),
+            "model": f"dmr/{recipe}:{answer.action.precision}",
+        }
+        self.finish = "stop" if answer.stopped else "length"
+
+    def usage(self) -> dict[str, Any]:
+        action = self.action
+        return {
+            "prompt_tokens": action.prompt_tokens,
+            "completion_tokens": action.completion_tokens,
+            "total_tokens": action.prompt_tokens + action.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": action.cached_tokens},
+        }
+
+    def whole(self) -> dict[str, Any]:
+        message = {"role": "assistant", "content": self.answer.text, **self._thought()}
+        choice = {"index": 0, "message": message, "finish_reason": self.finish, "logprobs": None}
+        return {**self.common, "object": "chat.completion", "choices": [choice], "usage": self.usage()}
+
+    async def events(self, with_usage: bool) -> AsyncIterator[str]:
+        """An action is known once it is written: its text comes in one piece."""
+        empty = {"usage": None} if with_usage else {}
+        common = {**self.common, "object": "chat.completion.chunk", **empty}
+        for delta, finish in (
+            ({"role": "assistant", "content": ""}, None),
+            ({"content": self.answer.text, **self._thought()}, None),
+            ({}, self.finish),
+        ):
+            yield _event({**common, "choices": [{"index": 0, "delta": delta, "finish_reason": finish}]})
+        if with_usage:
+            yield _event({**common, "choices": [], "usage": self.usage()})
+        yield "data: [DONE]\n\n"
+
+    def _thought(self) -> dict[str, str]:
+        return {"reasoning_content": self.action.thought} if self.action.thought else {}
+
+
+def _told(choice: Choice) -> dict[str, Any]:
+    decision = choice.decision
+    return {
+        "precision": decision.precision,
+        "probability": decision.exceedance[0] if decision.exceedance else None,
+        "threshold": choice.threshold,
+        "release": choice.release,
+        "reason": choice.reason,
+        "propensity": choice.propensity,
+    }
+
+
+def _event(content: Mapping[str, Any]) -> str:
+    return f"data: {json.dumps(content)}\n\n"
+
+
+def _error(status: int, message: str, kind: str, headers: Mapping[str, str] | None = None) -> Response:
+    content = {"error": {"message": message, "type": kind, "param": None, "code": kind}}
+    return JSONResponse(content, status_code=status, headers=headers)
+
+
+async def _http_error(_: Request, error: HTTPException) -> Response:
+    return _error(error.status_code, error.detail, "http_error")
+
+
+async def _unforeseen(_: Request, error: Exception) -> Response:
+    return _error(500, f"{type(error).__name__}: this was not foreseen", "internal_error")

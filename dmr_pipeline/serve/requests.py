@@ -1,0 +1,112 @@
+"""What clients ask, as far as it is looked at here."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from dmr_pipeline.errors import UserError, problems_of
+from dmr_pipeline.serve.sessions import Budget
+
+
+class Options(BaseModel):
+    """What an agent at work may say of its episode: in `metadata` (texts), or with the same names in `dmr` (JSON)."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True, defer_build=True)
+
+    session_id: str | None = Field(None, min_length=1, max_length=200)
+    task: str | None = Field(None, min_length=1, description="the instruction sentence")
+    task_id: str | None = Field(None, min_length=1, max_length=500)
+    task_type: str | None = Field(None, min_length=1, max_length=200)
+    admissible_commands: list[str] | None = Field(None, description="that do something here")
+    high_ratio: float | None = Field(None, ge=0, le=1, allow_inf_nan=False, description="as `Budget.high_ratio`")
+    cost: float | None = Field(None, ge=0, allow_inf_nan=False, description="as `Budget.cost`")
+
+
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(extra="ignore", frozen=True, defer_build=True)
+
+    include_usage: bool = False
+
+
+class ChatRequest(BaseModel):
+    """`/v1/chat/completions`, and `/v1/decision`. Other fields go on to an upstream as they are."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, defer_build=True)
+
+    model: str = Field(max_length=300)
+    messages: list[dict[str, Any]] = Field(min_length=1)
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    n: int | None = Field(None, ge=1, le=128)
+    stop: str | list[str] | None = None
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False)
+    tools: list[Any] | None = None
+    metadata: dict[str, Any] | None = None
+    dmr: dict[str, Any] | None = None
+
+    @property
+    def stops(self) -> list[str]:
+        return [self.stop] if isinstance(self.stop, str) else list(self.stop or [])
+
+
+class Outcome(BaseModel):
+    """`/v1/sessions/{id}/outcome`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
+
+    success: bool
+    reward: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
+    observation: str = Field("", description="what the last command has shown")
+    task_id: str | None = Field(None, min_length=1, max_length=500)
+    task_type: str | None = Field(None, min_length=1, max_length=200)
+
+
+@dataclass(frozen=True)
+class Which:
+    """Who is to decide, by a model's name: `dmr/RECIPE`, `dmr/RECIPE@3` or `dmr/RECIPE:int4`."""
+
+    release: int | None = None
+    """None: the one in use."""
+    rung: str | None = None
+    """That acts throughout."""
+
+
+def which_of(model: str, recipe: str) -> Which | None:
+    """None where it is no name of this recipe's."""
+    kind: Literal["@", ":"]
+    own = f"dmr/{recipe}"
+    if model == own:
+        return Which()
+    for kind in ("@", ":"):
+        said = model.removeprefix(own + kind)
+        if said == model or not said:
+            continue
+        if kind == ":":
+            return Which(rung=said)
+        if said.isascii() and said.isdigit() and len(said) < 10:
+            return Which(release=int(said))
+    return None
+
+
+def options_of(request: ChatRequest, headers: Mapping[str, str]) -> Options:
+    """From `metadata`, `dmr` and headers; of one that is there twice the latter counts.
+
+    Raises:
+        UserError: one of them is not as it should be.
+    """
+    said = {**(request.metadata or {}), **(request.dmr or {})}
+    for header, field in (("x-session-id", "session_id"), ("x-dmr-high-ratio", "high_ratio"), ("x-dmr-cost", "cost")):
+        if header in headers:
+            said[field] = headers[header]
+    try:
+        return Options.model_validate(said)
+    except ValidationError as error:
+        raise UserError("; ".join(problems_of(error))) from error
+
+
+def budget_of(options: Options) -> Budget:
+    return Budget(options.high_ratio, options.cost)

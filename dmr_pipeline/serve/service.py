@@ -1,0 +1,251 @@
+"""What a server does with a request, but for HTTP: sessions go on, are decided and acted on, and end with an outcome."""
+
+import asyncio
+import contextlib
+import hashlib
+import logging
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+
+from dmr_pipeline.artifacts.folders import artifact_folder
+from dmr_pipeline.errors import UserError, problems_of
+from dmr_pipeline.ingestion.rules import Rules
+from dmr_pipeline.recipe import load_recipe
+from dmr_pipeline.rollout.engine import RolloutRequest
+from dmr_pipeline.serve.conversation import Conversation, read_conversation
+from dmr_pipeline.serve.in_process import InProcess, refuse_other_wishes
+from dmr_pipeline.serve.journal import Journal, episode_of
+from dmr_pipeline.serve.local import Ask
+from dmr_pipeline.serve.metrics import Metrics
+from dmr_pipeline.serve.requests import ChatRequest, Options, Outcome, Which, budget_of
+from dmr_pipeline.serve.sessions import Action, Choice, Decider, Goal, Session
+from dmr_pipeline.serve.settings import ServeSettings
+from dmr_pipeline.serve.table import Held, Table, goes_on, is_repeated
+
+log = logging.getLogger(__name__)
+
+_ENDED = 10_000
+"""Sessions whose outcome is remembered, so that it can be posted again."""
+
+
+class NotFound(UserError):
+    """There is no such session or model."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An action as a client is told of it."""
+
+    text: str
+    action: Action
+    session_id: str
+    source: str
+    """Of the session's name: given, or derived from what the conversation begins with."""
+    stopped: bool
+    """It ended by itself, or at one of the texts that the client has named."""
+
+
+class Service:
+    """
+    Raises:
+        UserError: an artifact of the recipe is missing.
+    """
+
+    def __init__(self, settings: ServeSettings) -> None:
+        self.settings, self.recipe, self.metrics = settings, load_recipe(settings.recipe), Metrics()
+        self.backend = InProcess(settings, self.recipe, self.metrics)
+        tasks = artifact_folder("benchmark_tasks", settings.recipe, settings.data_root)
+        rules = Rules.of(self.recipe, tasks if tasks.is_dir() else None)
+        self.journal = Journal(settings.recipe, settings.data_root, rules)
+        self.table = Table(settings.sessions, settings.session_seconds, self._ended_without_outcome)
+        self._ended: OrderedDict[str, dict[str, Any]] = OrderedDict()
+        self._loading = asyncio.Lock()
+        self._running: set[asyncio.Task[Any]] = set()
+
+    async def decider(self, which: Which | None) -> Decider:
+        """
+        Raises:
+            NotFound: no model of such a name.
+        """
+        deciders = self.backend.deciders
+        if which is None:
+            raise NotFound(f"there is no such model; there are {', '.join(deciders.names())}")
+        if deciders.is_at_hand(which):
+            return deciders.find(which)
+        async with self._loading:
+            before = deciders.current if which == Which() else None
+            try:
+                found = await asyncio.to_thread(deciders.find, which)
+            except UserError as error:
+                raise NotFound(str(error)) from error
+        if before is not None and found is not before:
+            self.metrics.count("dmr_releases_taken_up_total")
+        return found
+
+    async def chat(self, request: ChatRequest, which: Which | None, options: Options) -> Answer:
+        """The session's next action. It is taken whether or not its client still waits, and told again if it asks again.
+
+        Raises:
+            UserError: why there is none.
+            TimeoutError: it takes too long.
+        """
+        refuse_other_wishes(bool(request.tools), request.n or 1)
+        told = read_conversation(request.messages, options.task)
+        decider = await self.decider(which)
+        source = "derived" if options.session_id is None else "given"
+        name = options.session_id or _derived(request.model, told)
+        turn = asyncio.create_task(self._turn(request, told, decider, options, name))
+        self._running.add(turn)
+        turn.add_done_callback(self._running.discard)
+        async with asyncio.timeout(self.settings.request_seconds):
+            text, action = await asyncio.shield(turn)
+        return Answer(text, action, name, source, action.finished or text != action.command)
+
+    async def decide(self, request: ChatRequest, which: Which | None, options: Options) -> tuple[Choice, int]:
+        """What would be decided, and the number of the turn; nothing is run but what the router needs.
+
+        Raises:
+            UserError: nothing can be.
+        """
+        told = read_conversation(request.messages, options.task)
+        decider = await self.decider(which)
+        name = options.session_id or _derived(request.model, told)
+        held = self.table.find(name)
+        session = held.session if held is not None else None
+        if session is None or not goes_on(session, told):
+            session = self._opened(name, told, decider, options)
+        aside = Session(
+            session.session_id, session.trajectory, decider, budget_of(options), spend=session.spend, cost=session.cost
+        )
+        choice = await self.backend.decide(Ask(aside, told.observation, options.admissible_commands))
+        return choice, len(told.past) + 1
+
+    async def end(self, name: str, outcome: Outcome) -> dict[str, Any]:
+        """The session has ended, and its episode is on the disk.
+
+        Raises:
+            NotFound: there is no such session.
+            UserError: its episode cannot be learned from; it has ended all the same.
+            OSError: it cannot be written; the outcome can be posted again.
+        """
+        if name in self._ended:
+            return self._ended[name]
+        held = self.table.find(name)
+        if held is None or held.session is None:
+            raise NotFound("there is no such session: it has ended long ago, or was never begun here")
+        async with held.lock:
+            if name in self._ended:
+                return self._ended[name]
+            session = held.session
+            said = {"session_id": name, "steps": session.turn, "cost": round(session.cost, 6)}
+            said["spend"] = round(session.spend / max(session.turn, 1), 6)
+            _rename(session, outcome)
+            try:
+                episode = episode_of(session, outcome.success, outcome.reward, outcome.observation)
+                path = await asyncio.to_thread(self.journal.write, episode)
+                said |= {"logged": True, "episode_id": episode.episode_id, "file": path.name}
+            except ValidationError as error:
+                said |= {"logged": False, "why": "; ".join(problems_of(error))}
+            except UserError as error:
+                said |= {"logged": False, "why": str(error)}
+            except OSError:
+                self.metrics.count("dmr_log_errors_total")
+                raise
+            self.table.drop(name)
+        self._ended[name] = said
+        while len(self._ended) > _ENDED:
+            self._ended.popitem(last=False)
+        self.metrics.count("dmr_episodes_total", outcome="success" if outcome.success else "failure")
+        await self.backend.close(session)
+        return said
+
+    async def stop(self) -> None:
+        """What runs is finished; sessions that go on have no outcome."""
+        if self._running:
+            await asyncio.wait(self._running, timeout=self.settings.request_seconds)
+        for held in self.table:
+            if held.session is not None:
+                self._set_aside(held.session)
+        await asyncio.to_thread(self.backend.stop)
+
+    def gauges(self) -> dict[str, tuple[str, float]]:
+        return {"dmr_sessions": ("Sessions that are kept.", len(self.table))}
+
+    async def _turn(
+        self, request: ChatRequest, told: Conversation, decider: Decider, options: Options, name: str
+    ) -> tuple[str, Action]:
+        held, most = self.table.hold(name), request.max_completion_tokens or request.max_tokens
+        async with held.lock:
+            session = held.session
+            asked = request.model, request.temperature, most, tuple(request.stops)
+            if session is not None and session.actions and session.asked == asked and is_repeated(session, told):
+                return session.answers[-1], session.actions[-1]
+            session = await self._going_on(held, name, told, decider, options)
+            ask = Ask(session, told.observation, options.admissible_commands, request.temperature, most)
+            action = await self.backend.act(ask)
+            session.asked = asked
+            session.answers[-1] = _cut(action.command, request.stops)
+            self._count(action)
+            return session.answers[-1], action
+
+    async def _going_on(self, held: Held, name: str, told: Conversation, decider: Decider, options: Options) -> Session:
+        """The session, at the turn of this conversation: another one where the conversation is not its own."""
+        session = held.session
+        if session is not None and not goes_on(session, told):
+            held.session = None
+            self._ended_without_outcome(session)
+            session = None
+        if session is None:
+            session = held.session = self._opened(name, told, decider, options)
+            self._ended.pop(name, None)
+        session.decider, session.budget = decider, budget_of(options)
+        return session
+
+    def _opened(self, name: str, told: Conversation, decider: Decider, options: Options) -> Session:
+        goal = Goal(options.task_id or name, options.task_type or "unknown", told.task)
+        return self.backend.open(name, RolloutRequest(goal), decider, budget_of(options), told.past)
+
+    def _ended_without_outcome(self, session: Session) -> None:
+        self.metrics.count("dmr_episodes_total", outcome="unknown")
+        self.backend.forget(session)
+        self._set_aside(session)
+
+    def _set_aside(self, session: Session) -> None:
+        if session.actions and not session.has_foreign_steps:
+            with contextlib.suppress(ValidationError):
+                try:
+                    self.journal.set_aside(episode_of(session, False))
+                except OSError as error:
+                    self.metrics.count("dmr_log_errors_total")
+                    log.warning("an episode without an outcome is lost: %s", error.strerror)
+
+    def _count(self, action: Action) -> None:
+        metrics = self.metrics
+        metrics.count("dmr_tokens_total", action.prompt_tokens, kind="prompt")
+        metrics.count("dmr_tokens_total", action.cached_tokens, kind="cached")
+        metrics.count("dmr_tokens_total", action.completion_tokens, kind="completion")
+        metrics.count("dmr_switches_total", int(action.switched))
+        metrics.count("dmr_cost_total", action.cost)
+        metrics.count("dmr_cost_saved_total", max(0.0, action.cost_at_dearest - action.cost))
+        if action.probability is not None:
+            metrics.observe("dmr_probability", action.probability)
+
+
+def _derived(model: str, told: Conversation) -> str:
+    """A session's name where the client gives none. Two episodes that begin alike at the same time have the same."""
+    return hashlib.sha256(f"{model} {told.fingerprint}".encode()).hexdigest()[:32]
+
+
+def _rename(session: Session, outcome: Outcome) -> None:
+    """The task as the outcome names it, where it does."""
+    task, run = session.task, session.trajectory.run
+    goal = Goal(outcome.task_id or task.task_id, outcome.task_type or task.task_type, task.instruction)
+    session.trajectory.run = RolloutRequest(goal, run.member)
+
+
+def _cut(text: str, stops: list[str]) -> str:
+    """Up to the first of these texts that is in it."""
+    return min((text.partition(stop)[0] for stop in stops if stop), key=len, default=text)

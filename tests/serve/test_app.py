@@ -1,0 +1,311 @@
+"""The server's interface, by the official client and by hand."""
+
+import json
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import openai
+import pytest
+from pydantic import SecretStr
+from starlette.testclient import TestClient
+
+from dmr_pipeline.environments.benchmark import benchmark_of
+from dmr_pipeline.errors import UserError
+from dmr_pipeline.ingestion.schema import LoggedEpisode
+from dmr_pipeline.recipe import load_recipe
+from dmr_pipeline.rollout.engine import RolloutRequest, SinglePrecision, Trajectory
+from dmr_pipeline.rollout.playing import Rollouts
+from dmr_pipeline.router.policies import routing_policy
+from dmr_pipeline.serve import release as releases
+from dmr_pipeline.serve.app import make_app, refuse_open_door
+from dmr_pipeline.serve.run import running
+from dmr_pipeline.serve.service import Service
+from dmr_pipeline.serve.settings import ServeSettings
+from tests.helpers.serving import SERVED, release
+
+GAMES = 4
+
+
+@pytest.fixture
+def games(served_project: Path):
+    return benchmark_of(load_recipe(SERVED).benchmark).read_tasks(
+        served_project / "data" / SERVED / "benchmark_tasks", "router_train"
+    )
+
+
+@contextmanager
+def client_of(**settings: object) -> Iterator[TestClient]:
+    service = Service(ServeSettings(recipe=SERVED, **settings))
+    with TestClient(make_app(service), base_url="http://127.0.0.1") as client:
+        client.service = service
+        yield client
+
+
+def chat(client: TestClient, *texts: str, model: str = f"dmr/{SERVED}", headers=None, **fields: object):
+    """A conversation of the user's and the assistant's texts by turns."""
+    messages = [{"role": "assistant" if i % 2 else "user", "content": text} for i, text in enumerate(texts)]
+    return client.post("/v1/chat/completions", json={"model": model, "messages": messages, **fields}, headers=headers)
+
+
+def by_the_pipeline(games, policy=None) -> list[Trajectory]:
+    project = Path.cwd() / "data" / SERVED
+    rollouts = Rollouts.load(project / "quantized_checkpoints", load_recipe(SERVED))
+    router = releases.load(project / "released_router" / "router", rollouts)
+    return rollouts.play([RolloutRequest(game) for game in games], policy or routing_policy(router, GAMES), 0)
+
+
+def play_by_client(client: openai.OpenAI, game, model: str, stream: bool) -> list[tuple[str, str]]:
+    """Command and precision of each step, by the official client; the outcome is posted."""
+    world = game.episode()
+    messages, done, over, reward = [{"role": "user", "content": world.first_observation()}], [], False, 0.0
+    name = f"{game.task_id}-{stream}"
+    while not over and len(done) < 5:
+        asked = {"model": model, "messages": messages, "extra_headers": {"x-session-id": name},
+                 "metadata": {"task_id": game.task_id, "task_type": game.task_type}}  # fmt: skip
+        if stream:
+            chunks = list(client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
+            text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+            served, usage = chunks[0].model, chunks[-1].usage
+        else:
+            answer = client.chat.completions.create(**asked)
+            text, served, usage = answer.choices[0].message.content, answer.model, answer.usage
+        assert usage.prompt_tokens > usage.prompt_tokens_details.cached_tokens >= 0
+        observation, reward, over = world.step(text)
+        done.append((text, served.partition(":")[2]))
+        messages += [{"role": "assistant", "content": text}, {"role": "user", "content": observation}]
+    said = client.post(
+        f"/sessions/{name}/outcome", body={"success": reward >= 1, "observation": observation}, cast_to=object
+    )
+    assert said["logged"], said
+    return done
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_official_client_plays_what_the_pipeline_plays(served_project: Path, games, stream: bool) -> None:
+    """All games at once, greedily; and the log holds what was done."""
+    played = by_the_pipeline(games)
+    with running(Service(ServeSettings(recipe=SERVED, port=0, slots=2))) as address:
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+        with ThreadPoolExecutor(GAMES) as threads:
+            found = list(threads.map(lambda game: play_by_client(client, game, f"dmr/{SERVED}", stream), games))
+    assert found == [[(step.command, step.precision) for step in trajectory.steps] for trajectory in played]
+    assert {precision for steps in found for _, precision in steps} == {"float", "int2"}
+    files = sorted((served_project / "data" / "incoming" / SERVED).iterdir())
+    assert len(files) == GAMES
+    logged = {e.task_id: e for e in (LoggedEpisode.model_validate_json(file.read_text()) for file in files)}
+    for game, trajectory in zip(games, played, strict=True):
+        episode = logged[game.task_id]
+        assert (episode.observation, episode.task) == (trajectory.opening, game.instruction)
+        assert (episode.success, episode.task_type) == (trajectory.success, game.task_type)
+        for step, other in zip(episode.steps, trajectory.steps, strict=True):
+            assert (step.command, step.observation, step.precision) == (
+                other.command, other.observation, other.precision)  # fmt: skip
+            assert step.probability == pytest.approx(other.exceedance[0], abs=1e-4)
+            assert (step.propensity, step.reason, step.release) == (1.0, "router", 1)
+
+
+def test_one_precision_a_release_and_what_there_is_none_of(served_project: Path, games) -> None:
+    world = games[0].episode()
+    with client_of() as client:
+        names = [model["id"] for model in client.get("/v1/models").json()["data"]]
+        assert names == [f"dmr/{SERVED}", f"dmr/{SERVED}@1", f"dmr/{SERVED}:float", f"dmr/{SERVED}:int2"]
+        played = by_the_pipeline(games[:1], SinglePrecision("int2", ("float", "int2")))[0]
+        low = chat(client, world.first_observation(), model=names[3])
+        assert low.json()["choices"][0]["message"]["content"] == played.steps[0].command
+        assert low.headers["x-dmr-reason"] == "fixed"
+        assert "x-dmr-probability" not in low.headers
+        assert "x-dmr-release" not in low.headers
+        assert chat(client, world.first_observation(), model=names[1]).headers["x-dmr-release"] == "1"
+        for name in (f"dmr/{SERVED}@2", f"dmr/{SERVED}:int3", "dmr/other", f"dmr/{SERVED}@x", "gpt"):
+            missing = chat(client, world.first_observation(), model=name)
+            assert missing.status_code == 404, name
+            assert missing.json()["error"]["code"] == "not_found"
+
+
+def test_a_released_router_is_taken_up_between_two_turns_and_a_rollback_too(served_project: Path, games) -> None:
+    world = games[0].episode()
+    texts = [world.first_observation()]
+    found = []
+    with client_of() as client:
+        for turn in range(4):
+            if turn in (1, 3):
+                release(served_project, {1: 0.0, 3: 1.0}[turn])
+            answer = chat(client, *texts)
+            text = answer.json()["choices"][0]["message"]["content"]
+            found.append((answer.headers["x-dmr-release"], answer.headers["x-dmr-precision"]))
+            texts += [text, world.step(text)[0]]
+        session = answer.headers["x-session-id"]
+        assert answer.headers["x-dmr-session-source"] == "derived"
+        assert "dmr_releases_taken_up_total 2" in client.get("/metrics").text
+        done = client.post(f"/v1/sessions/{session}/outcome",
+                           json={"success": False, "task_id": "a/b", "task_type": games[0].task_type})  # fmt: skip
+    assert [number for number, _ in found] == ["1", "2", "2", "3"]
+    assert [precision for _, precision in found[1:]] == ["float", "float", "int2"]
+    (file,) = (served_project / "data" / "incoming" / SERVED).iterdir()
+    assert done.json()["file"] == file.name
+    assert [step.release for step in LoggedEpisode.model_validate_json(file.read_text()).steps] == [1, 2, 2, 3]
+
+
+def test_what_would_be_decided_runs_nothing_and_is_what_is_decided(served_project: Path, games) -> None:
+    world = games[1].episode()
+    texts = [world.first_observation()]
+    with client_of() as client:
+        for turn in range(3):
+            messages = [{"role": "assistant" if i % 2 else "user", "content": text} for i, text in enumerate(texts)]
+            asked = {"model": f"dmr/{SERVED}", "messages": messages}
+            decided = [client.post("/v1/decision", json=asked).json() for _ in range(2)]
+            assert decided[0] == pytest.approx(decided[1])
+            answer = chat(client, *texts)
+            assert decided[0]["precision"] == answer.headers["x-dmr-precision"]
+            assert decided[0]["probability"] == pytest.approx(float(answer.headers["x-dmr-probability"]), abs=1e-4)
+            assert (decided[0]["turn"], answer.headers["x-dmr-turn"]) == (turn + 1, str(turn + 1))
+            text = answer.json()["choices"][0]["message"]["content"]
+            texts += [text, world.step(text)[0]]
+
+
+def test_a_request_that_comes_again_gets_the_same_answer_and_a_rewritten_history_another_session(
+    served_project: Path, games
+) -> None:
+    world = games[2].episode()
+    first = world.first_observation()
+    with client_of() as client:
+        answer = chat(client, first, temperature=1.0)
+        text = answer.json()["choices"][0]["message"]["content"]
+        again = chat(client, first, temperature=1.0)
+        assert again.json()["choices"] == answer.json()["choices"]
+        assert client.service.metrics.total("dmr_tokens_total", kind="completion") == 6
+        going_on = chat(client, first, text, "Nothing happens.")
+        assert (going_on.headers["x-dmr-turn"], going_on.status_code) == ("2", 200)
+        rewritten = chat(client, first, "look", "Nothing happens.")
+        assert rewritten.headers["x-dmr-turn"] == "2"
+        assert rewritten.headers["x-session-id"] == going_on.headers["x-session-id"]
+        assert client.service.metrics.total("dmr_episodes_total", outcome="unknown") == 1
+        done = client.post(f"/v1/sessions/{rewritten.headers['x-session-id']}/outcome", json={"success": True}).json()
+        assert done["logged"] is False
+        assert "played elsewhere" in done["why"]
+    folder = served_project / "data" / "incoming" / SERVED
+    (aside,) = folder.iterdir()
+    assert aside.name.startswith(".served-")
+    assert len(LoggedEpisode.model_validate_json(aside.read_text()).steps) == 2
+
+
+def test_an_outcome_can_be_posted_twice_and_refusals_are_told(served_project: Path, games) -> None:
+    game = games[0]
+    held_out = json.loads(json.dumps({"task_id": "x/valid_seen/y", "task_type": game.task_type}))
+    with client_of() as client:
+        answer = chat(client, game.episode().first_observation(), metadata={"session_id": "a/b c"})
+        assert answer.headers["x-dmr-session-source"] == "given"
+        assert client.post("/v1/sessions/other/outcome", json={"success": True}).status_code == 404
+        assert client.post("/v1/sessions/a/b c/outcome", json={"success": True, "reward": 7}).status_code == 400
+        refused = client.post("/v1/sessions/a/b c/outcome", json={"success": True, **held_out}).json()
+        assert (refused["logged"], "held out" in refused["why"]) == (False, True)
+        assert client.post("/v1/sessions/a/b c/outcome", json={"success": True}).json() == refused
+        chat(client, game.episode().first_observation(), metadata={"session_id": "a"})
+        unknown = client.post("/v1/sessions/a/outcome", json={"success": True}).json()
+        assert "task_type: 'unknown'" in unknown["why"]
+    assert not (served_project / "data" / "incoming").exists()
+
+
+def test_length_stop_budget_and_what_an_agent_here_cannot_do(served_project: Path, games) -> None:
+    first = games[0].episode().first_observation()
+    with client_of() as client:
+        whole = chat(client, first, metadata={"session_id": "whole"}).json()["choices"][0]
+        assert whole["finish_reason"] == "length"  # it babbles to the end
+        short = chat(client, first, max_tokens=2, metadata={"session_id": "short"}).json()
+        assert short["usage"]["completion_tokens"] == 2
+        text = whole["message"]["content"]
+        stopped = chat(client, first, stop=[text[3:], "zzz"], metadata={"session_id": "stop"}).json()["choices"][0]
+        assert (stopped["message"]["content"], stopped["finish_reason"]) == (text[:3], "stop")
+        release(served_project, 0.0)
+        bound = chat(client, first, headers={"x-dmr-high-ratio": "0.2", "x-session-id": "bound"})
+        assert (bound.headers["x-dmr-precision"], bound.headers["x-dmr-reason"]) == ("int2", "budget")
+        for fields, said in (
+            ({"tools": [{"type": "function"}]}, "tools"),
+            ({"n": 2}, "n: an episode"),
+            ({"temperature": -1}, "temperature"),
+            ({"metadata": {"high_ratio": "2"}}, "high_ratio"),
+            ({"messages": []}, "messages"),
+            ({"messages": [{"role": "user", "content": "a room"}]}, "no task"),
+            ({"messages": [{"role": "assistant", "content": "look"}]}, "assistant"),
+            ({"messages": [{"role": "poet", "content": "look"}]}, "no role"),
+            ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "pictures"),
+        ):
+            refused = client.post(
+                "/v1/chat/completions",
+                json={"model": f"dmr/{SERVED}", "messages": [{"role": "user", "content": first}], **fields},
+            )
+            assert refused.status_code == 400, fields
+            assert said in refused.json()["error"]["message"]
+        assert client.post("/v1/chat/completions", content=b"{").status_code == 400
+        assert client.get("/nothing").status_code == 404
+
+
+def test_who_may_ask_and_how_much(served_project: Path) -> None:
+    with client_of(api_key=SecretStr("s3cret"), host="0.0.0.0") as client:
+        assert client.get("/health").json() == {"status": "ok"}
+        for path in ("/v1/models", "/metrics"):
+            assert client.get(path).status_code == 401
+            assert client.get(path, headers={"authorization": "Bearer other"}).status_code == 401
+            assert client.get(path, headers={"authorization": "Bearer s3cret"}).status_code == 200
+    with client_of(request_bytes=1000) as client:
+        assert client.get("/v1/models", headers={"host": "evil.example"}).status_code == 400
+        assert "1,000 bytes" in chat(client, "x" * 2000).json()["error"]["message"]
+    with pytest.raises(UserError, match="DMR_API_KEY"):
+        refuse_open_door(ServeSettings(recipe=SERVED, host="0.0.0.0"))
+    refuse_open_door(ServeSettings(recipe=SERVED, host="0.0.0.0", api_key=SecretStr("k")))
+
+
+def test_sessions_are_bounded_and_those_that_go_are_set_aside(served_project: Path, games) -> None:
+    with client_of(sessions=2) as client:
+        for number, game in enumerate(games):
+            assert chat(client, game.episode().first_observation(), metadata={"session_id": str(number)}).is_success
+            assert len(client.service.table) == min(number + 1, 2)
+        assert client.post("/v1/sessions/0/outcome", json={"success": True}).status_code == 404
+        text = client.get("/metrics").text
+        assert 'dmr_episodes_total{outcome="unknown"} 2' in text
+        assert "dmr_sessions 2" in text
+        client.service.table.seconds = -1.0
+        assert "dmr_sessions 0" in client.get("/metrics").text
+    kept = list((served_project / "data" / "incoming" / SERVED).iterdir())
+    assert all(path.name.endswith(".unknown") for path in kept)
+
+
+def test_no_text_of_a_prompt_is_logged_or_measured(served_project: Path, caplog: pytest.LogCaptureFixture) -> None:
+    secret = "xyzzy"
+    with client_of() as client, caplog.at_level("DEBUG"):
+        chat(client, f"A {secret}. Your task is to: find the {secret}.", metadata={"session_id": secret})
+        chat(client, "A room.", f"{secret}", metadata={"task": secret})
+        client.service.backend.agents.batch.capacity = 3
+        chat(client, f"A {secret}. Your task is to: find it.")
+        assert secret not in client.get("/metrics").text
+    assert secret not in caplog.text
+
+
+def test_a_full_disk_is_told_and_the_outcome_can_be_posted_again(
+    served_project: Path, games, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import errno
+    import os
+
+    real, full = os.fsync, threading.Event()
+
+    def fsync(handle: int) -> None:
+        if full.is_set():
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(handle)
+
+    monkeypatch.setattr("dmr_pipeline.serve.journal.os.fsync", fsync)
+    game = games[0]
+    with client_of() as client:
+        named = {"session_id": "a", "task_id": "b/c", "task_type": game.task_type}
+        chat(client, game.episode().first_observation(), metadata=named)
+        full.set()
+        refused = client.post("/v1/sessions/a/outcome", json={"success": True})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (507, "storage")
+        assert list((served_project / "data" / "incoming" / SERVED).iterdir()) == []
+        full.clear()
+        assert client.post("/v1/sessions/a/outcome", json={"success": True}).json()["logged"] is True
+        assert client.service.metrics.total("dmr_log_errors_total") == 1
