@@ -133,8 +133,9 @@ def compute_metrics(
         high: policy that always acts in the dearest of them.
         low: policy that always acts in the cheapest of them.
         headline: router that was chosen on validation. Its tests against random at its ratio, the policy PLANNED_BASELINE and the
-            best single rung that costs no more are planned, and corrected for their number (Holm); the other rows of `paired`
-            are for exploration and not corrected.
+            best single rung that costs no more are planned, and so are those of every router against its rule, if it has one (a
+            baseline that is its variant); they are corrected for their number (Holm). The other rows of `paired` are for
+            exploration and not corrected.
         margin: success that the headline may lose against `high`, at most, to be called not worse.
         confidence: of all intervals, in (0, 1); the keys say `ci95` whatever it is.
         bootstrap: resamples of the games.
@@ -186,7 +187,7 @@ def compute_metrics(
         "aiq": router_curve["aiq"],
         "random_curve": _curve(policies, high, low, "random"),
     }
-    return cast(Metrics, _rounded(metrics))
+    return cast(Metrics, rounded(metrics))
 
 
 def compare_policies(
@@ -195,7 +196,7 @@ def compare_policies(
     """Two policies of `episodes`, as in `Metrics.paired`. Arguments, rounding and errors as in `compute_metrics`."""
     outcomes = _outcomes(_checked(episodes, (policy, against)))
     weights = game_weights(outcomes[policy].success.size, bootstrap, seed)
-    return cast(PairedComparison, _rounded(_paired_comparison(policy, against, outcomes, weights, confidence)))
+    return cast(PairedComparison, rounded(_paired_comparison(policy, against, outcomes, weights, confidence)))
 
 
 def game_weights(games: int, resamples: int, seed: int) -> Floats:
@@ -446,10 +447,11 @@ def _paired(
     weights: Floats,
     confidence: float,
 ) -> list[PairedComparison]:
-    """The planned comparisons of the headline, with Holm's p-values; its others, those of the other routers, and the routers with
+    """The planned comparisons, with Holm's p-values; the headline's others, those of the other routers, and the routers with
     one another."""
     routers = sorted((name for name in names if outcomes[name].kind == "router"), key=lambda name: name != headline)
     planned = [(headline, other) for other in _planned_against(headline, names, outcomes)]
+    planned += [(router, rule) for router in routers[1:] for rule in _rule_of(router, names, outcomes)]
     others = [(router, other) for router in routers for other in _against(router, names, outcomes, high)]
     pairs = list(dict.fromkeys([*planned, *others, *combinations(routers, 2)]))
     rows = [_paired_comparison(policy, against, outcomes, weights, confidence) for policy, against in pairs]
@@ -459,11 +461,17 @@ def _paired(
 
 
 def _planned_against(router: str, names: Sequence[str], outcomes: Mapping[str, _Outcomes]) -> list[str]:
-    """What a router has to beat: random at its ratio, the cascade that nobody trained, and the best single rung that costs no
-    more. Which rung that is, is seen on the same games, to its favour and against the router."""
+    """What a router has to beat: random at its ratio, the cascade, the best rule that costs no more, chosen on
+    validation games, and the best single rung that costs no more. Which rung that is, is seen on the same games, to its favour
+    and against the router."""
     random = [name for name in names if outcomes[name].kind == "random" and outcomes[name].variant_of == router]
     rung = _best_single_within(outcomes[router].cost.mean(), names, outcomes)
-    return [*random, *([PLANNED_BASELINE] if PLANNED_BASELINE in names else []), *([rung] if rung else [])]
+    cascade = [PLANNED_BASELINE] if PLANNED_BASELINE in names else []
+    return [*random, *cascade, *_rule_of(router, names, outcomes), *([rung] if rung else [])]
+
+
+def _rule_of(router: str, names: Sequence[str], outcomes: Mapping[str, _Outcomes]) -> list[str]:
+    return [name for name in names if outcomes[name].kind == "baseline" and outcomes[name].variant_of == router]
 
 
 def _against(router: str, names: Sequence[str], outcomes: Mapping[str, _Outcomes], high: str) -> list[str]:
@@ -555,12 +563,12 @@ def percentiles(values: Floats, confidence: float) -> Interval:
     return [float(lower), float(upper)]
 
 
-def _rounded(value: object) -> object:
+def rounded(value: object) -> object:
     """The same JSON with floats at six decimals: what lies below is float noise, which must not change a hash."""
     if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
+        return {key: rounded(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_rounded(item) for item in value]
+        return [rounded(item) for item in value]
     if isinstance(value, float):
         return round(value, _DIGITS) + 0.0  # no minus zero
     return value

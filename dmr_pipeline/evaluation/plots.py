@@ -81,6 +81,56 @@ def plot_accuracy_cost(metrics: Metrics, path: Path) -> None:
         _label_beside(figure, by_cost, policies, colours)
 
 
+def plot_curves(metrics: Metrics, path: Path) -> None:
+    """Success of each router and rule at all budgets, against high-precision ratio and against cost.
+
+    Routers and the rules that they are compared with have bands, of the points' intervals; other rules are thin lines. The
+    references are those of `plot_accuracy_cost`.
+    """
+    policies, curves = metrics["policies"], metrics["curves"]
+    high, low = policies[metrics["high"]], policies[metrics["low"]]
+    chosen = {best["rule"] for best in metrics.get("best_rules", {}).values()}
+    routers = [name for name, curve in curves.items() if curve["kind"] == "router"]
+    colours = {name: _ROUTER_COLOURS[i % len(_ROUTER_COLOURS)] for i, name in enumerate(routers)}
+    colours |= {name: (GREEN, TEAL)[i % 2] for i, name in enumerate(sorted(chosen))}
+    others = [name for name in curves if name not in colours]
+    points = [point for curve in curves.values() for point in curve["points"]]
+    with _figure(path, 10.5, 5.4) as figure:
+        by_ratio, by_cost = figure.subplots(1, 2, sharey=True)
+        figure.subplots_adjust(left=0.07, right=0.8, bottom=0.12, top=0.92, wspace=0.08)
+        by_ratio.plot([0, 1], [low["success"], high["success"]], "--", color=GREY, linewidth=1.2, zorder=1)
+        dearest = max(point["cost"] for point in points)
+        corners = [(point["cost"], point["success"]) for point in metrics["hull"]]
+        corners += [(max(dearest * 1.05, corners[-1][0]), corners[-1][1])]
+        by_cost.plot(*zip(*corners, strict=True), "-", color=INK, linewidth=2, zorder=1, label="single precisions")
+        for axes, by_spend in ((by_ratio, True), (by_cost, False)):
+            for name in [*others, *colours]:
+                line = sorted(curves[name]["points"], key=lambda p: p["spend"])
+                x = [point["spend" if by_spend else "cost"] for point in line]
+                y = [point["success"] for point in line]
+                if name in colours:
+                    ends = np.array([point["ci95"] for point in line]).T
+                    order = np.argsort(x)
+                    axes.fill_between(
+                        np.array(x)[order], ends[0][order], ends[1][order], color=colours[name], alpha=0.13, lw=0
+                    )
+                    axes.plot(x, y, "o-", color=colours[name], linewidth=2, ms=5, zorder=4, label=name)
+                else:
+                    i = others.index(name)
+                    style, marker = ("-", "--", ":")[i % 3], "svD^x+1*"[i % 8]
+                    axes.plot(x, y, style, marker=marker, color=GREY, linewidth=1, ms=4, zorder=2, label=name)
+        two = len(metrics["route"]) == 2
+        spent = "steps in high precision" if two else "spend: cheapest rung 0%, dearest 100%"
+        by_ratio.set(title="By ratio" if two else "By spend", xlabel=spent, ylabel="success")
+        by_ratio.set_xlim(0, 1.08 * max(point["spend"] for point in points) + 1e-9)
+        by_ratio.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        by_ratio.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        by_cost.set(title="By cost", xlabel="cost of an episode (dearest precision on validation = 1)")
+        by_cost.set_xlim(0, dearest * 1.05)
+        handles, names = by_cost.get_legend_handles_labels()
+        figure.legend(handles[::-1], names[::-1], loc="center left", bbox_to_anchor=(0.805, 0.52))
+
+
 def plot_kl_by_turn(sensitivity: pl.DataFrame, path: Path) -> None:
     """How far the two action distributions are apart at each turn, and the share of its steps labelled sensitive.
 

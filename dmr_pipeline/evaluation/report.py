@@ -14,7 +14,15 @@ from dmr_pipeline.artifacts.folders import artifact_folder, sidecar_path
 from dmr_pipeline.artifacts.run_record import run_record_beside
 from dmr_pipeline.atomic import replaced
 from dmr_pipeline.errors import UserError
-from dmr_pipeline.evaluation.results import SINGLE, Interval, Metrics, PairedComparison, PolicyMetrics
+from dmr_pipeline.evaluation.results import (
+    SINGLE,
+    BestRule,
+    Interval,
+    Metrics,
+    PairedComparison,
+    PolicyCurve,
+    PolicyMetrics,
+)
 from dmr_pipeline.rollout.failures import FAILURES
 
 _KIND_STYLES = {
@@ -50,6 +58,13 @@ _PICTURES: Mapping[str, Picture] = {
         "hollow where another one or a mixture beats them, plus signs those that only check what a cheaper one drafts. By cost, "
         "the line is what single precisions and mixtures of their whole episodes reach without any router; a router is worth its "
         "name above it. By ratio, the dashed line is such a mixture of high and low.",
+    ),
+    "curves": Picture(
+        "Curves",
+        "Two plots of success, by high-precision ratio and by cost, a line with a band for each router and a line for each rule",
+        "Each line is a router, or a rule that nobody trained, at all budgets. Thick lines: routers, and the rules that they are "
+        "compared with, with bands of the points' intervals. By cost, the black line is what single precisions and mixtures of "
+        "their whole episodes reach; by ratio, the dashed line is such a mixture of high and low.",
     ),
     "kl_by_turn": Picture(
         "KL by turn",
@@ -133,6 +148,55 @@ def markdown_table(metrics: Metrics) -> str:
         rows.append((shown, _success(policy), *scores, *precision_cells(policy, metrics), _cost(policy), *others))
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     return f"{table}\n\n{_note(metrics)}\n"
+
+
+def curves_table(metrics: Metrics) -> str:
+    """Routers and rules at all budgets as a GitHub table, a curve a row; nothing where there are no curves."""
+    curves = metrics.get("curves", {})
+    if not curves:
+        return ""
+    budgets = [f"{point['budget']:g}" for point in next(iter(curves.values()))["points"]]
+    columns = ("curve", *(f"at {budget}" for budget in budgets), "APGR", "CPT(50%)", "CPT(80%)", "AIQ", "mean gain")
+    rows = [columns, ("---",) + ("---:",) * (len(columns) - 1)]
+    for name, curve in curves.items():
+        points = (f"{point['success']:.1%} ({point['cost']:.2f})" for point in curve["points"])
+        rows.append((f"**{name}**" if curve["kind"] == "router" else name, *points, *curve_cells(curve)))
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return f"{table}\n\n{CURVES_NOTE}{_rules_note(metrics)}\n"
+
+
+CURVES_NOTE = (
+    "Curves: success on the test games (and cost) where a router or a rule that nobody trained was set, on validation games, to"
+    " a high-precision ratio of at most that. Mean gain: points of success over single precisions and mixtures of their episodes"
+    " at equal cost, mean over the budgets."
+)
+
+
+def curve_cells(curve: PolicyCurve) -> tuple[str, str, str, str, str]:
+    """APGR, both CPTs, AIQ and the mean gain, the first and the last with intervals."""
+
+    def number(value: float | None) -> str:
+        return _NONE if value is None else f"{value:.3f}"
+
+    def share(value: float | None) -> str:
+        return _NONE if value is None else f"{value:.1%}"
+
+    interval = curve["apgr_ci95"]
+    area = number(curve["apgr"]) + ("" if interval is None else f" [{interval[0]:.2f}, {interval[1]:.2f}]")
+    low, high = curve["mean_gain_ci95"]
+    gain = f"{curve['mean_gain'] * 100:+.1f} [{low * 100:+.1f}, {high * 100:+.1f}]"
+    return area, share(curve["cpt50"]), share(curve["cpt80"]), number(curve["aiq"]), gain
+
+
+def _rules_note(metrics: Metrics) -> str:
+    """Which rules routers are compared with."""
+    chosen = [
+        f" rule@{router}: {best['rule']} at {best['budget']:g}."
+        for router, best in metrics.get("best_rules", {}).items()
+    ]
+    return (
+        f" On validation games the rule that wins most at the router's cost or less:{''.join(chosen)}" if chosen else ""
+    )
 
 
 def console_table(metrics: Metrics) -> Table:
@@ -220,6 +284,9 @@ def render_html(folder: Path, sidecar: Path | None, html: Path) -> None:
             against_high=policies[metrics["headline"]]["cost"] / policies[metrics["high"]]["cost"],
             failures=FAILURES,
             planned=len(planned(metrics)),
+            curves=metrics.get("curves", {}),
+            curve_cells={name: curve_cells(curve) for name, curve in metrics.get("curves", {}).items()},
+            curves_note=CURVES_NOTE + _rules_note(metrics),
             no_worse=_no_worse(metrics),
             task_types=sorted({name for policy in policies.values() for name in policy["by_task_type"]}),
             pictures=_pictures(folder / "plots"),
@@ -279,8 +346,17 @@ def _planned_tests(metrics: Metrics) -> list[str]:
         named = f"random routing ({_shares(against, metrics)})" if against["kind"] == "random" else pair["against"]
         if against["kind"] in SINGLE:
             named = f"{named}, the best single precision that costs no more,"
-        sentences.append(f"Against {named} {_verdict(pair, metrics)}.")
+        if best := _rule_against(pair, metrics):
+            named = f"{best['rule']}, the best rule that costs no more on validation games,"
+        whose = "Against" if pair["policy"] == metrics["headline"] else f"Of {pair['policy']} against"
+        sentences.append(f"{whose} {named} {_verdict(pair, metrics)}.")
     return sentences
+
+
+def _rule_against(pair: PairedComparison, metrics: Metrics) -> BestRule | None:
+    """Where a router is compared with the rule that was chosen for it."""
+    best = metrics.get("best_rules", {}).get(pair["policy"])
+    return best if pair["against"] == f"rule@{pair['policy']}" else None
 
 
 def _verdict(pair: PairedComparison, metrics: Metrics) -> str:
@@ -384,6 +460,7 @@ def _note(metrics: Metrics) -> str:
 def _planned_short(metrics: Metrics) -> str:
     """The planned tests in a line."""
     tests = [
+        f"{'' if pair['policy'] == metrics['headline'] else pair['policy'] + ' against '}"
         f"{pair['against']} {pair['difference'] * 100:+.1f} ({_p_value(corrected(pair))}; "
         f"could have seen {pair['smallest_difference'] * 100:.1f})"
         for pair in planned(metrics)

@@ -139,6 +139,57 @@ class Curve(TypedDict):
     """Mean success over cost on the non-decreasing convex hull (RouterBench)."""
 
 
+class CurvePoint(TypedDict):
+    """A policy at the bar that a budget has led to; on validation games, and on the test games."""
+
+    budget: float
+    """Spend that was asked for, at most."""
+    threshold: float
+    """See `router.budgets.Bar`."""
+    ties: float
+    validation_spend: float
+    validation_success: float
+    validation_cost: float
+    success: float
+    ci95: Interval
+    spend: float
+    """As in `PolicyMetrics`, like the others."""
+    spend_ci95: Interval
+    cost: float
+    cost_ci95: Interval
+    gain_at_equal_cost: float
+    gain_ci95: Interval
+
+
+class PolicyCurve(TypedDict):
+    """A router or a rule at all budgets. Null where high is not above low, or where all cost the same."""
+
+    kind: Literal["router", "rule"]
+    points: list[CurvePoint]
+    """In the order of the budgets."""
+    apgr: float | None
+    """This and the next ones as in `Curve`, of these points."""
+    apgr_ci95: Interval | None
+    cpt50: float | None
+    cpt80: float | None
+    aiq: float | None
+    """All curves over the same span of costs."""
+    aiq_ci95: Interval | None
+    mean_gain: float
+    """Mean of the points' gains at equal cost."""
+    mean_gain_ci95: Interval
+
+
+class BestRule(TypedDict):
+    """The rule that a router is compared with: of all that cost no more on validation games, the one that wins most there."""
+
+    rule: str
+    budget: float
+    validation_success: float
+    validation_cost: float
+    router_validation_cost: float
+
+
 class Metrics(TypedDict):
     """`metrics.json`."""
 
@@ -165,6 +216,10 @@ class Metrics(TypedDict):
     aiq: float | None
     random_curve: Curve
     """The same four for the random policies, the reference for the routers' own."""
+    curves: NotRequired[dict[str, PolicyCurve]]
+    """Router or rule -> its curve, where the recipe names budgets."""
+    best_rules: NotRequired[dict[str, BestRule]]
+    """Router -> the rule that is the policy `rule@` and its name; likewise."""
 
 
 POLICIES = frozenset(

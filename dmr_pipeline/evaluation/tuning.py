@@ -60,7 +60,7 @@ class Range:
     kept: KeptTables
     """Under all that episodes depend on but for the policy: the games, how many of them, and who acts."""
     known: Known
-    mode: Bar
+    mode: Bar = NOBODY
     """Of which `sample` and `strict` are taken."""
 
     def play(self, tunable: Tunable, bar: Bar) -> pl.DataFrame:

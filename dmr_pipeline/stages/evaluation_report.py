@@ -11,12 +11,15 @@ from rich.progress import Progress
 
 from dmr_pipeline.artifacts.stage import StageContext, StageResult
 from dmr_pipeline.environments.benchmark import benchmark_of
+from dmr_pipeline.evaluation.curve_metrics import curves_of
+from dmr_pipeline.evaluation.curves import as_baselines, best_rules, play_curves, tunables
 from dmr_pipeline.evaluation.kept import KeptTables
 from dmr_pipeline.evaluation.metrics import compute_metrics
 from dmr_pipeline.evaluation.play import Arena, acting_facts, content, evaluate, rung_alone
 from dmr_pipeline.evaluation.plots import (
     plot_accuracy_cost,
     plot_calibration,
+    plot_curves,
     plot_kl_by_turn,
     plot_training_curves,
 )
@@ -30,7 +33,9 @@ from dmr_pipeline.evaluation.policies import (
     speculative_differences,
     speculative_entries,
 )
-from dmr_pipeline.evaluation.report import headline, markdown_table
+from dmr_pipeline.evaluation.report import curves_table, headline, markdown_table
+from dmr_pipeline.evaluation.results import BestRule
+from dmr_pipeline.evaluation.tuning import Range
 from dmr_pipeline.precision.frontier import clearly_beaten
 from dmr_pipeline.precision.ladder import LadderFacts, read_ladder
 from dmr_pipeline.rollout.engine import RoutingPolicy, SinglePrecision
@@ -74,6 +79,15 @@ def evaluation_report(context: StageContext) -> StageResult:
         games = validation[: recipe.evaluation.confidence_games]
         cascade = confidence_cascade(arena, games, recipe.evaluation, progress, on_validation, known)
         frames += play_test(arena, routers, files, cascade, test, recipe.evaluation, progress, on_test, known_on_test)
+        curves, rules = None, dict[str, BestRule]()
+        if recipe.evaluation.budgets:
+            tuned_on = validation[: recipe.evaluation.budget_games]
+            slots = arena.rollouts.slots(max(len(tuned_on), len(test)))
+            compared = tunables(arena, routers, files, recipe.evaluation, slots)
+            on = Range(arena, tuned_on, progress, on_validation.under(tuned_on=len(tuned_on)), known)
+            curves = play_curves(compared, recipe.evaluation.budgets, on, test, on_test, known_on_test)
+            rules = best_rules(curves, validated, tuned_on)
+            frames += as_baselines(curves, rules)
     tables.drop_unused()
     episodes, section = pl.concat(frames), recipe.evaluation
     differences = speculative_differences(episodes) if recipe.agent.temperature == 0 else []
@@ -91,18 +105,34 @@ def evaluation_report(context: StageContext) -> StageResult:
         bootstrap=section.bootstrap,
         seed=section.seed,
     )
+    if curves is not None:
+        metrics["curves"] = curves_of(
+            curves.episodes,
+            curves.settings,
+            episodes,
+            high="always_high",
+            low="always_low",
+            confidence=section.confidence,
+            bootstrap=section.bootstrap,
+            seed=section.seed,
+        )
+        metrics["best_rules"] = rules
+        curves.episodes.write_parquet(context.output / "curves.parquet")
     episodes.write_parquet(context.output / "episodes.parquet")
     _write_json(context.output / "metrics.json", metrics)
     _write_json(
         context.output / "context.json",
         report_context(context, choice, [*beaten_notes(ladder), *outgrown_notes(episodes), *differences]),
     )
-    (context.output / "table.md").write_text(markdown_table(metrics) + "\n", encoding="utf-8")
+    tables_shown = "\n".join(filter(None, (markdown_table(metrics), curves_table(metrics))))
+    (context.output / "table.md").write_text(tables_shown + "\n", encoding="utf-8")
 
     plots = context.output / "plots"
     plots.mkdir()
     kl, grpo = context.inputs["kl_router"], context.inputs["grpo_router"]
     plot_accuracy_cost(metrics, plots / "accuracy_cost.png")
+    if "curves" in metrics:
+        plot_curves(metrics, plots / "curves.png")
     plot_kl_by_turn(read_sensitivity(context.inputs["sensitivity_dataset"]), plots / "kl_by_turn.png")
     plot_training_curves(
         pl.read_parquet(kl / "training.parquet"),

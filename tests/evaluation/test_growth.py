@@ -24,6 +24,7 @@ from dmr_pipeline.rollout.engine import SinglePrecision, Timings, Trajectory
 from dmr_pipeline.rollout.known import Known
 from dmr_pipeline.rollout.playing import PolicyRuns, Rollouts
 from dmr_pipeline.router.baselines import Confidence, Disagreement, RandomMixing
+from dmr_pipeline.router.budgets import AtBar
 from dmr_pipeline.router.kl import ROUTER_FOLDER
 from dmr_pipeline.router.labels import STEPS
 from dmr_pipeline.router.model import save_router
@@ -137,6 +138,8 @@ def label(rollouts: Rollouts, play: PolicyRuns) -> str:
             return "confidence"
         case Disagreement():
             return "disagreement"
+        case AtBar():
+            return "curve"
     raise AssertionError
 
 
@@ -160,7 +163,13 @@ def counted() -> Iterator[list[Bench]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Rollouts, "play_each", counting)
         patch.setattr(evaluate, "seconds_per_step", lambda *_: {"mean": 0.0})
-        for name in ("plot_accuracy_cost", "plot_kl_by_turn", "plot_training_curves", "plot_calibration"):
+        for name in (
+            "plot_accuracy_cost",
+            "plot_kl_by_turn",
+            "plot_training_curves",
+            "plot_calibration",
+            "plot_curves",
+        ):
             patch.setattr(evaluate, name, lambda *_: None)
         yield benches
 
@@ -378,6 +387,52 @@ def test_other_drafts_are_drafted_anew_and_end_alike(bench: Bench) -> None:
     short = pl.read_parquet(bench.output / "episodes.parquet").filter(kind="speculative")
     assert short["steps"].to_list() == whole["steps"].to_list()
     assert short["passes"].sum() > whole["passes"].sum()
+
+
+CURVED = {"budgets": (0.3, 0.6), "rules": ("first", "margin")}
+
+
+def test_curves_are_played_besides_and_kept_by_policy_and_budget(bench: Bench, finished: Bench) -> None:
+    before = {name: md5 for name, md5 in finished.files().items() if name == "episodes.parquet"}
+    bench.recipe = make_recipe(**CURVED)
+    levels_and_points = bench.run()
+    assert set(levels_and_points) == {"curve 2", "curve 3"}
+    assert levels_and_points.count("curve 3") == 4 * len(CURVED["budgets"])
+    assert bench.run() == []
+    curves = pl.read_parquet(bench.output / "curves.parquet")
+    assert curves.group_by("policy", "budget").len()["len"].to_list() == [GAMES] * 8
+    metrics = json.loads((bench.output / "metrics.json").read_text())
+    assert list(metrics["curves"]) == ["kl_router", "grpo_router", "first", "margin"]
+    for curve in metrics["curves"].values():
+        for point in curve["points"]:
+            assert point["validation_spend"] <= point["budget"]
+    named = {f"rule@{router}" for router in metrics["best_rules"]}
+    assert named == {name for name in metrics["policies"] if name.startswith("rule@")}
+    assert "Curves: success" in (bench.output / "table.md").read_text()
+    # Another budget and another rule leave what there is.
+    bench.recipe = make_recipe(budgets=(0.3, 0.6), rules=("first", "margin", "last"))
+    more = bench.run()
+    assert more.count("curve 3") == 2
+    assert len(more) < len(levels_and_points)
+    bench.recipe = make_recipe()
+    bench.run()
+    assert before.items() <= bench.files().items()
+
+
+@pytest.mark.parametrize("after", [2, 9])
+def test_curves_that_were_interrupted_go_on(bench: Bench, after: int) -> None:
+    bench.recipe = make_recipe(**CURVED)
+    everything = bench.run()
+    whole = bench.files()
+    shutil.rmtree(bench.folder / "kept")
+    bench.recipe = make_recipe()
+    bench.run()
+    bench.recipe, bench.fails_after = make_recipe(**CURVED), after
+    with pytest.raises(RuntimeError, match="interrupted"):
+        bench.run()
+    bench.fails_after = None
+    assert len(bench.run()) <= len(everything) - after + 1
+    assert bench.files() == whole
 
 
 def test_nothing_is_drafted_where_commands_are_scored(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,17 +11,20 @@ from hypothesis import strategies as st
 
 from dmr_pipeline.evaluation import plots
 from dmr_pipeline.evaluation.metrics import compute_metrics
-from tests.helpers.evaluations import ROUTE, THREE, with_checked
+from tests.helpers.evaluations import ROUTE, THREE, with_checked, with_curves
 
 
 def draw_all(folder: Path, episodes: pl.DataFrame, shift: float = 0.0) -> dict[str, bytes]:
-    """All four pictures of fixed data; `shift` changes every picture's data a little."""
+    """All five pictures of fixed data; `shift` changes every picture's data a little."""
     generator = np.random.default_rng(0)
     metrics = compute_metrics(
         episodes, recipe="tiny", route=ROUTE, high="always_high", low="always_low", headline="kl_router", bootstrap=100
     )
     metrics["policies"]["kl_router"]["cost"] += shift
     plots.plot_accuracy_cost(metrics, folder / "accuracy_cost.png")
+    curved = with_curves(metrics)
+    curved["curves"]["first"]["points"][0]["success"] += shift
+    plots.plot_curves(curved, folder / "curves.png")
     turns = pl.DataFrame({"turn": np.arange(200) % 20, "kl_high_low": generator.random(200) + shift})
     # A KL of exactly zero must not break the logarithmic axis.
     turns = turns.with_columns(kl_high_low=pl.when(pl.col("turn") == 3).then(0.0).otherwise("kl_high_low"))

@@ -10,10 +10,10 @@ from rich.console import Console
 
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.evaluation.metrics import compute_metrics
-from dmr_pipeline.evaluation.plots import plot_accuracy_cost
-from dmr_pipeline.evaluation.report import console_table, headline, markdown_table, render_html
+from dmr_pipeline.evaluation.plots import plot_accuracy_cost, plot_curves
+from dmr_pipeline.evaluation.report import console_table, curves_table, headline, markdown_table, render_html
 from dmr_pipeline.evaluation.results import Metrics
-from tests.helpers.evaluations import ROUTE, THREE, with_checked
+from tests.helpers.evaluations import ROUTE, THREE, with_checked, with_curves, with_rule
 
 
 @pytest.fixture
@@ -397,6 +397,30 @@ def test_html_shows_all_that_the_folder_holds(folder: Path, metrics: Metrics, tm
         "input kl_router 0123abcd.dir",
     ):
         assert text in page.text
+
+
+def test_curves_are_shown_with_their_rule_and_its_test(folder: Path, metrics: Metrics, episodes: pl.DataFrame) -> None:
+    assert curves_table(metrics) == ""
+    assert "Curves" not in render(folder).text
+    metrics = with_curves(
+        compute_metrics(
+            with_rule(episodes), recipe="tiny", route=ROUTE, high="always_high", low="always_low", headline="kl_router"
+        )
+    )
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    (folder / "plots").mkdir()
+    plot_curves(metrics, folder / "plots" / "curves.png")
+    page = render(folder)
+    assert len(page.pictures) == 1
+    for said in (
+        "margin 80.0 (19.0%; 0.60)",
+        "+4.1 [-1.2, +9.4]",
+        "rule@kl_router: margin at 0.4.",
+        "Against margin, the best rule that costs no more on validation games, it is better",
+    ):
+        assert said in page.text, said
+    table = curves_table(metrics)
+    assert "| **kl_router** | 82.0% (0.60) | 84.0% (0.80) | 0.800 [0.70, 0.90] | 15.0% | 35.0% | 0.750 |" in table
 
 
 def test_html_needs_metrics(tmp_path: Path) -> None:

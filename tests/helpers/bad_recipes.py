@@ -273,6 +273,15 @@ ALFWORLD: list[tuple[str, dict[str, object], str]] = [
     ("probe-beta", {G + "beta": 0.1}, f"{G}beta: trl reloads the reference as a causal LM, which a probe is not"),
     ("gated-weight", {G + "cost_weight": 1.5}, f"{G}cost_weight: 1.5: with the gated reward"),
     # The rest.
+    ("budgets-that-fall", {"evaluation.budgets": [0.4, 0.2]}, "evaluation.budgets: [0.4, 0.2] do not rise"),
+    ("budget-of-everything", {"evaluation.budgets": [0.4, 1.0]},
+     "evaluation.budgets.1: Input should be less than or equal to 0.999"),
+    ("budget-games-without-budgets", {"evaluation.budget_games": 3}, "evaluation.budget_games: is for curves: name 'budgets'"),
+    ("rules-without-budgets", {"evaluation.rules": ["first"]}, "evaluation.rules: is for curves: name 'budgets'"),
+    ("rules-twice", {"evaluation.budgets": [0.4], "evaluation.rules": ["first", "first"]},
+     "evaluation.rules: ['first', 'first'] are not all different"),
+    ("unknown-rule", {"evaluation.budgets": [0.4], "evaluation.rules": ["best"]},
+     "evaluation.rules.0: Input should be 'random', 'evenly'"),
     ("resamples", {"evaluation.bootstrap": 30},
      "evaluation.bootstrap: 30 resamples, but an interval of 0.95 has one beyond"),
     ("resamples-of-release", {"release.bootstrap": 1000, "release.confidence": 0.999},
@@ -288,6 +297,8 @@ ALFWORLD: list[tuple[str, dict[str, object], str]] = [
             P + "kl_episodes", K + "validation_games", G + "validation_games", "evaluation.confidence_games", "release.games",
         )
     ),
+    ("too-few-games-for-budgets", {"evaluation.budgets": [0.4], "evaluation.budget_games": 201},
+     "evaluation.budget_games: 201 games, but benchmark.splits.validation has 200"),
     ("games-per-update", {G + "games_per_update": 241},
      f"{G}games_per_update: 241 games, but benchmark.splits.router_train has 240"),
 ]  # fmt: skip

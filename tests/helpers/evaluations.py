@@ -1,11 +1,13 @@
 """Made-up evaluations with known properties."""
 
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import numpy as np
 import polars as pl
 
 from dmr_pipeline.evaluation.metrics import EPISODES
+from dmr_pipeline.evaluation.results import BestRule, CurvePoint, Metrics, PolicyCurve
 
 Success = Mapping[str, tuple[str, np.ndarray]]
 """Policy -> kind and success, or reward, [draws, games]."""
@@ -60,6 +62,39 @@ def make_episodes(success: Success, ratios: Mapping[str, Ratio], costs: Mapping[
         for game, solved in enumerate(row)
     ]
     return pl.DataFrame(rows, schema=EPISODES)
+
+
+def with_curves(metrics: Metrics) -> Metrics:
+    """The metrics, and curves of the router and of two rules at two budgets, one of which the router is compared with."""
+
+    def curve(kind: Literal["router", "rule"], success: float) -> PolicyCurve:
+        points: list[CurvePoint] = [
+            {
+                "budget": budget, "threshold": 0.5, "ties": 1.0, "validation_spend": budget, "validation_success": success,
+                "validation_cost": 0.5, "success": success + budget / 10, "ci95": [success - 0.05, success + 0.1],
+                "spend": budget - 0.01, "spend_ci95": [budget - 0.03, budget], "cost": 0.4 + budget,
+                "cost_ci95": [0.35 + budget, 0.45 + budget], "gain_at_equal_cost": 0.05, "gain_ci95": [0.01, 0.09],
+            }
+            for budget in (0.2, 0.4)
+        ]  # fmt: skip
+        return {
+            "kind": kind, "points": points, "apgr": 0.8, "apgr_ci95": [0.7, 0.9], "cpt50": 0.15, "cpt80": 0.35,
+            "aiq": 0.75, "aiq_ci95": [0.7, 0.8], "mean_gain": 0.041, "mean_gain_ci95": [-0.012, 0.094],
+        }  # fmt: skip
+
+    best: BestRule = {
+        "rule": "margin", "budget": 0.4, "validation_success": 0.8, "validation_cost": 0.5, "router_validation_cost": 0.55,
+    }  # fmt: skip
+    curves = {"kl_router": curve("router", 0.8), "margin": curve("rule", 0.78), "first": curve("rule", 0.6)}
+    return {**metrics, "curves": curves, "best_rules": {"kl_router": best}}
+
+
+def with_rule(episodes: pl.DataFrame) -> pl.DataFrame:
+    """The episodes, and those of the rule that the router is compared with: as always-low at the router's cost."""
+    rule = episodes.filter(policy="always_low").with_columns(
+        policy=pl.lit("rule@kl_router"), kind=pl.lit("baseline"), variant_of=pl.lit("kl_router"), cost=pl.lit(0.5),
+    )  # fmt: skip
+    return pl.concat([episodes, rule.cast(EPISODES)])
 
 
 def with_checked(episodes: pl.DataFrame, name: str = "speculative:float<int2-mse") -> pl.DataFrame:
