@@ -18,6 +18,7 @@ from typer.cli import get_docs_for_click
 
 from dmr_pipeline import benchmarks
 from dmr_pipeline.cli import app
+from dmr_pipeline.pipeline import STAGES
 from dmr_pipeline.recipe import Games, Recipe
 from dmr_pipeline.recipe_fields import Section
 
@@ -44,6 +45,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     page.meta.setdefault("search", {"boost": BOOST.get(page.file.src_uri.partition("/")[0], 1.0)})
     text = re.sub(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)", lambda link: _link(link, page.file.src_uri, files), markdown)
     text = text.replace("<!-- keys of a recipe -->", "\n".join(recipe_lines()))
+    text = text.replace("<!-- stages of the pipeline -->", "\n".join(stage_lines()))
     return text.replace("<!-- commands of dmr -->", commands())
 
 
@@ -68,6 +70,20 @@ def commands() -> str:
     text = get_docs_for_click(obj=command, ctx=typer.Context(command), name="dmr", indent=1, title="dmr")
     # Its lists of subcommands cut their descriptions off, and each subcommand has a heading and all of it below.
     return re.sub(r"\*\*Commands\*\*:\n\n(?:\* .*\n)+", "", text)
+
+
+def stage_lines() -> Iterator[str]:
+    """A heading for each stage, and below it what the table of the pipeline says."""
+    for stage in STAGES:
+        needs = stage.resources
+        facts = {
+            "reads": ", ".join(f"[{name}](#{name})" for name in stage.inputs) or "nothing",
+            "recipe sections": ", ".join(f"[{name}](recipe.md#{name})" for name in stage.sections),
+            "asks for": f"{needs.cpus} CPUs, {needs.gpus} GPUs, {needs.memory_gb} GB of memory",
+            "code version": stage.code_version,
+        }
+        yield from ("", f"## {stage.name}", "", stage.description, "", stage.reading, "", "| | |", "| --- | --- |")
+        yield from (f"| {name} | {fact} |" for name, fact in facts.items())
 
 
 def recipe_lines() -> Iterator[str]:

@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 
 from dmr_pipeline.cli import app
 from dmr_pipeline.evaluation import play
+from dmr_pipeline.ingestion.schema import LoggedEpisode
 from dmr_pipeline.precision import frontier
 from dmr_pipeline.recipe import check_recipe
 from dmr_pipeline.rollout import tables as rollout_tables
@@ -92,10 +93,9 @@ RECIPES = [block for page in PAGES for block in blocks(page, "yaml")]
 
 def whole_recipe(block: Block) -> dict[str, Any]:
     """The smallest recipe with what the block says; a section that is told from the start takes the place of its own."""
-    content, said = (
-        yaml.safe_load(RECIPE_YAML),
-        yaml.safe_load(block.text.replace("THE-40-DIGIT-COMMIT-YOU-MEAN", "a" * 40)),
-    )
+    content = yaml.safe_load(RECIPE_YAML)
+    said = yaml.safe_load(block.text.replace("THE-40-DIGIT-COMMIT-YOU-MEAN", "a" * 40))
+    content["benchmark"]["splits"] = dict.fromkeys(content["benchmark"]["splits"], 1000)
     for name, section in said.items():
         anew = name in ("agent", "benchmark") and {"pretrained", "splits"} & section.keys()
         content[name] = section if anew else {**content.get(name, {}), **section}
@@ -115,6 +115,11 @@ def test_recipes_on_pages_are_recipes(block: Block, tmp_path: Path) -> None:
 
 def test_there_are_recipes() -> None:
     assert len(RECIPES) > 5
+
+
+def test_the_episode_on_the_page_is_one() -> None:
+    (block,) = blocks(DOCS / "how-to/trajectories-and-releases.md", "json")
+    assert [LoggedEpisode.model_validate_json(line).task_id for line in block.text.splitlines()] == ["kitchen/17"]
 
 
 @cache

@@ -17,6 +17,7 @@ import pytest
 import typer.main
 from typer.core import TyperGroup
 
+from dmr_pipeline import pipeline
 from dmr_pipeline.cli import app
 from dmr_pipeline.evaluation import results
 from dmr_pipeline.recipe import Recipe
@@ -94,6 +95,14 @@ def test_the_reference_has_every_key_of_a_recipe(site: Path) -> None:
             assert section.model_fields.keys() <= {row[0] for row in rows}
     ladder = page.partition('<h3 id="precisionsladder">')[2]
     assert "<code>int8</code>, <code>int4</code>" in ladder.partition("<h3 ")[0]
+
+
+def test_the_reference_has_every_stage(site: Path) -> None:
+    page = (site / "reference/stages.html").read_text(encoding="utf-8")
+    for stage in pipeline.STAGES:
+        section = page.partition(f'<h2 id="{stage.name}">')[2].partition("<h2 ")[0]
+        assert set(re.findall(r'href="#(\w+)">\1', section)) == set(stage.inputs)
+        assert set(re.findall(r'href="recipe.html#(\w+)">', section)) == set(stage.sections)
 
 
 def paths(command: object, path: str) -> Iterator[str]:
