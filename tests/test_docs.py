@@ -153,6 +153,7 @@ COLUMNS = {
     "trajectories/episodes": rollout_tables.EPISODES,
     "trajectories/steps": rollout_tables.STEPS,
     "sensitivity_dataset/steps": labels.STEPS,
+    "sensitivity_dataset/drafts": labels.DRAFTS,
     "quantized_checkpoints/validation": frontier.PLAYED,
     "grpo_router/training": grpo.LOG,
     "evaluation_report/episodes": play.PLAYED,

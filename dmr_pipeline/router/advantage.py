@@ -36,8 +36,8 @@ def mixed(steps: pl.DataFrame, played: pl.DataFrame) -> pl.DataFrame:
 
     Args:
         steps: `rollout.tables.STEPS`.
-        played: `rollout.tables.EPISODES` of those that were played here: what is logged of ingested ones is a router's belief, and
-            no chance.
+        played: `rollout.tables.EPISODES` of those that were played here: what is logged of ingested ones is a router's belief,
+            and no chance.
 
     Raises:
         UserError: there are none.
