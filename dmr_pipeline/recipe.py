@@ -913,6 +913,8 @@ RuleName = Literal[
     "episode_margin",
     "margin",
     "margin_capped",
+    "entropy",
+    "entropy_capped",
     "inadmissible",
 ]
 """Rules that nobody trained (router/rules.py)."""

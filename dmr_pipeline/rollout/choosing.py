@@ -14,6 +14,11 @@ def leads(logits: Tensor) -> list[float]:
     return list((best[:, 0] - best[:, 1]).tolist())
 
 
+def entropies(logits: Tensor) -> list[float]:
+    """Of the softmax of each row of logits [n, choices], in nats."""
+    return list(torch.special.entr(logits.float().softmax(-1)).sum(-1).tolist())
+
+
 def drawn(logits: Tensor, draws: Sequence[float]) -> list[int]:
     """For each row of logits [n, choices] the choice that its draw, uniform in [0, 1), falls on: the first whose cumulative
     probability (float64) is above it."""

@@ -33,7 +33,7 @@ from dmr_pipeline.agent.memory import halving
 from dmr_pipeline.environments.base import Episode, Task
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.recipe import Speculative
-from dmr_pipeline.rollout.choosing import drawn, leads
+from dmr_pipeline.rollout.choosing import drawn, entropies, leads
 from dmr_pipeline.rollout.failures import PARSE_FAILURES, Failure
 from dmr_pipeline.rollout.known import Drafting, Known, KnownAction, Transcript
 from dmr_pipeline.rollout.kv_cache.catching_up import catch_up
@@ -64,6 +64,9 @@ class Draft:
     """Where another precision drafted it, what that took, all its forward passes included."""
     mean_margin: float = 1.0
     """The mean lead of the action's tokens; where commands are scored, `margin`."""
+    entropy: float = 0.0
+    """The greatest, in nats, of the distributions that the action's tokens were chosen from (where commands are scored, that of
+    the commands); of what was checked it is not known, and 0."""
 
 
 class DecisionContext(Protocol):
@@ -752,7 +755,7 @@ class Batch:
                     took = replace(took, reading=grown + took.reading)
                 self.slots[slot].trails[precision].rewind()
             reading = self._grown(slot, precision, taken.kept) + taken.reading
-            drafts.append(Draft(taken.tokens, reading, taken.margin, took, taken.mean_margin))
+            drafts.append(Draft(taken.tokens, reading, taken.margin, took, taken.mean_margin, taken.entropy))
         return drafts
 
     def _grown(self, slot: int, precision: str, kept: int) -> Reading:
@@ -838,7 +841,7 @@ class Batch:
             slots,
             self._unread(precision, slots),
             choose=lambda logits, places: self._choose(logits, [(slots[i], index) for i, index in places]),
-            observe=leads,
+            observe=lambda logits: list(zip(leads(logits), entropies(logits), strict=True)),
             guess=self._guess_after(transcripts),
             is_complete=self.prompter.is_complete,
             known=self._logits_after(precision, slots),
@@ -848,8 +851,10 @@ class Batch:
             self._guesses.learn(transcript, action.tokens)
             count = len(action.tokens)
             reading = one_by_one(len(transcript), count)
-            margins = min(action.facts), fmean(action.facts)
-            actions.append(KnownAction(action.tokens, *margins, reading, kept=count - 1))
+            lead, entropy = zip(*action.facts, strict=True)
+            actions.append(
+                KnownAction(action.tokens, min(lead), fmean(lead), reading, kept=count - 1, entropy=max(entropy))
+            )
         return actions
 
     def _check(self, precision: str, drafter: str, slots: list[int], ready: Sequence[list[int]]) -> list[KnownAction]:
@@ -927,8 +932,8 @@ class Batch:
             values = torch.tensor([of_commands])
             chosen = self._choose(values, [(slot, 0)])[0]
             reading = each_in_full(len(self.slots[slot].transcript.tokens), [len(command) for command in commands])
-            (margin,) = leads(values)
-            actions.append(KnownAction(commands[chosen], margin, margin, reading, kept=0))
+            (margin,), (entropy,) = leads(values), entropies(values)
+            actions.append(KnownAction(commands[chosen], margin, margin, reading, kept=0, entropy=entropy))
         return actions
 
     def _choose(self, logits: Tensor, positions: list[tuple[int, int]]) -> list[int]:

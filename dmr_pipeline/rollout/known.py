@@ -55,6 +55,8 @@ class KnownAction:
     """Tokens after the transcript that the stream then holds."""
     drafting: Drafting | None = None
     """Where it was drafted by another precision."""
+    entropy: float = 0.0
+    """As `engine.Draft.entropy`."""
 
 
 class Transcript:

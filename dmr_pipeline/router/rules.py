@@ -140,6 +140,11 @@ def doubt(draft: Draft, commands: Sequence[str] = ()) -> float:
     return 1 - draft.margin
 
 
+def surprise(draft: Draft, commands: Sequence[str] = ()) -> float:
+    """1 - exp(-H), of the greatest entropy H of the draft's tokens, in nats: of n equally likely ones 1 - 1 / n."""
+    return 1 - math.exp(-draft.entropy)
+
+
 def rules(route: Sequence[str], step_limit: int, prompter: Prompter, check: bool, seed: int) -> dict[str, Rule]:
     """All rules by their names, dearest act first.
 
@@ -162,13 +167,13 @@ def rules(route: Sequence[str], step_limit: int, prompter: Prompter, check: bool
         "stuck": by_past(repeats),
         "episode": by_past(episode_lot),
     }
-    margin = by_draft(route, doubt)
-    after: dict[str, Levels] = {"margin": margin, "inadmissible": by_draft(route, inadmissible)}
+    margin, entropy = by_draft(route, doubt), by_draft(route, surprise)
+    after = {"margin": margin, "entropy": entropy, "inadmissible": by_draft(route, inadmissible)}
     found = {name: Rule(route, levels) for name, levels in before.items()}
     drafter = route[-1] if check else None
     if step_limit > CAP_TURN:
         found["stuck_capped"] = Rule(route, capped(before["stuck"]))
-        after["margin_capped"] = capped(margin)
+        after |= {"margin_capped": capped(margin), "entropy_capped": capped(entropy)}
     # Only the first step has a draft to check.
     found["episode_margin"] = Rule(route, once(margin))
     return found | {name: Rule(route, levels, drafter) for name, levels in after.items()}

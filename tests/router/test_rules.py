@@ -3,16 +3,18 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from math import exp, log
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from dmr_pipeline.environments.alfworld.generator import generate_game
 from dmr_pipeline.rollout.engine import Draft, RolloutRequest
 from dmr_pipeline.rollout.reading import NOTHING
-from dmr_pipeline.router.budgets import AtBar, Bar
+from dmr_pipeline.router.budgets import NOBODY, AtBar, Bar
 from dmr_pipeline.router.rules import CAP_TURN, GOLDEN, Rule, rules
-from tests.helpers.rollouts import PROMPTER, ROUTE, THREE, roll, taken
+from tests.helpers.rollouts import LOW, PROMPTER, ROUTE, THREE, roll, taken, transcript
 
 GAME = generate_game(0)[0]
 LIMIT = 20
@@ -23,6 +25,7 @@ class Script:
     """A `DecisionContext` of one slot, with what the cheapest precision would do."""
 
     margin: float = 1.0
+    entropy: float = 0.0
     command: list[int] = field(default_factory=lambda: [5])
     asked: list[str] = field(default_factory=list)
     """Precisions whose drafts were asked for."""
@@ -30,7 +33,7 @@ class Script:
 
     def drafts(self, precision: str, slots: Sequence[int]) -> list[Draft]:
         self.asked.append(precision)
-        return [Draft(self.command, NOTHING, self.margin)] * len(slots)
+        return [Draft(self.command, NOTHING, self.margin, entropy=self.entropy)] * len(slots)
 
     def admissible_commands(self, slots: Sequence[int]) -> list[Sequence[str]]:
         return [["look", "go to desk 1"]] * len(slots)
@@ -82,10 +85,11 @@ def test_stuck_counts_repeats_of_the_observation_and_of_the_command() -> None:
 
 
 def test_the_draft_s_margin_and_its_command_decide_after_it() -> None:
-    scripts = [Script(margin=0.9), Script(margin=0.25, command=[6])]
+    scripts = [Script(margin=0.9), Script(margin=0.25, entropy=log(4), command=[6])]
     assert levels(named("margin"), [1, 2], scripts=scripts) == pytest.approx([0.1, 0.75])
+    assert levels(named("entropy"), [1, 2], scripts=scripts) == pytest.approx([0, 3 / 4])
     assert levels(named("inadmissible"), [1, 2], scripts=scripts) == [0.0, 1.0]
-    assert [script.asked for script in scripts] == [["int2"] * 2] * 2
+    assert [script.asked for script in scripts] == [["int2"] * 3] * 2
 
 
 def test_capped_rules_ask_for_nothing_late_and_look_at_nothing() -> None:
@@ -113,7 +117,20 @@ def test_rules_after_the_draft_check_it_where_they_may(check: bool) -> None:
     by_drafter: dict[str | None, set[str]] = {}
     for name, rule in rules(THREE, LIMIT, PROMPTER, check, 0).items():
         by_drafter.setdefault(rule.drafter, set()).add(name)
-    assert by_drafter.get("int2", set()) == ({"margin", "margin_capped", "inadmissible"} if check else set())
+    assert by_drafter.get("int2", set()) == (
+        {"margin", "margin_capped", "entropy", "entropy_capped", "inadmissible"} if check else set()
+    )
+
+
+@torch.no_grad()
+def test_a_draft_s_entropy_is_its_greatest() -> None:
+    played = roll(AtBar(rules(ROUTE, 6, PROMPTER, True, 0)["entropy"], ROUTE, NOBODY))
+    for trajectory in played[:3]:
+        for turn, step in enumerate(trajectory.steps[:3]):
+            prefix = transcript(trajectory, turn)
+            logits = LOW(torch.tensor([prefix + step.action[:-1]])).logits[0, len(prefix) - 1 :]
+            greatest = float(torch.distributions.Categorical(logits=logits).entropy().max())
+            assert step.exceedance[0] == pytest.approx(1 - exp(-greatest), abs=1e-4)
 
 
 @pytest.mark.parametrize("check", [True, False])
