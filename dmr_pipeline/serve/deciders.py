@@ -25,7 +25,8 @@ def decider_of(router: Router, slots: int, number: int | None = None) -> Decider
         number: of the router's release, if it is one.
     """
     policy = routing_policy(router, slots + 1)  # one more for what is decided and not played
-    return Decider(policy, release=number, threshold=router.settings.threshold, router=router.pass_bytes)
+    settings = router.settings
+    return Decider(policy, False, number, settings.threshold, router.pass_bytes, settings.bar)
 
 
 class Deciders:

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import ceil
 
 from dmr_pipeline.rollout.engine import (
     Decision,
@@ -11,6 +12,7 @@ from dmr_pipeline.rollout.engine import (
     certain,
     seeded_generator,
 )
+from dmr_pipeline.router.budgets import Bar
 from dmr_pipeline.serve.sessions import Choice, Decider, Reason, Session
 
 log = logging.getLogger(__name__)
@@ -97,9 +99,11 @@ class Deciding:
             return self._within(session, Choice(decision, "fallback", 1.0, decider.release, decider.threshold), {})
         reason: Reason = "fixed" if decider.fixed else "forced" if answer.forced else "router"
         chances = {answer.precision: 1.0}
+        if reason == "router" and decider.bar is not None:
+            chances = drawn_by(decider.bar, session, answer, self.route)
         if reason == "router" and self.epsilon > 0:
-            chances = dict.fromkeys(self.route, self.epsilon / len(self.route))
-            chances[answer.precision] += 1 - self.epsilon
+            uniform = self.epsilon / len(self.route)
+            chances = {rung: uniform + (1 - self.epsilon) * chances.get(rung, 0.0) for rung in self.route}
             draw = seeded_generator("exploration", self.seed, session.session_id, session.turn)
             if draw.random() < self.epsilon:
                 drawn = self.route[int(draw.integers(len(self.route)))]
@@ -122,3 +126,18 @@ class Deciding:
             if session.affords(cheaper, self.spend[cheaper], lambda rung=cheaper: self.worst_cost(session, rung)):  # type: ignore[misc]
                 return cheaper
         return self.route[-1]
+
+
+def drawn_by(bar: Bar, session: Session, decision: Decision, route: Sequence[str]) -> dict[str, float]:
+    """Rung -> the chance that this bar takes it at this step (`budgets.AtBar`); those without any are left out."""
+    if bar.strict is not None:
+        dearer = sum(step.precision != route[-1] for step in session.trajectory.steps)
+        if dearer + 1 > ceil(round(bar.strict * (session.turn + 1), 9)):
+            return {route[-1]: 1.0}
+    above = [bar.chance(level) for level in decision.exceedance]
+    chances, dearer_chance = dict[str, float](), 0.0
+    for rung, chance in zip(route, [*above, 1.0], strict=True):
+        if chance > dearer_chance:
+            chances[rung] = chance - dearer_chance
+            dearer_chance = chance
+    return chances if decision.precision in chances else {decision.precision: 1.0}

@@ -8,6 +8,7 @@ from dmr_pipeline.environments.base import Demonstration, Episode, Expert, Task
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.precision.pass_bytes import PassBytes
 from dmr_pipeline.rollout.engine import Decision, OpenTranscript, RoutingPolicy, Trajectory
+from dmr_pipeline.router.budgets import Bar
 
 Reason = Literal["router", "forced", "budget", "fallback", "fixed", "exploration"]
 """Why a precision acts: the router said so; a rule of the recipe did; the session's budget allows no dearer one; the router
@@ -48,6 +49,8 @@ class Decider:
     """Of a router: as `RouterSettings.threshold`."""
     router: PassBytes | None = None
     """What a pass of the router reads."""
+    bar: Bar | None = None
+    """What the router's levels are compared with, where it is a router's."""
 
 
 @dataclass(frozen=True)

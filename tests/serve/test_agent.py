@@ -165,6 +165,28 @@ def test_exploration_draws_as_often_as_it_says_and_tells_its_propensity() -> Non
     assert {action.reason for action in dear} == {"exploration"}
 
 
+def test_a_router_that_draws_tells_with_which_chance(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As often as it says: of decisions at the same levels, so many."""
+    router = random_router(threshold=0.5, sample=True)
+    agents, found = LocalAgents(babbling(), slots=1), []
+    decider = decider_of(router, 1)
+    for number in range(60):
+        goal = Goal(f"kitchen/{number}", "", "put a mug in desk")
+        session = agents.open(str(number), RolloutRequest(goal), decider)
+        (action,) = agents.act([Ask(session, "You are in a room.")])
+        assert not isinstance(action, UserError)
+        agents.close(session)
+        found.append(action)
+    level = found[0].probability
+    assert level is not None
+    assert 0.02 < level < 0.98
+    for action in found:
+        chance = level if action.precision == "float" else 1 - level
+        assert action.propensity == pytest.approx(chance, abs=1e-4)
+    dear = sum(action.precision == "float" for action in found)
+    assert abs(dear - 60 * level) < 4 * (60 * level * (1 - level)) ** 0.5
+
+
 class Broken:
     """A router that fails at its second decision."""
 
