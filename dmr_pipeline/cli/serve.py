@@ -33,6 +33,17 @@ def serve(
     low_on_failure: Annotated[
         bool, typer.Option(help="where the router fails the cheapest precision acts, not the dearest")
     ] = False,
+    upstream: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="RUNG=URL of an OpenAI-compatible server, or RUNG=URL#MODEL; once for each precision of the same model. Without"
+            " any the ladder's models act in this process"
+        ),
+    ] = None,
+    retries: Annotated[int, typer.Option(help="further tries of an upstream, before its answer begins")] = 2,
+    degrade: Annotated[
+        bool, typer.Option(help="where the dearer upstream is down a cheaper one answers, and says so")
+    ] = False,
 ) -> None:
     """Serve a recipe's agent: POST /v1/chat/completions, and what docs/serve.md describes.
 
@@ -40,7 +51,7 @@ def serve(
     data/incoming/RECIPE/, which the pipeline takes in; a router that is released meanwhile is taken up.
     """
     load_recipe(recipe)
-    key = os.environ.get(KEY_VARIABLE)
+    key, named = os.environ.get(KEY_VARIABLE), [_upstream(text) for text in upstream or []]
     from dmr_pipeline.serve.settings import ServeSettings
 
     try:
@@ -55,6 +66,10 @@ def serve(
             request_seconds=request_seconds,
             epsilon=epsilon,
             low_on_failure=low_on_failure,
+            upstreams={rung: address for rung, address, _ in named},
+            upstream_models={rung: model for rung, _, model in named if model},
+            retries=retries,
+            degrade=degrade,
         )
     except ValidationError as error:
         raise UserError("; ".join(problems_of(error))) from error
@@ -64,3 +79,12 @@ def serve(
         raise UserError(f"{error.name} is not installed: pip install 'dmr-pipeline[serve]'") from error
     with progress_lines():
         run.serve(settings, lambda address: console.print(f"dmr/{recipe} at {address}/v1", highlight=False))
+
+
+def _upstream(text: str) -> tuple[str, str, str]:
+    """Rung, address, and the model's name there, which may be empty."""
+    rung, _, rest = text.partition("=")
+    address, _, model = rest.partition("#")
+    if not rung or not address.startswith(("http://", "https://")):
+        raise UserError(f"--upstream {text}: write RUNG=URL, such as int4=http://127.0.0.1:8001/v1")
+    return rung, address, model

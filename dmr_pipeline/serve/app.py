@@ -1,11 +1,12 @@
 """The server's HTTP interface: OpenAI's chat completions, and what is ours beside it."""
 
+import asyncio
 import hmac
 import json
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 from uuid import uuid4
 
@@ -17,12 +18,16 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from dmr_pipeline.errors import UserError, problems_of
-from dmr_pipeline.serve.requests import ChatRequest, Outcome, options_of, which_of
+from dmr_pipeline.serve.proxy import Proxy
+from dmr_pipeline.serve.requests import ChatRequest, Options, Outcome, Which, options_of, which_of
 from dmr_pipeline.serve.service import Answer, NotFound, Service
 from dmr_pipeline.serve.sessions import Action, Choice
 from dmr_pipeline.serve.settings import LOOPBACK, ServeSettings
+from dmr_pipeline.serve.text_router import TextRouter
+from dmr_pipeline.serve.upstreams import Down, Refused, Upstreams
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +42,7 @@ def make_app(service: Service) -> Starlette:
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         yield
         await service.stop()
+        await http.close()
 
     routes = [
         Route("/v1/chat/completions", http.guarded(http.chat), methods=["POST"]),
@@ -70,6 +76,14 @@ class _Http:
     def __init__(self, service: Service) -> None:
         self.service, self.settings = service, service.settings
         self.running = 0
+        self.upstreams: Upstreams | None = None
+        if isinstance(service.backend, TextRouter):
+            self.upstreams = Upstreams(self.settings, service.backend.route, service.metrics)
+            self.proxy = Proxy(service, self.upstreams)
+
+    async def close(self) -> None:
+        if self.upstreams is not None:
+            await self.upstreams.close()
 
     def guarded(self, handler: Handler) -> Handler:
         """The handler for those who may ask, and as many at once as the server can bear; trouble is told as OpenAI tells it."""
@@ -82,6 +96,10 @@ class _Http:
             self.running += 1
             try:
                 return await handler(request)
+            except Refused as error:
+                return Response(error.content, error.status, media_type="application/json")
+            except Down as error:
+                return _error(503, str(error), "upstream_down", {"retry-after": "1"})
             except NotFound as error:
                 return _error(404, str(error), "not_found")
             except UserError as error:
@@ -96,9 +114,11 @@ class _Http:
         return checked
 
     async def chat(self, request: Request) -> Response:
-        started = time.perf_counter()
-        asked = ChatRequest.model_validate_json(await self._body(request))
+        started, body = time.perf_counter(), await self._body(request)
+        asked = ChatRequest.model_validate_json(body)
         which, options = which_of(asked.model, self.settings.recipe), options_of(asked, request.headers)
+        if self.upstreams is not None:
+            return await self._pass_on(request, asked, json.loads(body), which, options)
         try:
             answer = await self.service.chat(asked, which, options)
         except Exception:
@@ -115,6 +135,37 @@ class _Http:
             return JSONResponse(shown.whole(), headers=headers)
         with_usage = asked.stream_options is not None and asked.stream_options.include_usage
         return StreamingResponse(shown.events(with_usage), media_type="text/event-stream", headers=headers)
+
+    async def _pass_on(
+        self, request: Request, asked: ChatRequest, body: dict[str, Any], which: Which | None, options: Options
+    ) -> Response:
+        started, metrics = time.perf_counter(), self.service.metrics
+        call = asyncio.create_task(self.proxy.chat(asked, body, which, options))
+        gone = asyncio.create_task(_gone(request))
+        try:
+            async with asyncio.timeout(self.settings.request_seconds):
+                await asyncio.wait({call, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if not call.done():
+                metrics.count("dmr_requests_total", precision="none", reason="none", outcome="gone")
+                return Response(status_code=499)  # nobody reads it
+            proxied = call.result()
+        except Exception:
+            metrics.count("dmr_requests_total", precision="none", reason="none", outcome="error")
+            raise
+        finally:
+            gone.cancel()
+            if not call.done():
+                call.cancel()
+                await asyncio.wait({call})
+        action = proxied.action
+        metrics.observe("dmr_first_token_seconds", time.perf_counter() - started)
+        metrics.count("dmr_requests_total", precision=action.precision, reason=action.reason, outcome="ok")
+        headers = headers_of(action) | {"x-session-id": proxied.session_id, "x-dmr-session-source": proxied.source}
+        if proxied.degraded:
+            headers["x-dmr-degraded"] = "true"
+        if proxied.events is None:
+            return JSONResponse(proxied.whole, headers=headers)
+        return _Closing(proxied.stack, proxied.events, media_type="text/event-stream", headers=headers)
 
     async def decision(self, request: Request) -> Response:
         asked = ChatRequest.model_validate_json(await self._body(request))
@@ -166,6 +217,26 @@ class _Http:
             return True
         said = request.headers.get("authorization", "").removeprefix("Bearer ")
         return hmac.compare_digest(said.encode(), self.settings.api_key.get_secret_value().encode())
+
+
+class _Closing(StreamingResponse):
+    """Whatever becomes of it, what it stands on is closed after it."""
+
+    def __init__(self, stack: AsyncExitStack, content: AsyncIterator[str], **rest: Any) -> None:  # noqa: ANN401 - as above
+        super().__init__(content, **rest)
+        self._stack = stack
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self._stack.aclose()
+
+
+async def _gone(request: Request) -> None:
+    """Returns once the client has left."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 def headers_of(action: Action) -> dict[str, str]:

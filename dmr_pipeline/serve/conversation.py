@@ -38,10 +38,13 @@ class Conversation:
     """Of what the conversation begins with: 32 hexadecimal digits."""
 
 
-def read_conversation(messages: Sequence[Mapping[str, Any]], task: str | None = None) -> Conversation:
+def read_conversation(
+    messages: Sequence[Mapping[str, Any]], task: str | None = None, needs_task: bool = True
+) -> Conversation:
     """
     Args:
         task: the instruction, where the request says it apart from the messages.
+        needs_task: whether there has to be one; else it may be empty.
 
     Raises:
         UserError: they are no turns of an environment and an agent, or there is no task.
@@ -67,7 +70,7 @@ def read_conversation(messages: Sequence[Mapping[str, Any]], task: str | None = 
     opening = WELCOME.sub("", observations[0])
     found = TASK.search(opening) or next(filter(None, map(TASK.search, before)), None) or GOAL.search(opening)
     task = task or (found["task"] if found else None)
-    if not task:
+    if not task and needs_task:
         raise UserError(
             "no task: send metadata.task, or a line `Your task is to: ...` in the first user message or the system message"
         )
@@ -77,7 +80,7 @@ def read_conversation(messages: Sequence[Mapping[str, Any]], task: str | None = 
     observations[0] = opening
     begun = json.dumps([before, observations[0], task]).encode()
     past = tuple(Turn(seen, *deed) for seen, deed in zip(observations, done, strict=False))
-    return Conversation(task, past, observations[-1], hashlib.sha256(begun).hexdigest()[:32])
+    return Conversation(task or "", past, observations[-1], hashlib.sha256(begun).hexdigest()[:32])
 
 
 def text_of(message: Mapping[str, Any]) -> str:

@@ -71,6 +71,25 @@ class Deciding:
         if slot in self._told:
             self._told[slot].policy.acted(slot, segment, precision, action)
 
+    def forget(self, slot: int) -> None:
+        """The session has left this slot."""
+        self.sessions.pop(slot, None)
+        self._told.pop(slot, None)
+
+    def within_budget(self, session: Session, choice: Choice, chances: Mapping[str, float]) -> Choice:
+        """The choice, or the dearest rung below it that the session's budget allows.
+
+        Args:
+            chances: rung -> with which it was drawn; none where what was chosen was certain.
+        """
+        affordable = {rung: self._affordable(session, rung) for rung in {choice.decision.precision, *chances}}
+        acting = affordable[choice.decision.precision]
+        if chances:
+            choice = replace(choice, propensity=sum(p for rung, p in chances.items() if affordable[rung] == acting))
+        if acting == choice.decision.precision:
+            return choice
+        return replace(choice, decision=replace(choice.decision, precision=acting, drafter=None), reason="budget")
+
     def _tell(self, slot: int, session: Session) -> None:
         session.decider.policy.begin(slot, session.trajectory.run)
         for step in session.trajectory.steps:
@@ -96,7 +115,9 @@ class Deciding:
         decider = session.decider
         if answer is None:
             decision = Decision(self.fallback, certain(self.fallback, self.route))
-            return self._within(session, Choice(decision, "fallback", 1.0, decider.release, decider.threshold), {})
+            return self.within_budget(
+                session, Choice(decision, "fallback", 1.0, decider.release, decider.threshold), {}
+            )
         reason: Reason = "fixed" if decider.fixed else "forced" if answer.forced else "router"
         chances = {answer.precision: 1.0}
         if reason == "router" and decider.bar is not None:
@@ -109,17 +130,9 @@ class Deciding:
                 drawn = self.route[int(draw.integers(len(self.route)))]
                 answer, reason = replace(answer, precision=drawn, drafter=None), "exploration"
         propensity = chances[answer.precision]
-        return self._within(session, Choice(answer, reason, propensity, decider.release, decider.threshold), chances)
-
-    def _within(self, session: Session, choice: Choice, chances: Mapping[str, float]) -> Choice:
-        """The choice, or the dearest rung below it that the session's budget allows."""
-        affordable = {rung: self._affordable(session, rung) for rung in {choice.decision.precision, *chances}}
-        acting = affordable[choice.decision.precision]
-        if chances:
-            choice = replace(choice, propensity=sum(p for rung, p in chances.items() if affordable[rung] == acting))
-        if acting == choice.decision.precision:
-            return choice
-        return replace(choice, decision=replace(choice.decision, precision=acting, drafter=None), reason="budget")
+        return self.within_budget(
+            session, Choice(answer, reason, propensity, decider.release, decider.threshold), chances
+        )
 
     def _affordable(self, session: Session, rung: str) -> str:
         for cheaper in self.route[self.route.index(rung) : -1]:

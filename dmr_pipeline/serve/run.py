@@ -1,5 +1,6 @@
 """The server as a process."""
 
+import asyncio
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,8 +9,10 @@ import uvicorn
 
 from dmr_pipeline import interrupts
 from dmr_pipeline.serve.app import make_app, refuse_open_door
+from dmr_pipeline.serve.metrics import Metrics
 from dmr_pipeline.serve.service import Service
 from dmr_pipeline.serve.settings import ServeSettings
+from dmr_pipeline.serve.upstreams import Upstreams, refuse_differences
 
 _LAST_SECONDS = 4
 """For answers that have begun, once the server is told to end."""
@@ -37,9 +40,11 @@ def serve(settings: ServeSettings, on_ready: Callable[[str], None]) -> None:
         on_ready: called with the server's address once it answers.
 
     Raises:
-        UserError: an artifact is missing, or others could reach the server without a key.
+        UserError: an artifact is missing, others could reach the server without a key, or the upstreams are of different models.
     """
     refuse_open_door(settings)
+    if settings.upstreams:
+        refuse_differences(asyncio.run(_differences(settings)))
     server, ended = server_of(Service(settings)), threading.Event()
 
     def stop() -> None:
@@ -58,6 +63,14 @@ def serve(settings: ServeSettings, on_ready: Callable[[str], None]) -> None:
             server.run()
         finally:
             ended.set()
+
+
+async def _differences(settings: ServeSettings) -> list[str]:
+    upstreams = Upstreams(settings, list(settings.upstreams), Metrics())
+    try:
+        return await upstreams.check()
+    finally:
+        await upstreams.close()
 
 
 def _address(server: uvicorn.Server) -> str:

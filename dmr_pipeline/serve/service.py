@@ -24,6 +24,7 @@ from dmr_pipeline.serve.requests import ChatRequest, Options, Outcome, Which, bu
 from dmr_pipeline.serve.sessions import Action, Choice, Decider, Goal, Session
 from dmr_pipeline.serve.settings import ServeSettings
 from dmr_pipeline.serve.table import Held, Table, goes_on, is_repeated
+from dmr_pipeline.serve.text_router import TextRouter
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +57,9 @@ class Service:
 
     def __init__(self, settings: ServeSettings) -> None:
         self.settings, self.recipe, self.metrics = settings, load_recipe(settings.recipe), Metrics()
-        self.backend = InProcess(settings, self.recipe, self.metrics)
+        self.backend: InProcess | TextRouter = (
+            TextRouter(settings, self.recipe) if settings.upstreams else InProcess(settings, self.recipe, self.metrics)
+        )
         tasks = artifact_folder("benchmark_tasks", settings.recipe, settings.data_root)
         rules = Rules.of(self.recipe, tasks if tasks.is_dir() else None)
         self.journal = Journal(settings.recipe, settings.data_root, rules)
@@ -95,8 +98,7 @@ class Service:
         refuse_other_wishes(bool(request.tools), request.n or 1)
         told = read_conversation(request.messages, options.task)
         decider = await self.decider(which)
-        source = "derived" if options.session_id is None else "given"
-        name = options.session_id or _derived(request.model, told)
+        name, source = self.name_of(request, options, told)
         turn = asyncio.create_task(self._turn(request, told, decider, options, name))
         self._running.add(turn)
         turn.add_done_callback(self._running.discard)
@@ -104,15 +106,22 @@ class Service:
             text, action = await asyncio.shield(turn)
         return Answer(text, action, name, source, action.finished or text != action.command)
 
+    def name_of(self, request: ChatRequest, options: Options, told: Conversation) -> tuple[str, str]:
+        """The session's, and whether it is given or derived. Two episodes that begin alike at the same time have the same
+        derived one."""
+        if options.session_id is not None:
+            return options.session_id, "given"
+        return hashlib.sha256(f"{request.model} {told.fingerprint}".encode()).hexdigest()[:32], "derived"
+
     async def decide(self, request: ChatRequest, which: Which | None, options: Options) -> tuple[Choice, int]:
         """What would be decided, and the number of the turn; nothing is run but what the router needs.
 
         Raises:
             UserError: nothing can be.
         """
-        told = read_conversation(request.messages, options.task)
+        told = read_conversation(request.messages, options.task, needs_task=isinstance(self.backend, InProcess))
         decider = await self.decider(which)
-        name = options.session_id or _derived(request.model, told)
+        name, _ = self.name_of(request, options, told)
         held = self.table.find(name)
         session = held.session if held is not None else None
         if session is None or not goes_on(session, told):
@@ -183,15 +192,16 @@ class Service:
             asked = request.model, request.temperature, most, tuple(request.stops)
             if session is not None and session.actions and session.asked == asked and is_repeated(session, told):
                 return session.answers[-1], session.actions[-1]
-            session = await self._going_on(held, name, told, decider, options)
+            session = await self.going_on(held, name, told, decider, options)
             ask = Ask(session, told.observation, options.admissible_commands, request.temperature, most)
+            assert isinstance(self.backend, InProcess)
             action = await self.backend.act(ask)
             session.asked = asked
             session.answers[-1] = _cut(action.command, request.stops)
-            self._count(action)
+            self.count(action)
             return session.answers[-1], action
 
-    async def _going_on(self, held: Held, name: str, told: Conversation, decider: Decider, options: Options) -> Session:
+    async def going_on(self, held: Held, name: str, told: Conversation, decider: Decider, options: Options) -> Session:
         """The session, at the turn of this conversation: another one where the conversation is not its own."""
         session = held.session
         if session is not None and not goes_on(session, told):
@@ -222,7 +232,7 @@ class Service:
                     self.metrics.count("dmr_log_errors_total")
                     log.warning("an episode without an outcome is lost: %s", error.strerror)
 
-    def _count(self, action: Action) -> None:
+    def count(self, action: Action) -> None:
         metrics = self.metrics
         metrics.count("dmr_tokens_total", action.prompt_tokens, kind="prompt")
         metrics.count("dmr_tokens_total", action.cached_tokens, kind="cached")
@@ -232,11 +242,6 @@ class Service:
         metrics.count("dmr_cost_saved_total", max(0.0, action.cost_at_dearest - action.cost))
         if action.probability is not None:
             metrics.observe("dmr_probability", action.probability)
-
-
-def _derived(model: str, told: Conversation) -> str:
-    """A session's name where the client gives none. Two episodes that begin alike at the same time have the same."""
-    return hashlib.sha256(f"{model} {told.fingerprint}".encode()).hexdigest()[:32]
 
 
 def _rename(session: Session, outcome: Outcome) -> None:

@@ -1,0 +1,299 @@
+"""Two precisions behind other servers, and all that can go wrong with them: what the client sees."""
+
+import asyncio
+import json
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx2
+import openai
+import pytest
+import torch
+
+from dmr_pipeline.errors import UserError
+from dmr_pipeline.ingestion.schema import LoggedEpisode
+from dmr_pipeline.rollout.prompts import Prompter
+from dmr_pipeline.router.model import load_router, routing_logits, routing_sequence
+from dmr_pipeline.serve.metrics import Metrics
+from dmr_pipeline.serve.run import running
+from dmr_pipeline.serve.service import Service
+from dmr_pipeline.serve.settings import ServeSettings
+from dmr_pipeline.serve.upstreams import Upstreams
+from tests.helpers.probes import new_probe
+from tests.helpers.serving import SERVED, release, served_recipe
+from tests.helpers.upstreams import StandIn, stand_ins
+
+FIRST = "You are in a room. Your task is to: put a mug in desk."
+
+
+@contextmanager
+def proxied(*ins: StandIn, **settings: object) -> Iterator[tuple[openai.OpenAI, Service]]:
+    upstreams = {stand_in.name: stand_in.address for stand_in in ins}
+    quick = {"retry_seconds": 0.01, "first_byte_seconds": 0.5, "router_seconds": 10.0, **settings}
+    service = Service(ServeSettings(recipe=SERVED, port=0, upstreams=upstreams, **quick))
+    with running(service) as address:
+        yield openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0), service
+
+
+@pytest.fixture(scope="module")
+def ins() -> Iterator[tuple[StandIn, StandIn]]:
+    with stand_ins("float", "int2") as found:
+        yield found["float"], found["int2"]
+
+
+@pytest.fixture
+def pair(ins: tuple[StandIn, StandIn], served_project: Path) -> tuple[StandIn, StandIn]:
+    for stand_in in ins:
+        stand_in.faults, stand_in.always, stand_in.tokens, stand_in.left, stand_in.asked = [], "", 0, 0, []
+    return ins
+
+
+def ask(client: openai.OpenAI, *texts: str, model: str = f"dmr/{SERVED}", **fields: object):
+    messages = [{"role": "assistant" if i % 2 else "user", "content": text} for i, text in enumerate(texts)]
+    return client.chat.completions.with_raw_response.create(model=model, messages=messages, **fields)
+
+
+def streamed(client: openai.OpenAI, *texts: str, **fields: object) -> tuple[str, list]:
+    chunks = list(ask(client, *texts, stream=True, **fields).parse())
+    return "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices), chunks
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_router_reads_the_conversation_and_the_precision_that_it_names_answers(
+    pair: tuple[StandIn, StandIn], served_project: Path, stream: bool
+) -> None:
+    """Its probabilities are those of one plain forward pass over the transcript in the recipe's own words."""
+    router = load_router(served_project / "data" / SERVED / "released_router" / "router", torch.device("cpu"))
+    prompter = Prompter.of(router.tokenizer, served_recipe().agent.prompt)
+    task, texts, found = "put a mug in desk", [FIRST], []
+    seen = ["You are in a room.", "You see a mug 1.", "You open it.", "Nothing happens."]
+    with proxied(*pair) as (client, service):
+        for turn in range(4):
+            raw = ask(client, *texts, stream=stream, extra_headers={"x-session-id": "a"}, tools=[])
+            if stream:
+                text = "".join(c.choices[0].delta.content or "" for c in raw.parse() if c.choices)
+            else:
+                text = raw.parse().choices[0].message.content
+            found.append((raw.headers["x-dmr-precision"], float(raw.headers["x-dmr-probability"])))
+            assert text == f"look {found[-1][0]}"
+            texts += [text, seen[turn + 1]] if turn < 3 else []
+        assert service.metrics.total("dmr_tokens_total", kind="completion") == 8
+        said = client.post("/sessions/a/outcome", cast_to=object, body={
+            "success": True, "task_id": "a/1", "task_type": "pick_and_place_simple", "observation": "Done."})  # fmt: skip
+    assert said["logged"], said
+    segments = [(prompter.turn if i else prompter.opening)(text, task) for i, text in enumerate(seen)]
+    actions = [prompter.action(f"look {precision}") for precision, _ in found]
+    sequence = routing_sequence(segments, actions, [precision for precision, _ in found], router.settings)
+    with torch.no_grad():
+        levels = router.settings.exceedance(routing_logits(router.model, [sequence], router.settings).double())[:, 0]
+    assert [level for _, level in found] == pytest.approx(levels.tolist(), abs=1e-4)
+    assert [p for p, _ in found] == ["float" if x >= router.settings.threshold else "int2" for x in levels.tolist()]
+    (file,) = (served_project / "data" / "incoming" / SERVED).iterdir()
+    episode = LoggedEpisode.model_validate_json(file.read_text())
+    assert [step.precision for step in episode.steps] == [precision for precision, _ in found]
+    assert [step.observation for step in episode.steps] == [*seen[1:], "Done."]
+    passed = (pair[0].asked + pair[1].asked)[0]
+    assert passed["model"] in ("float", "int2")
+    assert passed["tools"] == []
+    assert "metadata" not in passed
+
+
+def test_usage_is_shown_to_who_asks_for_it_alone(pair: tuple[StandIn, StandIn]) -> None:
+    with proxied(*pair) as (client, _):
+        _, chunks = streamed(client, FIRST)
+        assert all(chunk.choices for chunk in chunks)
+        assert {chunk.model for chunk in chunks} <= {f"dmr/{SERVED}:float", f"dmr/{SERVED}:int2"}
+        _, chunks = streamed(client, FIRST, stream_options={"include_usage": True})
+        assert chunks[-1].usage.completion_tokens == 2
+
+
+def test_faults_of_the_cheaper_one_and_what_the_client_sees(pair: tuple[StandIn, StandIn]) -> None:
+    """Tries again where nothing was sent; where it stays down the dearer one answers."""
+    low = pair[1]
+    low_model = {"model": f"dmr/{SERVED}:int2"}
+    with proxied(*pair, retries=2) as (client, service):
+        for number, (stream, fault) in enumerate(
+            [(s, f) for s in (False, True) for f in ("500", "429", "503", "reset", "garbage", "hang")]
+        ):
+            session = {"extra_headers": {"x-session-id": f"mended-{number}"}}
+            low.faults = [fault, fault]
+            raw = ask(client, FIRST, stream=stream, **low_model, **session)
+            assert (raw.headers["x-dmr-precision"], raw.headers["x-dmr-reason"]) == ("int2", "fixed"), (fault, stream)
+        before = service.metrics.total("dmr_fail_open_total")
+        for stream in (False, True):
+            low.faults = ["500"] * 3
+            raw = ask(client, FIRST, stream=stream, **low_model, extra_headers={"x-session-id": f"down-{stream}"})
+            assert (raw.headers["x-dmr-precision"], raw.headers["x-dmr-reason"]) == ("float", "fallback")
+            assert "x-dmr-degraded" not in raw.headers
+            parsed = next(iter(raw.parse())) if stream else raw.parse()
+            assert parsed.model == f"dmr/{SERVED}:float"
+        assert service.metrics.total("dmr_fail_open_total") - before == 2
+        assert service.metrics.total("dmr_upstream_errors_total", kind="status_429") == 4
+        assert service.metrics.total("dmr_upstream_errors_total", kind="timeout") == 4
+
+
+def test_the_dearer_one_down_is_an_error_unless_degrading_is_allowed(pair: tuple[StandIn, StandIn]) -> None:
+    high, low = pair
+    high.always = "500"
+    high_model = {"model": f"dmr/{SERVED}:float"}
+    with proxied(*pair, retries=0) as (client, service):
+        with pytest.raises(openai.InternalServerError) as error:
+            ask(client, FIRST, **high_model)
+        assert error.value.status_code == 503
+        assert error.value.body["code"] == "upstream_down"
+        assert service.metrics.total("dmr_requests_total", outcome="error") == 1
+    with proxied(*pair, retries=0, degrade=True) as (client, _):
+        raw = ask(client, FIRST, **high_model)
+        assert (raw.headers["x-dmr-precision"], raw.headers["x-dmr-degraded"]) == ("int2", "true")
+        assert raw.parse().model_extra["dmr"] == {"degraded": True}
+        assert raw.headers["x-dmr-reason"] == "fallback"
+        low.always = "500"
+        with pytest.raises(openai.InternalServerError):
+            ask(client, FIRST, **high_model)
+
+
+def test_what_the_upstream_refuses_is_the_clients(pair: tuple[StandIn, StandIn]) -> None:
+    pair[1].faults = ["400"]
+    with proxied(*pair) as (client, _):
+        with pytest.raises(openai.BadRequestError, match="fault 400"):
+            ask(client, FIRST, model=f"dmr/{SERVED}:int2")
+        assert len(pair[1].asked) == 1
+
+
+def test_a_reset_in_mid_stream_ends_with_an_error_and_the_turn_can_be_asked_again(
+    pair: tuple[StandIn, StandIn],
+) -> None:
+    pair[1].faults = ["midway"]
+    with proxied(*pair) as (client, service):
+        fields = {"model": f"dmr/{SERVED}:int2", "extra_headers": {"x-session-id": "a"}}
+        with pytest.raises(openai.APIError, match="broke off"):
+            streamed(client, FIRST, **fields)
+        assert len(pair[1].asked) == 1  # nothing is tried again once something was sent
+        text, _ = streamed(client, FIRST, **fields)
+        assert text == "look int2"
+        raw = ask(client, FIRST, text, "Nothing happens.", **fields)
+        assert raw.headers["x-dmr-turn"] == "2"
+        # An answer that did not come through, although it was sent: it is asked for anew, and is one turn.
+        raw = ask(client, FIRST, text, "Nothing happens.", **fields)
+        assert raw.headers["x-dmr-turn"] == "2"
+        assert service.table.find("a").session.turn == 2
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_ends_the_upstreams_work(pair: tuple[StandIn, StandIn], stream: bool) -> None:
+    low = pair[1]
+    low.always = "endless" if stream else "hang"
+    with proxied(*pair, first_byte_seconds=30.0) as (client, _):
+        body = {"model": f"dmr/{SERVED}:int2", "stream": stream, "messages": [{"role": "user", "content": FIRST}]}
+        url, headers = f"{client.base_url}chat/completions", {"x-session-id": "a"}
+        if stream:
+            with httpx2.stream("POST", url, json=body, headers=headers) as response:
+                assert next(response.iter_lines()).startswith("data:")
+        else:
+            with pytest.raises(httpx2.TimeoutException):
+                httpx2.post(url, json=body, headers=headers, timeout=0.5)
+        deadline = time.monotonic() + 30
+        while not low.left and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert low.left == 1
+        low.always = ""
+        assert ask(client, FIRST, model=f"dmr/{SERVED}:int2", extra_headers=headers).headers["x-dmr-turn"] == "1"
+
+
+@pytest.mark.parametrize(("low_on_failure", "rung"), [(False, "float"), (True, "int2")])
+@pytest.mark.parametrize("fault", ["raises", "hangs"])
+def test_a_router_that_fails_or_hangs_lets_the_recipes_side_act(
+    pair: tuple[StandIn, StandIn], monkeypatch: pytest.MonkeyPatch, fault: str, low_on_failure: bool, rung: str
+) -> None:
+    waiting = threading.Event()
+    with proxied(*pair, router_seconds=0.3, low_on_failure=low_on_failure) as (client, service):
+        ask(client, FIRST, extra_headers={"x-session-id": "a"})  # the router is loaded
+        policy = service.backend.deciders.current.policy
+
+        def decide(*_: object) -> None:
+            if fault == "hangs":
+                waiting.wait(30)
+            raise ValueError
+
+        with monkeypatch.context() as patch:
+            patch.setattr(policy, "decide", decide)
+            raw = ask(client, FIRST, extra_headers={"x-session-id": "b"})
+            waiting.set()
+        assert (raw.headers["x-dmr-precision"], raw.headers["x-dmr-reason"]) == (rung, "fallback")
+        assert service.metrics.total("dmr_fail_open_total") == 1
+        deadline = time.monotonic() + 30
+        while service.backend.deciding.failures < 1 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        again = ask(client, FIRST, f"look {rung}", "A mug.", extra_headers={"x-session-id": "b"})
+        assert again.headers["x-dmr-reason"] == "router"
+
+
+def test_budgets_hold_behind_upstreams_and_a_cost_is_refused(
+    pair: tuple[StandIn, StandIn], served_project: Path
+) -> None:
+    release(served_project, 0.0)
+    with proxied(*pair) as (client, _):
+        texts, found = [FIRST], []
+        for _ in range(5):
+            raw = ask(client, *texts, metadata={"high_ratio": "0.4", "session_id": "a"})
+            found.append(raw.headers["x-dmr-precision"])
+            texts += [raw.parse().choices[0].message.content, "Nothing happens."]
+        assert found == ["int2", "int2", "float", "int2", "float"]
+        with pytest.raises(openai.BadRequestError, match="high_ratio"):
+            ask(client, FIRST, metadata={"cost": "1", "session_id": "b"})
+
+
+def test_what_cannot_be_served_by_upstreams_is_refused_with_the_reason(
+    pair: tuple[StandIn, StandIn], served_project: Path
+) -> None:
+    from dmr_pipeline.router.model import save_router
+
+    folder = served_project / "probe"
+    save_router(new_probe(), folder)
+    with proxied(*pair) as (_, service), pytest.raises(UserError, match="an agent that acts in this process"):
+        service.backend._load(folder)
+    for upstreams, said in (({"float": "x", "int3": "y"}, "no such rung"), ({"float": "x"}, "two precisions")):
+        with pytest.raises(UserError, match=said):
+            Service(ServeSettings(recipe=SERVED, upstreams=upstreams))
+
+
+def test_other_tokenizers_are_found_at_the_start(pair: tuple[StandIn, StandIn]) -> None:
+    high, low = pair
+
+    def differences(**addresses: str) -> list[str]:
+        settings = ServeSettings(recipe=SERVED, upstreams=addresses)
+        return asyncio.run(Upstreams(settings, list(addresses), Metrics()).check())
+
+    assert differences(float=high.address, int2=low.address) == []
+    low.tokens = 1
+    assert "different tokenizers" in differences(float=high.address, int2=low.address)[0]
+    assert differences(float=high.address, int2="http://127.0.0.1:1/v1") == []  # it does not tell
+
+
+def test_many_sessions_lose_no_request_where_one_in_ten_fails(pair: tuple[StandIn, StandIn]) -> None:
+    faults = ["500", "reset", "garbage", "429", "503"]
+    for stand_in in pair:
+        stand_in.faults = [faults[n // 10 % 5] if n % 10 == 3 else "" for n in range(300)]
+    with proxied(*pair, retries=3) as (client, service):
+
+        async def play(number: int, http: httpx2.AsyncClient) -> None:
+            texts = [FIRST]
+            for turn in range(4):
+                messages = [{"role": "assistant" if i % 2 else "user", "content": t} for i, t in enumerate(texts)]
+                body = {"model": f"dmr/{SERVED}", "messages": messages}
+                answer = await http.post("chat/completions", json=body, headers={"x-session-id": str(number)})
+                assert answer.status_code == 200, answer.text
+                assert answer.headers["x-dmr-turn"] == str(turn + 1)
+                texts += [answer.json()["choices"][0]["message"]["content"], "Nothing happens."]
+
+        async def all_of_them() -> None:
+            async with httpx2.AsyncClient(base_url=str(client.base_url), timeout=60) as http:
+                await asyncio.gather(*(play(number, http) for number in range(24)))
+
+        asyncio.run(all_of_them())
+        assert service.metrics.total("dmr_requests_total", outcome="ok") == 96
+        assert service.metrics.total("dmr_upstream_errors_total") > 3
+        assert json.dumps(service.gauges()["dmr_sessions"]).endswith("24]")
