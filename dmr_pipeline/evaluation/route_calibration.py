@@ -25,6 +25,8 @@ from dmr_pipeline.router.model import Router, load_router
 from dmr_pipeline.router.policies import asking_policy
 
 RouterName = Literal["kl_router", "grpo_router"]
+_CLOSE_ENOUGH = 0.005
+"""Ratio, as in `find_bars`."""
 _VERSION = 1
 """Of what is kept: to be raised where the code plays other episodes."""
 
@@ -128,7 +130,7 @@ def calibrate(
     on_validation = kept.under(split="validation", count=len(validation))
     on = Range(arena, validation, progress, on_validation, known, budget.mode)
     if budget.high_ratio is not None:
-        (tuned,) = tune_to_ratios(tunable, on, [budget.high_ratio])
+        (tuned,) = tune_to_ratios(tunable, on, [budget.high_ratio], _CLOSE_ENOUGH)
         spent = spend_of(tuned.played)
         if spent > budget.high_ratio:
             raise UserError(

@@ -102,11 +102,12 @@ class Range:
             self.progress.remove_task(task)
 
 
-def tune_to_ratios(tunable: Tunable, on: Range, ratios: Sequence[float]) -> list[Tuned]:
+def tune_to_ratios(tunable: Tunable, on: Range, ratios: Sequence[float], close_enough: float = 0.01) -> list[Tuned]:
     """At the bar whose spend (of two rungs the high-precision ratio) is the largest that is at most each of these.
 
     Args:
         ratios: in the order in which they are looked for; what was played for one narrows the search for the next.
+        close_enough: as in `find_bars`.
     """
     levels, frames = on.levels(tunable), dict[Bar, pl.DataFrame]()
 
@@ -114,9 +115,8 @@ def tune_to_ratios(tunable: Tunable, on: Range, ratios: Sequence[float]) -> list
         frames[bar] = on.play(tunable, bar)
         return spend_of(frames[bar])
 
-    return [
-        Tuned(on.in_mode(point.bar), frames[point.bar]) for point in find_bars(play_at, levels, ratios, on.mode.sample)
-    ]
+    found = find_bars(play_at, levels, ratios, on.mode.sample, close_enough)
+    return [Tuned(on.in_mode(point.bar), frames[point.bar]) for point in found]
 
 
 def tune_to_cost(tunable: Tunable, on: Range, cost: float) -> tuple[Tuned | None, float]:

@@ -20,8 +20,6 @@ Floats = NDArray[np.float64]
 
 _ROLLOUTS = 5
 """For each budget."""
-_CLOSE_ENOUGH = 0.005
-"""Spend, on both sides of what is aimed at."""
 _LEAST_LEVEL, _FAR = 1e-6, 100.0
 """Of samples: levels closer to 0 or 1 are taken as this far from it, so that there are odds; and log-odds that none has."""
 _DIGITS = 9
@@ -147,7 +145,11 @@ class Tried:
 
 
 def find_bars(
-    play_at: Callable[[Bar], float], levels: Floats, targets: Sequence[float], sample: bool = False
+    play_at: Callable[[Bar], float],
+    levels: Floats,
+    targets: Sequence[float],
+    sample: bool = False,
+    close_enough: float = 0.01,
 ) -> Iterator[Tried]:
     """For each target, in their order, the bar whose closed-loop spend is the largest that is at most the target.
 
@@ -159,6 +161,7 @@ def find_bars(
         play_at: plays, and gives the spend.
         levels: exceedances met in some rollout, in any order.
         sample: bars that sample.
+        close_enough: spend, on both sides of what is aimed at, which is as much below the target.
     """
     tried: list[Tried] = []
 
@@ -170,15 +173,15 @@ def find_bars(
         return point
 
     for target in targets:
-        _search(play, tried, target)
+        _search(play, tried, target, close_enough)
         if all(point.spend > target for point in tried):
             play(1.0)
         within = [point for point in tried if point.spend <= target]
         yield max(within, key=lambda point: point.spend) if within else min(tried, key=lambda point: point.spend)
 
 
-def _search(play: Callable[[float], Tried], tried: Sequence[Tried], target: float) -> None:
-    tolerance = min(_CLOSE_ENOUGH, target / 2)
+def _search(play: Callable[[float], Tried], tried: Sequence[Tried], target: float, close_enough: float) -> None:
+    tolerance = min(close_enough, target / 2)
     aim = target - tolerance
     over = [point for point in tried if point.spend > aim]
     under = [point for point in tried if point.spend <= aim]
