@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Literal, Union, get_args, get_origin
+from typing import Annotated, Literal, Union, get_args, get_origin, is_typeddict
 
 import typer
 import typer.main
@@ -18,6 +18,7 @@ from typer.cli import get_docs_for_click
 
 from dmr_pipeline import benchmarks
 from dmr_pipeline.cli import app
+from dmr_pipeline.evaluation import results
 from dmr_pipeline.pipeline import STAGES
 from dmr_pipeline.recipe import Games, Recipe
 from dmr_pipeline.recipe_fields import Section
@@ -45,6 +46,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     page.meta.setdefault("search", {"boost": BOOST.get(page.file.src_uri.partition("/")[0], 1.0)})
     text = re.sub(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)", lambda link: _link(link, page.file.src_uri, files), markdown)
     text = text.replace("<!-- keys of a recipe -->", "\n".join(recipe_lines()))
+    text = text.replace("<!-- types of metrics.json -->", "\n".join(metrics_lines()))
     text = text.replace("<!-- stages of the pipeline -->", "\n".join(stage_lines()))
     return text.replace("<!-- commands of dmr -->", commands())
 
@@ -70,6 +72,13 @@ def commands() -> str:
     text = get_docs_for_click(obj=command, ctx=typer.Context(command), name="dmr", indent=1, title="dmr")
     # Its lists of subcommands cut their descriptions off, and each subcommand has a heading and all of it below.
     return re.sub(r"\*\*Commands\*\*:\n\n(?:\* .*\n)+", "", text)
+
+
+def metrics_lines() -> Iterator[str]:
+    """A directive of mkdocstrings for each type, the whole before its parts."""
+    for name, kind in reversed(vars(results).items()):
+        if is_typeddict(kind) and kind.__module__ == results.__name__:
+            yield f"::: {results.__name__}.{name}"
 
 
 def stage_lines() -> Iterator[str]:
