@@ -35,7 +35,12 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(project: Path, script: str) -> str:
     """By the shell, which ends with the first command that fails."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    environment = {"PATH": path, "PYTHONPATH": str(REPOSITORY), "DAGSTER_HOME": str(project / "dagster_home")}
+    environment = {
+        "COLUMNS": "200",
+        "PATH": path,
+        "PYTHONPATH": str(REPOSITORY),
+        "DAGSTER_HOME": str(project / "dagster_home"),
+    }
     command = ["bash", "-euo", "pipefail", "-c", script]
     done = subprocess.run(
         command, cwd=project, env={**os.environ, **environment}, capture_output=True, text=True, check=False
