@@ -17,6 +17,7 @@ from dmr_pipeline.cli.route import route
 from dmr_pipeline.cli.router import router
 from dmr_pipeline.cli.sensitivity import sensitivity
 from dmr_pipeline.cli.serve import serve
+from dmr_pipeline.cli.study import study
 from dmr_pipeline.cli.trajectories import trajectories
 
 app = typer.Typer(
@@ -45,6 +46,7 @@ app.add_typer(trajectories, name="trajectories")
 app.add_typer(router, name="router")
 app.add_typer(route, name="route")
 app.add_typer(sensitivity, name="sensitivity")
+app.add_typer(study, name="study")
 app.add_typer(data, name="data")
 app.add_typer(models, name="models")
 app.add_typer(env, name="env")

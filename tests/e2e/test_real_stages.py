@@ -22,6 +22,16 @@ from tests.helpers.installed_dmr import dmr
 from tests.helpers.micro_recipe import RECIPE_YAML, THREE_RUNGS_YAML
 
 LADDER = ["float", "int4", "int2"]
+STUDY = """
+recipe: micro
+games: 6
+seeds: [0, 1]
+budgets: [0.2, 0.5]
+planned: [0.5]
+routers:
+  kl: {}
+  after: {stage: grpo_router, changes: {kl_router: {model: {decides: after}}}}
+"""
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +85,43 @@ def test_the_whole_pipeline_runs_and_repeats_itself(project: Path, monkeypatch: 
         done = dmr("materialize", name, "--recipe", "micro", "--force")
         assert done.returncode == 0, done.stdout + done.stderr
         assert verify(artifact_folder(name, "micro")).hash == hashes[name], name
+    assert_a_study_trains_what_differs_and_plays_all_of_it(hashes["kl_router"])
+
+
+def assert_a_study_trains_what_differs_and_plays_all_of_it(kl_router: str) -> None:
+    Path("small.yaml").write_text(STUDY)
+    done = dmr("study", "run", "small.yaml", "--out", "results/small.json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "against the best rule" in done.stdout
+    folder = Path("data/scratch/studies/small")
+    routers = folder / "artifacts"
+    assert verify(artifact_folder("kl_router", "kl-0", routers)).hash == kl_router
+    linked = artifact_folder("kl_router", "kl-0", routers) / "manifest.json"
+    assert linked.samefile(artifact_folder("kl_router", "micro") / "manifest.json")
+    hashes = {name: verify(artifact_folder("kl_router", name, routers)).hash for name in ("kl-0", "kl-1", "after-0")}
+    assert len(set(hashes.values())) == 3
+    assert not artifact_folder("grpo_router", "kl-0", routers).exists()
+    verify(artifact_folder("grpo_router", "after-1", routers))
+
+    results = json.loads(Path("results/small.json").read_text())
+    assert results == json.loads((folder / "results.json").read_text())
+    points = {(point["policy"], point["budget"]): point for point in results["points"]}
+    assert {policy for policy, budget in points if budget is None} == {
+        "always_float", "always_int4", "always_int2", "speculative:float<int2", "disagreement",
+    }  # fmt: skip
+    tuned = {policy for policy, budget in points if budget is not None}
+    assert {"kl", "after", "rule:random", "rule:margin"} < tuned
+    assert {(policy, budget) for policy in tuned for budget in (0.2, 0.5)} < points.keys()
+    assert len(points["kl", 0.2]["by_seed"]) == len(points["after", 0.5]["by_seed"]) == 2
+    assert [(one["router"], one["budget"]) for one in results["compared"]] == [("kl", 0.5), ("after", 0.5)]
+    episodes = pl.read_parquet(folder / "episodes.parquet")
+    assert episodes.group_by("policy", "budget", "seed").len()["len"].to_list() == [6] * (
+        5 + 2 * (len(tuned) - 2) + 2 * 2 * 2
+    )
+    before = {path: path.stat().st_mtime_ns for path in (folder / "kept").iterdir()}
+    again = dmr("study", "run", "small.yaml", "--json")
+    assert json.loads(again.stdout) == results
+    assert {path: path.stat().st_mtime_ns for path in (folder / "kept").iterdir()} == before
 
 
 def assert_three_rungs_were_compared(report: dict[str, Any]) -> None:

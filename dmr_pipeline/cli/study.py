@@ -1,0 +1,101 @@
+"""`dmr study`: routers trained in several ways and with several seeds, against rules, on games that nothing was chosen on."""
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich import box
+from rich.progress import Progress
+from rich.table import Table
+
+from dmr_pipeline.cli.common import console, progress_lines, user_errors_exit_2, write_record
+from dmr_pipeline.recipe import load_recipe
+
+if TYPE_CHECKING:  # `dmr --help` needs none of it
+    from dmr_pipeline.study.results import Results
+
+study = typer.Typer(help="Routers trained in several ways, against rules, on fresh games.", no_args_is_help=True)
+
+
+@study.callback()
+def commands() -> None:
+    """So that `run` has to be named, as commands of other groups have."""
+
+
+@study.command()
+@user_errors_exit_2
+def run(
+    file: Annotated[Path, typer.Argument(help="the study: YAML, as those in studies/")],
+    out: Annotated[Path | None, typer.Option(help="a JSON file for the results, besides")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON and nothing else")] = False,
+) -> None:
+    """Train what is missing, tune every policy to every budget on validation games, play fresh ones, and compare.
+
+    Routers, episodes and results are kept in data/scratch/studies: the same command goes on where it broke off.
+    """
+    from dmr_pipeline.artifacts.folders import DATA_ROOT
+    from dmr_pipeline.cli.stages import verify_current
+    from dmr_pipeline.precision.ladder import read_ladder
+    from dmr_pipeline.study.design import load_study
+    from dmr_pipeline.study.play import play_study
+    from dmr_pipeline.study.results import Place, study_results
+    from dmr_pipeline.study.routers import train
+
+    plan = load_study(file)
+    recipe = load_recipe(plan.recipe)
+    ladder = read_ladder(verify_current("quantized_checkpoints", plan.recipe).path)
+    folder = DATA_ROOT / "scratch" / "studies" / file.stem
+    with nullcontext() if as_json else progress_lines():
+        routers = train(plan, DATA_ROOT, folder / "artifacts")
+        with Progress(console=console, disable=as_json) as progress:
+            episodes = play_study(plan, recipe, routers, DATA_ROOT, folder / "kept", progress)
+    episodes.write_parquet(folder / "episodes.parquet")
+    (last,) = (rung for rung in ladder.rungs if rung.name == ladder.route[-1])
+    cheapest = Place(last.cost, last.validation_success)
+    results = study_results(episodes, plan, recipe.evaluation, recipe.precisions.margin, ladder.route, cheapest)
+    for path in (folder / "results.json", *([out] if out is not None else [])):
+        write_record(path, results)
+    if as_json:
+        typer.echo(results.model_dump_json(indent=2))
+        return
+    _show(results)
+    seeds = ", ".join(map(str, plan.seeds))
+    console.print(f"{results.games} games; routers of seeds {seeds}. Kept in {folder}", highlight=False, soft_wrap=True)
+
+
+def _show(results: "Results") -> None:
+    table = Table(box=box.SIMPLE, pad_edge=False, collapse_padding=True)
+    table.add_column("policy", overflow="fold")
+    for column in ("budget", "ratio", "success, %", "seeds ±", "cost", "gain, points"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for point in results.points:
+        table.add_row(
+            point.policy,
+            "" if point.budget is None else f"{point.budget:g}",
+            f"{point.ratio:.3f}",
+            f"{100 * point.success:.1f} {_points(point.success_ci95)}",
+            "" if point.seed_deviation is None else f"{100 * point.seed_deviation:.1f}",
+            f"{point.cost:.3f}",
+            f"{100 * point.gain:+.1f} {_points(point.gain_ci95)}",
+        )
+    console.print(table)
+    compared = Table(
+        title="Routers against the best rule at equal cost", box=box.SIMPLE, pad_edge=False, title_justify="left"
+    )
+    for column in ("router", "budget", "rule", "better by", "p, Holm", "lost to the dearest"):
+        compared.add_column(column, overflow="fold")
+    for one in results.compared:
+        compared.add_row(
+            one.router,
+            f"{one.budget:g}",
+            one.rule,
+            f"{100 * one.difference:+.1f} {_points(one.difference_ci95)}",
+            f"{one.p_holm:.3f}",
+            f"{100 * one.lost:.1f} {_points(one.lost_ci95)}",
+        )
+    console.print(compared)
+
+
+def _points(interval: list[float]) -> str:
+    return f"[{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"

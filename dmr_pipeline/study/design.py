@@ -1,0 +1,101 @@
+"""A study: routers of one recipe, each trained in several ways and with several seeds, and played at several budgets on games
+that nothing was chosen on. One YAML file says all of it."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, JsonValue, ValidationError
+
+from dmr_pipeline.errors import UserError, problems_of
+from dmr_pipeline.recipe import Recipe, load_recipe
+from dmr_pipeline.recipe_fields import Count, Name, Ratio, Section, Seed
+from dmr_pipeline.recipe_text import read_mapping
+
+CHANGEABLE = ("trajectories", "sensitivity", "kl_router", "grpo_router")
+"""Sections that variants may change: with the others they would play other games, or other precisions."""
+SEEDED = ("kl_router", "grpo_router")
+
+
+class Variant(Section):
+    """One way to train a router."""
+
+    stage: Literal["kl_router", "grpo_router"] = Field("kl_router", description="whose router plays")
+    changes: dict[str, dict[str, JsonValue]] = Field(
+        default_factory=dict,
+        description="section -> keys that differ from the recipe's, and of a mapping in it those that are named",
+    )
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        for section in self.changes:
+            if section not in CHANGEABLE:
+                yield "changes", f"{section!r}: a variant may change {', '.join(CHANGEABLE)}"
+
+
+class Study(Section):
+    """A file in `studies/`."""
+
+    recipe: Name = Field(description="whose artifacts the study starts from")
+    routers: dict[Name, Variant] = Field(min_length=1, description="name -> how it is trained")
+    seeds: tuple[Seed, ...] = Field((0, 1, 2), min_length=1, description="of each router's training")
+    budgets: tuple[Ratio, ...] = Field(
+        (0.1, 0.2, 0.3, 0.4, 0.6),
+        min_length=1,
+        description="spend on validation games, of two rungs the high-precision ratio, that each policy is tuned to stay within",
+    )
+    planned: tuple[Ratio, ...] = Field(
+        (0.2, 0.4),
+        min_length=1,
+        description="budgets at which each router is compared with the best rule; Holm's correction is over all of these",
+    )
+    games: Annotated[int, Field(gt=0)] = Field(
+        1000,
+        description="of seeds that no split uses; of benchmarks whose tasks are a list, the test split's, as many as it has",
+    )
+    validation_games: Count | None = Field(None, description="that policies are tuned on; all by default")
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        for field, values in (("seeds", self.seeds), ("budgets", self.budgets), ("planned", self.planned)):
+            if len(set(values)) != len(values):
+                yield field, f"{list(values)} are not all different"
+        for budget in self.planned:
+            if budget not in self.budgets:
+                yield "planned", f"{budget} is none of the budgets, {', '.join(map(str, self.budgets))}"
+
+
+def load_study(path: Path) -> Study:
+    """
+    Raises:
+        UserError: it is malformed, or the recipe does not take a variant's changes.
+    """
+    try:
+        study = Study.model_validate(read_mapping(path))
+    except ValidationError as error:
+        raise UserError(f"{path}: {'; '.join(problems_of(error))}") from error
+    for name in study.routers:
+        variant_recipe(study, name, study.seeds[0])
+    return study
+
+
+def variant_recipe(study: Study, name: str, seed: int) -> Recipe:
+    """The recipe of one router, under a name of its own.
+
+    Raises:
+        UserError: it does not take the changes.
+    """
+    variant, base = study.routers[name], load_recipe(study.recipe)
+    content = base.model_dump(mode="json")
+    for section, changes in variant.changes.items():
+        content[section] = _merged(content[section], changes)
+    for section in SEEDED:
+        content[section]["seed"] = seed
+    try:
+        return Recipe.model_validate(content | {"name": f"{name}-{seed}"})
+    except ValidationError as error:
+        raise UserError(f"routers.{name}.changes: {'; '.join(problems_of(error))}") from error
+
+
+def _merged(old: JsonValue, new: JsonValue) -> JsonValue:
+    if isinstance(old, dict) and isinstance(new, dict):
+        return {**old, **{key: _merged(old.get(key), value) for key, value in new.items()}}
+    return new

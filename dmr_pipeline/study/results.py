@@ -1,0 +1,303 @@
+"""What a study has found, from its episodes: a point for each policy and budget, what it gains over the rungs alone, and whether
+a trained router is better than the best rule that nobody trained.
+
+- *Gain*: success minus that of the best mixture of single rungs at the same cost, all on the same games.
+- *Equal cost*: between two budgets a rule reaches every cost by playing some episodes at one and the rest at the other. Which
+  rule is compared is chosen on validation games, at the router's cost there; the mixture is set to its cost on the fresh games.
+- Intervals are over games (bootstrap, the same resamples for all policies); the spread over training seeds is told beside them.
+- The planned comparisons are named in the study's file, before it runs: Holm's correction is over all of them.
+
+All of that is ours.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import polars as pl
+from scipy.stats import permutation_test
+
+from dmr_pipeline.evaluation.metrics import (
+    average_gap_recovered,
+    average_improvement_in_quality,
+    game_weights,
+    percentiles,
+)
+from dmr_pipeline.evaluation.results import Interval
+from dmr_pipeline.evaluation.statistics import games_needed, holm
+from dmr_pipeline.frozen_model import FrozenModel
+from dmr_pipeline.precision.hull import Floats, best_mixture
+from dmr_pipeline.recipe import Evaluation
+from dmr_pipeline.study.design import Study
+
+ROUNDS = 9_999
+"""Of a permutation test."""
+
+
+class Place(NamedTuple):
+    cost: float
+    success: float
+
+
+class Point(FrozenModel):
+    """A policy at one budget, or one that has none; means over its seeds."""
+
+    policy: str
+    kind: str
+    budget: float | None
+    success: float
+    success_ci95: Interval
+    ratio: float
+    """Spend of all steps, of two rungs the high-precision ratio."""
+    cost: float
+    cost_ci95: Interval
+    gain: float
+    """Over the best mixture of single rungs at its cost."""
+    gain_ci95: Interval
+    by_seed: list[float]
+    """Success of each training seed; one number where nothing was trained."""
+    seed_deviation: float | None
+    """Standard deviation of these; None of one."""
+
+
+class Curve(FrozenModel):
+    """A policy over all budgets."""
+
+    policy: str
+    kind: str
+    apgr: float | None
+    """None where the dearest rung is not better than the cheapest."""
+    aiq: float | None
+    """Mean success between the costs of the cheapest and the dearest rung; None where the dearest costs no more."""
+
+
+class Compared(FrozenModel):
+    """A trained router at one budget against the best rule at equal cost, and against the dearest rung."""
+
+    router: str
+    budget: float
+    rule: str
+    """Chosen on validation games."""
+    cost: float
+    rule_cost: float
+    """Equal, but where no mixture of the rule's budgets costs as much or as little."""
+    difference: float
+    """In success, router minus rule."""
+    difference_ci95: Interval
+    p_value: float
+    """Two-sided sign-flip test over games."""
+    p_holm: float
+    lost: float
+    """Success of the dearest rung minus the router's."""
+    lost_ci95: Interval
+    not_worse: bool
+    """Whether the router is shown to lose less than `margin` to it."""
+
+
+class Results(FrozenModel):
+    study: Study
+    games: int
+    confidence: float
+    margin: float
+    points: list[Point]
+    curves: list[Curve]
+    compared: list[Compared]
+
+
+@dataclass(frozen=True)
+class _Played:
+    """One policy at one budget, by game: means over seeds, [games]."""
+
+    kind: str
+    success: Floats
+    cost: Floats
+    spend: Floats
+    steps: Floats
+    by_seed: Floats
+    """Success, [seeds]."""
+    validation: Place | None
+
+    @property
+    def ratio(self) -> float:
+        return float(self.spend.sum() / self.steps.sum())
+
+
+def study_results(
+    episodes: pl.DataFrame, study: Study, section: Evaluation, margin: float, route: Sequence[str], cheapest: Place
+) -> Results:
+    """
+    Args:
+        episodes: rows of `play.EPISODES`.
+        section: confidence, resamples and seed.
+        margin: of non-inferiority.
+        route: the routed rungs, dearest first.
+        cheapest: the cheapest of them alone, on validation games.
+    """
+    played = {
+        (policy, budget): _by_game(rows)
+        for (policy, budget), rows in episodes.group_by("policy", "budget", maintain_order=True)
+    }
+    games = episodes["task_id"].n_unique()
+    weights = game_weights(games, section.bootstrap, section.seed)
+    singles = [one for (_, _), one in played.items() if one.kind == "rung"]
+    high, low = played[f"always_{route[0]}", None], played[f"always_{route[-1]}", None]
+    points = [
+        _point(policy, budget, one, singles, weights, section.confidence) for (policy, budget), one in played.items()
+    ]
+    tuned = list(dict.fromkeys(policy for policy, budget in played if budget is not None))
+    of = {name: {budget: one for (policy, budget), one in played.items() if policy == name} for name in tuned}
+    rules = {name: curve for name, curve in of.items() if next(iter(curve.values())).kind == "rule"}
+    compared = [
+        _compare(name, budget, curve[budget], rules, high, low, cheapest, weights, section, margin)
+        for name, curve in of.items()
+        if name not in rules
+        for budget in study.planned
+    ]
+    adjusted = holm([one.p_value for one in compared])
+    return Results(
+        study=study,
+        games=games,
+        confidence=section.confidence,
+        margin=margin,
+        points=points,
+        curves=[_curve(name, curve, high, low) for name, curve in of.items()],
+        compared=[one.model_copy(update={"p_holm": p}) for one, p in zip(compared, adjusted, strict=True)],
+    )
+
+
+def _by_game(rows: pl.DataFrame) -> _Played:
+    games = (
+        rows.group_by("task_id")
+        .agg(pl.col("success", "cost", "spend", "steps").cast(pl.Float64).mean())
+        .sort("task_id")
+    )
+    seeds = rows.group_by("seed").agg(pl.col("success").mean()).sort("seed")
+    validation = rows.select(pl.col("validation_cost", "validation_success").mean()).row(0)
+    return _Played(
+        kind=rows["kind"][0],
+        success=games["success"].to_numpy(),
+        cost=games["cost"].to_numpy(),
+        spend=games["spend"].to_numpy(),
+        steps=games["steps"].to_numpy(),
+        by_seed=seeds["success"].to_numpy(),
+        validation=None if validation[0] is None else Place(*validation),
+    )
+
+
+def _point(
+    policy: str, budget: float | None, one: _Played, singles: Sequence[_Played], weights: Floats, confidence: float
+) -> Point:
+    costs, successes = (np.stack(values) for values in zip(*((s.cost, s.success) for s in singles), strict=True))
+
+    def gain(mean: Floats) -> Floats:
+        """Of one resample of the games each, [resamples, games]."""
+        found: Floats = mean @ one.success - best_mixture(mean @ costs.T, mean @ successes.T, mean @ one.cost)
+        return found
+
+    everything = np.full((1, len(one.success)), 1 / len(one.success))
+    return Point(
+        policy=policy,
+        kind=one.kind,
+        budget=budget,
+        success=_rounded(one.success.mean()),
+        success_ci95=_interval(weights @ one.success, confidence),
+        ratio=_rounded(one.ratio),
+        cost=_rounded(one.cost.mean()),
+        cost_ci95=_interval(weights @ one.cost, confidence),
+        gain=_rounded(gain(everything)[0]),
+        gain_ci95=_interval(gain(weights), confidence),
+        by_seed=[_rounded(success) for success in one.by_seed],
+        seed_deviation=_rounded(one.by_seed.std(ddof=1)) if len(one.by_seed) > 1 else None,
+    )
+
+
+def _curve(name: str, curve: Mapping[float | None, _Played], high: _Played, low: _Played) -> Curve:
+    gap, span = high.success.mean() - low.success.mean(), high.cost.mean() - low.cost.mean()
+    points = sorted((one.ratio, one.success.mean(), one.cost.mean()) for one in curve.values())
+    recovered = [(ratio, (success - low.success.mean()) / gap) for ratio, success, _ in points] if gap > 0 else []
+    ends = [(low.cost.mean(), low.success.mean()), (high.cost.mean(), high.success.mean())]
+    offered = [*ends, *((cost, success) for _, success, cost in points)]
+    return Curve(
+        policy=name,
+        kind=next(iter(curve.values())).kind,
+        apgr=_rounded(average_gap_recovered(np.array(recovered))) if recovered else None,
+        aiq=_rounded(average_improvement_in_quality(offered, ends[0][0], ends[1][0])) if span > 0 else None,
+    )
+
+
+def _compare(
+    name: str,
+    budget: float,
+    router: _Played,
+    rules: Mapping[str, Mapping[float | None, _Played]],
+    high: _Played,
+    low: _Played,
+    cheapest: Place,
+    weights: Floats,
+    section: Evaluation,
+    margin: float,
+) -> Compared:
+    assert router.validation is not None
+    at = router.validation.cost
+
+    def on_validation(rule: str) -> float:
+        places = [cheapest, *(one.validation for one in rules[rule].values() if one.validation is not None)]
+        costs, successes = (np.array(values) for values in zip(*places, strict=True))
+        return float(mixed_at(costs, at) @ successes)
+
+    best = max(rules, key=on_validation)
+    offered = [low, *rules[best].values()]
+    shares = mixed_at(np.array([one.cost.mean() for one in offered]), float(router.cost.mean()))
+    rule_success = shares @ np.stack([one.success for one in offered])
+    rule_cost = shares @ np.array([one.cost.mean() for one in offered])
+    difference, lost = router.success - rule_success, high.success - router.success
+    lost_interval = percentiles(weights @ lost, section.confidence)
+    return Compared(
+        router=name,
+        budget=budget,
+        rule=best,
+        cost=_rounded(router.cost.mean()),
+        rule_cost=_rounded(rule_cost),
+        difference=_rounded(difference.mean()),
+        difference_ci95=_interval(weights @ difference, section.confidence),
+        p_value=sign_flip(difference, section.seed),
+        p_holm=1.0,
+        lost=_rounded(lost.mean()),
+        lost_ci95=[_rounded(end) for end in lost_interval],
+        not_worse=bool(lost_interval[1] < margin and len(lost) >= games_needed(margin, section.confidence)),
+    )
+
+
+def mixed_at(costs: Floats, at: float) -> Floats:
+    """Shares [points] of the two points next to a cost, whose mixture costs just that; beyond, of the end alone."""
+    order = np.argsort(costs, kind="stable")
+    shares = np.zeros(len(costs))
+    for place, point in enumerate(order):
+        alone = np.zeros(len(costs))
+        alone[place] = 1.0
+        shares[point] = np.interp(at, costs[order], alone)
+    return shares
+
+
+def sign_flip(differences: Floats, seed: int) -> float:
+    """Two-sided p-value: under the null hypothesis a game's difference is as likely to have the other sign."""
+    if not differences.any():
+        return 1.0
+    found = permutation_test(
+        (differences, np.zeros(len(differences))),
+        lambda first, second, axis: (first - second).mean(axis),
+        permutation_type="samples",
+        vectorized=True,
+        n_resamples=ROUNDS,
+        rng=np.random.default_rng(seed),
+    )
+    return float(found.pvalue)
+
+
+def _interval(values: Floats, confidence: float) -> Interval:
+    return [_rounded(end) for end in percentiles(values, confidence)]
+
+
+def _rounded(value: float) -> float:
+    return round(float(value), 6) + 0.0  # no minus zero

@@ -1,0 +1,77 @@
+"""The routers of a study: each stage is run once for all variants that it is the same for, and not where the recipe's own
+artifact is what it would make."""
+
+import logging
+import shutil
+from os import link
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from dmr_pipeline.artifacts.folders import artifact_folder
+from dmr_pipeline.artifacts.manifest import MANIFEST, Manifest, verify
+from dmr_pipeline.artifacts.materialize import materialize_stage
+from dmr_pipeline.artifacts.provenance import provenance
+from dmr_pipeline.artifacts.stage import Stage
+from dmr_pipeline.pipeline import STAGES
+from dmr_pipeline.recipe import Recipe
+from dmr_pipeline.study.design import Study, variant_recipe
+
+log = logging.getLogger(__name__)
+
+
+def train(study: Study, data_root: Path, folder: Path) -> dict[tuple[str, int], Path]:
+    """Make what is missing: (router, seed) -> its artifact.
+
+    Args:
+        data_root: with the recipe's own artifacts.
+        folder: of the study's.
+
+    Raises:
+        UserError: as `materialize_stage`.
+    """
+    found = {}
+    for name, variant in study.routers.items():
+        for seed in study.seeds:
+            recipe = variant_recipe(study, name, seed)
+            for stage in _up_to(variant.stage):
+                _adopt(stage, recipe, artifact_folder(stage.name, study.recipe, data_root), folder)
+                artifact = materialize_stage(stage, recipe, folder).artifact
+            found[name, seed] = artifact.path
+    return found
+
+
+def _up_to(wanted: str) -> list[Stage]:
+    """The stages that this one needs, and itself, in the pipeline's order."""
+    stages = {stage.name: stage for stage in STAGES}
+    needed = {wanted}
+    for stage in reversed(STAGES):
+        if stage.name in needed:
+            needed |= set(stage.inputs)
+    return [stages[name] for name in stages if name in needed]
+
+
+def _adopt(stage: Stage, recipe: Recipe, base: Path, folder: Path) -> None:
+    """Let the study's folder have an artifact that is already what the stage would make there: the same files, which nobody
+    changes in place."""
+    wanted_at = artifact_folder(stage.name, recipe.name, folder)
+    if wanted_at.is_dir():
+        return
+    inputs = {name: verify(artifact_folder(name, recipe.name, folder)).hash for name in stage.inputs}
+    wanted = provenance(stage, recipe, inputs)
+    for candidate in [base, *sorted(folder.glob(f"*/{stage.name}"))]:
+        manifest = _manifest(candidate)
+        if manifest is not None and wanted.difference(manifest) is None:
+            log.info("%s of %s: that of %s", stage.name, recipe.name, candidate.parent.name)
+            new = wanted_at.with_name(f".{stage.name}.linked")
+            shutil.rmtree(new, ignore_errors=True)
+            shutil.copytree(verify(candidate).path, new, copy_function=link)
+            new.rename(wanted_at)
+            return
+
+
+def _manifest(folder: Path) -> Manifest | None:
+    try:
+        return Manifest.model_validate_json((folder / MANIFEST).read_bytes())
+    except (FileNotFoundError, ValidationError):
+        return None

@@ -1,0 +1,60 @@
+"""What a study's file may say."""
+
+from pathlib import Path
+
+import pytest
+
+from dmr_pipeline.errors import UserError
+from dmr_pipeline.study.design import load_study, variant_recipe
+from tests.helpers.fake_project import REPOSITORY
+
+
+@pytest.fixture
+def in_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPOSITORY)
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "study.yaml"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.usefixtures("in_repository")
+def test_a_variant_changes_what_it_names_and_the_seeds(tmp_path: Path) -> None:
+    text = "recipe: alfworld-tiny\nrouters: {a: {}, b: {changes: {kl_router: {model: {probe: {hidden: 7}}}}}}\n"
+    study = load_study(written(tmp_path, text))
+    plain, changed = (variant_recipe(study, name, 3) for name in ("a", "b"))
+    assert (plain.name, changed.name) == ("a-3", "b-3")
+    assert plain.kl_router.model.probe is not None
+    assert changed.kl_router.model.probe == plain.kl_router.model.probe.model_copy(update={"hidden": 7})
+    assert (changed.kl_router.seed, changed.grpo_router.seed) == (3, 3)
+    rest = {"kl_router", "grpo_router", "name"}
+    assert changed.model_dump(exclude=rest) == plain.model_dump(exclude=rest)
+
+
+@pytest.mark.usefixtures("in_repository")
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "studies").glob("*.yaml")), ids=lambda path: path.stem)
+def test_committed_studies_are_right(path: Path) -> None:
+    study = load_study(path)
+    for name in study.routers:
+        variant_recipe(study, name, study.seeds[-1])
+
+
+@pytest.mark.usefixtures("in_repository")
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("routers: {a: {changes: {precisions: {margin: 0.1}}}}", "'precisions': a variant may change trajectories"),
+        ("routers: {a: {changes: {kl_router: {epoch: 1}}}}", "routers.a.changes: kl_router.epoch: Extra inputs"),
+        ("routers: {}", "routers: "),
+        ("routers: {a: {}}\nbudgets: [0.3]", "0.2 is none of the budgets, 0.3"),
+        ("routers: {a: {}}\nseeds: [1, 1]", "[1, 1] are not all different"),
+        ("routers: {a: {stage: agent}}", "stage"),
+    ],
+)
+def test_what_is_wrong_is_one_line(tmp_path: Path, text: str, said: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_study(written(tmp_path, f"recipe: alfworld-tiny\n{text}\n"))
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)

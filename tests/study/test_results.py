@@ -1,0 +1,117 @@
+"""Results of made-up episodes, against what they were made to show."""
+
+import numpy as np
+import polars as pl
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import binomtest
+
+from dmr_pipeline.recipe import Evaluation
+from dmr_pipeline.study.design import Study
+from dmr_pipeline.study.results import Place, Results, mixed_at, sign_flip, study_results
+
+GAMES = 200
+ROUTE = ("float", "int2")
+STUDY = Study.model_validate(
+    {"recipe": "x", "routers": {"good": {}, "poor": {}}, "seeds": [0, 1], "budgets": [0.2, 0.4], "planned": [0.4]}
+)
+
+
+def episodes(policy: str, kind: str, won: float, cost: float, ratio: float = 0.0, **more: object) -> pl.DataFrame:
+    """The first games are won, so that all policies agree on which are hard."""
+    validation = more.pop("validation", (None, None))
+    rows = {
+        "policy": policy,
+        "kind": kind,
+        "seed": more.get("seed"),
+        "budget": more.get("budget"),
+        "validation_cost": validation[0],
+        "validation_success": validation[1],
+        "cost": cost,
+        "spend": 10 * ratio,
+        "steps": 10,
+    }
+    table = pl.DataFrame({"task_id": [f"g{i:03}" for i in range(GAMES)], "success": np.arange(GAMES) < won * GAMES})
+    kinds = {
+        "seed": pl.Int64(),
+        "budget": pl.Float64(),
+        "validation_cost": pl.Float64(),
+        "validation_success": pl.Float64(),
+    }
+    return table.with_columns(pl.lit(value, kinds.get(name)).alias(name) for name, value in rows.items())
+
+
+@pytest.fixture(scope="module")
+def found() -> Results:
+    frames = [
+        episodes("always_float", "rung", 0.9, 1.0, 1.0),
+        episodes("always_int2", "rung", 0.5, 0.2),
+        episodes("always_int4", "rung", 0.6, 0.8),  # below the line between the two
+    ]
+    for budget, cost in ((0.2, 0.4), (0.4, 0.6)):
+        # On validation games the rule "fair" is the better one, on the fresh games "lucky" would have been.
+        frames.append(episodes("rule:fair", "rule", 0.5 + budget, cost, budget, budget=budget, validation=(cost, 0.8)))
+        frames.append(episodes("rule:lucky", "rule", 0.9, cost, budget, budget=budget, validation=(cost, 0.6)))
+        for seed in (0, 1):
+            at = {"seed": seed, "budget": budget, "validation": (0.5, 0.9)}
+            frames.append(episodes("good", "router", 0.8 + 0.1 * seed, 0.5, budget, **at))
+            frames.append(episodes("poor", "router", 0.8, 0.5, budget, **at))
+    section = Evaluation(random_draws=1, bootstrap=400, confidence_ratio=0.3)
+    return study_results(pl.concat(frames), STUDY, section, 0.06, ROUTE, Place(0.2, 0.5))
+
+
+def test_points_and_what_they_gain_over_the_rungs(found: Results) -> None:
+    points = {(point.policy, point.budget): point for point in found.points}
+    good = points["good", 0.4]
+    assert (good.success, good.by_seed, good.ratio, good.cost) == (0.85, [0.8, 0.9], 0.4, 0.5)
+    assert good.seed_deviation == pytest.approx(np.std([0.8, 0.9], ddof=1), abs=1e-6)
+    # A mixture of 5/8 int2 and 3/8 float costs 0.5 and wins .65: float's and int2's line, int4 is below it.
+    assert good.gain == pytest.approx(0.85 - 0.65)
+    low, high = good.gain_ci95
+    assert low < good.gain < high
+    # By game: 0.625 more in 30% of them, 0.125 in 10%, and else as much.
+    deviation = np.sqrt(0.3 * 0.625**2 + 0.1 * 0.125**2 - 0.2**2)
+    assert high - low == pytest.approx(2 * 1.96 * deviation / np.sqrt(GAMES), rel=0.15)
+    assert points["always_float", None].gain == points["always_int2", None].gain == 0
+    assert points["always_float", None].gain_ci95 == [0, 0]
+    assert points["always_int4", None].gain == pytest.approx(0.6 - 0.8)
+    assert points["rule:fair", 0.2].seed_deviation is None
+
+
+def test_curves(found: Results) -> None:
+    curves = {curve.policy: curve for curve in found.curves}
+    # Recovered: .75 at .2 and at .4, on from 0 and to 1.
+    assert curves["poor"].apgr == pytest.approx(0.2 * 0.375 + 0.2 * 0.75 + 0.6 * 0.875)
+    # The hull: from (.2, .5) up to (.5, .8) and on to (1, .9).
+    assert curves["poor"].aiq == pytest.approx((0.3 * 0.65 + 0.5 * 0.85) / 0.8)
+    assert list(curves) == ["rule:fair", "rule:lucky", "good", "poor"]
+
+
+def test_a_router_is_compared_with_the_rule_of_validation_games_at_its_own_cost(found: Results) -> None:
+    good, poor = found.compared
+    assert (good.router, poor.router, good.budget, good.rule, good.cost, good.rule_cost) == (
+        "good", "poor", 0.4, "rule:fair", 0.5, 0.5,
+    )  # fmt: skip
+    # Half of the fair rule's games at .2, which wins 70%, and half at .4, which wins 90%.
+    assert good.difference == pytest.approx(0.85 - 0.8)
+    assert poor.difference == pytest.approx(0.8 - 0.8, abs=1e-9)
+    assert good.p_holm == pytest.approx(2 * good.p_value)
+    assert poor.p_value == poor.p_holm
+    assert (good.lost, poor.lost) == (pytest.approx(0.05), pytest.approx(0.1))
+    assert not good.not_worse
+    assert good.lost_ci95[0] < 0.05 < good.lost_ci95[1]
+
+
+@given(st.lists(st.floats(0, 10), min_size=1, max_size=6, unique=True), st.floats(-1, 11))
+def test_a_mixture_costs_what_is_asked_as_far_as_the_points_reach(costs: list[float], at: float) -> None:
+    shares = mixed_at(np.array(costs), at)
+    assert shares.sum() == pytest.approx(1)
+    assert np.count_nonzero(shares) <= 2
+    assert shares @ np.array(costs) == pytest.approx(min(max(at, min(costs)), max(costs)))
+
+
+def test_sign_flips_of_single_games_are_the_binomial_test() -> None:
+    differences = np.array([1.0] * 14 + [-1.0] * 4 + [0.0] * 60)
+    assert sign_flip(differences, 0) == pytest.approx(binomtest(14, 18).pvalue, abs=0.01)
+    assert sign_flip(np.zeros(5), 0) == 1.0
