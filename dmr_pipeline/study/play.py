@@ -1,21 +1,21 @@
 """What a study plays: each router and each rule at each budget, tuned on validation games, once on games that nothing was chosen
 on; and what needs no tuning: the rungs alone, speculative acting, the oracle."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import polars as pl
-from pydantic import JsonValue
 from rich.progress import Progress
 
 from dmr_pipeline.artifacts.folders import artifact_folder
 from dmr_pipeline.environments.base import Task
 from dmr_pipeline.environments.benchmark import benchmark_of
+from dmr_pipeline.evaluation.curves import CURVES, RULE, SETTINGS, play_curves, tunables
 from dmr_pipeline.evaluation.kept import KeptTables
-from dmr_pipeline.evaluation.play import PLAYED, Arena, Entry, acting_facts, content, evaluate, rung_alone
+from dmr_pipeline.evaluation.play import Arena, Entry, acting_facts, content, evaluate, rung_alone
 from dmr_pipeline.evaluation.policies import speculative_entries
-from dmr_pipeline.evaluation.tuning import Range, Tunable, Tuned, mean_of, spend_of, tune_to_ratios
+from dmr_pipeline.evaluation.tuning import Range
 from dmr_pipeline.precision.frontier import clearly_beaten
 from dmr_pipeline.precision.ladder import read_ladder
 from dmr_pipeline.recipe import Recipe
@@ -25,33 +25,11 @@ from dmr_pipeline.router.baselines import Disagreement
 from dmr_pipeline.router.budgets import Bar
 from dmr_pipeline.router.kl import ROUTER_FOLDER
 from dmr_pipeline.router.model import load_router
-from dmr_pipeline.router.policies import asking_policy
-from dmr_pipeline.router.rules import rules
 from dmr_pipeline.study.design import Study
 
-EPISODES = pl.Schema(
-    {
-        **PLAYED,
-        "seed": pl.Int64(),
-        "budget": pl.Float64(),
-        "validation_success": pl.Float64(),
-        "validation_ratio": pl.Float64(),
-        "validation_cost": pl.Float64(),
-    }
-)
-"""Rows of `PLAYED`; `seed` of the router's training, null of what was not trained; `budget` that it was tuned to, null of what
-was not tuned, and what it did on validation games at that bar."""
-
-
-@dataclass(frozen=True)
-class Field:
-    """Where a study plays."""
-
-    arena: Arena
-    validation: Sequence[Task]
-    fresh: Sequence[Task]
-    on_validation: KeptTables
-    on_fresh: KeptTables
+EPISODES = pl.Schema({**CURVES, **SETTINGS, "seed": pl.Int64()})
+"""Rows of `CURVES` with those of `SETTINGS` beside them, null of what was not tuned; `seed` of the training, null of what was
+not trained. Names of rules begin with `rule:`."""
 
 
 def play_study(
@@ -70,88 +48,57 @@ def play_study(
         data_root: with the recipe's artifacts.
         folder: where episodes are kept; it need not exist.
     """
-    tasks, checkpoints = (
-        artifact_folder(name, recipe.name, data_root) for name in ("benchmark_tasks", "quantized_checkpoints")
-    )
+    tasks = artifact_folder("benchmark_tasks", recipe.name, data_root)
+    checkpoints = artifact_folder("quantized_checkpoints", recipe.name, data_root)
     benchmark, ladder = benchmark_of(recipe.benchmark), read_ladder(checkpoints)
     validation = benchmark.read_tasks(tasks, "validation", study.validation_games)
-    fresh = list(benchmark.fresh_tasks(study.games)) or benchmark.read_tasks(tasks, "test")[: study.games]
+    fresh = list(benchmark.fresh_tasks(study.games)) or list(benchmark.read_tasks(tasks, "test"))[: study.games]
     kept = KeptTables(folder, {"games": content(tasks)})
+    on_validation = kept.under(split="validation", count=len(validation))
     on_fresh = kept.under(split="study", count=len(fresh))
     beaten = clearly_beaten(ladder.rungs)
-    alone = [
+    others = [
         rung_alone(checkpoints, recipe, rung.name, fresh, on_fresh)
         for rung in recipe.precisions.ladder
         if rung.name not in ladder.route and rung.name not in beaten
     ]
     facts = acting_facts(checkpoints, recipe, ladder.route)
-    arena = Arena.load(checkpoints, recipe, recipe.evaluation.seed)
-    ground = Field(
-        arena,
-        validation,
-        fresh,
-        kept.under(split="validation", count=len(validation), **facts),
-        on_fresh.under(**facts),
+    on_validation, on_fresh = on_validation.under(**facts), on_fresh.under(**facts)
+    arena, known, section = Arena.load(checkpoints, recipe, recipe.evaluation.seed), Known(), recipe.evaluation
+    others += _untuned(arena, recipe, fresh, on_fresh, known, progress)
+
+    acting, names = arena.rollouts.acting, {f"{name}/{seed}": (name, seed) for name, seed in routers}
+    folders = {label: routers[key] / ROUTER_FOLDER for label, key in names.items()}
+    loaded = {
+        label: load_router(path, acting.device, acting.models[acting.cheapest]) for label, path in folders.items()
+    }
+    files = {label: content(routers[key], f"{ROUTER_FOLDER}/") for label, key in names.items()}
+    compared = tunables(arena, loaded, files, section, arena.rollouts.slots(max(len(validation), len(fresh))))
+    on = Range(arena, validation, progress, on_validation, Known(), Bar(0.5))
+    played = play_curves(compared, study.budgets, on, fresh, on_fresh, known)
+    tuned = played.episodes.join(played.settings, on=["policy", "budget"], how="left", maintain_order="left")
+    found = [tuned, *(frame.with_columns(budget=pl.lit(None, pl.Float64())) for frame in others)]
+    seeds = {label: seed for label, (_, seed) in names.items()}
+    policies = {label: name for label, (name, _) in names.items()}
+    return (
+        pl.concat(found, how="diagonal")
+        .with_columns(seed=pl.col("policy").replace_strict(seeds, default=None, return_dtype=pl.Int64()))
+        .with_columns(
+            policy=pl.when(kind=RULE).then("rule:" + pl.col("policy")).otherwise(pl.col("policy").replace(policies))
+        )
+        .select(EPISODES.names())
+        .cast(EPISODES)
     )
-    known, known_there = Known(), Known()
-    frames = [*alone, *_untuned(ground, recipe, progress, known)]
-    nothing = [pl.lit(None).alias(name) for name in EPISODES.names() if name not in PLAYED]
-    found = [frame.with_columns(nothing) for frame in frames]
-    on = Range(arena, validation, progress, ground.on_validation, known_there, Bar(0.5))
-    for tunable, seed in [*_routers(ground, routers), *_rules(ground, recipe)]:
-        tuned = tune_to_ratios(tunable, on, study.budgets)
-        found.append(_played_at(ground, tunable, seed, dict(zip(study.budgets, tuned, strict=True)), progress, known))
-    return pl.concat([frame.select(EPISODES.names()).cast(EPISODES) for frame in found])
 
 
-def _untuned(ground: Field, recipe: Recipe, progress: Progress, known: Known) -> list[pl.DataFrame]:
-    rollouts = ground.arena.rollouts
-    route = rollouts.route
+def _untuned(
+    arena: Arena, recipe: Recipe, games: Sequence[Task], kept: KeptTables, known: Known, progress: Progress
+) -> list[pl.DataFrame]:
+    rollouts, route = arena.rollouts, arena.rollouts.route
     entries = [Entry(f"always_{rung}", "rung", SinglePrecision(rung, route)) for rung in route]
     if rollouts.can_draft:
         entries += [
             replace(entry, variant_of="") for entry in speculative_entries(route, recipe.precisions.speculative)
         ]
     entries.append(Entry("disagreement", "oracle", Disagreement(route)))
-    return list(
-        evaluate(entries, ground.arena, ground.fresh, progress, " on fresh games", ground.on_fresh, known).values()
-    )
-
-
-def _routers(ground: Field, routers: Mapping[tuple[str, int], Path]) -> Iterator[tuple[Tunable, int | None]]:
-    rollouts = ground.arena.rollouts
-    cheapest, slots = rollouts.acting.models[rollouts.acting.cheapest], rollouts.slots(len(ground.fresh))
-    for (name, seed), artifact in routers.items():
-        router = load_router(artifact / ROUTER_FOLDER, rollouts.device, cheapest)
-        parameters: dict[str, JsonValue] = {"router": content(artifact, f"{ROUTER_FOLDER}/")}
-        yield Tunable(name, "router", asking_policy(router, slots), parameters, router.pass_bytes), seed
-
-
-def _rules(ground: Field, recipe: Recipe) -> Iterator[tuple[Tunable, int | None]]:
-    rollouts = ground.arena.rollouts
-    found = rules(rollouts.route, rollouts.step_limit, rollouts.prompter, rollouts.can_draft, ground.arena.seed)
-    for name, rule in found.items():
-        yield Tunable(f"rule:{name}", "rule", rule, {"checks": rule.drafter is not None}), None
-
-
-def _played_at(
-    ground: Field, tunable: Tunable, seed: int | None, tuned: Mapping[float, Tuned], progress: Progress, known: Known
-) -> pl.DataFrame:
-    """One policy at all budgets. Where two have led to the same bar it is played once."""
-    bars = list(dict.fromkeys(found.bar for found in tuned.values()))
-    entries = [
-        replace(tunable.at(bar, ground.arena), name=f"{tunable.name}@{bar.threshold!r},{bar.ties!r}") for bar in bars
-    ]
-    tables = evaluate(entries, ground.arena, ground.fresh, progress, " on fresh games", ground.on_fresh, known)
-    played = dict(zip(bars, tables.values(), strict=True))
-    return pl.concat(
-        played[found.bar].with_columns(
-            policy=pl.lit(tunable.name),
-            seed=pl.lit(seed, pl.Int64()),
-            budget=pl.lit(budget),
-            validation_success=pl.lit(mean_of(found.played, "success")),
-            validation_ratio=pl.lit(spend_of(found.played)),
-            validation_cost=pl.lit(mean_of(found.played, "cost")),
-        )
-        for budget, found in tuned.items()
-    )
+    return list(evaluate(entries, arena, games, progress, " on fresh games", kept, known).values())
