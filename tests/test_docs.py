@@ -19,6 +19,7 @@ from dmr_pipeline.precision import frontier
 from dmr_pipeline.recipe import check_recipe
 from dmr_pipeline.rollout import tables as rollout_tables
 from dmr_pipeline.router import grpo, labels
+from dmr_pipeline.study.design import load_study
 from tests.helpers.fake_project import REPOSITORY
 from tests.helpers.micro_recipe import RECIPE_YAML
 from tests.helpers.pages import PAGES, Block, anchors, blocks, commands, links
@@ -88,7 +89,8 @@ def test_commands_are_found() -> None:
     assert ["make", "demo"] in commands(REPOSITORY / "README.md", "make")
 
 
-RECIPES = [block for page in PAGES for block in blocks(page, "yaml")]
+STUDY = DOCS / "how-to/study.md"
+RECIPES = [block for page in PAGES if page != STUDY for block in blocks(page, "yaml")]
 
 
 def whole_recipe(block: Block) -> dict[str, Any]:
@@ -111,6 +113,13 @@ def test_recipes_on_pages_are_recipes(block: Block, tmp_path: Path) -> None:
     (tmp_path / "page.yaml").write_text(yaml.safe_dump(whole_recipe(block)), encoding="utf-8")
     _, problems = check_recipe("page", tmp_path)
     assert problems == []
+
+
+def test_the_study_on_the_page_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    (block,) = blocks(STUDY, "yaml")
+    (tmp_path / "study.yaml").write_text(block.text, encoding="utf-8")
+    assert list(load_study(tmp_path / "study.yaml").routers) == ["kl", "both", "after"]
 
 
 def test_there_are_recipes() -> None:
