@@ -1,7 +1,8 @@
 """`dmr router`: the router in use, how it came to be so, and what a person can do about it."""
 
+import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
@@ -71,6 +72,40 @@ def rollback(
     earlier = earlier_release(_read_releases(recipe).decisions, to)
     with trained_router(recipe, earlier.router) as folder:
         _release(recipe, partial(roll_back, to=earlier.number, router=folder))
+
+
+@router.command()
+@user_errors_exit_2
+def replay(
+    release: Annotated[int, typer.Argument(help="number of a release, as `dmr router history` shows it")],
+    recipe: RecipeOption = DEFAULT_RECIPE,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON and nothing else")] = False,
+) -> None:
+    """Estimate how a release would do on the episodes that agents at work have logged.
+
+    By the propensities in the log, self-normalised and doubly robust; the log has to have drawn some decisions at random
+    (`dmr serve --epsilon`), or there is nothing to go by, which is refused.
+    """
+    loaded = load_recipe(recipe)
+    from dmr_pipeline.serve.replay import replay as replayed
+
+    found = replayed(loaded, release)
+    if as_json:
+        typer.echo(json.dumps(asdict(found), indent=2))
+        return
+    seen = found.estimate
+    table = Table(title=f"release {release} of {recipe} on {seen.episodes:,} logged episodes", box=box.SIMPLE)
+    table.add_column("mean outcome")
+    for column in ("estimate", "from", "to"):
+        table.add_column(column, justify="right")
+    table.add_row("logged", f"{seen.logged:.3f}")
+    for name, interval in (("self-normalised", seen.self_normalised), ("doubly robust", seen.doubly_robust)):
+        table.add_row(name, *(f"{number:.3f}" for number in interval))
+    console.print(table)
+    console.print(
+        f"They tell as much as {seen.effective:.1f} episodes of its own. It agrees with {found.agreement:.1%} of the logged"
+        f" decisions. {found.left_out} episodes are left out: they do not tell how they were decided."
+    )
 
 
 def _release(recipe: str, run: Callable[[StageContext], StageResult]) -> None:

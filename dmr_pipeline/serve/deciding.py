@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from math import ceil
 
 from dmr_pipeline.rollout.engine import (
     Decision,
@@ -13,6 +12,7 @@ from dmr_pipeline.rollout.engine import (
     seeded_generator,
 )
 from dmr_pipeline.router.budgets import Bar
+from dmr_pipeline.router.off_policy import chances_at
 from dmr_pipeline.serve.sessions import Choice, Decider, Reason, Session
 
 log = logging.getLogger(__name__)
@@ -142,15 +142,7 @@ class Deciding:
 
 
 def drawn_by(bar: Bar, session: Session, decision: Decision, route: Sequence[str]) -> dict[str, float]:
-    """Rung -> the chance that this bar takes it at this step (`budgets.AtBar`); those without any are left out."""
-    if bar.strict is not None:
-        dearer = sum(step.precision != route[-1] for step in session.trajectory.steps)
-        if dearer + 1 > ceil(round(bar.strict * (session.turn + 1), 9)):
-            return {route[-1]: 1.0}
-    above = [bar.chance(level) for level in decision.exceedance]
-    chances, dearer_chance = dict[str, float](), 0.0
-    for rung, chance in zip(route, [*above, 1.0], strict=True):
-        if chance > dearer_chance:
-            chances[rung] = chance - dearer_chance
-            dearer_chance = chance
+    """Rung -> the chance that this bar takes it at this step."""
+    dearer = sum(step.precision != route[-1] for step in session.trajectory.steps)
+    chances = chances_at(bar, decision.exceedance, route, session.turn, dearer)
     return chances if decision.precision in chances else {decision.precision: 1.0}
