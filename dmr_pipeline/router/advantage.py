@@ -1,15 +1,20 @@
 """What a dearer rung is worth at a step, learned from mixed episodes: the other target of stage 1.
 
 The advantage tau_k(x) is the chance of success where rung k takes the step, minus that where the cheapest one does, and the
-episode goes on at random precisions as the mixed behaviour does. While trajectories are collected every step's rung is drawn with
-known chances e_k, whatever the state x, so that
+episode goes on at random precisions as the mixed behaviour does. While trajectories are collected every step's rung a is drawn
+with known chances e_k, whatever the state x, so that the pseudo-outcome
 
-    success - m(x) = sum_k (1[k acted] - e_k) tau_k(x) + noise, with noise that is 0 in the mean given x and the rung,
+    psi_k = (success - m(x)) (1[a = k] / e_k - 1[a = cheapest] / e_cheapest)
 
-for m(x) the chance of success at x: the R-learner (Nie and Wager, 2021; Robinson, 1988), for several treatments. Where the mean
-square of the noise is least, there is tau. As the chances are known, any m(x) that does not look at the episode's own game leaves
-tau where it is, and a good one makes the noise small: here a ridge regression on what the router decides on, of other games. A
-router's margin of rung k is tau_k, and its threshold a price in success. All of this is ours; the paper's labels are divergences.
+is tau_k(x) in the mean, and the least mean of w_k (psi_k - tau_k)^2 finds it, with w_k = e_k e_c / (e_k + e_c) (c: cheapest),
+by which noisy ones count less. Of two rungs this is the R-learner (Nie and Wager, 2021; Robinson, 1988), the square of its
+treatment's surprise at its mean. As the chances are known, any m(x) that does not look at the episode's own game leaves the
+mean where it is, and a good one makes the noise small: here a ridge regression on what the router decides on, of other games.
+Where rung k and the cheapest would take the same action nothing follows from who does: psi_k is 0 there, which takes most of
+the noise away. (With one cache for all rungs that is our simplification.)
+
+A router's margin of rung k is tau_k, and its threshold a price in success. All of this is ours: the paper's labels are
+divergences.
 """
 
 from collections.abc import Sequence
@@ -55,13 +60,19 @@ def mixed(steps: pl.DataFrame, played: pl.DataFrame) -> pl.DataFrame:
 
 
 def targets(
-    steps: pl.DataFrame, episodes: pl.DataFrame, route: Sequence[str], sequences: Sequence[RoutingSequence], seed: int
+    steps: pl.DataFrame,
+    episodes: pl.DataFrame,
+    drafts: pl.DataFrame,
+    route: Sequence[str],
+    sequences: Sequence[RoutingSequence],
+    seed: int,
 ) -> list[Tensor]:
-    """For each episode of the steps, in their order, float32 [steps, rungs]: success - m(x), and 1[k acted] - e_k of all rungs
-    but the cheapest, cheapest first.
+    """For each episode of the steps, in their order, float32 [steps, 2, rungs - 1]: psi and w of all rungs but the cheapest,
+    cheapest first; both 0 where one of the two rungs is never drawn.
 
     Args:
         steps: as `mixed` gives them.
+        drafts: `labels.DRAFTS`, of these steps.
         sequences: of these episodes.
         seed: of the folds.
     """
@@ -71,22 +82,35 @@ def targets(
     fold = folds(games_of(steps, episodes), sizes, seed)
     expected = cross_fitted(np.concatenate([_inputs(s) for s in sequences]), outcomes, fold)
     above = np.array(steps["exceedance"].to_list(), dtype=float)  # dearest first
-    chances = np.diff(above, axis=1, prepend=0.0)[:, ::-1]
-    acted = np.concatenate([s.acted for s in sequences])
-    surprises = (acted[:, None] == np.arange(1, len(route))) - chances
-    rows = torch.from_numpy(np.column_stack([outcomes - expected, surprises])).float()
+    chances = np.diff(above, axis=1, prepend=0.0, append=1.0)[:, ::-1]
+    acted = np.concatenate([s.acted for s in sequences])[:, None] == np.arange(len(route))
+    weights = chances[:, 1:] * chances[:, :1] / np.maximum(chances[:, 1:] + chances[:, :1], 1e-9)
+    drawn = np.where(acted, 1 / np.maximum(chances, 1e-9), 0.0)
+    psi = (outcomes - expected)[:, None] * (drawn[:, 1:] - drawn[:, :1]) * differing(steps, drafts, route)
+    rows = torch.from_numpy(np.stack([np.where(weights > 0, psi, 0.0), weights], axis=1)).float()
     return list(rows.split(sizes))
 
 
+def differing(steps: pl.DataFrame, drafts: pl.DataFrame, route: Sequence[str]) -> NDArray[np.bool_]:
+    """At which steps each rung but the cheapest would act otherwise than that one, [steps, rungs - 1], cheapest first."""
+    actions = drafts.pivot("precision", index=["episode_id", "turn"], values="action")
+    joined = steps.select("episode_id", "turn").join(
+        actions, on=["episode_id", "turn"], how="left", maintain_order="left", validate="1:1"
+    )
+    *dearer, cheapest = route
+    return joined.select(pl.col(rung).ne(pl.col(cheapest)) for rung in reversed(dearer)).to_numpy()
+
+
 def advantage_loss(logits: Tensor, target: Tensor) -> Tensor:
-    """Mean squared noise.
+    """Weighted mean square of what psi is off tau by.
 
     Args:
         logits: of the routing tokens, cheapest first, float [steps, rungs].
-        target: [steps, rungs], rows of `targets`.
+        target: [steps, 2, rungs - 1], rows of `targets`.
     """
     advantages = logits[:, 1:] - logits[:, :1]
-    return (target[:, 0] - (target[:, 1:] * advantages).sum(1)).square().mean()
+    psi, weights = target.unbind(1)
+    return (weights * (psi - advantages).square()).sum(1).mean()
 
 
 def spread(margins: Floats) -> tuple[float, list[float]]:

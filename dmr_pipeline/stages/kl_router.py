@@ -54,6 +54,7 @@ def kl_router(context: StageContext) -> StageResult:
         context.inputs, recipe.precisions.names, rollouts.route, rollouts.prompter, rollouts.capacity
     )
     sensitivity = read_sensitivity(context.inputs["sensitivity_dataset"])
+    drafts = read_drafts(context.inputs["sensitivity_dataset"])
     tau = threshold(sensitivity, recipe.sensitivity)
     searches = search_summary(given.steps, sensitivity, recipe, tau)
     steps = given.steps
@@ -71,9 +72,7 @@ def kl_router(context: StageContext) -> StageResult:
     sequences = sequences_of_steps(steps, router.settings)
     sequences = with_features(router, sequences, section.batch_episodes, rollouts.processes, rollouts.sharing)
     if isinstance(router.model, ProbeHead):
-        if router.model.config.features:
-            drafts = read_drafts(context.inputs["sensitivity_dataset"])
-            sequences = with_numbers(router, sequences, steps, drafts, rollouts.prompter.command)
+        sequences = with_numbers(router, sequences, steps, drafts, rollouts.prompter.command)
         router.model.standardize(torch.cat([s.features for s in sequences if s.features is not None]))
     labels = labels_of_steps(steps, sensitivity, route)
     held = held_out(games_of(steps, given.episodes), section.held_out, section.seed)
@@ -81,7 +80,7 @@ def kl_router(context: StageContext) -> StageResult:
         if section.target == "divergence":
             router, log = train(router, sequences, labels, section, context.scratch, held)
         else:
-            its = targets(steps, given.episodes, route, sequences, section.seed)
+            its = targets(steps, given.episodes, drafts, route, sequences, section.seed)
             router, log = fit(router, sequences, its, advantage_loss, section, context.scratch, held)
     router = with_settings(router, force_search=searches.get("search_forced", False))
 

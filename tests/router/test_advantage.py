@@ -12,8 +12,9 @@ import torch
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.recipe import Probe, Recipe, RouterModel
 from dmr_pipeline.rollout.tables import EPISODES, STEPS
-from dmr_pipeline.router.advantage import advantage_loss, cross_fitted, folds, mixed, spread, targets
+from dmr_pipeline.router.advantage import advantage_loss, cross_fitted, differing, folds, mixed, spread, targets
 from dmr_pipeline.router.kl import fit, held_out
+from dmr_pipeline.router.labels import DRAFTS
 from dmr_pipeline.router.model import Router, RoutingSequence, load_router, routing_margins
 from tests.helpers.kl_router import run_stage, section
 from tests.helpers.probes import new_probe
@@ -21,27 +22,31 @@ from tests.helpers.rollouts import LOW, ROUTE, THREE
 from tests.helpers.routers import CPU
 from tests.router.test_after import ALL, new
 
-GAINS = {"float": (0.3, 0.4), "int4": (0.1, -0.2)}
-"""Rung -> its advantage at x: the first, and the second times x."""
+GAINS = {"float": (0.3, 0.2), "int4": (0.1, 0.0)}
+"""Rung -> what it gains at x where it would act otherwise than the cheapest: the first, and the second times x."""
+APART = {"float": 0.8, "int4": 0.5}
+"""How often it would."""
+Simulated = tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame, list[RoutingSequence]]
 
 
-def simulated(
-    route: Sequence[str], count: int, seed: int = 0
-) -> tuple[pl.DataFrame, pl.DataFrame, list[RoutingSequence]]:
-    """Episodes of one step each, three of a game. Whether one is lost depends on x, and on who acted by GAINS."""
+def simulated(route: Sequence[str], count: int, seed: int = 0) -> Simulated:
+    """Steps, episodes, drafts and sequences of episodes of one step each, three of a game: won by chances of x and who acted."""
     rng = np.random.default_rng(seed)
     chances = np.array([0.5, 0.3, 0.2] if len(route) == 3 else [0.4, 0.6])  # dearest first
-    episodes, steps, sequences = [], [], []
+    episodes, steps, drafts, sequences = [], [], [], []
     for number in range(count):
-        x, rung = rng.uniform(-1, 1), rng.choice(len(route), p=chances)
-        base, slope = GAINS.get(route[rung], (0.0, 0.0))
-        won = bool(rng.random() < 0.4 + 0.1 * x + base + slope * x * (route[rung] == "float") * 0.5)
-        name = str(number)
+        x, rung, name = rng.uniform(-1, 1), route[rng.choice(len(route), p=chances)], str(number)
+        apart = {its: rng.random() < share for its, share in APART.items()}
+        base, slope = GAINS[rung] if apart.get(rung) else (0.0, 0.0)
+        won = bool(rng.random() < 0.4 + 0.1 * x + base + slope * x)
         episodes.append((name, f"game {number // 3}", "kind", "mixed", 0, "", won, float(won), 1))
-        steps.append((name, 0, "go", "", route[rung], chances.cumsum()[:-1].tolist(), [1, 2], [3], 3))
+        steps.append((name, 0, "go", "", rung, chances.cumsum()[:-1].tolist(), [1, 2], [3], 3))
+        drafts += [(name, 0, its, [4 if apart.get(its) else 3], 1.0, 1.0) for its in route]
         features = torch.tensor([[x, 0.0, 0.0]], dtype=torch.float32)
-        sequences.append(RoutingSequence([1, 2, 9], [1], [len(route) - 1 - int(rung)], features, [1]))
-    return pl.DataFrame(steps, STEPS, orient="row"), pl.DataFrame(episodes, EPISODES, orient="row"), sequences
+        sequences.append(RoutingSequence([1, 2, 9], [1], [len(route) - 1 - route.index(rung)], features, [1]))
+    tables = ((steps, STEPS), (episodes, EPISODES), (drafts, DRAFTS))
+    found = [pl.DataFrame(rows, schema, orient="row") for rows, schema in tables]
+    return found[0], found[1], found[2], sequences
 
 
 def linear(route: Sequence[str]) -> Router:
@@ -55,15 +60,15 @@ def linear(route: Sequence[str]) -> Router:
 
 @pytest.mark.parametrize("route", [ROUTE, THREE], ids=len)
 def test_it_finds_the_advantage_that_was_put_in(route: Sequence[str], tmp_path: Path) -> None:
-    steps, episodes, sequences = simulated(route, 12_000)
-    its = targets(mixed(steps, episodes), episodes, route, sequences, 0)
-    settings = section(epochs=6, batch_episodes=500, learning_rate=0.05)
+    steps, episodes, drafts, sequences = simulated(route, 4_000)
+    its = targets(mixed(steps, episodes), episodes, drafts, route, sequences, 0)
+    settings = section(epochs=10, batch_episodes=400, learning_rate=0.05)
     router, _ = fit(linear(route), sequences, its, advantage_loss, settings, tmp_path)
     (found,) = routing_margins(router, [at(-1, 0, 1)], 1)
     for column, rung in enumerate(router.settings.upper):
         base, slope = GAINS[rung]
-        slope = slope / 2 if rung == "float" else 0.0
-        assert found[:, column] == pytest.approx([base - slope, base, base + slope], abs=0.06)
+        true = [APART[rung] * (base + slope * x) for x in (-1, 0, 1)]
+        assert found[:, column] == pytest.approx(true, abs=0.08)
 
 
 def at(*xs: float) -> RoutingSequence:
@@ -71,20 +76,31 @@ def at(*xs: float) -> RoutingSequence:
     return RoutingSequence([0] * 2 * len(xs), list(range(0, 2 * len(xs), 2)), [0] * len(xs), features)
 
 
-def test_the_least_loss_is_the_known_answer_of_a_regression() -> None:
-    """With one constant advantage: the covariance of outcome and surprise over the variance of the surprise."""
-    steps, episodes, sequences = simulated(ROUTE, 600)
-    rows = torch.cat(targets(steps, episodes, ROUTE, sequences, 0)).double()
-    best = float((rows[:, 0] * rows[:, 1]).sum() / (rows[:, 1] ** 2).sum())
+def test_a_target_by_hand() -> None:
+    """Two rungs: psi is (y - m) (a - e) / (e (1 - e)) where they differ, its weight e (1 - e)."""
+    steps, episodes, drafts, sequences = simulated(ROUTE, 300)
+    rows = torch.cat(targets(steps, episodes, drafts, ROUTE, sequences, 0)).numpy()
+    assert rows[:, 1, 0] == pytest.approx(0.4 * 0.6)
+    acted, apart = (steps["precision"] == "float").to_numpy(), differing(steps, drafts, ROUTE)[:, 0]
+    assert 0.7 < apart.mean() < 0.9
+    assert (rows[~apart, 0, 0] == 0).all()
+    x = np.array([float(s.features[0, 0]) for s in sequences])  # type: ignore[index]
+    fold = folds([f"game {n // 3}" for n in range(300)], [1] * 300, 0)
+    expected = cross_fitted(np.column_stack([x, 0 * x, 0 * x]), episodes["success"].to_numpy().astype(float), fold)
+    psi = (episodes["success"].to_numpy() - expected) * (acted - 0.4) / 0.24
+    assert rows[apart, 0, 0] == pytest.approx(psi[apart], abs=1e-5)
+    never = steps.with_columns(exceedance=pl.Series([[1.0]] * len(steps), dtype=pl.List(pl.Float64)))
+    assert not torch.cat(targets(never, episodes, drafts, ROUTE, sequences, 0)).any()
+
+
+def test_the_least_loss_is_the_weighted_mean() -> None:
+    target = torch.tensor([[[0.5], [0.2]], [[-0.1], [0.6]]]).double()
+    best = (0.2 * 0.5 - 0.6 * 0.1) / 0.8
     losses = {
-        tau: float(advantage_loss(torch.tensor([[1.0, 1.0 + tau]]).double().expand(len(rows), 2), rows))
-        for tau in (best - 0.01, best, best + 0.01)
+        tau: advantage_loss(torch.tensor([[1.0, 1.0 + tau]]).double().expand(2, 2), target) for tau in (0, best, 0.2)
     }
-    assert min(losses, key=losses.__getitem__) == best
-    assert best == pytest.approx(0.3, abs=0.1)
-    surprise = rows[:, 1].numpy()
-    assert np.unique(surprise.round(6)).tolist() == [-0.4, 0.6]
-    assert abs(surprise.mean()) < 0.05
+    assert min(losses, key=lambda tau: float(losses[tau])) == best
+    assert float(losses[0]) == pytest.approx((0.2 * 0.25 + 0.6 * 0.01) / 2)
 
 
 def test_what_is_expected_of_a_game_comes_from_other_games() -> None:
@@ -100,7 +116,7 @@ def test_what_is_expected_of_a_game_comes_from_other_games() -> None:
 
 
 def test_only_drawn_rungs_teach() -> None:
-    steps, episodes, _ = simulated(ROUTE, 9)
+    steps, episodes, *_ = simulated(ROUTE, 9)
     certain = steps.with_columns(exceedance=pl.Series([[1.0]] * 3 + [[0.4]] * 6, dtype=pl.List(pl.Float64)))
     assert mixed(certain, episodes)["episode_id"].to_list() == list("345678")
     assert mixed(certain, episodes.tail(3))["episode_id"].to_list() == list("678")
@@ -121,7 +137,7 @@ def test_the_epoch_that_is_best_on_games_held_out_is_kept(tmp_path: Path) -> Non
     router = replace(new_probe(), agent=None)
     generator = torch.Generator().manual_seed(0)
     sequences = [RoutingSequence([1, 2], [0], [0], torch.randn(1, 66, generator=generator)) for _ in range(60)]
-    noise = [torch.cat([torch.randn(1, 1, generator=generator), torch.ones(1, 1)], dim=1) for _ in sequences]
+    noise = [torch.stack([torch.randn(1, 1, generator=generator), torch.ones(1, 1)], dim=1) for _ in sequences]
     held = held_out([str(n // 2) for n in range(60)], 0.3, 0)
     assert len(held) == 18
     assert all((place ^ 1) in held for place in held)
@@ -137,7 +153,7 @@ def test_the_epoch_that_is_best_on_games_held_out_is_kept(tmp_path: Path) -> Non
         given = [sequences[i] for i in places], [noise[i] for i in places]
         done, _ = fit(start, *given, advantage_loss, settings, folder, held if held_there else ())
         margins = routing_margins(done, [sequences[i] for i in sorted(held)], 9)
-        return float(np.mean([(noise[i][0, 0] - m[0, 0]) ** 2 for i, m in zip(sorted(held), margins, strict=True)]))
+        return float(np.mean([(noise[i][0, 0, 0] - m[0, 0]) ** 2 for i, m in zip(sorted(held), margins, strict=True)]))
 
     assert loss_after(held_there=True) < 0.8 * loss_after(held_there=False)
 
