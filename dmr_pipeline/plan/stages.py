@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 
 from dmr_pipeline.plan.episodes import Episodes
 from dmr_pipeline.plan.shapes import RungShape, weights_held
 from dmr_pipeline.plan.speed import Speed
-from dmr_pipeline.recipe import Finetune, Gptq, Recipe
+from dmr_pipeline.recipe import Finetune, Gptq, Recipe, RuleName
 from dmr_pipeline.stages.quantized_checkpoints import KL_EPISODES_AT_ONCE
 from dmr_pipeline.training.train import TOKENS_AT_ONCE
 
@@ -198,7 +199,15 @@ def _evaluation_work(recipe: Recipe, one: Work, routed: Callable[[float], Work],
     singles = len(ladder) + len(route) - 1  # checking without writing among them
     of_routers = 2 * (1 + recipe.evaluation.random_draws)
     several = of_routers + 2  # the confidence cascade and the oracle
-    return one * (singles * test) + routed(several * test + 2 * validation)
+    return one * (singles * test) + routed(several * test + 2 * validation + _episodes_of_curves(recipe))
+
+
+def _episodes_of_curves(recipe: Recipe) -> int:
+    """Of both routers and of all rules."""
+    section, games = recipe.evaluation, recipe.benchmark.splits
+    budgets, curves = len(section.budgets), 2 + len(section.rules or get_args(RuleName))
+    tuned_on = min(section.budget_games or games.validation, games.validation)
+    return curves * (budgets * games.test + (1 + PLAYED_THRESHOLDS * budgets) * tuned_on) if budgets else 0
 
 
 def memory(recipe: Recipe, model: Model, assumed: Assumptions) -> dict[str, tuple[int, int]]:

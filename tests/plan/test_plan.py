@@ -78,6 +78,18 @@ def test_work_of_the_stages() -> None:
     assert found["grpo_router"].steps == pytest.approx(0.75 * steps * (2 * 2 * 2 + 3 * 4 + 3 * 4))
 
 
+def test_curves_are_counted_where_there_are_some() -> None:
+    section = RECIPE.evaluation
+    curved = RECIPE.model_copy(
+        update={
+            "evaluation": section.model_copy(update={"budgets": (0.2, 0.4), "budget_games": 3, "rules": ("first",)})
+        }
+    )
+    more = works(curved, assumed())["evaluation_report"].steps - works(RECIPE, assumed())["evaluation_report"].steps
+    # Both routers and a rule: two budgets on four test games; on three others for levels, and three bars a budget.
+    assert more == pytest.approx(0.5 * 3.5 * 3 * (2 * 4 + (1 + 3 * 2) * 3))
+
+
 def test_seconds_are_shared_by_processes_but_for_learning() -> None:
     work = Work(read=1000, written=100, learned=500, steps=100)
     assert seconds(work, assumed()) == pytest.approx(1 + 1 + 1 + 1)
