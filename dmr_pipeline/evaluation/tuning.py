@@ -15,10 +15,12 @@ from dmr_pipeline.precision.hull import Floats
 from dmr_pipeline.precision.pass_bytes import PassBytes
 from dmr_pipeline.rollout.engine import RolloutRequest, RoutingPolicy
 from dmr_pipeline.rollout.known import Known
-from dmr_pipeline.router.budgets import NOBODY, AtBar, Bar, bar_at, find_bars
+from dmr_pipeline.router.budgets import NOBODY, AtBar, Bar, Lot, bar_at, find_bars
 
 _SHARES = tuple(tenth / 10 for tenth in range(11))
 """Of the levels that a bar is below, where a cost is asked for."""
+_MIXED = 0.3
+"""Ratio at which levels are met there."""
 
 
 @dataclass(frozen=True)
@@ -73,9 +75,10 @@ class Range:
     def in_mode(self, bar: Bar) -> Bar:
         return replace(bar, sample=self.mode.sample, strict=self.mode.strict)
 
-    def levels(self, tunable: Tunable) -> Floats:
-        """The levels that it gives the steps at which it may be asked, while the cheapest rung acts at all of them."""
-        entry = tunable.at(NOBODY, self.arena)
+    def levels(self, tunable: Tunable, ratio: float) -> Floats:
+        """The levels that it gives the steps at which it may be asked, while dearer rungs act at this share of them, by lot: so
+        all policies meet the same transcripts, and states much like those that they will meet at such a budget."""
+        entry = tunable.at(Lot(0.0, ties=ratio), self.arena)
         facts: dict[str, JsonValue] = {
             "levels of": entry.name,
             "kind": entry.kind,
@@ -109,7 +112,7 @@ def tune_to_ratios(tunable: Tunable, on: Range, ratios: Sequence[float], close_e
         ratios: in the order in which they are looked for; what was played for one narrows the search for the next.
         close_enough: as in `find_bars`.
     """
-    levels, frames = on.levels(tunable), dict[Bar, pl.DataFrame]()
+    levels, frames = on.levels(tunable, ratios[len(ratios) // 2]), dict[Bar, pl.DataFrame]()
 
     def play_at(bar: Bar) -> float:
         frames[bar] = on.play(tunable, bar)
@@ -127,7 +130,7 @@ def tune_to_cost(tunable: Tunable, on: Range, cost: float) -> tuple[Tuned | None
     Returns:
         Beside it, the least mean cost that was met.
     """
-    levels, met = on.levels(tunable), list[Tuned]()
+    levels, met = on.levels(tunable, _MIXED), list[Tuned]()
     for share in _SHARES:
         bar = on.in_mode(bar_at(levels, 1 - share, on.mode.sample))
         if all(bar != tried.bar for tried in met):

@@ -56,6 +56,14 @@ NOBODY = Bar(1.0, ties=0.0)
 """Above all levels."""
 
 
+@dataclass(frozen=True)
+class Lot(Bar):
+    """Levels count for nothing: a dearer rung acts with the chance `ties`."""
+
+    def chance(self, level: float) -> float:
+        return self.ties
+
+
 class AtBar:
     """A policy's levels, decided by a bar.
 

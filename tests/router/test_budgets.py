@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from dmr_pipeline.environments.alfworld.generator import generate_game
 from dmr_pipeline.rollout.engine import Decision, RolloutRequest
-from dmr_pipeline.router.budgets import NOBODY, AtBar, Bar, Tried, bar_at, find_bars
+from dmr_pipeline.router.budgets import NOBODY, AtBar, Bar, Lot, Tried, bar_at, find_bars
 from tests.helpers.rollouts import ROUTE, THREE
 
 GAMES = [generate_game(seed)[0] for seed in range(4)]
@@ -71,6 +71,13 @@ def test_ties_are_drawn_by_task_and_turn() -> None:
     assert decided(policy, Bar(0.5, ties=0.3), 2000, game=1) != some
     assert share(decided(policy, Bar(0.5), 20)) == 1
     assert share(decided(policy, Bar(0.5, ties=0.0), 20)) == share(decided(policy, Bar(0.51), 20)) == 0
+
+
+def test_a_lot_is_the_same_whatever_the_levels() -> None:
+    high, low = (decided(Told([(level,)]), Lot(0.0, ties=0.3), 1000) for level in (0.9, 0.1))
+    assert [d.precision for d in high] == [d.precision for d in low]
+    assert share(high) == pytest.approx(0.3, abs=0.05)
+    assert {d.exceedance for d in low} == {(0.1,)}
 
 
 def test_a_sample_is_drawn_with_the_level_s_odds_over_the_threshold_s() -> None:
