@@ -29,6 +29,7 @@ from dmr_pipeline.acting_bench.actors import (
 )
 from dmr_pipeline.acting_bench.reading import Reading, episodes, history
 from dmr_pipeline.acting_bench.record import ActingRecord, Row
+from dmr_pipeline.agent.memory import free_memory
 from dmr_pipeline.artifacts.run_record import git_state, this_device, this_machine
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.precision.pass_bytes import PassBytes
@@ -42,7 +43,7 @@ from dmr_pipeline.rollout.engine import (
     play,
 )
 from dmr_pipeline.rollout.kv_cache.catching_up import catch_up
-from dmr_pipeline.rollout.kv_cache.choice import free_bytes, positions_of, shared_streams, token_streams
+from dmr_pipeline.rollout.kv_cache.choice import positions_of, shared_streams, token_streams
 from dmr_pipeline.rollout.kv_cache.padded import TokenStreams
 from dmr_pipeline.rollout.writing import write
 from dmr_pipeline.rollout_bench.generate import Generate
@@ -337,7 +338,7 @@ class Bench:
         for key in [tuple(names)] if way.cache == "shared" else [(name,) for name in names]:
             if key not in streams:
                 of_one = self.reads[way.dear].cached_numbers * models[DEAR].dtype.itemsize
-                needed, free = cell.at_once * capacity * of_one, free_bytes(self.device)
+                needed, free = cell.at_once * capacity * of_one, free_memory(self.device)
                 if needed > _SHARE_OF_MEMORY * free:
                     raise UserError(f"left out: a cache of {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free")
                 if len(key) > 1:

@@ -7,19 +7,37 @@ import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from typing import TypeVar
 
+import psutil
 import torch
 
 from dmr_pipeline.errors import UserError
 
 log = logging.getLogger(__name__)
 
+_CGROUPS = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
+"""A container's limit and what is used of it, in versions 2 and 1."""
 _WORTH_GIVING_BACK = 1 << 18
 """Bytes of a tensor: it takes the system some milliseconds to look for what is free."""
 
 T = TypeVar("T")
 Item = TypeVar("Item")
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free there: on the GPU; or in main memory, as far as the container may take it."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    free = psutil.virtual_memory().available
+    for limit, used in _CGROUPS:
+        if Path(limit).is_file() and (said := Path(limit).read_text().strip()).isdigit():
+            free = min(free, int(said) - int(Path(used).read_text()))
+    return max(free, 0)
 
 
 def halving(count: int, what: str, work: Callable[[int], T]) -> T:

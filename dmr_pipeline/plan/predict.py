@@ -8,10 +8,11 @@ from transformers import PreTrainedConfig
 
 from dmr_pipeline.agent.checkpoint import float_dtype, resolve_device
 from dmr_pipeline.agent.formats import stored_dtype
+from dmr_pipeline.agent.memory import free_memory
 from dmr_pipeline.environments.benchmark import benchmark_of
 from dmr_pipeline.peak_memory import own_bytes
 from dmr_pipeline.plan.episodes import tried_episodes
-from dmr_pipeline.plan.machine import cores, free_disk, free_gpu, free_memory
+from dmr_pipeline.plan.machine import cores, free_disk
 from dmr_pipeline.plan.shapes import (
     brought_config,
     cached_numbers,
@@ -72,7 +73,8 @@ def plan(recipe: Recipe, data_root: Path, success: float, speed: Speed | None) -
         config = trained_config(agent.training, len(tokenizer), agent.max_transcript_tokens)
     dtype = float_dtype(device, agent.dtype)
     model = _model(recipe, config, dtype, device)
-    free = free_gpu(device) if model.on_gpu else free_memory()
+    main, on_gpu = free_memory(torch.device("cpu")), free_memory(device) if model.on_gpu else 0
+    free = on_gpu if model.on_gpu else main
     if speed is None:
         learns_in = COMPUTE if agent.finetune is not None else torch.float32 if agent.training is not None else None
         rows = recipe.runtime.batch_episodes
@@ -89,10 +91,10 @@ def plan(recipe: Recipe, data_root: Path, success: float, speed: Speed | None) -
         model.parameters,
         needs,
         assumed,
-        free_memory(),
-        free_gpu(device),
+        main,
+        on_gpu,
         free_disk(data_root),
-        tuple(_problems(needs, free_memory(), free_gpu(device), free_disk(data_root), model.on_gpu)),
+        tuple(_problems(needs, main, on_gpu, free_disk(data_root), model.on_gpu)),
     )
 
 

@@ -2,11 +2,13 @@
 
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
 from polars.testing import assert_frame_equal
 
+from dmr_pipeline.agent import memory
 from dmr_pipeline.agent.memory import halving, in_pieces, out_of_memory_names
 from dmr_pipeline.environments.alfworld.game import Game
 from dmr_pipeline.errors import UserError
@@ -122,3 +124,13 @@ def test_routed_episodes_and_their_labels_are_the_same(monkeypatch: pytest.Monke
     assert taken(rollouts_of(ROUTE).play(RUNS, policy, seed=0)) == taken(expected)
     fewer = measure(rollouts_of(ROUTE), *frames, "action").steps
     assert_frame_equal(fewer, rows, abs_tol=1e-5)
+
+
+def test_a_container_s_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limit, used = tmp_path / "memory.max", tmp_path / "memory.current"
+    limit.write_text("5000000\n")
+    used.write_text("1000000\n")
+    monkeypatch.setattr(memory, "_CGROUPS", ((str(limit), str(used)),))
+    assert memory.free_memory(torch.device("cpu")) == 4_000_000
+    limit.write_text("max\n")
+    assert memory.free_memory(torch.device("cpu")) > 4_000_000

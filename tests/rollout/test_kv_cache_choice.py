@@ -182,7 +182,7 @@ def test_rows_follow_from_the_free_memory(
     model = model_of(kind)
     heads, width, layers = {"llama": (2, 16, 4), "bloom": (4, 8, 2)}[kind]
     row = 100 * copies * 2 * layers * heads * width * 4  # keys and values of 100 tokens, in float32
-    monkeypatch.setattr(caching, "free_bytes", lambda _: 20 * row)
+    monkeypatch.setattr(caching, "free_memory", lambda _: 20 * row)
     assert rows_that_fit([model], 100, 16, processes=1) == 16  # 80% of 20
     assert "episodes at once" not in caplog.text
     assert rows_that_fit([model], 100, 17, processes=1) == 16

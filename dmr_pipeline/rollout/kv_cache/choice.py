@@ -10,11 +10,11 @@ from functools import partial
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
-import psutil
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from dmr_pipeline.agent.logits import MODEL_ERRORS, alike, some_tokens
+from dmr_pipeline.agent.memory import free_memory
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.precision.pass_bytes import cached_numbers
 from dmr_pipeline.recipe import DEFAULT_TRANSCRIPT_TOKENS
@@ -140,7 +140,7 @@ def rows_that_fit(
         shared: the models have one cache.
     """
     needed = capacity * sum(_cache_bytes(model) for model in (models[:1] if shared else models))
-    fitting = int(_SHARE_OF_MEMORY * free_bytes(models[0].device) / (processes * max(needed, 1)))
+    fitting = int(_SHARE_OF_MEMORY * free_memory(models[0].device) / (processes * max(needed, 1)))
     if fitting >= rows:
         return rows
     fitting = max(fitting, 1)
@@ -153,13 +153,6 @@ def rows_that_fit(
         needed / 1e9,
     )
     return fitting
-
-
-def free_bytes(device: torch.device) -> int:
-    """Of memory that caches may take there."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
 
 
 def _cache_bytes(model: PreTrainedModel) -> float:
