@@ -31,8 +31,8 @@ ELSEWHERE = {
     "deploy/README.md": "how-to/deploy-files.md",
 }
 """File of the repository -> page of the site."""
-BOOST = {"how-to": 4.0, "tutorial": 2.0, "reference": 0.25}
-"""Folder -> what its pages count in the search: the reference has all words, and seldom the answer."""
+BOOST = {"how-to/own-": 12.0, "how-to/": 4.0, "tutorial/": 2.0, "reference/": 0.25}
+"""How a page's name begins -> what it counts in the search: the reference has all words, and seldom the answer."""
 SOURCES = {page: file for file, page in ELSEWHERE.items()}
 
 
@@ -43,7 +43,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    page.meta.setdefault("search", {"boost": BOOST.get(page.file.src_uri.partition("/")[0], 1.0)})
+    boost = next((boost for start, boost in BOOST.items() if page.file.src_uri.startswith(start)), 1.0)
+    page.meta.setdefault("search", {"boost": boost})
     text = re.sub(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)", lambda link: _link(link, page.file.src_uri, files), markdown)
     text = text.replace("<!-- keys of a recipe -->", "\n".join(recipe_lines()))
     text = text.replace("<!-- types of metrics.json -->", "\n".join(metrics_lines()))
