@@ -90,6 +90,21 @@ def test_commands_are_found() -> None:
 
 
 STUDY = DOCS / "how-to/study.md"
+
+
+def test_each_package_has_its_room() -> None:
+    rooms = (
+        (REPOSITORY / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("**Rooms**")[2].partition("\n\n**")[0]
+    )
+    packages = {folder.parent.name for folder in (REPOSITORY / "dmr_pipeline").glob("*/__init__.py")}
+    assert set(re.findall(r"`(\w+)/`", rooms)) >= packages
+
+
+def test_each_page_can_be_reached() -> None:
+    listed = set(re.findall(r": ([\w/.-]+\.md)$", (REPOSITORY / "mkdocs.yml").read_text(encoding="utf-8"), re.M))
+    assert {page.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md")} <= listed
+
+
 RECIPES = [block for page in PAGES if page != STUDY for block in blocks(page, "yaml")]
 
 
