@@ -16,6 +16,7 @@ from rich.table import Table
 from dmr_pipeline.cli.caches import bench_cache
 from dmr_pipeline.cli.common import console, progress_lines, user_errors_exit_2, write_record
 from dmr_pipeline.cli.environments import GAMES_HELP, WebShopData
+from dmr_pipeline.cli.serve_bench import bench_serve
 from dmr_pipeline.errors import UserError
 
 if TYPE_CHECKING:  # `dmr --help` needs none of it
@@ -24,6 +25,7 @@ if TYPE_CHECKING:  # `dmr --help` needs none of it
 
 bench = typer.Typer(help="Measure how quick a part is.", no_args_is_help=True)
 bench.command("cache")(bench_cache)
+bench.command("serve")(bench_serve)
 
 
 @bench.command("env")

@@ -15,7 +15,8 @@ class Options(BaseModel):
 
     model_config = ConfigDict(extra="ignore", frozen=True, defer_build=True)
 
-    session_id: str | None = Field(None, min_length=1, max_length=200)
+    session_id: str | None = Field(None, max_length=200, pattern=r"^[!-~]([ -~]*[!-~])?$")
+    """ASCII: answers name it in a header."""
     task: str | None = Field(None, min_length=1, description="the instruction sentence")
     task_id: str | None = Field(None, min_length=1, max_length=500)
     task_type: str | None = Field(None, min_length=1, max_length=200)

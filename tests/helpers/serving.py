@@ -7,12 +7,14 @@ from pathlib import Path
 
 import torch
 import yaml
+from openai import OpenAI
 
 from dmr_pipeline.agent.checkpoint import load_tokenizer
 from dmr_pipeline.artifacts.folders import publish
 from dmr_pipeline.artifacts.manifest import folder_hash, hash_files, write_manifest
 from dmr_pipeline.artifacts.stage import StageContext
 from dmr_pipeline.environments.alfworld.generator import generate_game
+from dmr_pipeline.environments.base import Task
 from dmr_pipeline.environments.benchmark import benchmark_of
 from dmr_pipeline.precision.acting import ActingModels
 from dmr_pipeline.recipe import Prompt, Recipe, RouterModel
@@ -135,3 +137,29 @@ def release(folder: Path, threshold: float) -> None:
     (promote if previous else released_router)(context)
     write_manifest(new, stage="released_router")
     publish(new, folder_now)
+
+
+def play_by_client(client: OpenAI, game: Task, model: str, stream: bool, step_limit: int) -> list[tuple[str, str]]:
+    """Command and precision of each step, by the official client; the outcome is posted."""
+    world = game.episode()
+    messages, done, over, reward = [{"role": "user", "content": world.first_observation()}], [], False, 0.0
+    name = f"{game.task_id}-{stream}"
+    while not over and len(done) < step_limit:
+        asked = {"model": model, "messages": messages, "extra_headers": {"x-session-id": name},
+                 "metadata": {"task_id": game.task_id, "task_type": game.task_type}}  # fmt: skip
+        if stream:
+            chunks = list(client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
+            text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+            served, usage = chunks[0].model, chunks[-1].usage
+        else:
+            answer = client.chat.completions.create(**asked)
+            text, served, usage = answer.choices[0].message.content, answer.model, answer.usage
+        assert usage.prompt_tokens > usage.prompt_tokens_details.cached_tokens >= 0
+        observation, reward, over = world.step(text)
+        done.append((text, served.partition(":")[2]))
+        messages += [{"role": "assistant", "content": text}, {"role": "user", "content": observation}]
+    said = client.post(
+        f"/sessions/{name}/outcome", body={"success": reward >= 1, "observation": observation}, cast_to=object
+    )
+    assert said["logged"], said
+    return done

@@ -24,7 +24,7 @@ from dmr_pipeline.serve.app import make_app, refuse_open_door
 from dmr_pipeline.serve.run import running
 from dmr_pipeline.serve.service import Service
 from dmr_pipeline.serve.settings import ServeSettings
-from tests.helpers.serving import SERVED, release
+from tests.helpers.serving import SERVED, play_by_client, release
 
 GAMES = 4
 
@@ -57,32 +57,6 @@ def by_the_pipeline(games, policy=None) -> list[Trajectory]:
     return rollouts.play([RolloutRequest(game) for game in games], policy or routing_policy(router, GAMES), 0)
 
 
-def play_by_client(client: openai.OpenAI, game, model: str, stream: bool) -> list[tuple[str, str]]:
-    """Command and precision of each step, by the official client; the outcome is posted."""
-    world = game.episode()
-    messages, done, over, reward = [{"role": "user", "content": world.first_observation()}], [], False, 0.0
-    name = f"{game.task_id}-{stream}"
-    while not over and len(done) < 5:
-        asked = {"model": model, "messages": messages, "extra_headers": {"x-session-id": name},
-                 "metadata": {"task_id": game.task_id, "task_type": game.task_type}}  # fmt: skip
-        if stream:
-            chunks = list(client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
-            text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
-            served, usage = chunks[0].model, chunks[-1].usage
-        else:
-            answer = client.chat.completions.create(**asked)
-            text, served, usage = answer.choices[0].message.content, answer.model, answer.usage
-        assert usage.prompt_tokens > usage.prompt_tokens_details.cached_tokens >= 0
-        observation, reward, over = world.step(text)
-        done.append((text, served.partition(":")[2]))
-        messages += [{"role": "assistant", "content": text}, {"role": "user", "content": observation}]
-    said = client.post(
-        f"/sessions/{name}/outcome", body={"success": reward >= 1, "observation": observation}, cast_to=object
-    )
-    assert said["logged"], said
-    return done
-
-
 @pytest.mark.parametrize("stream", [False, True])
 def test_the_official_client_plays_what_the_pipeline_plays(served_project: Path, games, stream: bool) -> None:
     """All games at once, greedily; and the log holds what was done."""
@@ -90,7 +64,7 @@ def test_the_official_client_plays_what_the_pipeline_plays(served_project: Path,
     with running(Service(ServeSettings(recipe=SERVED, port=0, slots=2))) as address:
         client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
         with ThreadPoolExecutor(GAMES) as threads:
-            found = list(threads.map(lambda game: play_by_client(client, game, f"dmr/{SERVED}", stream), games))
+            found = list(threads.map(lambda game: play_by_client(client, game, f"dmr/{SERVED}", stream, 5), games))
     assert found == [[(step.command, step.precision) for step in trajectory.steps] for trajectory in played]
     assert {precision for steps in found for _, precision in steps} == {"float", "int2"}
     files = sorted((served_project / "data" / "incoming" / SERVED).iterdir())
@@ -227,6 +201,8 @@ def test_length_stop_budget_and_what_an_agent_here_cannot_do(served_project: Pat
             ({"n": 2}, "n: an episode"),
             ({"temperature": -1}, "temperature"),
             ({"metadata": {"high_ratio": "2"}}, "high_ratio"),
+            ({"metadata": {"session_id": "a\nb"}}, "session_id"),
+            ({"metadata": {"session_id": "é"}}, "session_id"),
             ({"messages": []}, "messages"),
             ({"messages": [{"role": "user", "content": "a room"}]}, "no task"),
             ({"messages": [{"role": "assistant", "content": "look"}]}, "assistant"),
