@@ -6,12 +6,14 @@ rules at all budgets that cost no more there than the router does, the one that 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 import polars as pl
 from pydantic import JsonValue
 
 from dmr_pipeline.environments.base import Task
 from dmr_pipeline.evaluation.kept import KeptTables
+from dmr_pipeline.evaluation.metrics import rounded
 from dmr_pipeline.evaluation.play import PLAYED, Arena, evaluate
 from dmr_pipeline.evaluation.results import BestRule
 from dmr_pipeline.evaluation.tuning import Range, Tunable, mean_of, spend_of, tune_to_ratios
@@ -133,7 +135,7 @@ def best_rules(played: Played, validated: Mapping[str, pl.DataFrame], games: Seq
                 "validation_cost": row["validation_cost"],
                 "router_validation_cost": cost,
             }
-    return found
+    return cast(dict[str, BestRule], rounded(found))
 
 
 def as_baselines(played: Played, chosen: Mapping[str, BestRule]) -> list[pl.DataFrame]:

@@ -101,7 +101,7 @@ def test_a_router_s_rule_is_the_best_on_validation_that_costs_no_more_and_its_te
     rows = [
         # Of rules: cheap and poor, dear and best, within the cost and good, within the cost and as good but dearer.
         *(("margin", 0.2, 0.5, 1.0, 0.2, 0.6, 0.3), ("margin", 0.4, 0.5, 1.0, 0.4, 0.95, 0.9)),
-        *(("first", 0.2, 0.5, 1.0, 0.2, 0.8, 0.5), ("first", 0.4, 0.5, 1.0, 0.4, 0.8, 0.55)),
+        *(("first", 0.2, 0.5, 1.0, 0.2, 0.8, 0.49999999), ("first", 0.4, 0.5, 1.0, 0.4, 0.8, 0.55)),
         ("kl_router", 0.2, 0.5, 1.0, 0.2, 0.99, 0.1),
     ]
     played = Played(episodes, pl.DataFrame(rows, schema=SETTINGS, orient="row"))
@@ -111,7 +111,8 @@ def test_a_router_s_rule_is_the_best_on_validation_that_costs_no_more_and_its_te
     found = best_rules(played, {"kl_router": validated, "grpo_router": cheap}, games)
     assert found.keys() == {"kl_router"}
     best = found["kl_router"]
-    assert (best["rule"], best["budget"], best["router_validation_cost"]) == ("first", 0.2, pytest.approx(0.6))
+    assert (best["rule"], best["budget"], best["router_validation_cost"]) == ("first", 0.2, 0.6)
+    assert best["validation_cost"] == 0.5, "rounded, so that float noise changes no hash"
     (named,) = as_baselines(played, found)
     assert set(named.select("policy", "kind", "variant_of").iter_rows()) == {
         ("rule@kl_router", "baseline", "kl_router")
