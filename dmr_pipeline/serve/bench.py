@@ -46,7 +46,8 @@ class ServeRecord(FrozenModel):
     added_p99_ms: float
     held_sessions: int
     bytes_a_session: float
-    """Of the server's memory, in process, while so many sessions are held."""
+    """Of the server's memory, in process, for so many sessions of `TURNS` turns: what is kept of each, and keys and values in as
+    many places as there are."""
 
 
 class Case(FrozenModel):
@@ -73,11 +74,12 @@ def bench_serve(recipe: str, rung: str, cheaper: str, case: Case) -> ServeRecord
     rows = []
     model = f"dmr/{recipe}"
     with _server(recipe) as (address, process):
+        _drive("first", address, model, 1, 1, prefix="first")
+        before = process.memory_info().rss
+        _drive("held", address, model, 16, case.held, prefix="held")
+        a_session = max(0, process.memory_info().rss - before) / case.held
         for at_once in case.at_once:
             rows.append(_drive("in process", address, model, at_once, max(case.episodes, at_once)))
-        before = process.memory_info().rss
-        _drive("held", address, model, 16, case.held, prefix="held", turns=1)
-        a_session = max(0, process.memory_info().rss - before) / case.held
     with ExitStack() as stack:
         echo = stack.enter_context(_echo())
         upstreams = [f"{name}={echo}" for name in (rung, cheaper)]
@@ -120,11 +122,9 @@ def _soak(recipe: str, rung: str, cheaper: str, case: Case) -> Row:
     )
 
 
-def _drive(
-    way: str, address: str, model: str, at_once: int, episodes: int, prefix: str = "s", turns: int = TURNS
-) -> Row:
+def _drive(way: str, address: str, model: str, at_once: int, episodes: int, prefix: str = "s") -> Row:
     started = time.perf_counter()
-    seconds, lost = asyncio.run(_play(address, model, at_once, episodes, f"{prefix}-{at_once}", turns))
+    seconds, lost = asyncio.run(_play(address, model, at_once, episodes, f"{prefix}-{at_once}"))
     spent = time.perf_counter() - started
     cuts = quantiles(seconds, n=100) if len(seconds) > 1 else [*seconds, 0.0] * 50
     return Row(
@@ -138,9 +138,7 @@ def _drive(
     )
 
 
-async def _play(
-    address: str, model: str, at_once: int, episodes: int, prefix: str, turns: int
-) -> tuple[list[float], int]:
+async def _play(address: str, model: str, at_once: int, episodes: int, prefix: str) -> tuple[list[float], int]:
     """Seconds of each request, and how many were lost."""
     seconds, lost, free = list[float](), 0, asyncio.Semaphore(at_once)
 
@@ -148,7 +146,7 @@ async def _play(
         nonlocal lost
         messages = [{"role": "user", "content": _OBSERVATIONS[0]}]
         async with free:
-            for _ in range(turns):
+            for _ in range(TURNS):
                 begun = time.perf_counter()
                 answer = await http.post(
                     f"{address}/chat/completions",

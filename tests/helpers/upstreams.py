@@ -24,6 +24,8 @@ class StandIn:
     """Of the next requests, one each: a status, hang, reset, midway or garbage; it behaves once there are none left."""
     always: str = ""
     """A fault of every request."""
+    pause: float = 0.0
+    """Seconds between the parts of a stream."""
     tokens: int = 0
     """Added to each token's id."""
     asked: list[dict[str, Any]] = field(default_factory=list)
@@ -91,6 +93,7 @@ class StandIn:
                 finish = "stop" if i == len(deltas) - 1 else None
                 choice = {"index": 0, "delta": delta, "finish_reason": finish}
                 yield f"data: {json.dumps({**common, 'object': 'chat.completion.chunk', 'choices': [choice]})}\n\n"
+                await asyncio.sleep(self.pause)
                 while fault == "endless" and i == 2:
                     await asyncio.sleep(0.01)
                     yield f"data: {json.dumps({**common, 'choices': [{'index': 0, 'delta': {'content': '.'}}]})}\n\n"

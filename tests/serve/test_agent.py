@@ -188,7 +188,7 @@ def test_a_router_that_draws_tells_with_which_chance(monkeypatch: pytest.MonkeyP
 
 
 class Broken:
-    """A router that fails at its second decision."""
+    """A router that fails at its second decision, after it has read things that it should not."""
 
     def __init__(self, policy) -> None:
         self.policy, self.asked = policy, 0
@@ -200,6 +200,7 @@ class Broken:
         decisions = self.policy.decide(slots, segments, peek)
         self.asked += 1
         if self.asked == 2:
+            self.policy.decide(slots, segments, peek)
             raise ValueError("a fault")
         return decisions
 

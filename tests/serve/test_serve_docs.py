@@ -20,6 +20,7 @@ from dmr_pipeline.serve.service import Service
 from dmr_pipeline.serve.settings import ServeSettings
 from tests.helpers.fake_project import REPOSITORY
 from tests.helpers.serving import SERVED
+from tests.helpers.upstreams import stand_ins
 
 COMMAND = [sys.executable, "-m", "dmr_pipeline"]
 EXAMPLES = re.findall(r"```bash\n(.*?)```", (REPOSITORY / "docs/serve.md").read_text(encoding="utf-8"), re.S)
@@ -61,18 +62,25 @@ def test_the_examples_of_the_documentation(served_project: Path) -> None:
     assert len(list((served_project / "data" / "incoming" / SERVED).glob("*.jsonl"))) == 1
 
 
-def test_the_command_serves_and_ends_by_a_signal_with_open_requests_answered(served_project: Path) -> None:
-    with dmr_serve() as (address, process):
-        body = {"model": f"dmr/{SERVED}", "stream": True,
-                "messages": [{"role": "user", "content": "A room.\nYour task is to: put a mug in desk."}]}  # fmt: skip
-        with httpx2.stream("POST", f"{address}/v1/chat/completions", json=body, timeout=60) as response:
-            lines = response.iter_lines()
-            first = next(lines)
-            process.send_signal(signal.SIGTERM)
-            rest = [line for line in lines if line]
-        assert first.startswith("data: ")
-        assert rest[-1] == "data: [DONE]"
-        assert process.wait(timeout=60) == 128 + signal.SIGTERM
+def test_the_command_ends_by_a_signal_once_open_streams_have_ended(served_project: Path) -> None:
+    with stand_ins("float", "int2") as ins:
+        options = [text for name, one in ins.items() for text in ("--upstream", f"{name}={one.address}")]
+        ins["int2"].pause = 0.3
+        with dmr_serve(*options) as (address, process):
+            body = {
+                "model": f"dmr/{SERVED}:int2",
+                "stream": True,
+                "messages": [{"role": "user", "content": "A room.\nYour task is to: put a mug in desk."}],
+            }
+            with httpx2.stream("POST", f"{address}/v1/chat/completions", json=body, timeout=60) as response:
+                lines = response.iter_lines()
+                shown = [next(lines)]
+                process.send_signal(signal.SIGTERM)
+                shown += [line for line in lines if line]
+            assert process.wait(timeout=60) == 128 + signal.SIGTERM
+    assert shown[-1] == "data: [DONE]"
+    deltas = [json.loads(line[5:])["choices"][0]["delta"] for line in shown[:-1]]
+    assert "".join(delta.get("content") or "" for delta in deltas) == "look int2"
     (aside,) = (served_project / "data" / "incoming" / SERVED).iterdir()
     assert aside.name.endswith(".unknown")
 
