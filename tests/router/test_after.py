@@ -126,7 +126,7 @@ def test_every_pass_is_paid_once(make, route: Sequence[str]) -> None:
     assert acted == {(rung, rung != "int2") for rung in route}
 
 
-@pytest.mark.parametrize("make", [probe, lm])
+@pytest.mark.parametrize("make", [probe, informed, lm])
 def test_it_takes_the_actions_of_the_same_router_before_the_draft_whatever_the_batch(make) -> None:
     after = make(scale=3.0)
     before = with_settings(after, decides="before")
