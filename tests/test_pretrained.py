@@ -64,7 +64,7 @@ def test_the_folders_content_is_in_the_provenance_of_the_stage_that_reads_it(pro
     Path("models/tiny/model.safetensors").write_text("weights")
     assert provenance(stage, project, {}).pretrained == {"models/tiny": content_of("weights")}
     readers = [stage.name for stage in pipeline.STAGES if provenance(stage, project, {}).pretrained]
-    assert readers == ["agent", "kl_router"]
+    assert readers == ["agent", "kl_router", "grpo_router"]
 
 
 def test_a_manifest_without_a_pretrained_folder_is_as_it_was(project: Recipe) -> None:

@@ -16,11 +16,11 @@ from dmr_pipeline.router.advantage import advantage_loss, cross_fitted, differin
 from dmr_pipeline.router.kl import fit, held_out
 from dmr_pipeline.router.labels import DRAFTS
 from dmr_pipeline.router.model import Router, RoutingSequence, load_router, routing_margins
+from tests.helpers.after_routers import ALL, new
 from tests.helpers.kl_router import run_stage, section
 from tests.helpers.probes import new_probe
 from tests.helpers.rollouts import LOW, ROUTE, THREE
 from tests.helpers.routers import CPU
-from tests.router.test_after import ALL, new
 
 GAINS = {"float": (0.3, 0.2), "int4": (0.1, 0.0)}
 """Rung -> what it gains at x where it would act otherwise than the cheapest: the first, and the second times x."""

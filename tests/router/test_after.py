@@ -5,56 +5,28 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
-from typing import get_args
 
 import pytest
 import torch
 
-from dmr_pipeline.recipe import Feature, Probe, RouterModel
+from dmr_pipeline.recipe import RouterModel
 from dmr_pipeline.rollout.engine import SinglePrecision, Trajectory
 from dmr_pipeline.rollout.reading import NOTHING, Reading
 from dmr_pipeline.router.kl import with_settings
 from dmr_pipeline.router.model import (
     Router,
     load_router,
-    new_router,
     save_router,
     sequence_of_trajectory,
     with_features,
 )
 from dmr_pipeline.router.policies import routing_policy
+from tests.helpers.after_routers import PROBE, counting, informed, lm, probe
 from tests.helpers.one_cache import roll_shared
 from tests.helpers.rollouts import LOW, MODELS, PROMPTER, ROUTE, RUNS, THREE, greedy_uncached, roll, taken, transcript
-from tests.helpers.routers import ARCHITECTURE, CPU, enlarge
+from tests.helpers.routers import CPU
 
 ROUTES = [ROUTE, THREE]
-PROBE = Probe(layers=(1, 2), hidden=8)
-ALL: tuple[Feature, ...] = get_args(Feature)
-
-
-def new(model: RouterModel, route: Sequence[str] = ROUTE, **settings: float) -> Router:
-    router = new_router(model, route, PROMPTER.tokenizer, 0, CPU, LOW)
-    if model.probe is None:
-        enlarge(router.model)
-    return with_settings(replace(router, model=router.model.eval()), **settings)
-
-
-def probe(route: Sequence[str] = ROUTE, **settings: float) -> Router:
-    return new(RouterModel(probe=PROBE, decides="after"), route, **settings)
-
-
-def informed(route: Sequence[str] = ROUTE, **settings: float) -> Router:
-    """It looks at the draft, and at the states before that."""
-    return new(RouterModel(probe=Probe(layers=(1, 2), features=ALL, hidden=8), decides="after"), route, **settings)
-
-
-def counting(route: Sequence[str] = ROUTE, **settings: float) -> Router:
-    """A logistic regression of a few numbers."""
-    return new(RouterModel(probe=Probe(layers=(), features=ALL, hidden=0), decides="after"), route, **settings)
-
-
-def lm(route: Sequence[str] = ROUTE, **settings: float) -> Router:
-    return new(RouterModel(architecture=ARCHITECTURE, decides="after"), route, **settings)
 
 
 def played(router: Router, slots: int = 7, sample: bool = True, **changes: object) -> list[Trajectory]:

@@ -21,11 +21,11 @@ from dmr_pipeline.router.labels import measure
 from dmr_pipeline.router.model import load_router, save_router, sequence_of_trajectory, with_features, with_numbers
 from dmr_pipeline.router.policies import routing_policy
 from dmr_pipeline.stages.grpo_router import grpo_router
+from tests.helpers.after_routers import ALL, counting, informed, new
 from tests.helpers.grpo_router import tiny_recipe
 from tests.helpers.kl_router import run_stage, section
 from tests.helpers.rollouts import LOW, PROMPTER, ROUTE, RUNS, THREE, rollouts_of
 from tests.helpers.routers import CPU
-from tests.router.test_after import ALL, counting, informed, new
 
 
 def test_by_hand() -> None:
