@@ -1,6 +1,5 @@
 """The example converter: what it makes of published formats is what ingestion takes."""
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -13,13 +12,10 @@ from dmr_pipeline.environments.task_ids import KnownGames
 from dmr_pipeline.ingestion.rules import Rules, read_episodes
 from dmr_pipeline.ingestion.schema import LoggedEpisode
 from tests.helpers.fake_project import REPOSITORY
+from tests.helpers.scripts import load_script
 
 SCRIPT = REPOSITORY / "examples" / "convert_chat_trajectories.py"
-SPEC = importlib.util.spec_from_file_location("convert_chat_trajectories", SCRIPT)
-assert SPEC is not None
-assert SPEC.loader is not None
-converter = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(converter)
+converter = load_script(SCRIPT)
 
 GAME = "json_2.1.1/train/pick_and_place_simple-Apple-None-SideTable-21/trial_T20190906_182353_418140/game.tw-pddl"
 ROOM = "You are in the middle of a room. Looking quickly around you, you see a fridge 1, and a sidetable 1."

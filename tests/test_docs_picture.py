@@ -1,6 +1,5 @@
 """The README's picture is the one that the committed table makes."""
 
-import importlib.util
 import re
 from pathlib import Path
 from types import ModuleType
@@ -8,16 +7,12 @@ from types import ModuleType
 import pytest
 
 from tests.helpers.fake_project import REPOSITORY
+from tests.helpers.scripts import load_script
 
 
 @pytest.fixture(scope="module")
 def picture() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("picture", REPOSITORY / "docs" / "picture.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(REPOSITORY / "docs" / "picture.py")
 
 
 def test_points_are_the_rows_of_the_table(picture: ModuleType) -> None:

@@ -15,6 +15,7 @@ from dmr_pipeline.artifacts.manifest import MANIFEST, Manifest
 from dmr_pipeline.environments.base import Task
 from dmr_pipeline.evaluation.kept import KeptTables
 from dmr_pipeline.evaluation.metrics import EPISODES
+from dmr_pipeline.precision.frontier import clearly_beaten
 from dmr_pipeline.precision.ladder import read_ladder
 from dmr_pipeline.precision.pass_bytes import PassBytes
 from dmr_pipeline.recipe import Recipe
@@ -120,6 +121,14 @@ def rung_alone(checkpoints: Path, recipe: Recipe, rung: str, games: Sequence[Tas
     arena = Arena.load(checkpoints, recipe, recipe.evaluation.seed, (rung,))
     with Progress() as progress:
         return evaluate([entry], arena, games, progress, kept=kept)[entry.name]
+
+
+def other_rungs_alone(checkpoints: Path, recipe: Recipe, games: Sequence[Task], kept: KeptTables) -> list[pl.DataFrame]:
+    """`rung_alone` of each rung that is not routed, one after another, but for those that are beaten clearly."""
+    ladder = read_ladder(checkpoints)
+    left_out = {*ladder.route, *clearly_beaten(ladder.rungs)}
+    names = [rung.name for rung in recipe.precisions.ladder if rung.name not in left_out]
+    return [rung_alone(checkpoints, recipe, name, games, kept) for name in names]
 
 
 def acting_facts(checkpoints: Path, recipe: Recipe, rungs: Sequence[str]) -> dict[str, JsonValue]:

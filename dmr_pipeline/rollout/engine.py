@@ -306,6 +306,26 @@ class Taken:
     besides: Mapping[str, Reading]
     """As `Step.besides`."""
 
+    def carried_out(self, command: str, observation: str, failure: Failure | None) -> Step:
+        """The step, once it is known what became of its command."""
+        decision, drafting = self.decision, self.draft.drafting
+        return Step(
+            self.segment,
+            self.draft.action,
+            command,
+            observation,
+            decision.precision,
+            decision.exceedance,
+            self.draft.reading,
+            self.besides,
+            decision.router,
+            decision.features,
+            decision.forced,
+            drafting.drafted if drafting else 0,
+            drafting.accepted if drafting else 0,
+            failure,
+        )
+
 
 @dataclass
 class OpenTranscript:
@@ -424,7 +444,7 @@ def _step(batch: "Batch", playing: Mapping[int, _Played], step_limit: int) -> li
     ended = []
     for slot, taken in zip(slots, steps, strict=True):
         run, episode, trajectory = playing[slot].run, playing[slot].episode, playing[slot].trajectory
-        decision, action = taken.decision, taken.draft.action
+        action = taken.draft.action
         command = batch.prompter.command(action)
         before = episode.state
         observation, reward, over = episode.step(command)
@@ -433,25 +453,7 @@ def _step(batch: "Batch", playing: Mapping[int, _Played], step_limit: int) -> li
         idle = failure is None and not over and episode.state == before
         if idle and command not in episode.admissible_commands():
             failure = "inadmissible"
-        drafting = taken.draft.drafting
-        trajectory.steps.append(
-            Step(
-                taken.segment,
-                action,
-                command,
-                observation,
-                decision.precision,
-                decision.exceedance,
-                taken.draft.reading,
-                taken.besides,
-                decision.router,
-                decision.features,
-                decision.forced,
-                drafting.drafted if drafting else 0,
-                drafting.accepted if drafting else 0,
-                failure,
-            )
-        )
+        trajectory.steps.append(taken.carried_out(command, observation, failure))
         done = len(trajectory.steps)
         if over or done >= step_limit:
             trajectory.reward = reward

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dmr_pipeline.errors import UserError
+from dmr_pipeline.router.calibration import chances
 from dmr_pipeline.router.kl import games_of
 from dmr_pipeline.router.model import RoutingSequence
 
@@ -82,10 +83,10 @@ def targets(
     fold = folds(games_of(steps, episodes), sizes, seed)
     expected = cross_fitted(np.concatenate([_inputs(s) for s in sequences]), outcomes, fold)
     above = np.array(steps["exceedance"].to_list(), dtype=float)  # dearest first
-    chances = np.diff(above, axis=1, prepend=0.0, append=1.0)[:, ::-1]
+    likely = chances(above)[:, ::-1]
     acted = np.concatenate([s.acted for s in sequences])[:, None] == np.arange(len(route))
-    weights = chances[:, 1:] * chances[:, :1] / np.maximum(chances[:, 1:] + chances[:, :1], 1e-9)
-    drawn = np.where(acted, 1 / np.maximum(chances, 1e-9), 0.0)
+    weights = likely[:, 1:] * likely[:, :1] / np.maximum(likely[:, 1:] + likely[:, :1], 1e-9)
+    drawn = np.where(acted, 1 / np.maximum(likely, 1e-9), 0.0)
     psi = (outcomes - expected)[:, None] * (drawn[:, 1:] - drawn[:, :1]) * differing(steps, drafts, route)
     rows = torch.from_numpy(np.stack([np.where(weights > 0, psi, 0.0), weights], axis=1)).float()
     return list(rows.split(sizes))

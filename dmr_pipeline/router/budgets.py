@@ -15,11 +15,10 @@ from scipy.optimize import brentq
 from scipy.special import expit, logit
 
 from dmr_pipeline.rollout.engine import Decision, DecisionContext, RolloutRequest, RoutingPolicy, seeded_generator
+from dmr_pipeline.router.calibration import ROLLOUTS, FalsePosition
 
 Floats = NDArray[np.float64]
 
-_ROLLOUTS = 5
-"""For each budget."""
 _LEAST_LEVEL, _FAR = 1e-6, 100.0
 """Of samples: levels closer to 0 or 1 are taken as this far from it, so that there are odds; and log-odds that none has."""
 _DIGITS = 9
@@ -40,6 +39,15 @@ class Bar:
     strict: float | None = None
     """No episode is over this budget at any step: of its first n steps at most ceil(strict * n) are not the cheapest rung's. What
     was not used is there later; forced steps count, but are not refused."""
+
+    def is_used_up(self, steps: int, dearer: int) -> bool:
+        """Whether a strict budget leaves nothing for the next step.
+
+        Args:
+            steps: of the episode so far.
+            dearer: those of them that were not the cheapest rung's.
+        """
+        return self.strict is not None and dearer + 1 > ceil(round(self.strict * (steps + 1), _DIGITS))
 
     def chance(self, level: float) -> float:
         """That a dearer rung acts."""
@@ -97,8 +105,7 @@ class AtBar:
         if decision.forced:
             return decision
         steps, dearer = self._steps[slot]
-        strict = self.bar.strict
-        if strict is not None and dearer + 1 > ceil(round(strict * (steps + 1), _DIGITS)):
+        if self.bar.is_used_up(steps, dearer):
             chosen = self.route[-1]
         else:
             chances = [self.bar.chance(level) for level in decision.exceedance]
@@ -195,16 +202,11 @@ def _search(play: Callable[[float], Tried], tried: Sequence[Tried], target: floa
     under = [point for point in tried if point.spend <= aim]
     left, too_high = max(((point.quantile, point.spend - aim) for point in over), default=(0.0, 1 - aim))
     right, too_low = min(((point.quantile, point.spend - aim) for point in under), default=(1.0, -aim))
+    search = FalsePosition(left, too_high, right, too_low)
     if left >= right:  # the spend does not fall throughout
-        left, too_high, right, too_low = 0.0, 1 - aim, 1.0, -aim
-    last = 0.0
-    for _ in range(_ROLLOUTS):
+        search = FalsePosition.over_all(aim)
+    for _ in range(ROLLOUTS):
         if any(target - 2 * tolerance <= point.spend <= target for point in tried):
             return
-        point = play(left + (right - left) * too_high / (too_high - too_low))
-        gap = point.spend - aim
-        same_side, last = gap * last > 0, gap
-        if gap > 0:
-            left, too_high, too_low = point.quantile, gap, too_low / 2 if same_side else too_low
-        else:
-            right, too_low, too_high = point.quantile, gap, too_high / 2 if same_side else too_high
+        point = play(search.quantile)
+        search.narrow(point.quantile, point.spend - aim)

@@ -15,7 +15,8 @@ Floats = NDArray[np.float64]
 Labels = NDArray[np.bool_]
 Classes = NDArray[np.int64]
 
-_ROLLOUTS = 5
+ROLLOUTS = 5
+"""Of a search for one spend."""
 _CLOSE_ENOUGH = 0.01
 """Spend, on both sides of what is aimed at."""
 
@@ -42,6 +43,12 @@ def exceedances(scores: Floats) -> Floats:
     s = by_rung(scores)
     above = [expit(np.logaddexp.reduce(s[k:]) - np.logaddexp.reduce(s[:k])) for k in range(1, len(s))]
     return np.stack(above[::-1], axis=1)
+
+
+def chances(levels: Floats) -> Floats:
+    """Of each rung to act, [..., rungs], dearest first, from `Decision.exceedance` [..., rungs - 1]."""
+    result: Floats = np.diff(levels, prepend=0.0, append=1.0)
+    return result
 
 
 def platt(margins: Floats, classes: Classes) -> tuple[float, list[float]]:
@@ -134,6 +141,39 @@ class OperatingPoint:
         return cls(threshold, sum(spent) / len(spent), sum(success) / len(success), len(spent))
 
 
+@dataclass
+class FalsePosition:
+    """The Illinois method: where a spend that falls with the quantile of the levels comes to what is aimed at. Each end is
+    a quantile, and what the spend is off by there."""
+
+    left: float
+    too_high: float
+    right: float
+    too_low: float
+    _last: float = 0.0
+
+    @classmethod
+    def over_all(cls, aim: float) -> "FalsePosition":
+        """Everything is above the quantile 0, nothing above 1."""
+        return cls(0.0, 1.0 - aim, 1.0, -aim)
+
+    @property
+    def quantile(self) -> float:
+        """Where to look next."""
+        return self.left + (self.right - self.left) * self.too_high / (self.too_high - self.too_low)
+
+    def narrow(self, quantile: float, gap: float) -> None:
+        """
+        Args:
+            gap: what the spend is off by there.
+        """
+        same_side, self._last = gap * self._last > 0, gap
+        if gap > 0:
+            self.left, self.too_high, self.too_low = quantile, gap, self.too_low / 2 if same_side else self.too_low
+        else:
+            self.right, self.too_low, self.too_high = quantile, gap, self.too_high / 2 if same_side else self.too_high
+
+
 def find_threshold(
     play_at: Callable[[float], OperatingPoint], levels: Floats, target: float
 ) -> tuple[OperatingPoint, list[OperatingPoint]]:
@@ -146,21 +186,14 @@ def find_threshold(
     """
     tolerance = min(_CLOSE_ENOUGH, target / 2)
     aim = target - tolerance
-    left, right = 0.0, 1.0  # quantiles that everything or nothing is above
-    too_high, too_low = 1.0 - aim, -aim  # what the ratio is off by there
-    tried: list[OperatingPoint] = []
-    while len(tried) < _ROLLOUTS:
-        quantile = left + (right - left) * too_high / (too_high - too_low)
+    search, tried = FalsePosition.over_all(aim), list[OperatingPoint]()
+    while len(tried) < ROLLOUTS:
+        quantile = search.quantile
         point = play_at(float(np.quantile(levels, quantile)))
-        gap = point.spend - aim
-        same_side = bool(tried) and gap * (tried[-1].spend - aim) > 0
         tried.append(point)
         if target - 2 * tolerance <= point.spend <= target:
             break
-        if gap > 0:
-            left, too_high, too_low = quantile, gap, too_low / 2 if same_side else too_low
-        else:
-            right, too_low, too_high = quantile, gap, too_high / 2 if same_side else too_high
+        search.narrow(quantile, point.spend - aim)
     if all(point.spend > target for point in tried):
         tried.append(play_at(min(1.0, float(np.nextafter(levels.max(), np.inf)))))
     within = [point for point in tried if point.spend <= target]

@@ -42,8 +42,8 @@ from dmr_pipeline.rollout.engine import RolloutRequest, Trajectory, seeded_gener
 from dmr_pipeline.rollout.known import Known
 from dmr_pipeline.rollout.playing import Rollouts
 from dmr_pipeline.router.baselines import RandomMixing, two_way_shares
-from dmr_pipeline.router.calibration import by_rung, rest_of, shares
-from dmr_pipeline.router.grpo_groups import Group, chances, play_groups, refilled
+from dmr_pipeline.router.calibration import by_rung, chances, rest_of, shares
+from dmr_pipeline.router.grpo_groups import Group, play_groups, refilled
 from dmr_pipeline.router.grpo_trainer import Rollout, RoutingTrainer
 from dmr_pipeline.router.model import (
     Router,
@@ -115,7 +115,7 @@ class Scorer:
     def earned(self, trajectory: Trajectory, price: float) -> float:
         """What a sampled episode is credited with: its reward, and the surprise of its decisions, whose mean is their entropy."""
         surprises = [
-            -math.log(chances(step)[self.rollouts.route.index(step.precision)])
+            -math.log(chances(np.array(step.exceedance))[self.rollouts.route.index(step.precision)])
             for step in trajectory.steps
             if self.section.entropy_weight and not step.forced
         ]
@@ -197,7 +197,7 @@ def divergence(levels: Floats, start: Floats) -> Floats:
         start: scores of the other, [steps, rungs - 1], of all rungs but the cheapest, whose score is 0, in the order of logits.
     """
     s = by_rung(start)[::-1]  # dearest first
-    p = np.diff(levels.T, axis=0, prepend=0.0, append=1.0)
+    p = chances(levels).T
     surprise = [np.logaddexp(0, rest_of(s, k) - s[k]) for k in range(len(s))]
     result: Floats = (p * surprise).sum(0) + xlogy(p, p).sum(0)
     return result
@@ -209,7 +209,7 @@ def entropy(levels: Floats) -> Floats:
     Args:
         levels: `Decision.exceedance`, [steps, rungs - 1].
     """
-    p = np.diff(levels.T, axis=0, prepend=0.0, append=1.0)
+    p = chances(levels).T
     result: Floats = -xlogy(p, p).sum(0)
     return result
 

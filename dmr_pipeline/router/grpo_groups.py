@@ -22,6 +22,7 @@ import numpy as np
 
 from dmr_pipeline.environments.base import Task
 from dmr_pipeline.rollout.engine import RolloutRequest, Step, Trajectory, seeded_generator
+from dmr_pipeline.router.calibration import chances
 from dmr_pipeline.router.policies import Resumed
 
 Play = Callable[[Sequence[RolloutRequest]], list[Trajectory]]
@@ -127,15 +128,10 @@ def branch_advantages(
     """
     taken = [step.precision for step in steps]
     means = {rung: np.mean([r for r, a in zip(rewards, taken, strict=True) if a == rung]) for rung in route}
-    likely = dict(zip(route, chances(steps[0]), strict=True))
+    likely = dict(zip(route, chances(np.array(steps[0].exceedance)), strict=True))
     value = sum(likely[rung] * means[rung] for rung in route)
     weights = [likely[rung] * len(taken) / taken.count(rung) for rung in taken]
     return [float(decisions * weight * (r - value)) for weight, r in zip(weights, rewards, strict=True)]
-
-
-def chances(step: Step) -> list[float]:
-    """Of each routed rung at a step, dearest first: how likely it was to act."""
-    return [float(chance) for chance in np.diff(step.exceedance, prepend=0.0, append=1.0)]
 
 
 def _drawn_turn(episode: Trajectory, seed: int) -> int | None:

@@ -27,7 +27,7 @@ from dmr_pipeline.environments.base import Task
 from dmr_pipeline.environments.webshop.benchmark import SEARCH
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.progress import training_progress
-from dmr_pipeline.recipe import KlRouter, Lora, Recipe
+from dmr_pipeline.recipe import KlRouter, Lora, Recipe, RouterModel
 from dmr_pipeline.rollout.engine import RolloutRequest, RoutingPolicy, Timings, Trajectory
 from dmr_pipeline.rollout.known import Known
 from dmr_pipeline.rollout.playing import Rollouts
@@ -43,6 +43,7 @@ from dmr_pipeline.router.model import (
     Router,
     RouterSettings,
     RoutingSequence,
+    new_router,
     routing_logits,
     routing_margins,
     sequences_of_steps,
@@ -100,6 +101,20 @@ def search_summary(steps: pl.DataFrame, sensitivity: pl.DataFrame, recipe: Recip
         "mean_divergence_of_searches": round(search, 5),
         "mean_divergence_of_other_steps": None if other is None else round(other, 5),
     }
+
+
+def untrained(section: RouterModel, rollouts: Rollouts, seed: int) -> Router:
+    """`new_router` between these rungs, for their transcripts."""
+    acting = rollouts.acting
+    return new_router(
+        section,
+        rollouts.route,
+        rollouts.prompter.tokenizer,
+        seed,
+        rollouts.device,
+        acting.models[acting.cheapest],
+        rollouts.capacity + rollouts.step_limit,
+    )
 
 
 def with_settings(router: Router, **changes: Any) -> Router:  # noqa: ANN401 - as `RouterSettings` has them

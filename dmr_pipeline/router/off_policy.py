@@ -11,7 +11,6 @@ squares, that is too small.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import ceil
 from typing import NamedTuple
 
 import numpy as np
@@ -76,7 +75,7 @@ def chances_at(bar: Bar, levels: Sequence[float], route: Sequence[str], steps: i
         steps: of the episode so far.
         dearer: those of them that were not the cheapest rung's.
     """
-    if bar.strict is not None and dearer + 1 > ceil(round(bar.strict * (steps + 1), 9)):
+    if bar.is_used_up(steps, dearer):
         return {route[-1]: 1.0}
     chances, above = dict[str, float](), 0.0
     for rung, chance in zip(route, [*map(bar.chance, levels), 1.0], strict=True):

@@ -209,29 +209,14 @@ class LocalAgents:
 
     def _note(self, slot: int, ask: Ask, taken: Taken) -> Action:
         """The step, in the session and as it is told."""
-        session, choice, draft = ask.session, self.deciding.choices[slot], taken.draft
+        session, choice, written = ask.session, self.deciding.choices[slot], taken.draft.action
         prompter, steps = self.batch.prompter, session.trajectory.steps
         if steps:
             steps[-1] = replace(steps[-1], observation=ask.observation)
         else:
             session.trajectory.opening = ask.observation
-        decision, drafting = taken.decision, draft.drafting
-        step = Step(
-            taken.segment,
-            draft.action,
-            prompter.command(draft.action),
-            "",
-            decision.precision,
-            decision.exceedance,
-            draft.reading,
-            taken.besides,
-            decision.router,
-            decision.features,
-            decision.forced,
-            drafting.drafted if drafting else 0,
-            drafting.accepted if drafting else 0,
-            prompter.parse_failure(draft.action),
-        )
+        decision = taken.decision
+        step = taken.carried_out(prompter.command(written), "", prompter.parse_failure(written))
         switched = bool(steps) and steps[-1].precision != step.precision
         steps.append(step)
         cost = self.rollouts.cost(Trajectory(session.trajectory.run, "", [step]), session.decider.router).total

@@ -15,7 +15,7 @@ from dmr_pipeline.evaluation.curve_metrics import curves_of
 from dmr_pipeline.evaluation.curves import as_baselines, best_rules, play_curves, tunables
 from dmr_pipeline.evaluation.kept import KeptTables
 from dmr_pipeline.evaluation.metrics import compute_metrics
-from dmr_pipeline.evaluation.play import Arena, acting_facts, content, evaluate, rung_alone
+from dmr_pipeline.evaluation.play import Arena, acting_facts, content, evaluate, other_rungs_alone
 from dmr_pipeline.evaluation.plots import (
     plot_accuracy_cost,
     plot_calibration,
@@ -55,15 +55,11 @@ def evaluation_report(context: StageContext) -> StageResult:
     validation = benchmark_of(recipe.benchmark).read_tasks(context.inputs["benchmark_tasks"], "validation")
     checkpoints = context.inputs["quantized_checkpoints"]
     ladder = read_ladder(checkpoints)
-    route, beaten = ladder.route, clearly_beaten(ladder.rungs)
+    route = ladder.route
     tables = KeptTables(context.kept or context.scratch, {"games": content(context.inputs["benchmark_tasks"])})
     on_validation, on_test = (tables.under(split=split) for split in ("validation", "test"))
-    # The other rungs first, one after another: as long as they act, the routed ones are not in memory.
-    frames = [
-        rung_alone(checkpoints, recipe, rung.name, test, on_test)
-        for rung in recipe.precisions.ladder
-        if rung.name not in route and rung.name not in beaten
-    ]
+    # The other rungs first: as long as they act, the routed ones are not in memory.
+    frames = other_rungs_alone(checkpoints, recipe, test, on_test)
     facts = acting_facts(checkpoints, recipe, route)
     on_validation, on_test = on_validation.under(**facts), on_test.under(**facts)
     arena = Arena.load(checkpoints, recipe, recipe.evaluation.seed)

@@ -15,12 +15,11 @@ from dmr_pipeline.rollout.engine import Timings
 from dmr_pipeline.rollout.known import Known
 from dmr_pipeline.rollout.playing import Rollouts
 from dmr_pipeline.router.grpo import Scorer, Session, settings_at_ratio, train
-from dmr_pipeline.router.kl import ROUTER_FOLDER, calibrate_threshold, play_games
+from dmr_pipeline.router.kl import ROUTER_FOLDER, calibrate_threshold, play_games, untrained
 from dmr_pipeline.router.model import (
     Router,
     RouterSettings,
     load_router,
-    new_router,
     save_router,
 )
 from dmr_pipeline.router.policies import routing_policy
@@ -41,7 +40,7 @@ def grpo_router(context: StageContext) -> StageResult:
 
     def load() -> Router:
         router = load_router(stage_1, rollouts.device, acting.models[acting.cheapest])
-        return untrained(router, recipe, rollouts) if section.start == "untrained" else router
+        return anew(router, recipe, rollouts) if section.start == "untrained" else router
 
     start = load()
     scorer = Scorer(rollouts, start.pass_bytes, section)
@@ -74,19 +73,10 @@ def grpo_router(context: StageContext) -> StageResult:
     return StageResult(summary=GrpoSummary(**summary).model_dump(exclude_unset=True), measured=measured)
 
 
-def untrained(router: Router, recipe: Recipe, rollouts: Rollouts) -> Router:
+def anew(router: Router, recipe: Recipe, rollouts: Rollouts) -> Router:
     """The router as it was before stage 1, but for what its features are standardised by, which no label has told."""
-    acting, section = rollouts.acting, recipe.kl_router
-    fresh = new_router(
-        section.model,
-        rollouts.route,
-        rollouts.prompter.tokenizer,
-        recipe.grpo_router.seed,
-        rollouts.device,
-        acting.models[acting.cheapest],
-        rollouts.capacity + recipe.benchmark.step_limit,
-    )
-    if isinstance(router.model, ProbeHead) and isinstance(fresh.model, ProbeHead):
+    fresh = untrained(recipe.kl_router.model, rollouts, recipe.grpo_router.seed)
+    if isinstance(router.model, ProbeHead):
         fresh.model.load_state_dict(dict(router.model.named_buffers()), strict=False)
     return fresh
 

@@ -31,12 +31,12 @@ from dmr_pipeline.router.kl import (
     labels_of_steps,
     search_summary,
     train,
+    untrained,
     validate,
     with_settings,
 )
 from dmr_pipeline.router.labels import read_drafts, read_sensitivity, threshold
 from dmr_pipeline.router.model import (
-    new_router,
     save_router,
     sequences_of_steps,
     with_features,
@@ -60,15 +60,7 @@ def kl_router(context: StageContext) -> StageResult:
     steps = given.steps
     if section.target == "advantage":
         steps = mixed(steps, given.episodes.filter(pl.col("policy") != INGESTED))
-    router = new_router(
-        section.model,
-        route,
-        rollouts.prompter.tokenizer,
-        section.seed,
-        rollouts.device,
-        acting.models[acting.cheapest],
-        rollouts.capacity + recipe.benchmark.step_limit,
-    )
+    router = untrained(section.model, rollouts, section.seed)
     sequences = sequences_of_steps(steps, router.settings)
     sequences = with_features(router, sequences, section.batch_episodes, rollouts.processes, rollouts.sharing)
     if isinstance(router.model, ProbeHead):

@@ -23,6 +23,7 @@ from dmr_pipeline.evaluation.metrics import (
     average_improvement_in_quality,
     game_weights,
     percentiles,
+    rounded,
 )
 from dmr_pipeline.evaluation.results import Interval
 from dmr_pipeline.evaluation.statistics import games_needed, holm
@@ -155,7 +156,7 @@ def study_results(
         for budget in study.planned
     ]
     adjusted = holm([one.p_value for one in compared])
-    return Results(
+    results = Results(
         study=study,
         games=games,
         confidence=section.confidence,
@@ -164,6 +165,7 @@ def study_results(
         curves=[_curve(name, curve, high, low) for name, curve in of.items()],
         compared=[one.model_copy(update={"p_holm": p}) for one, p in zip(compared, adjusted, strict=True)],
     )
+    return Results.model_validate(rounded(results.model_dump()))
 
 
 def _by_game(rows: pl.DataFrame) -> _Played:
@@ -200,15 +202,15 @@ def _point(
         policy=policy,
         kind=one.kind,
         budget=budget,
-        success=_rounded(one.success.mean()),
-        success_ci95=_interval(weights @ one.success, confidence),
-        ratio=_rounded(one.ratio),
-        cost=_rounded(one.cost.mean()),
-        cost_ci95=_interval(weights @ one.cost, confidence),
-        gain=_rounded(gain(everything)[0]),
-        gain_ci95=_interval(gain(weights), confidence),
-        by_seed=[_rounded(success) for success in one.by_seed],
-        seed_deviation=_rounded(one.by_seed.std(ddof=1)) if len(one.by_seed) > 1 else None,
+        success=float(one.success.mean()),
+        success_ci95=percentiles(weights @ one.success, confidence),
+        ratio=float(one.ratio),
+        cost=float(one.cost.mean()),
+        cost_ci95=percentiles(weights @ one.cost, confidence),
+        gain=float(gain(everything)[0]),
+        gain_ci95=percentiles(gain(weights), confidence),
+        by_seed=[float(success) for success in one.by_seed],
+        seed_deviation=float(one.by_seed.std(ddof=1)) if len(one.by_seed) > 1 else None,
     )
 
 
@@ -221,8 +223,8 @@ def _curve(name: str, curve: Mapping[float | None, _Played], high: _Played, low:
     return Curve(
         policy=name,
         kind=next(iter(curve.values())).kind,
-        apgr=_rounded(average_gap_recovered(np.array(recovered))) if recovered else None,
-        aiq=_rounded(average_improvement_in_quality(offered, ends[0][0], ends[1][0])) if span > 0 else None,
+        apgr=float(average_gap_recovered(np.array(recovered))) if recovered else None,
+        aiq=float(average_improvement_in_quality(offered, ends[0][0], ends[1][0])) if span > 0 else None,
     )
 
 
@@ -257,14 +259,14 @@ def _compare(
         router=name,
         budget=budget,
         rule=best,
-        cost=_rounded(router.cost.mean()),
-        rule_cost=_rounded(rule_cost),
-        difference=_rounded(difference.mean()),
-        difference_ci95=_interval(weights @ difference, section.confidence),
+        cost=float(router.cost.mean()),
+        rule_cost=float(rule_cost),
+        difference=float(difference.mean()),
+        difference_ci95=percentiles(weights @ difference, section.confidence),
         p_value=sign_flip(difference, section.seed),
         p_holm=1.0,
-        lost=_rounded(lost.mean()),
-        lost_ci95=[_rounded(end) for end in lost_interval],
+        lost=float(lost.mean()),
+        lost_ci95=lost_interval,
         not_worse=bool(lost_interval[1] < margin and len(lost) >= games_needed(margin, section.confidence)),
     )
 
@@ -293,11 +295,3 @@ def sign_flip(differences: Floats, seed: int) -> float:
         rng=np.random.default_rng(seed),
     )
     return float(found.pvalue)
-
-
-def _interval(values: Floats, confidence: float) -> Interval:
-    return [_rounded(end) for end in percentiles(values, confidence)]
-
-
-def _rounded(value: float) -> float:
-    return round(float(value), 6) + 0.0  # no minus zero

@@ -1,6 +1,5 @@
 """The example of an own loop, on a project whose agents babble."""
 
-import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -10,17 +9,13 @@ import pytest
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.serve.agent import RoutedAgent
 from tests.helpers.fake_project import REPOSITORY
+from tests.helpers.scripts import load_script
 from tests.helpers.serving import SERVED, release
 
 
 @pytest.fixture
 def example() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("own_agent_loop", REPOSITORY / "examples" / "own_agent_loop.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(REPOSITORY / "examples" / "own_agent_loop.py")
 
 
 def test_its_games_are_played_as_the_pipeline_plays_them(
