@@ -807,7 +807,7 @@ class KlRouter(Section):
     seed: Seed = Field(0, description="of the weights and of the episodes' order")
 
 
-class Budget(Section):
+class GrpoBudget(Section):
     """What stage 2 may spend; the price is solved for, by dual ascent: it rises by an update as long as more is spent."""
 
     ratio: Ratio | None = Field(
@@ -845,7 +845,7 @@ class GrpoRouter(Section):
     cost_weight: Annotated[float, Field(ge=0.0), at_most(100.0, "success would count for nothing")] = Field(
         description="lambda; with a budget, where it starts"
     )
-    budget: Budget | None = Field(
+    budget: GrpoBudget | None = Field(
         None, exclude_if=_unset, description="solve lambda for what may be spent, and keep the best weights within that"
     )
     start: Literal["untrained"] | None = Field(

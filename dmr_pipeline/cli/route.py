@@ -53,11 +53,11 @@ def calibrate(
     from dmr_pipeline.artifacts.folders import DATA_ROOT
     from dmr_pipeline.cli.stages import verify_current
     from dmr_pipeline.environments.benchmark import benchmark_of
-    from dmr_pipeline.evaluation.route_calibration import Budget
+    from dmr_pipeline.evaluation.route_calibration import RouteBudget
     from dmr_pipeline.evaluation.route_calibration import calibrate as calibrated
     from dmr_pipeline.router.model import SETTINGS_FILE, save_router
 
-    budget, loaded = Budget(high_ratio, cost, sample, strict), load_recipe(recipe)
+    budget, loaded = RouteBudget(high_ratio, cost, sample, strict), load_recipe(recipe)
     if write is not None and write.exists():
         raise UserError(f"--write {write}: there is something already; name a new folder")
     stages = ("benchmark_tasks", "quantized_checkpoints", router)

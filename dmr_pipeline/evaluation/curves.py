@@ -42,7 +42,7 @@ SETTINGS = pl.Schema(
 
 
 @dataclass(frozen=True)
-class Played:
+class PlayedCurves:
     """What compares curves."""
 
     episodes: pl.DataFrame
@@ -81,7 +81,7 @@ def play_curves(
     test: Sequence[Task],
     on_test: KeptTables,
     known_on_test: Known,
-) -> Played:
+) -> PlayedCurves:
     """Tune and play, a policy after the other: each rollout is kept as soon as it is there.
 
     Args:
@@ -107,10 +107,12 @@ def play_curves(
             did = (spend_of(its), mean_of(its, "success"), mean_of(its, "cost"))
             settings.append((tunable.name, budget, at.threshold, at.ties, *did))
         progress.advance(bar)
-    return Played(pl.concat(frames), pl.DataFrame(settings, schema=SETTINGS, orient="row"))
+    return PlayedCurves(pl.concat(frames), pl.DataFrame(settings, schema=SETTINGS, orient="row"))
 
 
-def best_rules(played: Played, validated: Mapping[str, pl.DataFrame], games: Sequence[Task]) -> dict[str, BestRule]:
+def best_rules(
+    played: PlayedCurves, validated: Mapping[str, pl.DataFrame], games: Sequence[Task]
+) -> dict[str, BestRule]:
     """For each router the rule that it is compared with, chosen on validation games (see the module); none where all rules cost
     more.
 
@@ -138,7 +140,7 @@ def best_rules(played: Played, validated: Mapping[str, pl.DataFrame], games: Seq
     return cast(dict[str, BestRule], rounded(found))
 
 
-def as_baselines(played: Played, chosen: Mapping[str, BestRule]) -> list[pl.DataFrame]:
+def as_baselines(played: PlayedCurves, chosen: Mapping[str, BestRule]) -> list[pl.DataFrame]:
     """Rows of `PLAYED` of the rules that routers are compared with, as policies of their own, variants of the router."""
     return [
         played.episodes.filter(policy=best["rule"], budget=best["budget"])

@@ -32,7 +32,7 @@ _VERSION = 1
 
 
 @dataclass(frozen=True)
-class Budget:
+class RouteBudget:
     """What is asked for, at most: one of the first two."""
 
     high_ratio: float | None
@@ -68,7 +68,7 @@ class Played(FrozenModel):
 
     games: int
     high_ratio: float
-    """Spend, see `Budget`."""
+    """Spend, see `RouteBudget`."""
     high_ratio_ci95: Interval
     success: float
     success_ci95: Interval
@@ -91,7 +91,7 @@ class Calibration(FrozenModel):
 def calibrate(
     recipe: Recipe,
     name: RouterName,
-    budget: Budget,
+    budget: RouteBudget,
     artifacts: dict[str, Path],
     validation: Sequence[Task],
     fresh: Sequence[Task],

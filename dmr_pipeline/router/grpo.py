@@ -36,7 +36,7 @@ from dmr_pipeline.environments.base import Task
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.precision.pass_bytes import PassBytes
 from dmr_pipeline.progress import training_progress
-from dmr_pipeline.recipe import Budget, GrpoRouter
+from dmr_pipeline.recipe import GrpoBudget, GrpoRouter
 from dmr_pipeline.rollout.cost import reward
 from dmr_pipeline.rollout.engine import RolloutRequest, Trajectory, seeded_generator
 from dmr_pipeline.rollout.known import Known
@@ -228,7 +228,7 @@ def next_price(price: float, spent: float, section: GrpoRouter) -> float:
     return min(max(price + section.budget.rate * (spent - budget), 0.0), highest)
 
 
-def merit_within(means: Mapping[str, float], budget: Budget) -> float:
+def merit_within(means: Mapping[str, float], budget: GrpoBudget) -> float:
     """By which the best weights are chosen: success within the budget; outside of it less, minus what it is exceeded by.
 
     Args:

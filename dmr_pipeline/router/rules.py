@@ -22,7 +22,7 @@ GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 @dataclass
-class Past:
+class RulePast:
     """What a rule knows of an episode, for nothing."""
 
     run: RolloutRequest
@@ -38,7 +38,7 @@ class Past:
     """The level of the first step, for rules that decide once an episode."""
 
 
-Levels = Callable[[Sequence[int], Sequence[Past], DecisionContext], list[float]]
+Levels = Callable[[Sequence[int], Sequence[RulePast], DecisionContext], list[float]]
 """From slots and what is known of them, a level each, in [0, 1]."""
 
 
@@ -54,10 +54,10 @@ class Rule:
     route: Sequence[str]
     levels: Levels
     drafter: str | None = None
-    pasts: dict[int, Past] = field(default_factory=dict)
+    pasts: dict[int, RulePast] = field(default_factory=dict)
 
     def begin(self, slot: int, run: RolloutRequest) -> None:
-        self.pasts[slot] = Past(run)
+        self.pasts[slot] = RulePast(run)
 
     def decide(self, slots: Sequence[int], segments: Sequence[list[int]], peek: DecisionContext) -> list[Decision]:
         pasts = [self.pasts[slot] for slot in slots]
@@ -77,7 +77,7 @@ class Rule:
         past.turn += 1
 
 
-def by_past(level: Callable[[Past], float]) -> Levels:
+def by_past(level: Callable[[RulePast], float]) -> Levels:
     """Of what is known before anything is drafted."""
     return lambda slots, pasts, peek: [level(past) for past in pasts]
 
@@ -85,17 +85,17 @@ def by_past(level: Callable[[Past], float]) -> Levels:
 def by_draft(route: Sequence[str], level: Callable[[Draft, Sequence[str]], float]) -> Levels:
     """Of the cheapest rung's draft, and of the commands that do something there."""
 
-    def levels(slots: Sequence[int], pasts: Sequence[Past], peek: DecisionContext) -> list[float]:
+    def levels(slots: Sequence[int], pasts: Sequence[RulePast], peek: DecisionContext) -> list[float]:
         drafts, commands = peek.drafts(route[-1], slots), peek.admissible_commands(slots)
         return [level(draft, there) for draft, there in zip(drafts, commands, strict=True)]
 
     return levels
 
 
-def where(asked: Callable[[Past], bool], levels: Levels) -> Levels:
+def where(asked: Callable[[RulePast], bool], levels: Levels) -> Levels:
     """Level 0 elsewhere, and nothing is looked at there."""
 
-    def some(slots: Sequence[int], pasts: Sequence[Past], peek: DecisionContext) -> list[float]:
+    def some(slots: Sequence[int], pasts: Sequence[RulePast], peek: DecisionContext) -> list[float]:
         found = [0.0] * len(slots)
         mine = [i for i, past in enumerate(pasts) if asked(past)]
         if mine:
@@ -110,7 +110,7 @@ def where(asked: Callable[[Past], bool], levels: Levels) -> Levels:
 def once(levels: Levels) -> Levels:
     """One decision an episode: that of its first step."""
 
-    def held(slots: Sequence[int], pasts: Sequence[Past], peek: DecisionContext) -> list[float]:
+    def held(slots: Sequence[int], pasts: Sequence[RulePast], peek: DecisionContext) -> list[float]:
         first = where(lambda past: past.held is None, levels)(slots, pasts, peek)
         for past, level in zip(pasts, first, strict=True):
             past.held = level if past.held is None else past.held
@@ -123,13 +123,13 @@ def capped(levels: Levels) -> Levels:
     return where(lambda past: past.turn < CAP_TURN, levels)
 
 
-def evenly(past: Past) -> float:
+def evenly(past: RulePast) -> float:
     """Every n-th step at a ratio of 1/n or so, and evenly spaced at every ratio: multiples of the golden ratio lie in gaps of at
     most three lengths (Steinhaus' three-distance theorem)."""
     return 1 - past.turn * GOLDEN % 1
 
 
-def repeats(past: Past) -> float:
+def repeats(past: RulePast) -> float:
     """Stuck: n / (n + 1), of n times that this observation was met before and the last command issued before."""
     again = past.segments[past.segment] - 1 + max(past.actions[past.action] - 1, 0)
     return again / (again + 1)
@@ -156,7 +156,7 @@ def rules(route: Sequence[str], step_limit: int, prompter: Prompter, check: bool
     def inadmissible(draft: Draft, commands: Sequence[str]) -> float:
         return float(prompter.command(draft.action) not in commands)
 
-    def episode_lot(past: Past) -> float:
+    def episode_lot(past: RulePast) -> float:
         return seeded_generator("episode-lot", seed, past.run.task.task_id, past.run.member).random()
 
     before: Mapping[str, Levels] = {

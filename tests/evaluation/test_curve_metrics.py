@@ -7,7 +7,7 @@ import polars as pl
 import pytest
 
 from dmr_pipeline.evaluation.curve_metrics import curves_of
-from dmr_pipeline.evaluation.curves import CURVES, RULE, SETTINGS, Played, as_baselines, best_rules
+from dmr_pipeline.evaluation.curves import CURVES, RULE, SETTINGS, PlayedCurves, as_baselines, best_rules
 from dmr_pipeline.evaluation.metrics import compute_metrics
 from dmr_pipeline.evaluation.results import PolicyCurve
 from dmr_pipeline.evaluation.routing_table import table_metrics
@@ -104,7 +104,7 @@ def test_a_router_s_rule_is_the_best_on_validation_that_costs_no_more_and_its_te
         *(("first", 0.2, 0.5, 1.0, 0.2, 0.8, 0.49999999), ("first", 0.4, 0.5, 1.0, 0.4, 0.8, 0.55)),
         ("kl_router", 0.2, 0.5, 1.0, 0.2, 0.99, 0.1),
     ]
-    played = Played(episodes, pl.DataFrame(rows, schema=SETTINGS, orient="row"))
+    played = PlayedCurves(episodes, pl.DataFrame(rows, schema=SETTINGS, orient="row"))
     games = [type("Game", (), {"task_id": f"game-{game}"}) for game in range(2)]
     validated = pl.DataFrame({"task_id": ["game-0", "game-1", "game-2"], "cost": [0.5, 0.7, 9.0]})
     cheap = pl.DataFrame({"task_id": ["game-0", "game-1"], "cost": [0.1, 0.1]})

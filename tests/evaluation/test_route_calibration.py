@@ -16,7 +16,7 @@ from dmr_pipeline.environments.benchmark import SPLITS, fresh_seeds, split_seeds
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.evaluation import route_calibration
 from dmr_pipeline.evaluation.play import Arena
-from dmr_pipeline.evaluation.route_calibration import Budget, Calibration, calibrate
+from dmr_pipeline.evaluation.route_calibration import Calibration, RouteBudget, calibrate
 from dmr_pipeline.recipe import Recipe, load_recipe
 from dmr_pipeline.recipe_fields import MOST_SEED
 from dmr_pipeline.rollout.engine import RolloutRequest
@@ -51,14 +51,14 @@ def played(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return found
 
 
-Settle = Callable[[Budget], tuple[Calibration, Router]]
+Settle = Callable[[RouteBudget], tuple[Calibration, Router]]
 
 
 @pytest.fixture
 def settle(played: list[int], tmp_path: Path) -> Settle:
     artifacts = dict.fromkeys(("benchmark_tasks", "quantized_checkpoints", "kl_router"), tmp_path)
 
-    def settled(budget: Budget, recipe: Recipe = RECIPE) -> tuple[Calibration, Router]:
+    def settled(budget: RouteBudget, recipe: Recipe = RECIPE) -> tuple[Calibration, Router]:
         with Progress(disable=True) as progress:
             return calibrate(recipe, "kl_router", budget, artifacts, VALIDATION, FRESH, tmp_path / "kept", progress)
 
@@ -69,7 +69,7 @@ def settle(played: list[int], tmp_path: Path) -> Settle:
 def test_a_ratio_on_validation_games_and_what_it_is_on_fresh_ones(
     settle: Settle, played: list[int], sample: bool, tmp_path: Path
 ) -> None:
-    found, router = settle(Budget(0.3, None, sample))
+    found, router = settle(RouteBudget(0.3, None, sample))
     assert 0.2 < found.validation.high_ratio <= 0.3
     low, high = found.validation.high_ratio_ci95
     assert low < found.validation.high_ratio < high
@@ -89,16 +89,16 @@ def test_a_ratio_on_validation_games_and_what_it_is_on_fresh_ones(
 
 
 def test_the_same_command_again_plays_nothing(settle: Settle, played: list[int]) -> None:
-    found, _ = settle(Budget(0.3, None))
+    found, _ = settle(RouteBudget(0.3, None))
     count = len(played)
-    assert settle(Budget(0.3, None))[0] == found
+    assert settle(RouteBudget(0.3, None))[0] == found
     assert len(played) == count
-    settle(Budget(0.3, None, sample=True))
+    settle(RouteBudget(0.3, None, sample=True))
     assert len(played) > count
 
 
 def test_a_strict_budget_holds_in_every_episode(settle: Settle, tmp_path: Path) -> None:
-    found, router = settle(Budget(0.4, None, strict=True))
+    found, router = settle(RouteBudget(0.4, None, strict=True))
     assert router.settings.strict == found.strict == 0.4
     tables = [pl.read_parquet(path) for path in (tmp_path / "kept").iterdir()]
     episodes = pl.concat([table for table in tables if "high_steps" in table.columns])
@@ -108,7 +108,7 @@ def test_a_strict_budget_holds_in_every_episode(settle: Settle, tmp_path: Path) 
 
 
 def test_a_cost_takes_what_wins_most_within_it(settle: Settle, tmp_path: Path) -> None:
-    everything, _ = settle(Budget(None, 1e12))
+    everything, _ = settle(RouteBudget(None, 1e12))
     tables = [pl.read_parquet(path) for path in (tmp_path / "kept").iterdir()]
     tried = [table for table in tables if "cost" in table.columns and table.height == len(VALIDATION)]
     points = sorted((-table["success"].mean(), table["cost"].mean()) for table in tried)
@@ -116,12 +116,12 @@ def test_a_cost_takes_what_wins_most_within_it(settle: Settle, tmp_path: Path) -
     assert (-everything.validation.success, everything.validation.cost) == pytest.approx(points[0], abs=1e-6)
     costs = sorted(cost for _, cost in points)
     middle = costs[len(costs) // 2]
-    within, router = settle(Budget(None, middle))
+    within, router = settle(RouteBudget(None, middle))
     best = min(point for point in points if point[1] <= middle)
     assert (-within.validation.success, within.validation.cost) == pytest.approx(best, abs=1e-6)
     assert router.settings.target_ratio is None
     with pytest.raises(UserError, match=r"costs .* at least on validation games: ask for more"):
-        settle(Budget(None, costs[0] / 2))
+        settle(RouteBudget(None, costs[0] / 2))
 
 
 def test_budgets_that_cannot_be_are_one_line() -> None:
@@ -133,7 +133,7 @@ def test_budgets_that_cannot_be_are_one_line() -> None:
         ((None, 0.5, False, True), "--strict holds a ratio"),
     ):
         with pytest.raises(UserError, match=said):
-            Budget(*budget)
+            RouteBudget(*budget)
 
 
 def test_fresh_games_are_in_no_split_of_any_recipe() -> None:
@@ -154,7 +154,7 @@ def test_a_router_without_a_fresh_game_says_so(settle: Settle, monkeypatch: pyte
     artifacts = dict.fromkeys(("benchmark_tasks", "quantized_checkpoints", "kl_router"), tmp_path)
     with Progress(disable=True) as progress:
         found, _ = calibrate(
-            RECIPE, "kl_router", Budget(0.3, None), artifacts, VALIDATION, [], tmp_path / "kept", progress
+            RECIPE, "kl_router", RouteBudget(0.3, None), artifacts, VALIDATION, [], tmp_path / "kept", progress
         )
     assert found.fresh is None
 
@@ -169,4 +169,4 @@ def test_forced_steps_beyond_the_budget_are_told(settle: Settle, monkeypatch: py
 
     monkeypatch.setattr(route_calibration, "asking_policy", forced)
     with pytest.raises(UserError, match=r"spends 1.000 at least, with its forced steps"):
-        settle(replace(Budget(0.3, None)))
+        settle(replace(RouteBudget(0.3, None)))

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from dmr_pipeline.artifacts.stage import StageResult
 from dmr_pipeline.environments.alfworld.generator import generate_game
-from dmr_pipeline.recipe import Budget, GrpoRouter
+from dmr_pipeline.recipe import GrpoBudget, GrpoRouter
 from dmr_pipeline.rollout.engine import RolloutRequest, Step, Trajectory
 from dmr_pipeline.router import grpo
 from dmr_pipeline.router.grpo import Scorer, entropy, merit_within, next_price
@@ -154,11 +154,11 @@ def test_dual_ascent_finds_the_price_at_which_a_responsive_spender_keeps_to_the_
 
 
 def test_within_the_budget_success_counts_and_outside_of_it_what_is_too_much() -> None:
-    budget = Budget(ratio=0.2)
+    budget = GrpoBudget(ratio=0.2)
     means = [{"success": s, "ratio": r, "cost": 9.0} for s, r in ((0.9, 0.3), (0.5, 0.2), (0.6, 0.1), (1.0, 0.21))]
     merits = [merit_within(one, budget) for one in means]
     assert np.argsort(merits).tolist() == [0, 3, 1, 2]
-    assert merit_within(means[0] | {"cost": 0.4}, Budget(cost=0.5)) == 0.9
+    assert merit_within(means[0] | {"cost": 0.4}, GrpoBudget(cost=0.5)) == 0.9
 
 
 def test_entropy_is_that_of_the_choice() -> None:
