@@ -784,7 +784,13 @@ class KlRouter(Section):
         "divergence",
         exclude_if=lambda target: target == "divergence",
         description="divergence: the labels of `sensitivity`, the paper's. advantage (ours): by how much the chance of success"
-        " rises where a dearer rung takes the step, learned from the trajectories in which rungs were drawn (R-learner)",
+        " rises where a dearer rung takes the step, learned from the trajectories in which rungs were drawn",
+    )
+    estimator: Literal["r_learner", "doubly_robust"] = Field(
+        "r_learner",
+        exclude_if=lambda estimator: estimator == "r_learner",
+        description="of the advantage. doubly_robust: from what is expected where each rung acts, corrected by what came of it"
+        " (router/advantage.py)",
     )
     weight_decay: Annotated[float, Field(ge=0.0), at_most(100.0, "the weights would be 0")] | None = Field(
         None, exclude_if=lambda decay: decay is None, description="of AdamW; 0.01 by default"
@@ -805,6 +811,10 @@ class KlRouter(Section):
         " divergence of the labelled searches is at least tau; the paper's special case, as far as it is known",
     )
     seed: Seed = Field(0, description="of the weights and of the episodes' order")
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        if self.estimator != "r_learner" and self.target != "advantage":
+            yield "estimator", f"is of advantages, but target is {self.target!r}; leave it out"
 
 
 class GrpoBudget(Section):

@@ -72,7 +72,7 @@ def kl_router(context: StageContext) -> StageResult:
         if section.target == "divergence":
             router, log = train(router, sequences, labels, section, context.scratch, held)
         else:
-            its = targets(steps, given.episodes, drafts, route, sequences, section.seed)
+            its = targets(steps, given.episodes, drafts, route, sequences, section.seed, section.estimator)
             router, log = fit(router, sequences, its, advantage_loss, section, context.scratch, held)
     router = with_settings(router, force_search=searches.get("search_forced", False))
 

@@ -8,11 +8,23 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from pydantic import ValidationError
 
 from dmr_pipeline.errors import UserError
-from dmr_pipeline.recipe import Probe, Recipe, RouterModel
+from dmr_pipeline.recipe import KlRouter, Probe, Recipe, RouterModel
 from dmr_pipeline.rollout.tables import EPISODES, STEPS
-from dmr_pipeline.router.advantage import advantage_loss, cross_fitted, differing, folds, mixed, spread, targets
+from dmr_pipeline.router.advantage import (
+    Estimator,
+    advantage_loss,
+    cross_fitted,
+    differing,
+    doubly_robust,
+    folds,
+    mixed,
+    r_learner,
+    spread,
+    targets,
+)
 from dmr_pipeline.router.kl import fit, held_out
 from dmr_pipeline.router.labels import DRAFTS
 from dmr_pipeline.router.model import Router, RoutingSequence, load_router, routing_margins
@@ -58,10 +70,11 @@ def linear(route: Sequence[str]) -> Router:
     return router
 
 
+@pytest.mark.parametrize("estimator", ["r_learner", "doubly_robust"])
 @pytest.mark.parametrize("route", [ROUTE, THREE], ids=len)
-def test_it_finds_the_advantage_that_was_put_in(route: Sequence[str], tmp_path: Path) -> None:
+def test_it_finds_the_advantage_that_was_put_in(route: Sequence[str], estimator: Estimator, tmp_path: Path) -> None:
     steps, episodes, drafts, sequences = simulated(route, 4_000)
-    its = targets(mixed(steps, episodes), episodes, drafts, route, sequences, 0)
+    its = targets(mixed(steps, episodes), episodes, drafts, route, sequences, 0, estimator)
     settings = section(epochs=10, batch_episodes=400, learning_rate=0.05)
     router, _ = fit(linear(route), sequences, its, advantage_loss, settings, tmp_path)
     (found,) = routing_margins(router, [at(-1, 0, 1)], 1)
@@ -171,3 +184,48 @@ def test_the_stage_learns_advantages(recipe: Recipe, inputs: dict[str, Path], tm
         pl.read_parquet(inputs["trajectories"] / "steps.parquet").filter(pl.col("episode_id").str.starts_with("mixed"))
     )
     assert "brier" not in summary
+
+
+def test_doubly_robust_by_hand() -> None:
+    """Two rungs, cheapest first, at chances .6 and .4: the AIPW formula, term by term."""
+    outcomes, acted = np.array([1.0, 0.0, 1.0]), np.array([1, 0, 0])
+    likely, expected = np.tile([0.6, 0.4], (3, 1)), np.array([[0.2, 0.5], [0.3, 0.3], [0.1, 0.9]])
+    psi, weights = doubly_robust(outcomes, acted, likely, expected)
+    by_hand = [0.5 - 0.2 + (1 - 0.5) / 0.4, 0.3 - 0.3 - (0 - 0.3) / 0.6, 0.9 - 0.1 - (1 - 0.1) / 0.6]
+    assert psi[:, 0] == pytest.approx(by_hand)
+    assert weights.tolist() == [[1.0]] * 3
+    assert not doubly_robust(outcomes, acted, np.tile([1.0, 0.0], (3, 1)), expected)[1].any(), "never drawn"
+
+
+def test_doubly_robust_is_right_where_either_the_chances_or_the_expectations_are() -> None:
+    """The chances depend on x, as the outcome does: who goes by neither is misled."""
+    rng = np.random.default_rng(0)
+    x, tau = rng.uniform(-1, 1, 200_000), 0.15
+    dear = 0.5 + 0.4 * x
+    acted = (rng.random(len(x)) < dear).astype(np.int64)
+    right = np.stack([0.4 + 0.3 * x, 0.4 + 0.3 * x + tau], axis=1)
+    outcomes = (rng.random(len(x)) < right[np.arange(len(x)), acted]).astype(float)
+    chances, wrong = np.stack([1 - dear, dear], axis=1), np.full((len(x), 2), 0.5)
+    found = {
+        (known, modelled): doubly_robust(outcomes, acted, e, mu)[0].mean()
+        for known, e in (("chances", chances), ("no chances", wrong))
+        for modelled, mu in (("model", right), ("no model", 0 * right))
+    }
+    misled = found.pop(("no chances", "no model"))
+    assert list(found.values()) == pytest.approx([tau] * 3, abs=0.015)
+    assert abs(misled - tau) > 0.05
+    assert r_learner(outcomes, acted, chances, right.mean(1))[0].mean() == pytest.approx(tau, abs=0.015)
+
+
+def test_what_is_expected_of_a_rung_comes_from_the_steps_that_it_took() -> None:
+    x = np.linspace(-1, 1, 200)
+    fold, took = np.arange(200) % 5, np.arange(200) % 3 == 0
+    expected = cross_fitted(x[:, None], np.where(took, 2 * x + 1, -5.0), fold, took)
+    assert expected == pytest.approx(2 * x + 1, abs=0.05)
+
+
+def test_an_estimator_is_of_advantages() -> None:
+    content = section(epochs=1).model_dump()
+    with pytest.raises(ValidationError, match="estimator: is of advantages, but target is 'divergence'"):
+        KlRouter.model_validate(content | {"estimator": "doubly_robust"})
+    assert "estimator" not in content
