@@ -138,14 +138,34 @@ def render(
 def report(
     recipe: RecipeArgument,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON and nothing else")] = False,
+    as_markdown: Annotated[
+        bool,
+        typer.Option(
+            "--markdown",
+            help="write the tables between the recipe's markers in README.md and docs/; of what docs/results/ keeps of its"
+            " metrics, which a finished run renews",
+        ),
+    ] = False,
 ) -> None:
     """Show the accuracy-cost report of a recipe."""
     load_recipe(recipe)
-    if as_json:
+    if as_markdown:
+        _write_pages(recipe)
+    elif as_json:
         metrics, html = _render_report(recipe)
         typer.echo(json.dumps({**metrics, "html": str(html)}, indent=2))
     else:
         _show_report(recipe)
+
+
+def _write_pages(recipe: str) -> None:
+    from dmr_pipeline.evaluation import pages
+
+    if artifact_folder("evaluation_report", recipe).is_dir():
+        verify_current("evaluation_report", recipe)
+        pages.keep(DATA_ROOT, recipe, [stage.name for stage in pipeline.STAGES])
+    for page, changed in pages.write_pages(recipe).items():
+        console.print(f"{page} {'written' if changed else 'is up to date'}.", soft_wrap=True)
 
 
 def _tell_lost_entries(recipe: str) -> None:
