@@ -186,14 +186,14 @@ STAGES: tuple[Stage, ...] = (
         name="evaluation_report",
         inputs=("benchmark_tasks", "quantized_checkpoints", "sensitivity_dataset", "kl_router", "grpo_router"),
         sections=("benchmark", "agent", "precisions", "grpo_router", "evaluation"),
-        code_version="12",
+        code_version="13",
         run=_stage("evaluation_report"),
         group="evaluation",
         kinds=frozenset({"pytorch", "matplotlib"}),
         description="Every policy on the test games: success, high-precision ratio and cost, with intervals.",
         reading=(
             "The table and the pictures below; `report` is a page that opens offline. A router is worth its name "
-            "where it beats random mixing at its own ratio, and the best single precision at its cost."
+            "where it beats random mixing at its own ratio, and the best static policy at its cost."
         ),
         pool="gpu",
         resources=ONE_GPU,

@@ -60,8 +60,8 @@ def run(
         typer.echo(results.model_dump_json(indent=2))
         return
     _show(results)
-    seeds = ", ".join(map(str, plan.seeds))
-    console.print(f"{results.games} games; routers of seeds {seeds}. Kept in {folder}", highlight=False, soft_wrap=True)
+    seeds = f"; routers of seeds {', '.join(map(str, plan.seeds))}" if plan.routers else ""
+    console.print(f"{results.games} games{seeds}. Kept in {folder}", highlight=False, soft_wrap=True)
 
 
 def _show(results: "Results") -> None:
@@ -80,6 +80,8 @@ def _show(results: "Results") -> None:
             f"{100 * point.gain:+.1f} {_points(point.gain_ci95)}",
         )
     console.print(table)
+    if not results.compared:
+        return
     compared = Table(
         title="Routers against the best rule at equal cost", box=box.SIMPLE, pad_edge=False, title_justify="left"
     )

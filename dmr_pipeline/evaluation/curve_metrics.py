@@ -19,7 +19,7 @@ from dmr_pipeline.evaluation.metrics import (
     rounded,
     success_interval,
 )
-from dmr_pipeline.evaluation.results import SINGLE, CurvePoint, Interval, PolicyCurve
+from dmr_pipeline.evaluation.results import STATIC, CurvePoint, Interval, PolicyCurve
 from dmr_pipeline.precision.hull import Floats, best_mixture
 
 _NO_GAP = 1e-12
@@ -50,23 +50,23 @@ def curves_of(
     Args:
         curves: rows of `curves.CURVES`, each policy on all games under each budget.
         settings: rows of `curves.SETTINGS`.
-        episodes: rows of `metrics.EPISODES` on the same games; of them the single precisions are taken.
+        episodes: rows of `metrics.EPISODES` on the same games; of them the static policies are taken.
         high, low: as in `metrics.compute_metrics`, like the others.
     """
     games = episodes["task_id"].n_unique()
     weights = game_weights(games, bootstrap, seed)
     means = np.vstack([np.full(games, 1 / games), weights])
-    singles = {
+    static = {
         str(name): _means(rows, means)
-        for (name,), rows in episodes.filter(pl.col("kind").is_in(SINGLE)).group_by("policy", maintain_order=True)
+        for (name,), rows in episodes.filter(pl.col("kind").is_in(STATIC)).group_by("policy", maintain_order=True)
     }
-    costs, successes = (np.stack([getattr(s, what) for s in singles.values()], -1) for what in ("cost", "success"))
-    gap = singles[high].success - singles[low].success
+    costs, successes = (np.stack([getattr(s, what) for s in static.values()], -1) for what in ("cost", "success"))
+    gap = static[high].success - static[low].success
 
     by_policy: dict[str, dict[float, _Games]] = {}
     for (policy, budget), rows in curves.group_by("policy", "budget", maintain_order=True):
         by_policy.setdefault(str(policy), {})[cast(float, budget)] = _means(rows, means)
-    ends = [singles[high], singles[low]]
+    ends = [static[high], static[low]]
     everything = [*ends, *(point for points in by_policy.values() for point in points.values())]
     cheapest, dearest = np.minimum(*(end.cost for end in ends)), np.max([one.cost for one in everything], axis=0)
 

@@ -25,7 +25,7 @@ import polars as pl
 
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.evaluation.results import (
-    SINGLE,
+    STATIC,
     Curve,
     Gap,
     HullPoint,
@@ -133,7 +133,7 @@ def compute_metrics(
         high: policy that always acts in the dearest of them.
         low: policy that always acts in the cheapest of them.
         headline: router that was chosen on validation. Its tests against random at its ratio, the policy PLANNED_BASELINE and the
-            best single rung that costs no more are planned, and so are those of every router against its rule, if it has one (a
+            best static policy that costs no more are planned, and so are those of every router against its rule, if it has one (a
             baseline that is its variant); they are corrected for their number (Holm). The other rows of `paired` are for
             exploration and not corrected.
         margin: success that the headline may lose against `high`, at most, to be called not worse.
@@ -154,11 +154,11 @@ def compute_metrics(
 
     graded = not episodes["reward"].is_in([0.0, 1.0]).all()
 
-    singles = [outcomes[name] for name in names if outcomes[name].kind in SINGLE]
+    static = [outcomes[name] for name in names if outcomes[name].kind in STATIC]
     policies: dict[str, PolicyMetrics] = {}
     for name in names:
         rows = episodes.filter(pl.col("policy") == name)
-        policies[name] = _policy_metrics(rows, route, outcomes[name], singles, weights, confidence, seed, graded)
+        policies[name] = _policy_metrics(rows, route, outcomes[name], static, weights, confidence, seed, graded)
         if outcomes[name].kind != "single":
             recovered, recovered_ci = gap_recovered(
                 outcomes[name].success, outcomes[high].success, outcomes[low].success, weights, confidence
@@ -339,14 +339,14 @@ def _policy_metrics(
     rows: pl.DataFrame,
     route: Sequence[str],
     outcomes: _Outcomes,
-    singles: Sequence[_Outcomes],
+    static: Sequence[_Outcomes],
     weights: Floats,
     confidence: float,
     seed: int,
     graded: bool,
 ) -> PolicyMetrics:
     """A policy's numbers, without the gap recovered; the score where rewards are graded."""
-    gain, gain_ci = _gain_at_equal_cost(outcomes, singles, weights, confidence)
+    gain, gain_ci = _gain_at_equal_cost(outcomes, static, weights, confidence)
     successes = _total(rows, "success")
     by_type: dict[str, TaskTypeMetrics] = {}
     for (task_type,), part in rows.sort("task_type").group_by("task_type", maintain_order=True):
@@ -397,9 +397,9 @@ def _policy_metrics(
 
 
 def _gain_at_equal_cost(
-    policy: _Outcomes, singles: Sequence[_Outcomes], weights: Floats, confidence: float
+    policy: _Outcomes, static: Sequence[_Outcomes], weights: Floats, confidence: float
 ) -> tuple[float, Interval]:
-    """Success over what single rungs and mixtures of their whole episodes reach at the policy's cost (`best_mixture`).
+    """Success over what static policies and mixtures of their whole episodes reach at the policy's cost (`best_mixture`).
 
     The hull is drawn anew in each resample, from the rungs that are lucky in it: where several are close, the interval leans
     against the policy.
@@ -410,16 +410,16 @@ def _gain_at_equal_cost(
     def mean_of(values: Floats) -> Floats:
         return cast(Floats, np.round(means @ values, 12))  # equal costs must not differ by float noise
 
-    costs = np.stack([mean_of(single.cost) for single in singles], axis=-1)
-    successes = np.stack([mean_of(single.success) for single in singles], axis=-1)
+    costs = np.stack([mean_of(one.cost) for one in static], axis=-1)
+    successes = np.stack([mean_of(one.success) for one in static], axis=-1)
     gains = mean_of(policy.success) - best_mixture(costs, successes, mean_of(policy.cost))
     return float(gains[0]), percentiles(gains[1:], confidence)
 
 
 def _hull(policies: Mapping[str, PolicyMetrics]) -> tuple[list[HullPoint], dict[str, str]]:
-    """Single rungs on the hull, from the cheapest, and those below it (see `below_hull`)."""
+    """Static policies on the hull, from the cheapest, and those below it (see `below_hull`)."""
     points = {
-        name: (policy["cost"], policy["success"]) for name, policy in policies.items() if policy["kind"] in SINGLE
+        name: (policy["cost"], policy["success"]) for name, policy in policies.items() if policy["kind"] in STATIC
     }
     below = below_hull(points)
     hull: list[HullPoint] = [
@@ -462,12 +462,12 @@ def _paired(
 
 def _planned_against(router: str, names: Sequence[str], outcomes: Mapping[str, _Outcomes]) -> list[str]:
     """What a router has to beat: random at its ratio, the cascade, the best rule that costs no more, chosen on
-    validation games, and the best single rung that costs no more. Which rung that is, is seen on the same games, to its favour
+    validation games, and the best static policy that costs no more. Which one that is, is seen on the same games, to its favour
     and against the router."""
     random = [name for name in names if outcomes[name].kind == "random" and outcomes[name].variant_of == router]
-    rung = _best_single_within(outcomes[router].cost.mean(), names, outcomes)
+    static = _best_static_within(outcomes[router].cost.mean(), names, outcomes)
     cascade = [PLANNED_BASELINE] if PLANNED_BASELINE in names else []
-    return [*random, *cascade, *_rule_of(router, names, outcomes), *([rung] if rung else [])]
+    return [*random, *cascade, *_rule_of(router, names, outcomes), *([static] if static else [])]
 
 
 def _rule_of(router: str, names: Sequence[str], outcomes: Mapping[str, _Outcomes]) -> list[str]:
@@ -494,9 +494,9 @@ def _non_inferiority(
     }
 
 
-def _best_single_within(cost: float, names: Sequence[str], outcomes: Mapping[str, _Outcomes]) -> str | None:
-    """The single rung with the highest success of those whose mean cost is `cost` or less, of equals the cheapest."""
-    within = [name for name in names if outcomes[name].kind in SINGLE and outcomes[name].cost.mean() <= cost]
+def _best_static_within(cost: float, names: Sequence[str], outcomes: Mapping[str, _Outcomes]) -> str | None:
+    """The static policy with the highest success of those whose mean cost is `cost` or less, of equals the cheapest."""
+    within = [name for name in names if outcomes[name].kind in STATIC and outcomes[name].cost.mean() <= cost]
     return max(within, key=lambda name: (outcomes[name].success.mean(), -outcomes[name].cost.mean()), default=None)
 
 

@@ -102,7 +102,7 @@ def plot_curves(metrics: Metrics, path: Path) -> None:
         dearest = max(point["cost"] for point in points)
         corners = [(point["cost"], point["success"]) for point in metrics["hull"]]
         corners += [(max(dearest * 1.05, corners[-1][0]), corners[-1][1])]
-        by_cost.plot(*zip(*corners, strict=True), "-", color=INK, linewidth=2, zorder=1, label="single precisions")
+        by_cost.plot(*zip(*corners, strict=True), "-", color=INK, linewidth=2, zorder=1, label="static policies")
         for axes, by_spend in ((by_ratio, True), (by_cost, False)):
             for name in [*others, *colours]:
                 line = sorted(curves[name]["points"], key=lambda p: p["spend"])

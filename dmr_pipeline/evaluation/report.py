@@ -15,7 +15,7 @@ from dmr_pipeline.artifacts.run_record import run_record_beside
 from dmr_pipeline.atomic import replaced
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.evaluation.results import (
-    SINGLE,
+    STATIC,
     BestRule,
     Interval,
     Metrics,
@@ -55,15 +55,15 @@ _PICTURES: Mapping[str, Picture] = {
         "Accuracy and cost",
         "Two scatter plots of success, by high-precision ratio and by cost, one point with interval per policy",
         "Up and to the left is better. Bars are intervals, hollow circles are random routing; squares are single precisions, "
-        "hollow where another one or a mixture beats them, plus signs those that only check what a cheaper one drafts. By cost, "
-        "the line is what single precisions and mixtures of their whole episodes reach without any router; a router is worth its "
-        "name above it. By ratio, the dashed line is such a mixture of high and low.",
+        "plus signs those that only check what a cheaper one drafts, hollow where another one or a mixture beats them. By cost, "
+        "the line is what these static policies and mixtures of their whole episodes reach without any router; a router is worth "
+        "its name above it. By ratio, the dashed line is such a mixture of high and low.",
     ),
     "curves": Picture(
         "Curves",
         "Two plots of success, by high-precision ratio and by cost, a line with a band for each router and a line for each rule",
         "Each line is a router, or a rule that nobody trained, at all budgets. Thick lines: routers, and the rules that they are "
-        "compared with, with bands of the points' intervals. By cost, the black line is what single precisions and mixtures of "
+        "compared with, with bands of the points' intervals. By cost, the black line is what static policies and mixtures of "
         "their whole episodes reach; by ratio, the dashed line is such a mixture of high and low.",
     ),
     "kl_by_turn": Picture(
@@ -102,7 +102,7 @@ def headline(metrics: Metrics) -> list[str]:
         f"({_confidence(metrics)} interval {_span(router['ci95'])}), acting {_shares(router, metrics)}; "
         f"{metrics['high']} succeeds in {high['success']:.1%}, "
         f"{metrics['low']} in {low['success']:.1%}.",
-        f"At its cost of {router['cost']:.2f} it is {_against_singles(metrics)}.",
+        f"At its cost of {router['cost']:.2f} it is {_against_static(metrics)}.",
     ]
     if "score" in router:
         sentences.append(
@@ -167,7 +167,7 @@ def curves_table(metrics: Metrics) -> str:
 
 CURVES_NOTE = (
     "Curves: success on the test games (and cost) where a router or a rule that nobody trained was set, on validation games, to"
-    " a high-precision ratio of at most that. Mean gain: points of success over single precisions and mixtures of their episodes"
+    " a high-precision ratio of at most that. Mean gain: points of success over static policies and mixtures of their episodes"
     " at equal cost, mean over the budgets."
 )
 
@@ -305,28 +305,28 @@ def render_html(folder: Path, sidecar: Path | None, html: Path) -> None:
         part.write_text(page, encoding="utf-8")
 
 
-def _against_singles(metrics: Metrics) -> str:
-    """The headline router beside what single rungs and their mixtures reach at its cost; and who does as well for as little."""
+def _against_static(metrics: Metrics) -> str:
+    """The headline router beside what static policies and mixtures reach at its cost; and who does as well for as little."""
     policies = metrics["policies"]
     router = policies[metrics["headline"]]
     points = f"{router['gain_at_equal_cost'] * 100:+.1f} points"
-    against = f"{points} (interval {_points(router['gain_ci95'])}) against single precisions and mixtures of them"
-    single = {name: policy for name, policy in policies.items() if policy["kind"] in SINGLE}
+    against = f"{points} (interval {_points(router['gain_ci95'])}) against static policies and mixtures of them"
+    static = {name: policy for name, policy in policies.items() if policy["kind"] in STATIC}
     as_good = [
         name
-        for name, policy in single.items()
+        for name, policy in static.items()
         if policy["success"] >= router["success"] and policy["cost"] <= router["cost"]
     ]
     if not as_good:
         return against
-    name = max(as_good, key=lambda name: (single[name]["success"], -single[name]["cost"]))
-    wins = "more" if single[name]["success"] > router["success"] else "as much"
-    spends = "for less" if single[name]["cost"] < router["cost"] else "at the same cost"
-    return f"{against}; {name} wins {wins} {spends} ({single[name]['success']:.1%} at {single[name]['cost']:.2f})"
+    name = max(as_good, key=lambda name: (static[name]["success"], -static[name]["cost"]))
+    wins = "more" if static[name]["success"] > router["success"] else "as much"
+    spends = "for less" if static[name]["cost"] < router["cost"] else "at the same cost"
+    return f"{against}; {name} wins {wins} {spends} ({static[name]['success']:.1%} at {static[name]['cost']:.2f})"
 
 
 def _standing(metrics: Metrics) -> dict[str, str]:
-    """Single rungs: on the hull or not, in words."""
+    """Static policies: on the hull or not, in words."""
     below = {
         name: "below a mixture" if by == "mixture" else f"dominated by {by}"
         for name, by in metrics["below_hull"].items()
@@ -344,8 +344,8 @@ def _planned_tests(metrics: Metrics) -> list[str]:
     for pair in planned(metrics):
         against = metrics["policies"][pair["against"]]
         named = f"random routing ({_shares(against, metrics)})" if against["kind"] == "random" else pair["against"]
-        if against["kind"] in SINGLE:
-            named = f"{named}, the best single precision that costs no more,"
+        if against["kind"] in STATIC:
+            named = f"{named}, the best static policy that costs no more,"
         if best := _rule_against(pair, metrics):
             named = f"{best['rule']}, the best rule that costs no more on validation games,"
         whose = "Against" if pair["policy"] == metrics["headline"] else f"Of {pair['policy']} against"
@@ -450,9 +450,9 @@ def _note(metrics: Metrics) -> str:
     fails = " Parse failures: share of the steps whose action is not as the prompt wants it." if failed else ""
     return (
         f"{games} games; brackets: {_confidence(metrics)} intervals, clustered by game.{score} Cost: the ladder's dearest "
-        "precision on validation, with 16-bit weights, = 1. Gain: points of success over single precisions and mixtures of "
-        f"their episodes at equal cost.{fails} "
-        f"Chosen on validation: {metrics['headline']}, {_against_singles(metrics)}. {_no_worse(metrics)}."
+        "precision on validation, with 16-bit weights, = 1. Gain: points of success over static "
+        f"policies (single precisions, checked drafts) and mixtures of their episodes at equal cost.{fails} "
+        f"Chosen on validation: {metrics['headline']}, {_against_static(metrics)}. {_no_worse(metrics)}."
         f"{_planned_short(metrics)}"
     )
 

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Literal, NotRequired, TypedDict
 
 Kind = Literal["single", "rung", "speculative", "random", "router", "ablation", "baseline", "oracle"]
-SINGLE: tuple[Kind, ...] = ("single", "rung")
-"""Policies in which one rung of the ladder always acts, without a router."""
+STATIC: tuple[Kind, ...] = ("single", "rung", "speculative")
+"""Policies that decide nothing: the same rung of the ladder always acts, by itself or by checking what a cheaper one drafts. A
+router is worth what it does better than these and mixtures of their whole episodes."""
 Interval = list[float]
 """[low, high]"""
 
@@ -73,13 +74,13 @@ class PolicyMetrics(TypedDict):
     """(success - low) / (high - low), not clipped; null where high is not above low. Absent for single precisions."""
     gap_ci95: NotRequired[Interval | None]
     gain_at_equal_cost: float
-    """Success minus what single rungs and mixtures of their whole episodes reach at this cost: above the best rung's cost its
-    success, below the cheapest one's cost the cheapest one's. Of a single rung 0, or less where it is not on the hull."""
+    """Success minus what static policies and mixtures of their whole episodes reach at this cost: above the best rung's cost its
+    success, below the cheapest one's cost the cheapest one's. Of a static policy 0, or less where it is not on the hull."""
     gain_ci95: Interval
 
 
 class HullPoint(TypedDict):
-    """A single rung on the hull."""
+    """A static policy on the hull."""
 
     policy: str
     cost: float
@@ -203,9 +204,9 @@ class Metrics(TypedDict):
     gap: Gap
     policies: dict[str, PolicyMetrics]
     hull: list[HullPoint]
-    """The single rungs that no other one and no mixture of two beats at their cost, the cheapest first."""
+    """The static policies that no other one and no mixture of two beats at their cost, the cheapest first."""
     below_hull: dict[str, str]
-    """Each other single rung -> the one that dominates it, at least as good and not dearer; or `mixture`, where only a mixture
+    """Each other static policy -> the one that dominates it, at least as good and not dearer; or `mixture`, where only a mixture
     of two beats it at its cost."""
     non_inferiority: NonInferiority
     paired: list[PairedComparison]

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, JsonValue, ValidationError
 
 from dmr_pipeline.errors import UserError, problems_of
-from dmr_pipeline.recipe import Recipe, load_recipe
+from dmr_pipeline.recipe import Recipe, RuleName, load_recipe
 from dmr_pipeline.recipe_fields import Count, Name, Ratio, Section, Seed
 from dmr_pipeline.recipe_text import read_mapping
 
@@ -36,7 +36,11 @@ class Study(Section):
     """A file in `studies/`."""
 
     recipe: Name = Field(description="whose artifacts the study starts from")
-    routers: dict[Name, Variant] = Field(min_length=1, description="name -> how it is trained")
+    routers: dict[Name, Variant] = Field(
+        default_factory=dict,
+        description="name -> how it is trained; without any the study is of rules, and trains nothing",
+    )
+    rules: tuple[RuleName, ...] = Field((), description="that play (router/rules.py); all of them by default")
     seeds: tuple[Seed, ...] = Field((0, 1, 2), min_length=1, description="of each router's training")
     budgets: tuple[Ratio, ...] = Field(
         (0.1, 0.2, 0.3, 0.4, 0.6),
@@ -55,7 +59,8 @@ class Study(Section):
     validation_games: Count | None = Field(None, description="that policies are tuned on; all by default")
 
     def problems(self) -> Iterator[tuple[str, str]]:
-        for field, values in (("seeds", self.seeds), ("budgets", self.budgets), ("planned", self.planned)):
+        for field in ("seeds", "budgets", "planned", "rules"):
+            values = getattr(self, field)
             if len(set(values)) != len(values):
                 yield field, f"{list(values)} are not all different"
         for budget in self.planned:

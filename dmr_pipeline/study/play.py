@@ -67,7 +67,8 @@ def play_study(
         label: load_router(path, acting.device, acting.models[acting.cheapest]) for label, path in folders.items()
     }
     files = {label: content(routers[key], f"{ROUTER_FOLDER}/") for label, key in names.items()}
-    compared = tunables(arena, loaded, files, section, arena.rollouts.slots(max(len(validation), len(fresh))))
+    rules = section.model_copy(update={"rules": study.rules or section.rules})
+    compared = tunables(arena, loaded, files, rules, arena.rollouts.slots(max(len(validation), len(fresh))))
     on = Range(arena, validation, progress, on_validation, Known(), Bar(0.5))
     played = play_curves(compared, study.budgets, on, fresh, on_fresh, known)
     tuned = played.episodes.join(played.settings, on=["policy", "budget"], how="left", maintain_order="left")

@@ -1,7 +1,8 @@
-"""What a study has found, from its episodes: a point for each policy and budget, what it gains over the rungs alone, and whether
+"""What a study has found, from its episodes: a point for each policy and budget, what it gains over static policies, and whether
 a trained router is better than the best rule that nobody trained.
 
-- *Gain*: success minus that of the best mixture of single rungs at the same cost, all on the same games.
+- *Gain*: success minus that of the best mixture of static policies (a rung alone, or checking a cheaper one's drafts) at the same
+  cost, all on the same games.
 - *Equal cost*: between two budgets a rule reaches every cost by playing some episodes at one and the rest at the other. Which
   rule is compared is chosen on validation games, at the router's cost there; the mixture is set to its cost on the fresh games.
 - Intervals are over games (bootstrap, the same resamples for all policies); the spread over training seeds is told beside them.
@@ -25,7 +26,7 @@ from dmr_pipeline.evaluation.metrics import (
     percentiles,
     rounded,
 )
-from dmr_pipeline.evaluation.results import Interval
+from dmr_pipeline.evaluation.results import STATIC, Interval
 from dmr_pipeline.evaluation.statistics import games_needed, holm
 from dmr_pipeline.frozen_model import FrozenModel
 from dmr_pipeline.precision.hull import Floats, best_mixture
@@ -54,7 +55,7 @@ class Point(FrozenModel):
     cost: float
     cost_ci95: Interval
     gain: float
-    """Over the best mixture of single rungs at its cost."""
+    """Over the best mixture of static policies at its cost."""
     gain_ci95: Interval
     by_seed: list[float]
     """Success of each training seed; one number where nothing was trained."""
@@ -141,10 +142,10 @@ def study_results(
     }
     games = episodes["task_id"].n_unique()
     weights = game_weights(games, section.bootstrap, section.seed)
-    singles = [one for (_, _), one in played.items() if one.kind == "rung"]
+    static = [one for one in played.values() if one.kind in STATIC]
     high, low = played[f"always_{route[0]}", None], played[f"always_{route[-1]}", None]
     points = [
-        _point(policy, budget, one, singles, weights, section.confidence) for (policy, budget), one in played.items()
+        _point(policy, budget, one, static, weights, section.confidence) for (policy, budget), one in played.items()
     ]
     tuned = list(dict.fromkeys(policy for policy, budget in played if budget is not None))
     of = {name: {budget: one for (policy, budget), one in played.items() if policy == name} for name in tuned}
@@ -188,9 +189,9 @@ def _by_game(rows: pl.DataFrame) -> _Played:
 
 
 def _point(
-    policy: str, budget: float | None, one: _Played, singles: Sequence[_Played], weights: Floats, confidence: float
+    policy: str, budget: float | None, one: _Played, static: Sequence[_Played], weights: Floats, confidence: float
 ) -> Point:
-    costs, successes = (np.stack(values) for values in zip(*((s.cost, s.success) for s in singles), strict=True))
+    costs, successes = (np.stack(values) for values in zip(*((s.cost, s.success) for s in static), strict=True))
 
     def gain(mean: Floats) -> Floats:
         """Of one resample of the games each, [resamples, games]."""

@@ -314,15 +314,20 @@ def test_failures_are_shares_of_the_steps(episodes: pl.DataFrame) -> None:
     assert [line for line in failures_of(metrics) if line.startswith("kl_router: parse failures 0.5, failures {")]
 
 
-def test_a_precision_that_only_checks_is_no_single_one_and_tells_its_passes(episodes: pl.DataFrame) -> None:
-    before, metrics = compute(episodes), compute(with_checked(episodes))
+def test_a_precision_that_only_checks_is_static_and_tells_its_passes(episodes: pl.DataFrame) -> None:
+    metrics = compute(with_checked(episodes))
     assert list(metrics["policies"])[:3] == ["always_high", "always_low", "speculative:float<int2-mse"]
-    found, high = metrics["policies"].pop("speculative:float<int2-mse"), metrics["policies"]["always_high"]
+    found, high = metrics["policies"]["speculative:float<int2-mse"], metrics["policies"]["always_high"]
     assert (found["acting_passes"], found["accepted"]) == (1.2, 0.9)
     assert (high["acting_passes"], "accepted" in high) == (4.0, False)
     assert (found["success"], found["high_ratio"], found["gap_recovered"]) == (high["success"], 1.0, 1.0)
-    assert found["gain_at_equal_cost"] == pytest.approx(0.4 - 0.1 / 0.8 * 0.4, abs=1e-6)
-    assert metrics == before
+    # It wins what float does at .3, so that the router, at .5, wins 5 points less than a policy that decides nothing.
+    assert (found["cost"], found["gain_at_equal_cost"]) == (0.3, 0.0)
+    assert metrics["policies"]["kl_router"]["gain_at_equal_cost"] == pytest.approx(0.85 - 0.9, abs=1e-6)
+    assert [point["policy"] for point in metrics["hull"]] == ["always_low", "speculative:float<int2-mse"]
+    assert metrics["below_hull"] == {"always_high": "speculative:float<int2-mse"}
+    planned = [pair["against"] for pair in metrics["paired"] if pair["p_holm"] is not None]
+    assert planned == ["random@kl_router", "speculative:float<int2-mse"]
 
 
 def test_a_rung_that_acts_alone_recovers_its_part_of_the_gap_and_is_no_router(episodes: pl.DataFrame) -> None:

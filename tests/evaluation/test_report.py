@@ -146,7 +146,7 @@ def test_headline_names_the_precision_that_makes_a_router_needless(
 
 def test_headline_and_note_say_the_gain_over_single_precisions(metrics: Metrics, episodes: pl.DataFrame) -> None:
     low, high = (100 * end for end in metrics["policies"]["kl_router"]["gain_ci95"])
-    gain = f"+20.0 points (interval {low:+.1f} to {high:+.1f}) against single precisions and mixtures of them."
+    gain = f"+20.0 points (interval {low:+.1f} to {high:+.1f}) against static policies and mixtures of them."
     assert headline(metrics)[1] == f"At its cost of 0.50 it is {gain}"
     assert f"Chosen on validation: kl_router, {gain}" in markdown_table(metrics)
 
@@ -227,7 +227,7 @@ def test_failures_are_told_by_policy_and_in_the_html_by_class(folder: Path, epis
 def test_a_precision_that_only_checks_is_told_with_its_passes(folder: Path, episodes: pl.DataFrame) -> None:
     names = {"high": "always_high", "low": "always_low", "headline": "kl_router"}
     metrics = compute_metrics(with_checked(episodes), recipe="tiny", route=ROUTE, **names)
-    (row,) = (line for line in markdown_table(metrics).splitlines() if "speculative:float<int2-mse" in line)
+    (row,) = (line for line in markdown_table(metrics).splitlines() if line.startswith("| speculative:float<int2-mse"))
     assert "| 10.0 | 1.2 (90%) |" in row
     (folder / "metrics.json").write_text(json.dumps(metrics))
     assert "10.0 1.2 (90%) 2.0" in render(folder).text
@@ -244,7 +244,7 @@ def test_planned_tests_are_corrected_and_told_everywhere(folder: Path, metrics: 
     """Random routing and always-low, the only single precision that costs no more; high wins five games more of 100."""
     words = " ".join(headline(metrics))
     assert "That it is less than 5 points worse than always_high is not shown (lower end -10.0)." in words
-    assert "Against always_low, the best single precision that costs no more, it is better in the paired test" in words
+    assert "Against always_low, the best static policy that costs no more, it is better in the paired test" in words
     rows = metrics["paired"]
     assert [row["p_holm"] is None for row in rows] == [False, False, True]
     seen = rows[1]["smallest_difference"] * 100

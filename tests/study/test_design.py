@@ -34,6 +34,12 @@ def test_a_variant_changes_what_it_names_and_the_seeds(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("in_repository")
+def test_rules_alone_are_a_study(tmp_path: Path) -> None:
+    study = load_study(written(tmp_path, "recipe: alfworld-tiny\nrules: [margin]\n"))
+    assert (study.routers, study.rules) == ({}, ("margin",))
+
+
+@pytest.mark.usefixtures("in_repository")
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "studies").glob("*.yaml")), ids=lambda path: path.stem)
 def test_committed_studies_are_right(path: Path) -> None:
     study = load_study(path)
@@ -47,7 +53,8 @@ def test_committed_studies_are_right(path: Path) -> None:
     [
         ("routers: {a: {changes: {precisions: {margin: 0.1}}}}", "'precisions': a variant may change trajectories"),
         ("routers: {a: {changes: {kl_router: {epoch: 1}}}}", "routers.a.changes: kl_router.epoch: Extra inputs"),
-        ("routers: {}", "routers: "),
+        ("rules: [guess]", "rules.0: "),
+        ("rules: [margin, margin]", "rules: ['margin', 'margin'] are not all different"),
         ("routers: {a: {}}\nbudgets: [0.3]", "0.2 is none of the budgets, 0.3"),
         ("routers: {a: {}}\nseeds: [1, 1]", "[1, 1] are not all different"),
         ("routers: {a: {stage: agent}}", "stage"),

@@ -79,6 +79,20 @@ def test_points_and_what_they_gain_over_the_rungs(found: Results) -> None:
     assert points["rule:fair", 0.2].seed_deviation is None
 
 
+def test_rules_alone_have_points_and_nothing_to_compare() -> None:
+    rule = episodes("rule:fair", "rule", 0.7, 0.4, 0.2, budget=0.2, validation=(0.4, 0.8))
+    rungs = [episodes("always_float", "rung", 0.9, 1.0, 1.0), episodes("always_int2", "rung", 0.5, 0.2)]
+    checks = episodes("speculative:float<int2", "speculative", 0.9, 0.4, 1.0)
+    section = Evaluation(random_draws=1, bootstrap=400, confidence_ratio=0.3)
+    alone = Study.model_validate({"recipe": "x"})
+    found = study_results(pl.concat([*rungs, checks, rule]), alone, section, 0.06, ROUTE, Place(0.2, 0.5))
+    gains = {point.policy: point.gain for point in found.points}
+    # Checking drafts wins what float does at .4: nothing that costs as much does better.
+    assert gains["rule:fair"] == pytest.approx(0.7 - 0.9)
+    assert (gains["speculative:float<int2"], gains["always_float"], found.compared) == (0, 0, [])
+    assert [curve.policy for curve in found.curves] == ["rule:fair"]
+
+
 def test_curves(found: Results) -> None:
     curves = {curve.policy: curve for curve in found.curves}
     # Recovered: .75 at .2 and at .4, on from 0 and to 1.
