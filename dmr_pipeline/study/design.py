@@ -63,7 +63,7 @@ class Study(Section):
             values = getattr(self, field)
             if len(set(values)) != len(values):
                 yield field, f"{list(values)} are not all different"
-        for budget in self.planned:
+        for budget in self.planned if self.routers else ():
             if budget not in self.budgets:
                 yield "planned", f"{budget} is none of the budgets, {', '.join(map(str, self.budgets))}"
 

@@ -35,7 +35,7 @@ def test_a_variant_changes_what_it_names_and_the_seeds(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("in_repository")
 def test_rules_alone_are_a_study(tmp_path: Path) -> None:
-    study = load_study(written(tmp_path, "recipe: alfworld-tiny\nrules: [margin]\n"))
+    study = load_study(written(tmp_path, "recipe: alfworld-tiny\nrules: [margin]\nbudgets: [0.3]\n"))
     assert (study.routers, study.rules) == ({}, ("margin",))
 
 
