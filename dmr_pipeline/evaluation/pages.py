@@ -24,7 +24,7 @@ from dmr_pipeline.artifacts.run_record import read_run_record
 from dmr_pipeline.atomic import replaced
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.evaluation.report import curves_table, markdown_table
-from dmr_pipeline.evaluation.results import SINGLE, Metrics
+from dmr_pipeline.evaluation.results import STATIC, Metrics
 from dmr_pipeline.frozen_model import FrozenModel
 
 RESULTS = Path("docs/results")
@@ -120,12 +120,12 @@ def curves(result: Result, page: Path) -> str:
 
 def brief(result: Result, page: Path) -> str:
     """At most five policies and three columns: both ends of the route, the chosen router, random routing at its ratio, and the
-    best single precision that costs no more."""
+    best static policy that costs no more."""
     metrics, name = result.metrics, result.metrics["headline"]
-    high, low = metrics["route"][0], metrics["route"][-1]
+    high = metrics["route"][0]
     rows = {
-        metrics["high"]: f"{high} alone",
-        metrics["low"]: f"{low} alone",
+        metrics["high"]: shown_name(metrics["high"], metrics),
+        metrics["low"]: shown_name(metrics["low"], metrics),
         f"random@{name}": "random, as often as the router",
         name: "**the router that validation games chose**",
     }
@@ -133,10 +133,10 @@ def brief(result: Result, page: Path) -> str:
         if (
             pair["policy"] == name
             and pair["p_holm"] is not None
-            and metrics["policies"][pair["against"]]["kind"] in SINGLE
+            and metrics["policies"][pair["against"]]["kind"] in STATIC
             and pair["against"] not in rows
         ):
-            rows[pair["against"]] = f"{pair['against'].removeprefix('always_')} alone, without any router"
+            rows[pair["against"]] = f"{shown_name(pair['against'], metrics)}, without any router"
     lines = [f"| | games won | cost of an episode | steps at {high} |", "| --- | ---: | ---: | ---: |"]
     for policy, shown in rows.items():
         found = metrics["policies"][policy]
@@ -169,6 +169,22 @@ def picture(result: Result, page: Path) -> str:
     draw(result.metrics, file)
     target = Path(os.path.relpath(file, page.parent)).as_posix()
     return f"![Games won against the cost of an episode, for each policy of {recipe}]({target})"
+
+
+def shown_name(name: str, metrics: Metrics) -> str:
+    """A policy's name in words."""
+    rungs = {metrics["high"]: metrics["route"][0], metrics["low"]: metrics["route"][-1]}
+    kind = metrics["policies"][name]["kind"]
+    if kind in ("single", "rung"):
+        return f"{rungs.get(name, name.removeprefix('always_'))} alone"
+    if kind == "speculative":
+        checks, _, drafts = name.partition(":")[2].partition("<")
+        return f"{drafts} drafts, {checks} checks"
+    if kind == "random":
+        return f"random, as often as {name.removeprefix('random@')}"
+    if kind == "oracle":
+        return f"{name} (oracle)"
+    return f"{name}, the chosen router" if name == metrics["headline"] else name
 
 
 PARTS: Mapping[str, Callable[[Result, Path], str]] = {

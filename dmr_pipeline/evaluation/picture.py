@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Annotation
 from matplotlib.transforms import Bbox
 
+from dmr_pipeline.evaluation.pages import shown_name
 from dmr_pipeline.evaluation.results import Kind, Metrics, PolicyMetrics
 
 BLACK, BLUE, ORANGE, GREEN, PURPLE, GREY = "#000000", "#0072b2", "#d55e00", "#009e73", "#aa4499", "#777777"
@@ -57,22 +58,6 @@ def draw(metrics: Metrics, path: Path) -> None:
         figure.draw_without_rendering()
         _name_points(axes, metrics)
         figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None})
-
-
-def shown_name(name: str, metrics: Metrics) -> str:
-    """A policy's name in words."""
-    rungs = {metrics["high"]: metrics["route"][0], metrics["low"]: metrics["route"][-1]}
-    kind = metrics["policies"][name]["kind"]
-    if kind in ("single", "rung"):
-        return f"{rungs.get(name, name.removeprefix('always_'))} alone"
-    if kind == "speculative":
-        checks, _, drafts = name.partition(":")[2].partition("<")
-        return f"{drafts} drafts, {checks} checks"
-    if kind == "random":
-        return f"random, as often as {name.removeprefix('random@')}"
-    if kind == "oracle":
-        return f"{name} (oracle)"
-    return f"{name}, the chosen router" if name == metrics["headline"] else name
 
 
 def _look(name: str, metrics: Metrics) -> tuple[str, str]:

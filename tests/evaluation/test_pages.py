@@ -10,7 +10,7 @@ import pytest
 from dmr_pipeline.artifacts.folders import artifact_folder
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.evaluation import pages
-from dmr_pipeline.evaluation.picture import draw, shown_name
+from dmr_pipeline.evaluation.picture import draw
 from dmr_pipeline.evaluation.results import Metrics, PairedComparison
 from dmr_pipeline.recipe import Recipe
 from tests.helpers.commands import dmr
@@ -139,7 +139,7 @@ def test_the_picture_is_of_the_committed_metrics(demo: Metrics, tmp_path: Path) 
 
 
 def test_policies_are_named_in_words(demo: Metrics) -> None:
-    named = {name: shown_name(name, demo) for name in demo["policies"]}
+    named = {name: pages.shown_name(name, demo) for name in demo["policies"]}
     assert named["always_high"] == "float alone"
     assert named["always_low"] == "int2 alone"
     assert named["speculative:float<int2"] == "int2 drafts, float checks"
