@@ -105,6 +105,22 @@ def test_each_page_can_be_reached() -> None:
     assert {page.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md")} <= listed
 
 
+DECISIONS = (DOCS / "development/decisions.md").read_text(encoding="utf-8").split("\n## ")[1:]
+
+
+def test_there_are_decisions() -> None:
+    assert len(DECISIONS) >= 15
+
+
+@pytest.mark.parametrize("entry", DECISIONS, ids=lambda entry: entry.partition("\n")[0])
+def test_each_decision_says_why_and_where(entry: str) -> None:
+    assert re.findall(r"^\*\*(.+?)\.\*\*", entry, re.M) == ["Decision", "Why", "Considered", "Lives in"]
+    assert len(entry.splitlines()) <= 25
+    places = re.findall(r"`([\w./-]+)`", entry.partition("**Lives in.**")[2])
+    assert places
+    assert [place for place in places if not (REPOSITORY / place).exists()] == []
+
+
 RECIPES = [block for page in PAGES if page != STUDY for block in blocks(page, "yaml")]
 
 
