@@ -683,6 +683,20 @@ def _acting(shares: Mapping[str, float]) -> dict[str, float]:
     return {rung: share for rung, share in shares.items() if share > 0}
 
 
+class Consequences(Section):
+    """Labels by consequence, ours: at steps where the precisions' greedy actions differ, both are played on to the end."""
+
+    continuation: Literal["low", "high", "mixed"] = Field(
+        "low",
+        description="who goes on: the cheapest routed rung, the dearest, or all, each step drawn by equal chances",
+    )
+    games: Count | None = Field(None, description="of router_train, the first ones; all by default")
+    share: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+        1.0, description="of the steps where actions differ, drawn at random; each counts for as many as it stands for"
+    )
+    seed: Seed = Field(0, description="of these draws, and of a mixed continuation")
+
+
 class Sensitivity(Section):
     """Labels. The paper's label is KL >= tau; direction, tokens, teacher forcing and tau are ours to choose."""
 
@@ -707,6 +721,12 @@ class Sensitivity(Section):
         False,
         description="ours: only steps of episodes that were won can be sensitive. In a lost episode the precisions diverge"
         " the most, but high precision no longer helps there",
+    )
+    consequences: Consequences | None = Field(
+        None,
+        exclude_if=_unset,
+        description="swap the precision of single steps of the trajectories and play on, for `kl_router.target: consequence`;"
+        " it takes much longer than the divergences",
     )
     label_share: tuple[Share, Share] = Field(
         (0.02, 0.6), description="bounds for the share of sensitive steps; outside them the check fails"
@@ -780,11 +800,18 @@ class KlRouter(Section):
     epochs: Count = Field(description="times that all labelled episodes are learned from")
     batch_episodes: Batch = Field(description="episodes an optimiser update")
     learning_rate: Rate = Field(description="of AdamW at the first update; it falls to 0")
-    target: Literal["divergence", "advantage"] = Field(
+    target: Literal["divergence", "advantage", "consequence"] = Field(
         "divergence",
         exclude_if=lambda target: target == "divergence",
         description="divergence: the labels of `sensitivity`, the paper's. advantage (ours): by how much the chance of success"
-        " rises where a dearer rung takes the step, learned from the trajectories in which rungs were drawn",
+        " rises where a dearer rung takes the step, learned from the trajectories in which rungs were drawn. consequence (ours):"
+        " the same, learned from single steps that were swapped (`sensitivity.consequences`)",
+    )
+    agreeing_weight: Annotated[float, Field(ge=0.0), at_most(1000.0, "nothing else would count")] = Field(
+        1.0,
+        exclude_if=lambda weight: weight == 1,
+        description="with target consequence, of a step at which all rungs act alike and nothing follows from who does; a"
+        " step that was swapped counts 1, or for as many as it was drawn from",
     )
     estimator: Literal["r_learner", "doubly_robust"] = Field(
         "r_learner",
@@ -815,6 +842,8 @@ class KlRouter(Section):
     def problems(self) -> Iterator[tuple[str, str]]:
         if self.estimator != "r_learner" and self.target != "advantage":
             yield "estimator", f"is of advantages, but target is {self.target!r}; leave it out"
+        if self.agreeing_weight != 1 and self.target != "consequence":
+            yield "agreeing_weight", f"is of consequences, but target is {self.target!r}; leave it out"
 
 
 class GrpoBudget(Section):
@@ -1083,6 +1112,7 @@ def _games_asked_for(
     grpo_router: GrpoRouter,
     evaluation: Evaluation,
     release: Release,
+    sensitivity: Sensitivity,
 ) -> Iterator[str]:
     """What a field has by default is as many as there are at most; a number that somebody wrote is meant."""
     asked: list[tuple[str, Section, str, str]] = [
@@ -1096,6 +1126,8 @@ def _games_asked_for(
     ]
     if precisions.gptq is not None:
         asked.append(("precisions.gptq", precisions.gptq, "episodes", "agent_train"))
+    if sensitivity.consequences is not None:
+        asked.append(("sensitivity.consequences", sensitivity.consequences, "games", "router_train"))
     for name, section, field, split in asked:
         wanted, there = getattr(section, field), getattr(benchmark.splits, split)
         if field in section.model_fields_set and wanted is not None and wanted > there:
@@ -1128,6 +1160,13 @@ def _greedy_features(agent: Agent, kl_router: KlRouter) -> Iterator[str]:
             f"kl_router.model.probe.features: {wanted[0]!r} is learned from greedy actions; set agent.action to generate and"
             " agent.temperature to 0, or leave it out"
         )
+
+
+def _swapped_steps(agent: Agent, sensitivity: Sensitivity, kl_router: KlRouter) -> Iterator[str]:
+    if kl_router.target == "consequence" and sensitivity.consequences is None:
+        yield "kl_router.target: consequence needs steps that were swapped: give sensitivity.consequences too"
+    if sensitivity.consequences is not None and agent.temperature > 0:
+        yield "sensitivity.consequences: where actions are drawn no outcome is due to one step; set agent.temperature to 0"
 
 
 def _thoughts_of_looks(benchmark: Games, agent: Agent) -> Iterator[str]:
@@ -1187,6 +1226,7 @@ _ACROSS: tuple[Callable[..., Iterator[str]], ...] = (
     _behaviour_on_the_route,
     _reference_model,
     _greedy_features,
+    _swapped_steps,
     _thoughts_of_looks,
     _forced_searches,
     _short_games,

@@ -13,7 +13,7 @@ import yaml
 from typer.core import TyperGroup
 
 from dmr_pipeline.cli import app
-from dmr_pipeline.evaluation import play
+from dmr_pipeline.evaluation import consequence, play
 from dmr_pipeline.ingestion.schema import LoggedEpisode
 from dmr_pipeline.precision import frontier
 from dmr_pipeline.recipe import check_recipe
@@ -194,6 +194,7 @@ COLUMNS = {
     "trajectories/steps": rollout_tables.STEPS,
     "sensitivity_dataset/steps": labels.STEPS,
     "sensitivity_dataset/drafts": labels.DRAFTS,
+    "sensitivity_dataset/consequences": consequence.SWAPPED,
     "quantized_checkpoints/validation": frontier.PLAYED,
     "grpo_router/training": grpo.LOG,
     "evaluation_report/episodes": play.PLAYED,

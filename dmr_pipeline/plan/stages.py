@@ -18,6 +18,8 @@ PLAYED_THRESHOLDS = 3
 SAME_BEFORE = {"trajectories": 0.13, "kl_router": 0.5, "grpo_router": 0.25, "evaluation_report": 0.5}
 """Share of the actions that are looked up, since another policy of the stage has met the same transcript: as the demo's recipes
 were measured."""
+DIFFERING = 0.15
+"""Of the steps, those at which two rungs act otherwise."""
 TIMED_POLICIES, TIMED_GAMES = 6, 10
 """Played one at a time at the end of the evaluation."""
 STEP_BYTES = 1500
@@ -137,7 +139,8 @@ def works(recipe: Recipe, assumed: Assumptions) -> dict[str, Work]:
         "agent": _agent_work(recipe, assumed),
         "quantized_checkpoints": ladder,
         "trajectories": routed(collected),
-        "sensitivity_dataset": Work(read=len(route) * collected * whole, written=0.0),
+        "sensitivity_dataset": Work(read=len(route) * collected * whole, written=0.0)
+        + one * _branches(recipe, behaviours, episodes.played(assumed.success)),
         "kl_router": Work(read=collected * whole)
         + routed(kl_router.validation_games * (1 + thresholds))
         + Work(read=len(route) * kl_router.validation_games * whole),
@@ -156,6 +159,19 @@ def works(recipe: Recipe, assumed: Assumptions) -> dict[str, Work]:
     looked_up = {name: work * (1 - SAME_BEFORE.get(name, 0.0)) for name, work in found.items()}
     looked_up["evaluation_report"] += one * (alone * min(4, rows) * assumed.processes)
     return looked_up
+
+
+def _branches(recipe: Recipe, behaviours: int, steps: float) -> float:
+    """Episodes that swapped steps take: two each, half of whose actions are known.
+
+    Args:
+        steps: of an episode.
+    """
+    section, there = recipe.sensitivity.consequences, recipe.benchmark.splits.router_train
+    if section is None:
+        return 0.0
+    games, cheaper = min(section.games or there, there), len(_route(recipe)) - 1
+    return behaviours * games * steps * DIFFERING * section.share * cheaper
 
 
 def _played(episodes: Episodes, success: float) -> Work:

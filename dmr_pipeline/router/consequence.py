@@ -6,16 +6,17 @@ continuation. The step is *needed* where high wins and low loses, *harmful* wher
 the actions are the same nothing follows from who takes the step: with one cache each that is exact for continuations that
 do not look at who has acted, and else our simplification.
 
-A branch is played from its episode's start, by the decisions of the policy that played the episode. Up to the branch all actions
-are looked up (rollout/known.py), so that it costs commands to the environment and no forward passes of the agent; and the
-environment, the transcript, each cache and what each policy remembers are by then what they were, whatever they are made of.
+A branch is played from its episode's start, by the decisions of the policy that played the episode, or as they were recorded. Up
+to the branch all actions are looked up (rollout/known.py), so that it costs commands to the environment and no forward passes of
+the agent (of a recorded episode, from its second branch on); and the environment, the transcript, each cache and what each policy
+remembers are by then what they were, whatever they are made of.
 Greedy acting alone has consequences in this sense: with drawn actions an outcome is a draw too.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import polars as pl
 
@@ -28,6 +29,7 @@ from dmr_pipeline.rollout.engine import (
     RoutingPolicy,
     Timings,
     Trajectory,
+    certain,
 )
 from dmr_pipeline.rollout.known import Known
 from dmr_pipeline.rollout.playing import PolicyRuns, Rollouts
@@ -94,6 +96,8 @@ class Branch(RolloutRequest):
     """From 0: the step at which it does."""
     precision: str = ""
     """That takes this step."""
+    acted: tuple[str, ...] = ()
+    """The precisions that took the played episode's steps."""
 
 
 class Branching:
@@ -137,6 +141,35 @@ class Branching:
         return self._continuation if self._turns[slot] > self._branches[slot].turn else self._behaviour
 
 
+class Recorded:
+    """Decides as it was decided in the played episode, up to the branch."""
+
+    def __init__(self, route: Sequence[str]) -> None:
+        self.route = tuple(route)
+        self._left: dict[int, list[str]] = {}
+
+    def begin(self, slot: int, run: RolloutRequest) -> None:
+        assert isinstance(run, Branch)
+        self._left[slot] = list(reversed(run.acted))
+
+    def decide(self, slots: Sequence[int], segments: Sequence[list[int]], peek: DecisionContext) -> list[Decision]:
+        return [Decision(self._left[slot][-1], certain(self._left[slot][-1], self.route)) for slot in slots]
+
+    def acted(self, slot: int, segment: list[int], precision: str, action: list[int]) -> None:
+        if self._left[slot]:
+            self._left[slot].pop()
+
+
+class Origin(NamedTuple):
+    """A played episode, which branches leave."""
+
+    task: Task
+    actions: Sequence[list[int]]
+    """Token ids, of each step."""
+    acted: tuple[str, ...]
+    """Precision, of each step."""
+
+
 def consequences(
     rollouts: Rollouts,
     games: Sequence[Task],
@@ -166,10 +199,37 @@ def consequences(
     rows = measure(rollouts, episodes, steps, counted).steps.join(
         acted, on=["episode_id", "turn"], maintain_order="left", validate="m:1"
     )
-    by_id = dict(zip(episodes["episode_id"], played, strict=True))
+    origins = {
+        episode: Origin(its.run.task, [s.action for s in its.steps], tuple(s.precision for s in its.steps))
+        for episode, its in zip(episodes["episode_id"], played, strict=True)
+    }
+    return branched(rollouts, rows, origins, behaviour.policy, continuations, seed, known, on_progress)
+
+
+def branched(
+    rollouts: Rollouts,
+    rows: pl.DataFrame,
+    origins: Mapping[str, Origin],
+    behaviour: RoutingPolicy,
+    continuations: Sequence[Player],
+    seed: int,
+    known: Known,
+    on_progress: Callable[[int], None] = lambda _: None,
+) -> pl.DataFrame:
+    """Both branches wherever the actions differ.
+
+    Args:
+        rows: a row a step and cheaper routed rung: the columns of `CONSEQUENCES` up to `margin_low`.
+        origins: by `episode_id`.
+        behaviour: decides as it was decided in these episodes.
+        seed, known, on_progress: as of `consequences`.
+
+    Returns:
+        Rows of `CONSEQUENCES`, without those whose branches did not follow their episode.
+    """
     apart = list(rows.filter(~pl.col("greedy_agree")).select("episode_id", "turn", "precision").iter_rows())
     runs = [
-        Branch(by_id[episode].run.task, turn=turn, precision=rung)
+        Branch(origins[episode].task, turn=turn, precision=rung, acted=origins[episode].acted)
         for episode, turn, low in apart
         for rung in (rollouts.route[0], low)
     ]
@@ -179,7 +239,7 @@ def consequences(
         name, router = continuations[index].name, continuations[index].router
         outcomes = []
         for (episode, turn, low), high_branch, low_branch in zip(apart, branches[::2], branches[1::2], strict=True):
-            if _left(by_id[episode], high_branch, turn) and _left(by_id[episode], low_branch, turn):
+            if _left(origins[episode], high_branch, turn) and _left(origins[episode], low_branch, turn):
                 outcome = (*_rest(rollouts, high_branch, turn, router), *_rest(rollouts, low_branch, turn, router))
                 outcomes.append((episode, turn, low, *outcome))
         if len(outcomes) < len(apart):
@@ -195,10 +255,7 @@ def consequences(
         compared = labelled.filter(pl.col("greedy_agree") | pl.col("high_success").is_not_null())
         tables[name] = compared.with_columns(continuation=pl.lit(name), label=label_of()).select(CONSEQUENCES.names())
 
-    plays = [
-        PolicyRuns(Branching(behaviour.policy, continuation.policy), runs, on_progress)
-        for continuation in continuations
-    ]
+    plays = [PolicyRuns(Branching(behaviour, continuation.policy), runs, on_progress) for continuation in continuations]
     rollouts.play_each(plays, seed, on_played, known)
     return pl.concat([tables[continuation.name] for continuation in continuations])
 
@@ -215,9 +272,9 @@ def label_of() -> pl.Expr:
     )
 
 
-def _left(played: Trajectory, branch: Trajectory, turn: int) -> bool:
+def _left(origin: Origin, branch: Trajectory, turn: int) -> bool:
     """Whether the branch is the played episode up to this step, which it takes itself."""
-    before = [step.action for step in played.steps[:turn]]
+    before = list(origin.actions[:turn])
     return len(branch.steps) > turn and [step.action for step in branch.steps[:turn]] == before
 
 

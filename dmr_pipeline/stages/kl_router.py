@@ -1,5 +1,5 @@
 """Stage `kl_router`: stage 1 of the router, class-weighted cross-entropy on the sensitivity labels (see router/kl.py), or
-advantages (see router/advantage.py)."""
+advantages or consequences (see router/advantage.py and router/swapped.py)."""
 
 import numpy as np
 import polars as pl
@@ -43,6 +43,8 @@ from dmr_pipeline.router.model import (
     with_numbers,
 )
 from dmr_pipeline.router.probe import ProbeHead
+from dmr_pipeline.router.swapped import read_swapped, steps_of
+from dmr_pipeline.router.swapped import targets as effects
 from dmr_pipeline.summaries import KlSummary
 
 
@@ -60,6 +62,9 @@ def kl_router(context: StageContext) -> StageResult:
     steps = given.steps
     if section.target == "advantage":
         steps = mixed(steps, given.episodes.filter(pl.col("policy") != INGESTED))
+    elif section.target == "consequence":
+        swapped = read_swapped(context.inputs["sensitivity_dataset"])
+        steps = steps_of(steps, swapped)
     router = untrained(section.model, rollouts, section.seed)
     sequences = sequences_of_steps(steps, router.settings)
     sequences = with_features(router, sequences, section.batch_episodes, rollouts.processes, rollouts.sharing)
@@ -72,7 +77,10 @@ def kl_router(context: StageContext) -> StageResult:
         if section.target == "divergence":
             router, log = train(router, sequences, labels, section, context.scratch, held)
         else:
-            its = targets(steps, given.episodes, drafts, route, sequences, section.seed, section.estimator)
+            if section.target == "advantage":
+                its = targets(steps, given.episodes, drafts, route, sequences, section.seed, section.estimator)
+            else:
+                its = effects(steps, swapped, route, section.agreeing_weight)
             router, log = fit(router, sequences, its, advantage_loss, section, context.scratch, held)
     router = with_settings(router, force_search=searches.get("search_forced", False))
 

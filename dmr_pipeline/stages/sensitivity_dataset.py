@@ -1,10 +1,14 @@
-"""Stage `sensitivity_dataset`: what the routed precisions would have done at each step (see router/labels.py)."""
+"""Stage `sensitivity_dataset`: what the routed precisions would have done at each step (see router/labels.py), and, on demand,
+what becomes of episodes of which single steps are swapped (see router/consequence.py)."""
 
 import polars as pl
 from rich.progress import Progress
 
 from dmr_pipeline.artifacts.stage import StageContext, StageResult
-from dmr_pipeline.ingestion.tables import read_all_trajectories
+from dmr_pipeline.environments.benchmark import benchmark_of
+from dmr_pipeline.evaluation.consequence import Spent, label_recorded
+from dmr_pipeline.ingestion.tables import INGESTED, AllTrajectories, read_all_trajectories
+from dmr_pipeline.recipe import Consequences
 from dmr_pipeline.rollout.playing import Rollouts
 from dmr_pipeline.router.labels import label, measure, threshold
 from dmr_pipeline.summaries import SensitivitySummary
@@ -25,6 +29,13 @@ def sensitivity_dataset(context: StageContext) -> StageResult:
     table.write_parquet(context.output / "steps.parquet")
     drafts.write_parquet(context.output / "drafts.parquet")
     late = pl.col("turn") >= 10
+    told, measured = dict[str, object](), dict[str, object]()
+    if recipe.sensitivity.consequences is not None:
+        swapped, spent = swap(context, recipe.sensitivity.consequences, rollouts, given, table)
+        swapped.write_parquet(context.output / "consequences.parquet")
+        told = {"consequences": summarize(swapped)}
+        share = round(spent.looked_up / max(spent.actions, 1), 5)
+        measured = {"consequences": {"seconds": spent.seconds, "actions": spent.actions, "share_looked_up": share}}
     return StageResult(
         summary=SensitivitySummary(
             steps=len(given.steps),
@@ -36,8 +47,55 @@ def sensitivity_dataset(context: StageContext) -> StageResult:
             mean_kl_high_low=round(float(table["kl_high_low"].mean()), 5),  # type: ignore[arg-type]
             label_share_before_turn_10=_share(table.filter(~late)),
             label_share_from_turn_10=_share(table.filter(late)),
-        ).model_dump()
+            **told,
+        ).model_dump(),
+        measured=measured,
     )
+
+
+def swap(
+    context: StageContext, section: Consequences, rollouts: Rollouts, given: AllTrajectories, table: pl.DataFrame
+) -> tuple[pl.DataFrame, Spent]:
+    """Rows of `SWAPPED`. What was played is in the scratch folder: a run that was broken off goes on.
+
+    The games are made anew from the recipe's section: an input of this stage they are not, since nothing else here plays.
+
+    Args:
+        table: `labels.STEPS`.
+    """
+    benchmark, folder = benchmark_of(context.recipe.benchmark), context.scratch / "games"
+    folder.mkdir(parents=True, exist_ok=True)
+    benchmark.make_tasks(folder)
+    games = benchmark.read_tasks(folder, "router_train", section.games)
+    played = given.episodes.filter(pl.col("policy") != INGESTED)
+    with Progress() as progress:
+        bar = progress.add_task("games whose steps are swapped", total=len(games))
+        return label_recorded(
+            rollouts,
+            section,
+            games,
+            played,
+            given.steps,
+            table,
+            context.scratch / "consequences",
+            lambda n: progress.advance(bar, n),
+        )
+
+
+def summarize(swapped: pl.DataFrame) -> dict[str, object]:
+    """Counts of steps with each cheaper rung, and how many branches they took."""
+    labels = swapped["label"].value_counts()
+    count = dict(labels.iter_rows())
+    differing = int((~swapped["greedy_agree"]).sum())
+    return {
+        "episodes": swapped["episode_id"].n_unique(),
+        "rows": len(swapped),
+        "swapped": differing,
+        "branches": 2 * differing,
+        "needed": count.get("needed", 0),
+        "harmful": count.get("harmful", 0),
+        "share_needed_where_actions_differ": round(count.get("needed", 0) / max(differing, 1), 5),
+    }
 
 
 def _share(table: pl.DataFrame) -> float | None:

@@ -16,7 +16,7 @@ from dmr_pipeline.plan.episodes import Episodes, tried_episodes
 from dmr_pipeline.plan.predict import Plan, plan
 from dmr_pipeline.plan.speed import Speed, measured_speed, weights_gone_through
 from dmr_pipeline.plan.stages import Assumptions, Need, Work, seconds, works
-from dmr_pipeline.recipe import Recipe
+from dmr_pipeline.recipe import Consequences, Recipe
 from dmr_pipeline.rollout.prompts import Prompter
 from dmr_pipeline.training.examples import expert_example
 from dmr_pipeline.training.vocabulary import word_tokenizer
@@ -188,3 +188,12 @@ def test_a_folder_that_is_not_there_yet_has_its_disks_space(tmp_path: Path) -> N
 def test_the_agent_wins_as_often_as_is_said() -> None:
     sure, bad = (works(RECIPE, replace(assumed(), success=success))["trajectories"] for success in (1.0, 0.0))
     assert sure.steps / 3 == pytest.approx(bad.steps / 4)
+
+
+def test_swapped_steps_are_played_on() -> None:
+    plain = works(RECIPE, assumed())["sensitivity_dataset"]
+    section = Consequences(games=2, share=0.5)
+    sensitivity = RECIPE.sensitivity.model_copy(update={"consequences": section})
+    found = works(RECIPE.model_copy(update={"sensitivity": sensitivity}), assumed())["sensitivity_dataset"]
+    # Three behaviours on two games of 3.5 steps; 15% differ, half of them are drawn; two branches, each half known.
+    assert found.steps - plain.steps == pytest.approx(3 * 2 * 3.5 * 0.15 * 0.5 * 3.5)
