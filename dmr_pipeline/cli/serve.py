@@ -11,6 +11,7 @@ from dmr_pipeline.errors import UserError, problems_of
 from dmr_pipeline.recipe import load_recipe
 
 KEY_VARIABLE = "DMR_API_KEY"
+UPSTREAM_KEY_VARIABLE = "DMR_UPSTREAM_KEY"
 
 
 @user_errors_exit_2
@@ -37,7 +38,7 @@ def serve(
         list[str] | None,
         typer.Option(
             help="RUNG=URL of an OpenAI-compatible server, or RUNG=URL#MODEL; once for each precision of the same model. Without"
-            " any the ladder's models act in this process"
+            f" any the ladder's models act in this process. ${UPSTREAM_KEY_VARIABLE} is the key that they ask for, if they do"
         ),
     ] = None,
     retries: Annotated[int, typer.Option(help="further tries of an upstream, before its answer begins")] = 2,
@@ -51,7 +52,7 @@ def serve(
     data/incoming/RECIPE/, which the pipeline takes in; a router that is released meanwhile is taken up.
     """
     load_recipe(recipe)
-    key, named = os.environ.get(KEY_VARIABLE), [_upstream(text) for text in upstream or []]
+    named = [_upstream(text) for text in upstream or []]
     from dmr_pipeline.serve.settings import ServeSettings
 
     try:
@@ -59,7 +60,8 @@ def serve(
             recipe=recipe,
             host=host,
             port=port,
-            api_key=SecretStr(key) if key else None,
+            api_key=_secret(KEY_VARIABLE),
+            upstream_key=_secret(UPSTREAM_KEY_VARIABLE),
             slots=slots,
             sessions=sessions,
             session_seconds=session_seconds,
@@ -79,6 +81,10 @@ def serve(
         raise UserError(f"{error.name} is not installed: pip install 'dmr-pipeline[serve]'") from error
     with progress_lines():
         run.serve(settings, lambda address: console.print(f"dmr/{recipe} at {address}/v1", highlight=False))
+
+
+def _secret(variable: str) -> SecretStr | None:
+    return SecretStr(os.environ[variable]) if os.environ.get(variable) else None
 
 
 def _upstream(text: str) -> tuple[str, str, str]:

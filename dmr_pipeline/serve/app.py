@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
+from math import ceil
 from typing import Any
 from uuid import uuid4
 
@@ -99,7 +100,7 @@ class _Http:
             except Refused as error:
                 return Response(error.content, error.status, media_type="application/json")
             except Down as error:
-                return _error(503, str(error), "upstream_down", {"retry-after": "1"})
+                return _error(503, str(error), "upstream_down", {"retry-after": str(ceil(error.wait or 1))})
             except NotFound as error:
                 return _error(404, str(error), "not_found")
             except UserError as error:

@@ -39,6 +39,7 @@ class ServeSettings(FrozenModel):
     upstream_models: dict[str, str] = Field(
         default_factory=dict, description="rung -> the model's name there; by default the first that it lists"
     )
+    upstream_key: SecretStr | None = Field(None, description="sent to the upstreams; clients' keys are not")
     router_seconds: float = Field(2.0, gt=0, description="upstream: after which the router has failed")
     connect_seconds: float = Field(5.0, gt=0, description="upstream: to connect")
     first_byte_seconds: float = Field(60.0, gt=0, description="upstream: until an answer begins, and between its parts")

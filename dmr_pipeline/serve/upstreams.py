@@ -20,13 +20,21 @@ from dmr_pipeline.serve.settings import ServeSettings
 
 log = logging.getLogger(__name__)
 
-_AGAIN = frozenset({408, 429, 500, 502, 503, 504})
-"""What another try may mend."""
+_NOT_THE_CLIENTS = frozenset({401, 403, 408, 429})
+"""Statuses below 500 that say nothing against the request itself: its client has no part in the key, nor in the load."""
 _SAMPLES = (
     "You are in a room. Looking around, you see a mug 2.",
     " <think>\n\n\tput\u00a0it (7.99) there</think>",
     "{{ 0 }} ünïcödé 你好",
 )
+_TURNS = [{"role": role, "content": text} for role, text in zip(("user", "assistant", "user"), _SAMPLES, strict=True)]
+_QUESTIONS: tuple[tuple[str, str, dict[str, Any], str], ...] = (
+    *(("tokenizers", "/tokenize", {"prompt": text, "content": text}, "tokens") for text in _SAMPLES),
+    ("chat templates", "/tokenize", {"messages": _TURNS}, "tokens"),  # vLLM
+    ("chat templates", "/apply-template", {"messages": _TURNS}, "prompt"),  # llama.cpp
+)
+"""What precisions of one model answer alike: what it tells of, path, request, and key of the answer. Servers know `prompt` or
+`content`."""
 
 
 class Refused(Exception):
@@ -39,6 +47,11 @@ class Refused(Exception):
 
 class Down(Exception):
     """No upstream answers."""
+
+    def __init__(self, message: str, wait: float | None) -> None:
+        super().__init__(message)
+        self.wait = wait
+        """Seconds until one of them may, where they say so."""
 
 
 class Failed(Exception):
@@ -69,7 +82,9 @@ class Upstreams:
         read = settings.first_byte_seconds
         timeout = httpx.Timeout(read, connect=settings.connect_seconds, read=read)
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
-        self._client = httpx.AsyncClient(timeout=timeout, limits=limits)
+        key = settings.upstream_key
+        headers = {} if key is None else {"authorization": f"Bearer {key.get_secret_value()}"}
+        self._client = httpx.AsyncClient(timeout=timeout, limits=limits, headers=headers)
         self._names = dict(settings.upstream_models)
 
     async def close(self) -> None:
@@ -77,15 +92,18 @@ class Upstreams:
 
     async def check(self) -> list[str]:
         """What differs between the upstreams, as far as they tell: a router reads one tokenizer's tokens, and precisions are of
-        one model. Those that cannot be asked are not compared."""
-        found: dict[str, list[object]] = {rung: [await self._tokens(rung, s) for s in _SAMPLES] for rung in self.route}
-        told = {rung: tokens for rung, tokens in found.items() if None not in tokens}
-        first = next(iter(told), None)
-        return [
-            f"{rung} and {first} have different tokenizers or chat templates: they are no precisions of one model"
-            for rung, tokens in told.items()
-            if first is not None and tokens != told[first]
-        ]
+        one model."""
+        problems = list[str]()
+        for what, path, question, key in _QUESTIONS:
+            answers = await asyncio.gather(*(self._answer(rung, path, question, key) for rung in self.route))
+            told = {rung: answer for rung, answer in zip(self.route, answers, strict=True) if answer}
+            first = next(iter(told), None)
+            problems += [
+                f"{rung} and {first} have different {what}: they are no precisions of one model"
+                for rung, answer in told.items()
+                if first is not None and answer != told[first]
+            ]
+        return list(dict.fromkeys(problems))
 
     async def open(self, stack: AsyncExitStack, decided: str, body: Mapping[str, Any], stream: bool) -> Opened:
         """The answer of the precision that was decided on, or of another one where that is down.
@@ -101,25 +119,28 @@ class Upstreams:
         tried = [decided, *reversed(self.route[:place])]
         if self.settings.degrade:
             tried += self.route[place + 1 :]
+        waits = list[float]()
         for precision in tried:
             try:
                 return await self._persistently(stack, precision, body, stream)
             except Failed as failure:
                 log.warning("upstream %s is down (%s)", precision, failure.kind)
-        raise Down(f"no upstream answers ({', '.join(tried)})")
+                waits += [] if failure.wait is None else [failure.wait]
+        raise Down(f"no upstream answers ({', '.join(tried)})", min(waits, default=None))
 
     async def _persistently(
         self, stack: AsyncExitStack, precision: str, body: Mapping[str, Any], stream: bool
     ) -> Opened:
+        patience = self.settings.request_seconds / 4
         for attempt in range(self.settings.retries + 1):
             try:
                 return await self._once(stack, precision, body, stream)
             except Failed as failure:
                 self._metrics.count("dmr_upstream_errors_total", precision=precision, kind=failure.kind)
-                if attempt == self.settings.retries:
-                    raise
                 wait = self.settings.retry_seconds * 2**attempt if failure.wait is None else failure.wait
-                await asyncio.sleep(min(wait, self.settings.request_seconds / 4))
+                if attempt == self.settings.retries or wait > patience:
+                    raise
+                await asyncio.sleep(wait)
         raise AssertionError
 
     async def _once(self, stack: AsyncExitStack, precision: str, body: Mapping[str, Any], stream: bool) -> Opened:
@@ -151,7 +172,7 @@ class Upstreams:
 
     async def _not_200(self, response: httpx.Response) -> Opened:
         content = await response.aread()
-        if response.status_code in _AGAIN or response.status_code >= 500:
+        if response.status_code in _NOT_THE_CLIENTS or response.status_code >= 500:
             raise Failed(f"status_{response.status_code}", _seconds(response.headers.get("retry-after")))
         raise Refused(response.status_code, content)
 
@@ -165,15 +186,13 @@ class Upstreams:
             self._names[precision] = str(models[0]["id"])
         return self._names[precision]
 
-    async def _tokens(self, precision: str, text: str) -> object:
-        """Ids of a text, and of it as a message; None where this upstream does not tell. vLLM, SGLang and llama.cpp do."""
+    async def _answer(self, precision: str, path: str, question: Mapping[str, Any], key: str) -> object:
+        """What the server says to this beside its /v1; None where it does not."""
         root = self.settings.upstreams[precision].rstrip("/").removesuffix("/v1")
         try:
-            name = await self._name(precision)
-            response = await self._client.post(
-                f"{root}/tokenize", json={"model": name, "prompt": text, "content": text}
-            )
-            return _parsed(response.content, "tokens").get("tokens") if response.status_code == 200 else None
+            asked = {"model": await self._name(precision), **question}
+            response = await self._client.post(f"{root}{path}", json=asked)
+            return _parsed(response.content, key)[key] if response.status_code == 200 else None
         except (httpx.HTTPError, Failed):
             return None
 

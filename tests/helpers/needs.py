@@ -1,6 +1,7 @@
 """What not every machine has: a test that needs it is skipped there, with the reason."""
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -21,3 +22,6 @@ webshop_files = pytest.mark.skipif(
     "WEBSHOP_DATA" not in os.environ, reason="no WebShop files: $WEBSHOP_DATA is not set"
 )
 spacy_model = pytest.mark.skipif(installed_tagger() != "spacy", reason="spaCy's model en_core_web_sm is not installed")
+llama_cpp = pytest.mark.skipif(
+    find_spec("xllamacpp") is None, reason="llama.cpp's server is not installed: pip install xllamacpp"
+)

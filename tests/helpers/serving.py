@@ -1,6 +1,11 @@
 """Routed agents at work on random models: games played through them, and what must come out."""
 
+import re
 import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -163,3 +168,18 @@ def play_by_client(client: OpenAI, game: Task, model: str, stream: bool, step_li
     )
     assert said["logged"], said
     return done
+
+
+@contextmanager
+def dmr_serve(*arguments: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """The command in the working directory; gives its address."""
+    command = [sys.executable, "-m", "dmr_pipeline", "serve", SERVED, "--port", "0", *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        address = next((found[0] for line in process.stdout if (found := re.findall(r"http://[\d.:]+", line))), None)
+        assert address, process.stderr.read()
+        yield address, process
+    finally:
+        process.kill()
+        process.wait()

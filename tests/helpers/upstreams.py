@@ -28,6 +28,10 @@ class StandIn:
     """Seconds between the parts of a stream."""
     tokens: int = 0
     """Added to each token's id."""
+    template: str = "{}"
+    """Of a message."""
+    retry_after: str = "0.05"
+    """Said with a 429."""
     asked: list[dict[str, Any]] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
     ended: int = 0
@@ -42,6 +46,7 @@ class StandIn:
                 Route("/v1/chat/completions", self.chat, methods=["POST"]),
                 Route("/v1/models", self.models),
                 Route("/tokenize", self.tokenize, methods=["POST"]),
+                Route("/apply-template", self.apply_template, methods=["POST"]),
             ]
         )
 
@@ -49,8 +54,12 @@ class StandIn:
         return JSONResponse({"object": "list", "data": [{"id": self.name, "object": "model"}]})
 
     async def tokenize(self, request: Request) -> Response:
-        text = (await request.json())["prompt"]
+        text = (await request.json()).get("prompt", "")
         return JSONResponse({"tokens": [self.tokens + ord(letter) for letter in text]})
+
+    async def apply_template(self, request: Request) -> Response:
+        messages = (await request.json())["messages"]
+        return JSONResponse({"prompt": "".join(self.template.format(message["content"]) for message in messages)})
 
     async def chat(self, request: Request) -> Response:
         body = await request.json()
@@ -65,7 +74,7 @@ class StandIn:
                 self.left += 1
             return Response()
         if fault.isdigit():
-            headers = {"retry-after": "0.05"} if fault == "429" else {}
+            headers = {"retry-after": self.retry_after} if fault == "429" else {}
             return JSONResponse({"error": {"message": f"fault {fault}"}}, int(fault), headers)
         if fault == "garbage":
             return Response(b"<html>oops", media_type="text/html")

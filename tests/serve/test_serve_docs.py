@@ -5,9 +5,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import httpx2
@@ -19,25 +16,10 @@ from dmr_pipeline.serve.run import running
 from dmr_pipeline.serve.service import Service
 from dmr_pipeline.serve.settings import ServeSettings
 from tests.helpers.fake_project import REPOSITORY
-from tests.helpers.serving import SERVED
+from tests.helpers.serving import SERVED, dmr_serve
 from tests.helpers.upstreams import stand_ins
 
-COMMAND = [sys.executable, "-m", "dmr_pipeline"]
 EXAMPLES = re.findall(r"```bash\n(.*?)```", (REPOSITORY / "docs/serve.md").read_text(encoding="utf-8"), re.S)
-
-
-@contextmanager
-def dmr_serve(*arguments: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    command = [*COMMAND, "serve", SERVED, "--port", "0", *arguments]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None
-        address = next((found[0] for line in process.stdout if (found := re.findall(r"http://[\d.:]+", line))), None)
-        assert address, process.stderr.read()
-        yield address, process
-    finally:
-        process.kill()
-        process.wait()
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")

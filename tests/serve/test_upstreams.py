@@ -12,6 +12,7 @@ import httpx2
 import openai
 import pytest
 import torch
+from pydantic import SecretStr
 
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.ingestion.schema import LoggedEpisode
@@ -48,6 +49,7 @@ def ins() -> Iterator[tuple[StandIn, StandIn]]:
 def pair(ins: tuple[StandIn, StandIn], served_project: Path) -> tuple[StandIn, StandIn]:
     for stand_in in ins:
         stand_in.faults, stand_in.always, stand_in.tokens, stand_in.left, stand_in.asked = [], "", 0, 0, []
+        stand_in.headers, stand_in.template, stand_in.retry_after = [], "{}", "0.05"
     return ins
 
 
@@ -153,6 +155,35 @@ def test_the_dearer_one_down_is_an_error_unless_degrading_is_allowed(pair: tuple
         low.always = "500"
         with pytest.raises(openai.InternalServerError):
             ask(client, FIRST, **high_model)
+
+
+def test_how_long_an_upstream_wants_to_be_left_alone_is_passed_on_and_waited_for_if_it_is_not_long(
+    pair: tuple[StandIn, StandIn],
+) -> None:
+    high, low = pair
+    high.always, high.retry_after = "429", "30.5"
+    low.always, low.retry_after = "429", "90"
+    with proxied(*pair, retries=3) as (client, _):
+        with pytest.raises(openai.InternalServerError) as error:
+            ask(client, FIRST, model=f"dmr/{SERVED}:int2")
+        assert (error.value.status_code, error.value.response.headers["retry-after"]) == (503, "31")
+        assert (len(high.asked), len(low.asked)) == (1, 1)  # that long nobody waits here
+        high.always = ""
+        raw = ask(client, FIRST, model=f"dmr/{SERVED}:int2")
+        assert (raw.headers["x-dmr-precision"], raw.headers["x-dmr-reason"]) == ("float", "fallback")
+
+
+def test_upstreams_get_a_key_of_their_own_and_a_wrong_one_is_not_the_clients_fault(
+    pair: tuple[StandIn, StandIn],
+) -> None:
+    low = pair[1]
+    with proxied(*pair, upstream_key=SecretStr("theirs"), retries=0) as (client, service):
+        assert ask(client, FIRST, model=f"dmr/{SERVED}:int2").headers["x-dmr-precision"] == "int2"
+        assert low.headers[0]["authorization"] == "Bearer theirs"
+        low.always = "401"
+        raw = ask(client, FIRST, model=f"dmr/{SERVED}:int2", extra_headers={"x-session-id": "b"})
+        assert (raw.headers["x-dmr-precision"], raw.headers["x-dmr-reason"]) == ("float", "fallback")
+        assert service.metrics.total("dmr_upstream_errors_total", kind="status_401") == 1
 
 
 def test_what_the_upstream_refuses_is_the_clients(pair: tuple[StandIn, StandIn]) -> None:
@@ -268,8 +299,12 @@ def test_other_tokenizers_are_found_at_the_start(pair: tuple[StandIn, StandIn]) 
         return asyncio.run(Upstreams(settings, list(addresses), Metrics()).check())
 
     assert differences(float=high.address, int2=low.address) == []
-    low.tokens = 1
-    assert "different tokenizers" in differences(float=high.address, int2=low.address)[0]
+    low.template = "<{}>"
+    (said,) = differences(float=high.address, int2=low.address)
+    assert "different chat templates" in said
+    low.tokens, low.template = 1, "{}"
+    (said,) = differences(float=high.address, int2=low.address)
+    assert "different tokenizers" in said
     assert differences(float=high.address, int2="http://127.0.0.1:1/v1") == []  # it does not tell
 
 
