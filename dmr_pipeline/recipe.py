@@ -768,10 +768,27 @@ class Probe(Section):
                 yield field, f"{list(values)} are not all different"
 
 
+class Encoder(Section):
+    """A Transformer encoder over the trajectory, trained from nothing: the paper's form, as readers describe it."""
+
+    layers: Size = Field(2, description="of the encoder; two in the paper's first version")
+    width: Size = Field(64, description="hidden size")
+    heads: Size = Field(4, description="attention heads, which share the width")
+    feed_forward: Size = Field(256, description="intermediate size")
+    window: Annotated[int, Field(ge=2), at_most(100_000, "memory grows with its square")] = Field(
+        256, description="tokens of the transcript that are read: of a longer one its beginning and its end, half each"
+    )
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        if self.width % self.heads:
+            yield "heads", f"{self.heads} do not divide the width, {self.width}"
+
+
 class RouterModel(Section):
-    """A probe; or a small causal LM over the transcript whose next token at a routing position is a precision."""
+    """A probe; an encoder; or a small causal LM over the transcript whose next token at a routing position is a precision."""
 
     probe: Probe | None = None
+    encoder: Encoder | None = Field(None, exclude_if=_unset)
     architecture: Architecture | None = None
     pretrained: Pretrained | None = None
     lora: Lora | None = Field(None, description="train adapters only (needs 'pretrained')")
@@ -783,8 +800,8 @@ class RouterModel(Section):
     )
 
     def problems(self) -> Iterator[tuple[str, str]]:
-        if [self.probe, self.architecture, self.pretrained].count(None) != 2:
-            yield "", "give exactly one of 'probe', 'architecture' and 'pretrained'"
+        if [self.probe, self.encoder, self.architecture, self.pretrained].count(None) != 3:
+            yield "", "give exactly one of 'probe', 'encoder', 'architecture' and 'pretrained'"
         if self.lora is not None and self.pretrained is None:
             yield "lora", "needs 'pretrained'"
         if self.probe is not None and self.decides == "before":
@@ -1146,8 +1163,10 @@ def _behaviour_on_the_route(precisions: Precisions, trajectories: Trajectories) 
 
 
 def _reference_model(kl_router: KlRouter, grpo_router: GrpoRouter) -> Iterator[str]:
-    if grpo_router.beta and kl_router.model.probe:
-        yield "grpo_router.beta: trl reloads the reference as a causal LM, which a probe is not; set it to 0"
+    model = kl_router.model
+    if grpo_router.beta and (model.probe or model.encoder):
+        kind = "a probe" if model.probe else "an encoder"
+        yield f"grpo_router.beta: trl reloads the reference as a causal LM, which {kind} is not; set it to 0"
 
 
 def _greedy_features(agent: Agent, kl_router: KlRouter) -> Iterator[str]:

@@ -1,9 +1,9 @@
 """Routers: logits of the routed precisions at each step of a transcript.
 
-There are two kinds. `lm` is a small causal LM over the transcript whose next token is a precision; `probe` is a head on the
-hidden states of the cheapest routed agent, on numbers that cost nothing (features.py), or on both. Both kinds are given the
-agent's transcript with a routing token, one a routed rung, between each segment and the action (which a probe's agent does not
-read):
+There are three kinds. `lm` is a small causal LM over the transcript whose next token is a precision; `encoder` a Transformer
+encoder over it (encoder.py); `probe` a head on the hidden states of the cheapest routed agent, on numbers that cost nothing
+(features.py), or on both. All are given the agent's transcript with a routing token, one a routed rung, between each segment and
+the action (which a probe's agent does not read):
 
     segment <precision:...> action segment <precision:...> action ...
 
@@ -12,8 +12,8 @@ are in the order of the rungs from the cheapest up, so that an index counts the 
 its logit minus the cheapest's, its score is scale * z + offset (0 for the cheapest), and the probabilities are the softmax of
 the scores. A threshold t takes the dearest rung that, together with all dearer ones, has a probability of at least t: of two
 rungs, the dearer one where its probability is at least t. So one number goes through all budgets, from the dearest rung alone
-(0) to the cheapest (above every sum), and at 0.5 it takes the median of the distribution along the ladder. Both kinds and the
-rule are ours: the paper's router is a Transformer encoder that chooses between two.
+(0) to the cheapest (above every sum), and at 0.5 it takes the median of the distribution along the ladder. The rule is ours, and
+so are the other kinds: the paper's router is a Transformer encoder that chooses between two.
 """
 
 import copy
@@ -44,6 +44,7 @@ from dmr_pipeline.rollout.engine import Trajectory
 from dmr_pipeline.rollout.kv_cache.choice import positions_of, shared_streams
 from dmr_pipeline.rollout.parallel import gather, in_processes, scatter
 from dmr_pipeline.router.budgets import Bar
+from dmr_pipeline.router.encoder import TrajectoryEncoder, encoder_pass_bytes, new_encoder
 from dmr_pipeline.router.features import numbers_of_steps
 from dmr_pipeline.router.probe import ProbeHead, new_probe, probe_features
 from dmr_pipeline.training.train import new_model
@@ -56,7 +57,7 @@ SETTINGS_FILE = "router.json"
 class RouterSettings(FrozenModel):
     """What `router.json` holds beside the weights."""
 
-    kind: Literal["lm", "probe"] = "lm"
+    kind: Literal["lm", "probe", "encoder"] = "lm"
     tokens: dict[str, int] = Field(min_length=2)
     """Routed rung -> its routing token, dearest first."""
     scale: float = 1.0
@@ -148,6 +149,8 @@ class Router:
         """What the forward pass of one decision reads; nothing of the agent."""
         if isinstance(self.model, ProbeHead):
             return PassBytes(weights=sum(stored_bytes(self.model).values()))
+        if isinstance(self.model, TrajectoryEncoder):
+            return encoder_pass_bytes(self.model)
         return pass_bytes(self.model)
 
 
@@ -176,6 +179,9 @@ def new_router(
     if section.probe is not None:
         tokenizer = _with_routing_tokens(agent_tokenizer, route)
         model: PreTrainedModel = new_probe(section.probe, len(route), _given(agent), seed)
+    elif section.encoder is not None:
+        tokenizer = _with_routing_tokens(agent_tokenizer, route)
+        model = new_encoder(section.encoder, len(tokenizer), len(route), seed)
     elif section.architecture is not None:
         tokenizer = _with_routing_tokens(agent_tokenizer, route)
         model = new_model(section.architecture, len(tokenizer), seed, positions)
@@ -200,7 +206,7 @@ def new_router(
             torch.manual_seed(seed)
             model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     tokens = {rung: tokenizer.convert_tokens_to_ids(routing_token(rung)) for rung in route}
-    kind: Literal["lm", "probe"] = "lm" if section.probe is None else "probe"
+    kind: Literal["lm", "probe", "encoder"] = "probe" if section.probe else "encoder" if section.encoder else "lm"
     settings = RouterSettings(kind=kind, tokens=tokens, decides=section.decides)
     return Router(model.to(device), tokenizer, settings, agent)
 
@@ -228,16 +234,18 @@ def load_router(folder: Path, device: torch.device, agent: PreTrainedModel | Non
         settings = RouterSettings.model_validate_json(path.read_text(encoding="utf-8"))
     except ValidationError as error:
         raise UserError(f"{path}: {'; '.join(problems_of(error))}; make the router anew") from error
-    if settings.kind == "probe":
-        refuse_pickles(folder)
-        try:
-            head = ProbeHead.from_pretrained(folder, use_safetensors=True)
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"router {folder} cannot be loaded: {' '.join(str(error).split())}") from error
-        return Router(head.to(device).eval(), load_tokenizer(folder), settings, _given(agent))
-    # Through the CPU, where weights are float32: a router is small, and its probabilities should be smooth.
-    model, tokenizer = load_causal_lm(folder, None, torch.device("cpu"))
-    return Router(model.to(device).eval(), tokenizer, settings)
+    if settings.kind == "lm":
+        # Through the CPU, where weights are float32: a router is small, and its probabilities should be smooth.
+        model, tokenizer = load_causal_lm(folder, None, torch.device("cpu"))
+        return Router(model.to(device).eval(), tokenizer, settings)
+    refuse_pickles(folder)
+    of_kind: type[PreTrainedModel] = ProbeHead if settings.kind == "probe" else TrajectoryEncoder
+    try:
+        own: PreTrainedModel = of_kind.from_pretrained(folder, use_safetensors=True)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"router {folder} cannot be loaded: {' '.join(str(error).split())}") from error
+    needed = _given(agent) if settings.kind == "probe" else None
+    return Router(own.to(device).eval(), load_tokenizer(folder), settings, needed)
 
 
 @dataclass(frozen=True)
@@ -251,7 +259,7 @@ class RoutingSequence:
     acted: list[int]
     """Precision that acted at each step, in steps up from the cheapest."""
     features: Tensor | None = field(default=None, compare=False)
-    """What a probe decides on, float32 [steps, features]; an LM reads the tokens instead."""
+    """What a probe decides on, float32 [steps, features]; the other kinds read the tokens instead."""
     written: list[int] = field(default_factory=list, compare=False)
     """Tokens of each step's action."""
 
@@ -302,7 +310,7 @@ def with_features(
     sharing: Mapping[str, PreTrainedModel] | None = None,
 ) -> list[RoutingSequence]:
     """The sequences with what a probe decides on, from plain forward passes of its agent, but for the numbers that cost nothing
-    (`with_numbers`); those of an LM as they are.
+    (`with_numbers`); those of other kinds as they are.
 
     Args:
         batch: sequences in one forward pass.
@@ -389,10 +397,12 @@ def _read_in_turns(
 def routing_logits(model: PreTrainedModel, sequences: Sequence[RoutingSequence], settings: RouterSettings) -> Tensor:
     """Logits of the routing tokens, cheapest first, at all routing positions: float32 [positions, rungs], sequence by sequence.
 
-    Padding is on the right and attention is causal: no mask is needed, and none keeps the fast attention path.
+    An LM's padding is on the right and its attention is causal: no mask is needed, and none keeps the fast attention path.
     """
     if isinstance(model, ProbeHead):
         return cast(Tensor, model(torch.cat([_given(s.features) for s in sequences]).to(model.device)))
+    if isinstance(model, TrajectoryEncoder):
+        return cast(Tensor, model([model.window_of(s.tokens[: place + 1]) for s in sequences for place in s.positions]))
     rows = [row for row, sequence in enumerate(sequences) for _ in sequence.positions]
     columns = [position for sequence in sequences for position in sequence.positions]
     tokens = _padded([s.tokens for s in sequences], model.device)

@@ -8,7 +8,7 @@ cut) the rung that is named writes anew, and a draft that the router has looked 
 before; the other order is ours.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -45,8 +45,12 @@ def routing_policy(router: Router, slots: int, sample: bool = False, seed: int =
     if not sample and router.settings.bar != Bar(router.settings.threshold):
         return AtBar(asking_policy(router, slots), router.settings.route, router.settings.bar, seed)
     chooser = _Chooser(router, sample, seed)
-    is_probe = router.settings.kind == "probe"
-    policy: RoutingPolicy = ProbeRouter(router, chooser) if is_probe else LmRouter(router, chooser, slots)
+    policies: dict[str, Callable[[], RoutingPolicy]] = {
+        "lm": lambda: LmRouter(router, chooser, slots),
+        "encoder": lambda: EncoderRouter(router, chooser),
+        "probe": lambda: ProbeRouter(router, chooser),
+    }
+    policy = policies[router.settings.kind]()
     return in_the_order_of(router, by_the_rules_of(router, policy))
 
 
@@ -150,6 +154,30 @@ class LmRouter:
         unread = [] if slot in self._read else segment
         self._read.discard(slot)
         self._pending[slot] += [*unread, self.router.settings.tokens[precision], *action]
+        self._chooser.acted(slot)
+
+
+class EncoderRouter:
+    """A forward pass over the whole window at each decision."""
+
+    def __init__(self, router: Router, chooser: _Chooser) -> None:
+        self.router, self._chooser = router, chooser
+        self._texts: dict[int, list[int]] = {}
+        """The transcript with its routing tokens, but for the segment of the present step."""
+
+    def begin(self, slot: int, run: RolloutRequest) -> None:
+        self._chooser.begin(slot, run)
+        self._texts[slot] = []
+
+    @torch.no_grad()
+    def decide(self, slots: Sequence[int], segments: Sequence[list[int]], peek: DecisionContext) -> list[Decision]:
+        model = self.router.model
+        windows = [model.window_of(self._texts[slot] + segment) for slot, segment in zip(slots, segments, strict=True)]
+        choices = self._chooser.choose(slots, model(windows))
+        return [Decision(*choice, Reading(1, len(window))) for choice, window in zip(choices, windows, strict=True)]
+
+    def acted(self, slot: int, segment: list[int], precision: str, action: list[int]) -> None:
+        self._texts[slot] += [*segment, self.router.settings.tokens[precision], *action]
         self._chooser.acted(slot)
 
 

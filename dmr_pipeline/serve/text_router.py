@@ -125,7 +125,7 @@ class TextRouter:
             looks = "hidden states" if settings.kind == "probe" else "drafts"
             raise UserError(
                 f"router {folder} looks at the {looks} of an agent that acts in this process, which upstreams do not show: leave"
-                " --upstream out, or train one that reads text (kl_router.model: architecture or pretrained)"
+                " --upstream out, or train one that reads text (kl_router.model: encoder, architecture or pretrained)"
             )
         if settings.route != self.route:
             raise UserError(

@@ -257,8 +257,8 @@ ALFWORLD: list[tuple[str, dict[str, object], str]] = [
      "sensitivity.label_share: [0.6, 0.6]: the first is the lower bound"),
     # Routers.
     ("two-routers", {MODEL + ".architecture": ARCHITECTURE},
-     f"{MODEL}: give exactly one of 'probe', 'architecture' and"),
-    ("no-router", {MODEL: {}}, f"{MODEL}: give exactly one of 'probe', 'architecture' and 'pretrained'"),
+     f"{MODEL}: give exactly one of 'probe', 'encoder', 'architecture' and"),
+    ("no-router", {MODEL: {}}, f"{MODEL}: give exactly one of 'probe', 'encoder', 'architecture' and 'pretrained'"),
     ("lora", {MODEL + ".lora": {}}, f"{MODEL}.lora: needs 'pretrained'"),
     ("lora-rank", {MODEL: {"pretrained": {"model": "x"}, "lora": {"rank": 0}}},
      f"{MODEL}.lora.rank: Input should be greater"),

@@ -125,7 +125,7 @@ def test_save_and_load_are_equal_and_deterministic(tmp_path: Path) -> None:
     assert loaded.parameters == sum({id(p): p.numel() for p in router.model.parameters()}.values())
 
 
-@pytest.mark.parametrize("damage", [{"surprise": 1}, {"threshold": 2.0}, {"kind": "encoder"}, {"tokens": {"float": 5}}])
+@pytest.mark.parametrize("damage", [{"surprise": 1}, {"threshold": 2.0}, {"kind": "mixture"}, {"tokens": {"float": 5}}])
 def test_malformed_settings_are_refused(tmp_path: Path, damage: dict[str, object]) -> None:
     save_router(random_router(), tmp_path)
     path = tmp_path / "router.json"
