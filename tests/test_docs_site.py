@@ -23,6 +23,7 @@ from dmr_pipeline.evaluation import results
 from dmr_pipeline.recipe import Recipe
 from dmr_pipeline.recipe_fields import Section
 from tests.helpers.fake_project import REPOSITORY
+from tests.helpers.pages import blocks
 
 pytest.importorskip("mkdocs", reason="mkdocs is not installed: pip install 'dmr-pipeline[docs]'")
 CHROMIUM = shutil.which("chromium")
@@ -137,6 +138,11 @@ QUESTIONS = {
     "how do I deploy": "how-to/deploy",
     "what went wrong": "how-to/troubleshooting",
 }
+MESSAGES = {
+    re.sub("…|[^\\w ]", " ", block.text).strip(): "how-to/troubleshooting"
+    for block in blocks(REPOSITORY / "docs/how-to/troubleshooting.md", "text")
+}
+"""As one pastes them, without names and numbers."""
 
 
 @pytest.fixture
@@ -155,21 +161,27 @@ def test_a_search_answers_what_newcomers_ask(url: str) -> None:
     playwright = pytest.importorskip(
         "playwright.sync_api", reason="playwright, which drives the browser, is not installed"
     )
-    first, asked, said = {}, [], []
+    answers: dict[str, list[str]] = {}
+    asked, said = [], []
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
         page = browser.new_page()
         page.on("request", lambda request: asked.append(request.url))
         page.on("console", lambda message: said.append(message.text))
         page.on("pageerror", lambda error: said.append(str(error)))
-        for question in QUESTIONS:
+        for question in QUESTIONS | MESSAGES:
             page.goto(f"{url}/index.html")
             page.get_by_role("textbox", name="Search").fill(question)
-            result = page.locator("a.md-search-result__link").first
-            result.wait_for(timeout=60_000)
+            page.locator("a.md-search-result__link").first.wait_for(timeout=60_000)
             page.wait_for_timeout(1000)  # the list is made anew as the index has been read
-            first[question] = result.get_attribute("href").partition(".html")[0].removeprefix(f"{url}/")
+            links = page.locator("li.md-search-result__item > a.md-search-result__link").all()
+            targets = [link.get_attribute("href") or "" for link in links]
+            answers[question] = [target.partition(".html")[0].removeprefix(f"{url}/") for target in targets]
         browser.close()
-    assert first == QUESTIONS
+    assert {question: answers[question][0] for question in QUESTIONS} == QUESTIONS
+    assert len(MESSAGES) >= 10
+    assert [
+        message for message, page in MESSAGES.items() if page not in list(dict.fromkeys(answers[message]))[:3]
+    ] == []
     assert [request for request in asked if not request.startswith((url, "data:", "blob:"))] == []
     assert said == []
