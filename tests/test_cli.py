@@ -63,7 +63,7 @@ def test_ladder_makes_what_it_shows_and_no_more(project: Recipe):
 
 
 def test_a_ladder_that_no_router_can_help_names_the_weights_to_deploy(project: Recipe, monkeypatch: pytest.MonkeyPatch):
-    verdict = {"pays": False, "route": ["int2"], "deploy": "int2", "text": "Routing cannot pay."}
+    verdict = {"pays": False, "route": ["int2"], "deploy": "int2", "drafter": "", "text": "Routing cannot pay."}
     monkeypatch.setitem(SUMMARIES, "quantized_checkpoints", SUMMARIES["quantized_checkpoints"] | {"verdict": verdict})
     shown = dmr("ladder", RECIPE).output
     assert "Its weights: data/fake/quantized_checkpoints/int2" in shown

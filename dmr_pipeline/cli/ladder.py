@@ -10,7 +10,7 @@ from rich.table import Table
 from dmr_pipeline import pipeline
 from dmr_pipeline.cli.common import RecipeArgument, console, progress_lines, user_errors_exit_2
 from dmr_pipeline.cli.stages import up_to_date, verify_current
-from dmr_pipeline.precision.ladder import LadderFacts, RungPlayed
+from dmr_pipeline.precision.ladder import LadderFacts, RungPlayed, deployed
 from dmr_pipeline.recipe import load_recipe
 
 STAGE = "quantized_checkpoints"
@@ -40,9 +40,8 @@ def ladder(
     console.print(ladder_table(facts, recipe))
     console.print(facts.verdict.text, highlight=False, markup=False)
     if not facts.verdict.pays:
-        console.print(
-            f"Its weights: {artifact.path / facts.verdict.deploy}", highlight=False, markup=False, soft_wrap=True
-        )
+        weights = " and ".join(str(artifact.path / rung) for rung in deployed(facts.verdict))
+        console.print(f"Its weights: {weights}", highlight=False, markup=False, soft_wrap=True)
 
 
 def ladder_table(facts: LadderFacts, title: str) -> Table:
@@ -61,6 +60,9 @@ def ladder_table(facts: LadderFacts, title: str) -> Table:
     table.add_column("beaten by", overflow="fold")
     for rung in facts.rungs:
         table.add_row(*_row(rung), style="dim" if rung.dominated_by else None)
+    for one in facts.checked:
+        name = f"{facts.verdict.deploy} checks {one.drafter}"
+        table.add_row(name, "", "", "", f"{one.validation_success:.1%}", f"{one.cost:.3f}", f"{one.cost_cache:.3f}", "")
     return table
 
 
@@ -84,4 +86,5 @@ def _caption(facts: LadderFacts) -> str:
         " float model, nats an action. cost: bytes that an episode's forward passes read, in episodes of"
         f" {facts.rungs[0].name} with 16-bit weights; cache: the part of it that is keys and values. beaten by: another that"
         " wins as much for less, or more for no more; who has none is on the front."
+        + (" checks: corrects what another one drafts, so that its own actions are taken." if facts.checked else "")
     )

@@ -26,7 +26,7 @@ from dmr_pipeline.cli.common import (
     user_errors_exit_2,
 )
 from dmr_pipeline.errors import UserError, printable
-from dmr_pipeline.precision.ladder import LadderFacts
+from dmr_pipeline.precision.ladder import LadderFacts, deployed
 from dmr_pipeline.recipe import Recipe, load_recipe, recipe_names
 from dmr_pipeline.versioning import dvc_objects, dvc_stages, lock_file
 
@@ -276,7 +276,8 @@ def _show_verdict(recipe: str) -> None:
     """Whether routing can pay at all; where it cannot, which precision to deploy instead."""
     artifact = verify_current("quantized_checkpoints", recipe)
     verdict = LadderFacts.model_validate(artifact.manifest.summary).verdict
-    where = "" if verdict.pays else f" ({artifact.path / verdict.deploy})"
+    weights = ", ".join(str(artifact.path / rung) for rung in deployed(verdict))
+    where = "" if verdict.pays else f" ({weights})"
     console.print(f"verdict: {verdict.text}{where}", soft_wrap=True, markup=False, highlight=False)
 
 

@@ -18,7 +18,7 @@ from dmr_pipeline.evaluation.metrics import EPISODES
 from dmr_pipeline.precision.frontier import clearly_beaten
 from dmr_pipeline.precision.ladder import read_ladder
 from dmr_pipeline.precision.pass_bytes import PassBytes
-from dmr_pipeline.recipe import Recipe
+from dmr_pipeline.recipe import Recipe, Speculative
 from dmr_pipeline.rollout.engine import RolloutRequest, RoutingPolicy, SinglePrecision, Timings, Trajectory
 from dmr_pipeline.rollout.failures import FAILURES
 from dmr_pipeline.rollout.known import Known
@@ -123,12 +123,59 @@ def rung_alone(checkpoints: Path, recipe: Recipe, rung: str, games: Sequence[Tas
         return evaluate([entry], arena, games, progress, kept=kept)[entry.name]
 
 
-def other_rungs_alone(checkpoints: Path, recipe: Recipe, games: Sequence[Task], kept: KeptTables) -> list[pl.DataFrame]:
-    """`rung_alone` of each rung that is not routed, one after another, but for those that are beaten clearly."""
-    ladder = read_ladder(checkpoints)
+def checking_alone(
+    checkpoints: Path, recipe: Recipe, pair: tuple[str, str], games: Sequence[Task], kept: KeptTables
+) -> pl.DataFrame:
+    """Rows of `PLAYED` for a rung that only checks what another one drafts; both are in memory while they play, and not after.
+
+    Args:
+        pair: the rung that checks, and the one that drafts.
+    """
+    (rung, drafter), ladder = pair, read_ladder(checkpoints)
+    settings, route = recipe.precisions.speculative or Speculative(), ladder.route
+    names = {route[-1]: "always_low", route[0]: "always_high"}
+    entry = Entry(
+        checking_name(rung, drafter),
+        "speculative",
+        SinglePrecision(rung, pair, drafter),
+        settings.model_dump(mode="json"),
+        variant_of=names.get(rung, f"always_{rung}"),
+    )
+    kept = kept.under(**acting_facts(checkpoints, recipe, pair))
+    arena = Arena.load(checkpoints, recipe, recipe.evaluation.seed, pair)
+    with Progress() as progress:
+        played = evaluate([entry], arena, games, progress, kept=kept)[entry.name]
+    # What is counted for the dearest routed rung was counted for the dearest of the pair.
+    sizes = {one.name: one.pass_bytes for one in ladder.rungs}
+    most, least, steps = sizes[route[0]], sizes[route[-1]], pl.col("steps")
+    high, routed = rung == route[0], rung in route
+    at = pl.concat_list([steps * (rung == one) for one in route]) if routed else pl.lit([], pl.List(pl.Int64()))
+    return played.with_columns(
+        steps_at=at,
+        high_steps=steps * high,
+        high_tokens=pl.col("high_tokens") * high,
+        spend=steps * ((sizes[rung] - least) / (most - least) if routed else 0.0),
+    ).cast(PLAYED)
+
+
+def checking_name(rung: str, drafter: str) -> str:
+    """Of the policy in which a rung checks what another one drafts."""
+    return f"speculative:{rung}<{drafter}"
+
+
+def static_beside_the_route(
+    checkpoints: Path, recipe: Recipe, games: Sequence[Task], kept: KeptTables
+) -> list[pl.DataFrame]:
+    """Rows of `PLAYED` of what needs no router and has rungs that are not routed, one policy after another: each such rung alone,
+    but for those that are beaten clearly; and the rung that the verdict would deploy, where it had best check drafts."""
+    ladder, verdict = read_ladder(checkpoints), read_ladder(checkpoints).verdict
     left_out = {*ladder.route, *clearly_beaten(ladder.rungs)}
     names = [rung.name for rung in recipe.precisions.ladder if rung.name not in left_out]
-    return [rung_alone(checkpoints, recipe, name, games, kept) for name in names]
+    frames = [rung_alone(checkpoints, recipe, name, games, kept) for name in names]
+    pair = (verdict.deploy, verdict.drafter)
+    if verdict.drafter and pair not in pairwise(ladder.route):
+        frames.append(checking_alone(checkpoints, recipe, pair, games, kept))
+    return frames
 
 
 def acting_facts(checkpoints: Path, recipe: Recipe, rungs: Sequence[str]) -> dict[str, JsonValue]:

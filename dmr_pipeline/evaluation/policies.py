@@ -13,7 +13,7 @@ from rich.progress import Progress
 from dmr_pipeline.environments.base import Task
 from dmr_pipeline.evaluation.kept import KeptTables
 from dmr_pipeline.evaluation.metrics import shares_of_steps
-from dmr_pipeline.evaluation.play import Arena, Entry, evaluate
+from dmr_pipeline.evaluation.play import Arena, Entry, checking_name, evaluate
 from dmr_pipeline.recipe import Evaluation, GrpoRouter, Speculative
 from dmr_pipeline.rollout.cost import reward
 from dmr_pipeline.rollout.engine import RolloutRequest, RoutingPolicy, SinglePrecision, Timings, Trajectory
@@ -85,7 +85,7 @@ def speculative_entries(route: Sequence[str], settings: Speculative | None) -> l
     parameters: dict[str, JsonValue] = (settings or Speculative()).model_dump(mode="json")
     return [
         Entry(
-            f"speculative:{dear}<{cheap}",
+            checking_name(dear, cheap),
             "speculative",
             SinglePrecision(dear, route, cheap),
             parameters,

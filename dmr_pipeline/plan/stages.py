@@ -131,6 +131,10 @@ def works(recipe: Recipe, assumed: Assumptions) -> dict[str, Work]:
         if rung.rounding is not None:
             settings = recipe.precisions.gptq or Gptq()
             ladder += Work(read=2 * settings.episodes * episodes.tokens(episodes.steps))
+    # By each rung below the one to deploy, as if that were the second.
+    ladder += Work(2 * one.read, one.written, 0.0, one.steps) * (
+        max(1, len(recipe.precisions.ladder) - 2) * games.validation
+    )
     behaviours = len(recipe.trajectories.behaviour) or len(route) + 1
     collected = behaviours * games.router_train
     kl_router, grpo, evaluation = recipe.kl_router, recipe.grpo_router, recipe.evaluation
@@ -212,7 +216,7 @@ def _agent_work(recipe: Recipe, assumed: Assumptions) -> Work:
 
 def _evaluation_work(recipe: Recipe, one: Work, routed: Callable[[float], Work], test: int, validation: int) -> Work:
     route, ladder = _route(recipe), recipe.precisions.ladder
-    singles = len(ladder) + len(route) - 1  # checking without writing among them
+    singles = len(ladder) + len(route)  # checking without writing among them, and what the verdict deploys
     of_routers = 2 * (1 + recipe.evaluation.random_draws)
     several = of_routers + 2  # the confidence cascade and the oracle
     return one * (singles * test) + routed(several * test + 2 * validation + _episodes_of_curves(recipe))
@@ -261,7 +265,9 @@ def memory(recipe: Recipe, model: Model, assumed: Assumptions) -> dict[str, tupl
     routed = max(splits.router_train, splits.test)
     by_stage = {
         "agent": _agent_memory(recipe, model, episodes, caches(splits.validation, 1)),
-        "quantized_checkpoints": model.bytes + beside + max(caches(splits.validation, 1, fails), comparing),
+        "quantized_checkpoints": model.bytes
+        + beside
+        + max(caches(splits.validation, 1, fails), caches(splits.validation, 2), comparing),
         "trajectories": acting + caches(splits.router_train, len(route)),
         "sensitivity_dataset": acting + caches(splits.router_train, len(route)) + len(route) * (1 << 29) // 8,
         "kl_router": acting + caches(recipe.kl_router.validation_games, len(route)),

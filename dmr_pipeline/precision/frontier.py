@@ -3,20 +3,19 @@ between which rungs routing can pay, and how much at most, or which rung to depl
 
 The front holds the rungs that no other one beats: a rung is dominated where another wins as many validation games for less, or
 more for no more. The verdict's rule is ours. The dear end of a route is the cheapest rung on the front that is not worse than
-the ladder's dearest by more than a stated margin: whatever is dearer buys nothing that the games can show. The rest of the route
-are the rungs on the front that cost clearly less. What routing can bring at most is the corner of the two ends: the success of
-the dear end at the cost of the cheap one.
+the ladder's dearest by more than a stated margin: whatever is dearer buys nothing that the games can show. It is the rung to
+deploy, and may act by checking what a cheaper one drafts, which needs no router either: it costs what the cheaper way costs. The
+rest of the route are the rungs on the front that cost clearly less than that. What routing can bring at most is the corner of the
+two ends: the success of the dear end at the cost of the cheap one.
 """
 
 from collections.abc import Sequence
 
-import numpy as np
 import polars as pl
-from numpy.typing import NDArray
 
 from dmr_pipeline.intervals import paired_interval, wilson
 from dmr_pipeline.precision.hull import dominators
-from dmr_pipeline.precision.ladder import LadderFacts, RungFacts, RungPlayed, Verdict
+from dmr_pipeline.precision.ladder import Checked, LadderFacts, RungFacts, RungPlayed, Verdict
 from dmr_pipeline.recipe import Precisions
 
 PLAYED_FILE = "validation.parquet"
@@ -34,10 +33,8 @@ PLAYED = pl.Schema(
 the part of `cost` that is keys and values."""
 
 
-def played_facts(
-    facts: Sequence[RungFacts], played: pl.DataFrame, unit_bytes: float, precisions: Precisions
-) -> LadderFacts:
-    """The ladder as it plays, and the verdict.
+def rungs_played(facts: Sequence[RungFacts], played: pl.DataFrame, precisions: Precisions) -> list[RungPlayed]:
+    """Each rung as it plays alone.
 
     Args:
         facts: of each rung, in the ladder's order.
@@ -49,7 +46,7 @@ def played_facts(
     level, dearest, dominated = precisions.confidence, facts[0].name, dominators(points)
     interval = {name: wilson(float(games_won.mean()), len(games_won), level) for name, games_won in won.items()}
     lost = {name: paired_interval(won[dearest], games_won, level) for name, games_won in won.items()}
-    rungs = [
+    return [
         RungPlayed(
             **rung.model_dump(),
             validation_success=points[rung.name][1],
@@ -65,45 +62,88 @@ def played_facts(
         )
         for rung in facts
     ]
-    verdict = judge(rungs, won, precisions)
+
+
+def to_deploy(rungs: Sequence[RungPlayed], precisions: Precisions) -> RungPlayed:
+    """The dear end of a route (see the module)."""
+    front = [rung for rung in rungs if not rung.dominated_by]
+    best = max(front, key=lambda rung: rung.validation_success)
+    return min(_fit(front, precisions), key=lambda rung: rung.cost, default=best)
+
+
+def checked_facts(drafter: str, played: pl.DataFrame) -> Checked:
+    """
+    Args:
+        played: an episode of each validation game, with the columns success, steps, passes (of the rung that checks), drafted and
+            accepted (tokens), cost and cost_cache.
+    """
+    tokens = int(played["drafted"].sum())
+    return Checked(
+        drafter=drafter,
+        validation_success=_mean(played["success"]),
+        cost=_mean(played["cost"]),
+        cost_cache=_mean(played["cost_cache"]),
+        passes=_rounded(int(played["passes"].sum()) / int(played["steps"].sum())),
+        accepted=_rounded(int(played["accepted"].sum()) / tokens) if tokens else 0.0,
+    )
+
+
+def drafters(rungs: Sequence[RungPlayed], dear: RungPlayed) -> list[str]:
+    """The rungs whose drafts it might check: those that read less a pass."""
+    return [rung.name for rung in rungs if rung.pass_bytes < dear.pass_bytes]
+
+
+def ladder_facts(
+    rungs: Sequence[RungPlayed],
+    checked: Sequence[Checked],
+    played: pl.DataFrame,
+    unit_bytes: float,
+    precisions: Precisions,
+) -> LadderFacts:
+    """The ladder as it plays, and the verdict.
+
+    Args:
+        rungs: as of `rungs_played`.
+        checked: of `to_deploy`, by each drafter.
+        played: rows of `PLAYED` of all rungs.
+    """
+    verdict = judge(rungs, checked, played, precisions)
     found = verdict.route if verdict.pays else precisions.fallback
     return LadderFacts(
-        rungs=rungs,
+        rungs=list(rungs),
+        checked=list(checked),
         verdict=verdict,
         route=found if precisions.route == "auto" else precisions.route,
         unit_bytes=unit_bytes,
-        games=len(won[dearest]),
-        confidence=level,
+        games=played["task_id"].n_unique(),
+        confidence=precisions.confidence,
     )
 
 
-def judge(rungs: Sequence[RungPlayed], won: dict[str, NDArray[np.bool_]], precisions: Precisions) -> Verdict:
-    """The verdict (see the module).
-
-    Args:
-        rungs: in the ladder's order.
-        won: rung -> whether it won, a validation game each, in the same order.
-    """
-    front = [rung for rung in rungs if not rung.dominated_by]
-    fit = [rung for rung in front if rung.lost_high < precisions.margin]
-    best = max(front, key=lambda rung: rung.validation_success)
-    dear = min(fit, key=lambda rung: rung.cost, default=best)
+def judge(
+    rungs: Sequence[RungPlayed], checked: Sequence[Checked], played: pl.DataFrame, precisions: Precisions
+) -> Verdict:
+    """The verdict (see the module). Arguments as of `ladder_facts`."""
+    dear, best = to_deploy(rungs, precisions), min(checked, key=lambda one: one.cost, default=None)
+    check = best if best is not None and best.cost < dear.cost else None
+    spent = dear.cost if check is None else check.cost
     route = [dear]
-    for rung in sorted(front, key=lambda rung: -rung.cost):
-        if rung.cost <= (1 - precisions.least_saving) * dear.cost and rung.pass_bytes < route[-1].pass_bytes:
+    for rung in sorted((rung for rung in rungs if not rung.dominated_by), key=lambda rung: -rung.cost):
+        if rung.cost <= (1 - precisions.least_saving) * spent and rung.pass_bytes < route[-1].pass_bytes:
             route.append(rung)
-    names = tuple(rung.name for rung in route)
-    if len(route) == 1:
-        return Verdict(pays=False, route=names, deploy=dear.name, text=_no_gain(rungs, dear, bool(fit), precisions))
-    cheap = route[-1]
-    low, high = paired_interval(won[dear.name], won[cheap.name], precisions.confidence)
-    saved, gained = 1 - cheap.cost / dear.cost, 100 * (dear.validation_success - cheap.validation_success)
-    text = (
-        f"Routing can pay between {_list([_point(rung) for rung in route])}: at most {saved:.0%} of the cost of {dear.name} at"
-        f" its success, or {gained:.1f} points of success at the cost of {cheap.name} ({precisions.confidence:.0%} interval"
-        f" {100 * low:.1f} to {100 * high:.1f}, {len(won[dear.name])} validation games)."
+    pays = len(route) > 1
+    return Verdict(
+        pays=pays,
+        route=tuple(rung.name for rung in route),
+        deploy=dear.name,
+        drafter="" if check is None else check.drafter,
+        text=_gain(route, check, played, precisions) if pays else _no_gain(rungs, dear, check, precisions),
     )
-    return Verdict(pays=True, route=names, deploy=dear.name, text=text)
+
+
+def _fit(front: Sequence[RungPlayed], precisions: Precisions) -> list[RungPlayed]:
+    """Those that are not worse than the ladder's dearest rung."""
+    return [rung for rung in front if rung.lost_high < precisions.margin]
 
 
 def clearly_beaten(rungs: Sequence[RungPlayed]) -> dict[str, str]:
@@ -117,16 +157,35 @@ def clearly_beaten(rungs: Sequence[RungPlayed]) -> dict[str, str]:
     return beaten
 
 
-def _no_gain(rungs: Sequence[RungPlayed], dear: RungPlayed, fit: bool, precisions: Precisions) -> str:
+def _gain(route: Sequence[RungPlayed], check: Checked | None, played: pl.DataFrame, precisions: Precisions) -> str:
+    dear, cheap = route[0], route[-1]
+    won = [played.filter(rung=rung.name).sort("task_id")["success"].to_numpy() for rung in (dear, cheap)]
+    low, high = paired_interval(won[0], won[1], precisions.confidence)
+    gained = 100 * (dear.validation_success - cheap.validation_success)
+    spent, of = dear.cost, f"the cost of {dear.name} at its success"
+    if check is not None:
+        spent = check.cost
+        of = f"the cost of {dear.name}, {spent:.3f} where it checks {check.drafter}'s drafts, at its success"
+    return (
+        f"Routing can pay between {_list([_point(rung) for rung in route])}: at most {1 - cheap.cost / spent:.0%} of {of},"
+        f" or {gained:.1f} points of success at the cost of {cheap.name} ({precisions.confidence:.0%} interval"
+        f" {100 * low:.1f} to {100 * high:.1f}, {len(won[0])} validation games)."
+    )
+
+
+def _no_gain(rungs: Sequence[RungPlayed], dear: RungPlayed, check: Checked | None, precisions: Precisions) -> str:
     first, margin = rungs[0], f"{100 * precisions.margin:.0f} points"
     if dear is first:
         standing = "is the best there is"
-    elif fit:
+    elif _fit([dear], precisions):
         standing = f"is at most {margin} worse than {_point(first)}"
     else:
         standing = f"wins the most, though it may be more than {margin} worse than {_point(first)}"
-    saving = f"no smaller rung on the front costs {precisions.least_saving:.0%} less"
-    return f"Routing cannot pay: {_point(dear)} {standing}, and {saving}. Deploy {dear.name}."
+    saving, deploy = f"no smaller rung on the front costs {precisions.least_saving:.0%} less", dear.name
+    if check is not None:
+        saving += f" than its checking {check.drafter}'s drafts ({check.cost:.3f})"
+        deploy += f", checking {check.drafter}'s drafts"
+    return f"Routing cannot pay: {_point(dear)} {standing}, and {saving}. Deploy {deploy}."
 
 
 def _point(rung: RungPlayed) -> str:

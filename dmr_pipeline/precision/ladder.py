@@ -51,6 +51,21 @@ class RungPlayed(RungFacts):
     """See `hull.dominators`; empty on the front."""
 
 
+class Checked(FrozenModel):
+    """How the rung to deploy plays the same games where it only checks what a cheaper one drafts: its own actions, but for near
+    ties, or a draw at a temperature."""
+
+    drafter: str
+    validation_success: float
+    cost: float
+    """Mean of an episode, as `RungPlayed.cost`."""
+    cost_cache: float
+    passes: float
+    """Of the rung that checks, a step."""
+    accepted: float
+    """Share of the drafted tokens that it took."""
+
+
 class Verdict(FrozenModel):
     """Whether routing can pay on this ladder."""
 
@@ -59,7 +74,14 @@ class Verdict(FrozenModel):
     """The rungs between which it can, dearest first; the one to deploy where it cannot."""
     deploy: str
     """The rung to act with as long as no router does better."""
+    drafter: str
+    """The rung whose drafts it had best check; empty where it costs the least to let it write."""
     text: str
+
+
+def deployed(verdict: Verdict) -> list[str]:
+    """The rungs whose weights are needed to act as the verdict says where routing cannot pay."""
+    return [verdict.deploy, *([verdict.drafter] if verdict.drafter else [])]
 
 
 class LadderFacts(BaseModel):
@@ -68,6 +90,8 @@ class LadderFacts(BaseModel):
     model_config = ConfigDict(frozen=True, defer_build=True)
 
     rungs: list[RungPlayed]
+    checked: list[Checked]
+    """Of `verdict.deploy`, by each rung that reads less a pass; none where drafts cannot be checked."""
     verdict: Verdict
     route: tuple[str, ...]
     """The rungs that routers choose from, dearest first: as the recipe names them, or as the verdict does (`route: auto`)."""

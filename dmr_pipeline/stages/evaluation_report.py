@@ -15,7 +15,7 @@ from dmr_pipeline.evaluation.curve_metrics import curves_of
 from dmr_pipeline.evaluation.curves import as_baselines, best_rules, play_curves, tunables
 from dmr_pipeline.evaluation.kept import KeptTables
 from dmr_pipeline.evaluation.metrics import compute_metrics
-from dmr_pipeline.evaluation.play import Arena, acting_facts, content, evaluate, other_rungs_alone
+from dmr_pipeline.evaluation.play import Arena, acting_facts, content, evaluate, static_beside_the_route
 from dmr_pipeline.evaluation.plots import (
     plot_accuracy_cost,
     plot_calibration,
@@ -59,7 +59,7 @@ def evaluation_report(context: StageContext) -> StageResult:
     tables = KeptTables(context.kept or context.scratch, {"games": content(context.inputs["benchmark_tasks"])})
     on_validation, on_test = (tables.under(split=split) for split in ("validation", "test"))
     # The other rungs first: as long as they act, the routed ones are not in memory.
-    frames = other_rungs_alone(checkpoints, recipe, test, on_test)
+    frames = static_beside_the_route(checkpoints, recipe, test, on_test)
     facts = acting_facts(checkpoints, recipe, route)
     on_validation, on_test = on_validation.under(**facts), on_test.under(**facts)
     arena = Arena.load(checkpoints, recipe, recipe.evaluation.seed)

@@ -21,18 +21,33 @@ from dmr_pipeline.environments.base import Task
 from dmr_pipeline.environments.benchmark import benchmark_of
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.evaluation.kept import KeptTables
-from dmr_pipeline.evaluation.play import content
+from dmr_pipeline.evaluation.play import Arena, Entry, checking_name, content, evaluate
 from dmr_pipeline.precision.acting import acting_model, sharing
-from dmr_pipeline.precision.frontier import PLAYED, PLAYED_FILE, played_facts
+from dmr_pipeline.precision.frontier import (
+    PLAYED,
+    PLAYED_FILE,
+    checked_facts,
+    drafters,
+    ladder_facts,
+    rungs_played,
+    to_deploy,
+)
 from dmr_pipeline.precision.gptq import GptqRun
 from dmr_pipeline.precision.imported import import_rung, inspect
-from dmr_pipeline.precision.ladder import LADDER_FILE, RungFacts
+from dmr_pipeline.precision.ladder import LADDER_FILE, Checked, LadderFacts, RungFacts, RungPlayed
 from dmr_pipeline.precision.pass_bytes import PassBytes, pass_bytes, stored_pass_bytes
 from dmr_pipeline.precision.quantization import RungSize, load_rung, quantize_rung, save_rung, stored_size
 from dmr_pipeline.pretrained import adapter_config, pretrained_hashes
-from dmr_pipeline.recipe import Gptq, Recipe, Rung
+from dmr_pipeline.recipe import Gptq, Recipe, Rung, Speculative
 from dmr_pipeline.rollout.cost import episode_cost
-from dmr_pipeline.rollout.engine import ALONE, Trajectory, play_alone, warn_of_outgrown, warn_of_parse_failures
+from dmr_pipeline.rollout.engine import (
+    ALONE,
+    SinglePrecision,
+    Trajectory,
+    play_alone,
+    warn_of_outgrown,
+    warn_of_parse_failures,
+)
 from dmr_pipeline.rollout.kv_cache.choice import rows_that_fit, transcript_capacity
 from dmr_pipeline.rollout.parallel import gather, in_processes, processes_on, scatter
 from dmr_pipeline.rollout.prompts import Prompter
@@ -108,16 +123,53 @@ def quantized_checkpoints(context: StageContext) -> StageResult:
                     reloads_equal=equal,
                 )
             )
-    kept.drop_unused()
+    del float_model  # before the two are loaded that draft and check
     unit = sum(measured[0]["float_bytes"]) / len(measured[0])  # the first rung is the dearest
     table = pl.concat(
         [played_rows(rung.name, table, unit) for rung, table in zip(recipe.precisions.ladder, measured, strict=True)]
     )
     table.write_parquet(context.output / PLAYED_FILE)
-    ladder = played_facts(facts, table, unit, recipe.precisions)
+    rungs = rungs_played(facts, table, recipe.precisions)
+    _write(
+        ladder_facts(rungs, [], table, unit, recipe.precisions), context.output
+    )  # what drafts and checks is loaded by it
+    checked = _play_checked(rungs, context.output, games, recipe, kept.under(unit_bytes=unit))
+    kept.drop_unused()
+    ladder = ladder_facts(rungs, checked, table, unit, recipe.precisions)
+    _write(ladder, context.output)
+    return StageResult(summary=ladder.model_dump(mode="json"))
+
+
+def _write(ladder: LadderFacts, folder: Path) -> None:
     summary = ladder.model_dump(mode="json")
-    (context.output / LADDER_FILE).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    return StageResult(summary=summary)
+    (folder / LADDER_FILE).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+
+
+def _play_checked(
+    rungs: Sequence[RungPlayed], checkpoints: Path, games: Sequence[Task], recipe: Recipe, kept: KeptTables
+) -> list[Checked]:
+    """The rung to deploy checks what each rung that reads less drafts."""
+    dear, found = to_deploy(rungs, recipe.precisions), []
+    settings, by_name = (
+        recipe.precisions.speculative or Speculative(),
+        {rung.name: rung for rung in recipe.precisions.ladder},
+    )
+    for drafter in drafters(rungs, dear):
+        pair = (dear.name, drafter)
+        arena = Arena.load(checkpoints, recipe, 0, pair)
+        if not arena.rollouts.can_draft:
+            return []
+        entry = Entry(
+            checking_name(*pair),
+            "speculative",
+            SinglePrecision(dear.name, pair, drafter),
+            settings.model_dump(mode="json"),
+        )
+        of_pair = kept.under(pair=[_rung_facts(by_name[name], recipe) for name in pair], cache=recipe.precisions.cache)
+        with Progress() as progress:
+            played = evaluate([entry], arena, games, progress, " plays validation games", of_pair)[entry.name]
+        found.append(checked_facts(drafter, played))
+    return found
 
 
 def _all_rungs_facts(context: StageContext, device: torch.device) -> dict[str, JsonValue]:

@@ -13,7 +13,7 @@ from dmr_pipeline.environments.base import Task
 from dmr_pipeline.environments.benchmark import benchmark_of
 from dmr_pipeline.evaluation.curves import CURVES, RULE, SETTINGS, play_curves, tunables
 from dmr_pipeline.evaluation.kept import KeptTables
-from dmr_pipeline.evaluation.play import Arena, Entry, acting_facts, content, evaluate, other_rungs_alone
+from dmr_pipeline.evaluation.play import Arena, Entry, acting_facts, content, evaluate, static_beside_the_route
 from dmr_pipeline.evaluation.policies import speculative_entries
 from dmr_pipeline.evaluation.tuning import Range
 from dmr_pipeline.precision.ladder import read_ladder
@@ -55,7 +55,7 @@ def play_study(
     kept = KeptTables(folder, {"games": content(tasks)})
     on_validation = kept.under(split="validation", count=len(validation))
     on_fresh = kept.under(split="study", count=len(fresh))
-    others = other_rungs_alone(checkpoints, recipe, fresh, on_fresh)
+    others = static_beside_the_route(checkpoints, recipe, fresh, on_fresh)
     facts = acting_facts(checkpoints, recipe, ladder.route)
     on_validation, on_fresh = on_validation.under(**facts), on_fresh.under(**facts)
     arena, known, section = Arena.load(checkpoints, recipe, recipe.evaluation.seed), Known(), recipe.evaluation

@@ -492,6 +492,26 @@ def test_a_rung_that_validation_has_clearly_beaten_does_not_play_again_unless_ro
     )
 
 
+@pytest.mark.parametrize(
+    ("deploy", "drafter", "alone"), [("int4", "int2", "always_int4"), ("float", "int4", "always_high")]
+)
+def test_what_the_verdict_deploys_plays_as_it_would_be_deployed(
+    bench: Bench, deploy: str, drafter: str, alone: str
+) -> None:
+    path = bench.folder / "quantized_checkpoints" / LADDER_FILE
+    change_ladder(bench, verdict=json.loads(path.read_text())["verdict"] | {"deploy": deploy, "drafter": drafter})
+    bench.run("deployed")
+    assert f"{deploy}<{drafter} 3" in bench.played
+    episodes = pl.read_parquet(bench.output / "episodes.parquet")
+    checks = episodes.filter(policy=f"speculative:{deploy}<{drafter}")
+    writes = episodes.filter(policy=alone)
+    assert set(checks["variant_of"]) == {alone}
+    assert checks["drafted"].sum() > 0
+    same = ["task_id", "success", "reward", "steps", "steps_at", "high_steps", "switches", "spend", "bits"]
+    assert checks.select(same).equals(writes.select(same))
+    assert bench.run("deployed") == []
+
+
 def test_of_three_routed_rungs_each_is_a_policy_and_the_mix_has_the_routers_shares(bench: Bench) -> None:
     """And what is told of an episode is what its steps are, by hand."""
     bench.recipe = make_recipe(route=("float", "int4", "int2"))

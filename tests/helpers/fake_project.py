@@ -123,7 +123,14 @@ def fake_rung(name: str, kl_to_float: float, reloads_equal: bool = True) -> dict
 
 SUMMARIES: dict[str, dict[str, object]] = {
     "quantized_checkpoints": {
-        "verdict": {"pays": True, "route": ["float", "int2"], "deploy": "float", "text": "Routing can pay."},
+        "verdict": {
+            "pays": True,
+            "route": ["float", "int2"],
+            "deploy": "float",
+            "drafter": "",
+            "text": "Routing can pay.",
+        },
+        "checked": [],
         "rungs": [fake_rung("float", kl_to_float=0.0), fake_rung("int2", kl_to_float=0.3)],
         "route": ["float", "int2"],
         "unit_bytes": 1.0,

@@ -8,8 +8,16 @@ import polars as pl
 import pytest
 
 from dmr_pipeline.intervals import paired_interval
-from dmr_pipeline.precision.frontier import PLAYED, clearly_beaten, played_facts
-from dmr_pipeline.precision.ladder import LadderFacts, RungFacts
+from dmr_pipeline.precision.frontier import (
+    PLAYED,
+    checked_facts,
+    clearly_beaten,
+    drafters,
+    ladder_facts,
+    rungs_played,
+    to_deploy,
+)
+from dmr_pipeline.precision.ladder import Checked, LadderFacts, RungFacts, deployed
 from dmr_pipeline.recipe import Precisions, Rung
 
 GAMES = 100
@@ -17,9 +25,17 @@ BITS = {"float": 16, "int8": 8, "int4": 4, "int2": 2}
 
 
 def judged(
-    rungs: dict[str, tuple[int, float]], route: object = "auto", games: int = GAMES, **fields: object
+    rungs: dict[str, tuple[int, float]],
+    route: object = "auto",
+    games: int = GAMES,
+    checks: dict[str, float] | None = None,
+    **fields: object,
 ) -> LadderFacts:
-    """A ladder whose rungs win so many of the games, the last ones, at such a mean cost."""
+    """A ladder whose rungs win so many of the games, the last ones, at such a mean cost.
+
+    Args:
+        checks: drafter -> what it costs the rung to deploy to check its drafts.
+    """
     precisions = Precisions(
         ladder=tuple(Rung(name=name, weights=name) for name in rungs),
         route=route,
@@ -37,7 +53,15 @@ def judged(
         for name, (won, cost) in rungs.items()
         for game in range(games)
     ]
-    return played_facts(facts, pl.DataFrame(rows, schema=PLAYED, orient="row"), 1000.0, precisions)
+    table = pl.DataFrame(rows, schema=PLAYED, orient="row")
+    played = rungs_played(facts, table, precisions)
+    success = to_deploy(played, precisions).validation_success
+    checked = [
+        Checked(drafter=name, validation_success=success, cost=cost, cost_cache=0.0, passes=1.2, accepted=0.9)
+        for name, cost in (checks or {}).items()
+    ]
+    assert {one.drafter for one in checked} <= set(drafters(played, to_deploy(played, precisions)))
+    return ladder_facts(played, checked, table, 1000.0, precisions)
 
 
 def test_routing_can_pay_between_the_cheapest_that_is_as_good_and_what_is_cheaper_and_worse() -> None:
@@ -90,6 +114,33 @@ def test_low_bits_that_fail_for_so_long_that_they_cost_more_are_no_choice() -> N
         "(91.0% at a cost of 1.000) is the best there is, and no smaller rung on the front costs 5% less. Deploy float."
     )
     assert found.verdict.text.endswith(standing)
+
+
+def test_what_checking_saves_is_not_there_for_routers_to_save() -> None:
+    rungs = {"float": (91, 1.0), "int4": (92, 0.5), "int2": (60, 0.3)}
+    dear = judged(rungs, checks={"int2": 0.6}).verdict
+    assert (dear.drafter, dear.text) == ("", judged(rungs).verdict.text), "it costs more than writing"
+    found = judged(rungs, checks={"int2": 0.4}).verdict
+    assert (found.pays, found.route, found.deploy, found.drafter) == (True, ("int4", "int2"), "int4", "int2")
+    assert "at most 25% of the cost of int4, 0.400 where it checks int2's drafts, at its success" in found.text
+    none = judged(rungs, checks={"int2": 0.31}).verdict
+    assert (none.pays, none.route, none.drafter, deployed(none)) == (False, ("int4",), "int2", ["int4", "int2"])
+    assert none.text.endswith(
+        "no smaller rung on the front costs 5% less than its checking int2's drafts (0.310). Deploy int4, checking int2's drafts."
+    )
+
+
+def test_the_cheapest_drafter_is_deployed_though_it_is_no_agent() -> None:
+    rungs = {"float": (91, 1.0), "int8": (91, 0.5), "int4": (85, 0.4), "int2": (2, 0.9)}
+    verdict = judged(rungs, checks={"int4": 0.44, "int2": 0.43}).verdict
+    assert (verdict.deploy, verdict.drafter, verdict.route) == ("int8", "int2", ("int8", "int4"))
+
+
+def test_what_was_checked_is_told_of_all_its_games() -> None:
+    columns = {"success": [True, False], "steps": [2, 8], "passes": [3, 9], "drafted": [10, 30], "accepted": [10, 10]}
+    found = checked_facts("int2", pl.DataFrame(columns | {"cost": [0.2, 0.4], "cost_cache": [0.0, 0.1]}))
+    assert (found.validation_success, found.cost, found.cost_cache) == (0.5, pytest.approx(0.3), 0.05)
+    assert (found.passes, found.accepted) == (1.2, 0.5)
 
 
 def test_what_saves_next_to_nothing_is_not_routed_to() -> None:

@@ -19,7 +19,7 @@ from dmr_pipeline.agent.checkpoint import load_causal_lm, save_causal_lm
 from dmr_pipeline.artifacts.stage import StageContext
 from dmr_pipeline.environments.alfworld.store import write_games
 from dmr_pipeline.errors import UserError
-from dmr_pipeline.precision import quantization
+from dmr_pipeline.precision import frontier, quantization
 from dmr_pipeline.precision.acting import ActingModels
 from dmr_pipeline.precision.frontier import PLAYED_FILE
 from dmr_pipeline.precision.kernels import LowBitLinear
@@ -89,6 +89,13 @@ def nothing_older() -> Iterator[None]:
     gc.unfreeze()
 
 
+@pytest.fixture
+def deploys_float(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An agent that knows nothing loses at every precision, so the cheapest would be deployed."""
+    for module in (stage, frontier):
+        monkeypatch.setattr(module, "to_deploy", lambda rungs, precisions: rungs[0])
+
+
 def float_bytes() -> int:
     """Of all float matrices that any model made in this test has as parameters."""
     gc.collect()
@@ -148,8 +155,36 @@ def test_facts_of_a_ladder(context: StageContext) -> None:
     assert by_float["cost"] > int8["cost"]
     for rung in summary["rungs"]:
         assert 0 < rung["cost_cache"] < rung["cost"]
+    rungs, deployed = {rung["name"]: rung for rung in summary["rungs"]}, summary["verdict"]["deploy"]
+    smaller = [name for name in ("int8", "int2") if rungs[name]["pass_bytes"] < rungs[deployed]["pass_bytes"]]
+    assert [one["drafter"] for one in summary["checked"]] == smaller
 
 
+@pytest.mark.usefixtures("deploys_float")
+def test_what_the_ladder_says_of_checking_is_what_checking_does(context: StageContext) -> None:
+    summary = quantized_checkpoints(context).summary
+    assert [one["drafter"] for one in summary["checked"]] == ["int8", "int2"]
+    best = min(summary["checked"], key=lambda one: one["cost"])
+    assert summary["verdict"]["drafter"] == (best["drafter"] if best["cost"] < summary["rungs"][0]["cost"] else "")
+    for one in summary["checked"]:
+        rollouts = Rollouts.load(context.output, context.recipe, ("float", one["drafter"]))
+        checks, writes = (SinglePrecision("float", rollouts.route, drafter) for drafter in (one["drafter"], None))
+        (played,), (alone,) = (rollouts.play([RUNS[0]], policy, 0) for policy in (checks, writes))
+        assert one["cost"] == pytest.approx(rollouts.cost(played).total, abs=1e-6)
+        passes = sum(step.reading.passes for step in played.steps) / len(played.steps)
+        assert one["passes"] == pytest.approx(passes, abs=1e-6)
+        assert [step.action for step in played.steps] == [step.action for step in alone.steps]
+
+
+@pytest.mark.usefixtures("deploys_float")
+def test_nothing_is_checked_where_commands_are_scored(context: StageContext) -> None:
+    recipe = context.recipe
+    scored = recipe.model_copy(update={"agent": recipe.agent.model_copy(update={"action": "score"})})
+    summary = quantized_checkpoints(replace(context, recipe=scored)).summary
+    assert (summary["checked"], summary["verdict"]["drafter"]) == ([], "")
+
+
+@pytest.mark.usefixtures("deploys_float")
 def test_a_rung_that_was_measured_before_does_not_play_again(
     context: StageContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -157,15 +192,18 @@ def test_a_rung_that_was_measured_before_does_not_play_again(
     played = []
     play_validation = stage._play_validation
     monkeypatch.setattr(stage, "_play_validation", lambda *args: played.append(1) or play_validation(*args))
+    checked, play_each = [], Rollouts.play_each
+    monkeypatch.setattr(Rollouts, "play_each", lambda *args: checked.append(1) or play_each(*args))
     context = replace(context, kept=tmp_path / "kept")
     first = quantized_checkpoints(context).summary
     files = {path.name: path.read_bytes() for path in context.output.rglob("*") if path.is_file()}
     assert len(played) == len(LADDER)
+    assert len(checked) == len(first["checked"]) > 0
 
     again = replace(context, output=tmp_path / "again")
     assert quantized_checkpoints(again).summary == first
     assert {path.name: path.read_bytes() for path in again.output.rglob("*") if path.is_file()} == files
-    assert len(played) == len(LADDER)
+    assert (len(played), len(checked)) == (len(LADDER), len(first["checked"]))
 
     longer = [LADDER[0], {**LADDER[1], "name": "eight"}, {"name": "int4", "weights": "int4"}, LADDER[2]]
     more = quantized_checkpoints(replace(context, recipe=ladder_recipe(longer), output=tmp_path / "more")).summary
