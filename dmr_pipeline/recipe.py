@@ -759,8 +759,22 @@ class Probe(Section):
     hidden: Annotated[int, Field(ge=0), at_most(1_000_000, "no LLM has so many")] = Field(
         32, description="width of the head's hidden layer; 0: none, a logistic regression"
     )
+    activation: Literal["gelu", "none"] = Field(
+        "gelu",
+        exclude_if=lambda activation: activation == "gelu",
+        description="of the hidden layer. none: a matrix factorisation, RouteLLM's written for steps: a rung's score is the"
+        " product of its vector and the step's, each of `hidden` numbers",
+    )
+    neighbours: Size | None = Field(
+        None,
+        exclude_if=_unset,
+        description="in place of a head: so many of the labelled steps, those that look most alike, vote; nothing is trained, so"
+        " epochs and learning_rate count for nothing, and stage 2 has nothing to start from",
+    )
 
     def problems(self) -> Iterator[tuple[str, str]]:
+        if self.activation == "none" and not self.hidden:
+            yield "activation", "there is no hidden layer; leave it out, or set 'hidden'"
         if not self.layers and not self.features:
             yield "layers", "there is nothing to decide on; name a layer, or 'features'"
         for field, values in (("layers", self.layers), ("features", self.features)):
@@ -810,6 +824,9 @@ class RouterModel(Section):
                     yield "probe.features", f"{feature!r} is of a draft, which there is only with decides: after"
 
 
+Target = Literal["divergence", "advantage", "consequence"]
+
+
 class KlRouter(Section):
     """Stage 1: class-weighted cross-entropy on the sensitivity labels, or advantages from mixed episodes."""
 
@@ -817,7 +834,7 @@ class KlRouter(Section):
     epochs: Count = Field(description="times that all labelled episodes are learned from")
     batch_episodes: Batch = Field(description="episodes an optimiser update")
     learning_rate: Rate = Field(description="of AdamW at the first update; it falls to 0")
-    target: Literal["divergence", "advantage", "consequence"] = Field(
+    target: Target = Field(
         "divergence",
         exclude_if=lambda target: target == "divergence",
         description="divergence: the labels of `sensitivity`, the paper's. advantage (ours): by how much the chance of success"

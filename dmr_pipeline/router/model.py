@@ -46,7 +46,7 @@ from dmr_pipeline.rollout.parallel import gather, in_processes, scatter
 from dmr_pipeline.router.budgets import Bar
 from dmr_pipeline.router.encoder import TrajectoryEncoder, encoder_pass_bytes, new_encoder
 from dmr_pipeline.router.features import numbers_of_steps
-from dmr_pipeline.router.probe import ProbeHead, new_probe, probe_features
+from dmr_pipeline.router.probe import ProbeConfig, ProbeHead, head_of, new_probe, probe_features
 from dmr_pipeline.training.train import new_model
 
 T = TypeVar("T")
@@ -239,12 +239,13 @@ def load_router(folder: Path, device: torch.device, agent: PreTrainedModel | Non
         model, tokenizer = load_causal_lm(folder, None, torch.device("cpu"))
         return Router(model.to(device).eval(), tokenizer, settings)
     refuse_pickles(folder)
-    of_kind: type[PreTrainedModel] = ProbeHead if settings.kind == "probe" else TrajectoryEncoder
     try:
+        probe = settings.kind == "probe"
+        of_kind: type[PreTrainedModel] = head_of(ProbeConfig.from_pretrained(folder)) if probe else TrajectoryEncoder
         own: PreTrainedModel = of_kind.from_pretrained(folder, use_safetensors=True)
     except (OSError, SafetensorError) as error:
         raise UserError(f"router {folder} cannot be loaded: {' '.join(str(error).split())}") from error
-    needed = _given(agent) if settings.kind == "probe" else None
+    needed = _given(agent) if probe else None
     return Router(own.to(device).eval(), load_tokenizer(folder), settings, needed)
 
 

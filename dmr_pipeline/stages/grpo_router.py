@@ -10,6 +10,7 @@ import polars as pl
 from dmr_pipeline.agent.memory import out_of_memory_names
 from dmr_pipeline.artifacts.stage import StageContext, StageResult
 from dmr_pipeline.environments.benchmark import benchmark_of
+from dmr_pipeline.errors import UserError
 from dmr_pipeline.recipe import Recipe
 from dmr_pipeline.rollout.engine import Timings
 from dmr_pipeline.rollout.known import Known
@@ -23,7 +24,7 @@ from dmr_pipeline.router.model import (
     save_router,
 )
 from dmr_pipeline.router.policies import routing_policy
-from dmr_pipeline.router.probe import ProbeHead
+from dmr_pipeline.router.probe import NeighboursHead, ProbeHead
 from dmr_pipeline.summaries import GrpoSummary
 
 
@@ -43,6 +44,11 @@ def grpo_router(context: StageContext) -> StageResult:
         return anew(router, recipe, rollouts) if section.start == "untrained" else router
 
     start = load()
+    if isinstance(start.model, NeighboursHead):
+        raise UserError(
+            "kl_router.model.probe.neighbours: neighbours have no weights for stage 2 to train; leave it out, or stay with"
+            " stage 1 (`dmr materialize kl_router`, or a study)"
+        )
     scorer = Scorer(rollouts, start.pass_bytes, section)
     settings = settings_at_ratio(start, scorer, validation, context.scratch)
     start = replace(start, settings=settings)

@@ -1,6 +1,8 @@
 """Stage `kl_router`: stage 1 of the router, class-weighted cross-entropy on the sensitivity labels (see router/kl.py), or
 advantages or consequences (see router/advantage.py and router/swapped.py)."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import polars as pl
 import torch
@@ -42,7 +44,8 @@ from dmr_pipeline.router.model import (
     with_features,
     with_numbers,
 )
-from dmr_pipeline.router.probe import ProbeHead
+from dmr_pipeline.router.neighbours import remember
+from dmr_pipeline.router.probe import NeighboursHead, ProbeHead
 from dmr_pipeline.router.swapped import read_swapped, steps_of
 from dmr_pipeline.router.swapped import targets as effects
 from dmr_pipeline.summaries import KlSummary
@@ -74,13 +77,19 @@ def kl_router(context: StageContext) -> StageResult:
     labels = labels_of_steps(steps, sensitivity, route)
     held = held_out(games_of(steps, given.episodes), section.held_out, section.seed)
     with out_of_memory_names("kl_router.batch_episodes"):
+        its: Sequence[torch.Tensor]
         if section.target == "divergence":
+            its = [torch.tensor(classes) for classes in labels]
+        elif section.target == "advantage":
+            its = targets(steps, given.episodes, drafts, route, sequences, section.seed, section.estimator)
+        else:
+            its = effects(steps, swapped, route, section.agreeing_weight)
+        if isinstance(router.model, NeighboursHead):
+            router = remember(router, sequences, its, section.target, held)
+            log = pl.DataFrame(schema={"update": pl.Int64, "loss": pl.Float64})
+        elif section.target == "divergence":
             router, log = train(router, sequences, labels, section, context.scratch, held)
         else:
-            if section.target == "advantage":
-                its = targets(steps, given.episodes, drafts, route, sequences, section.seed, section.estimator)
-            else:
-                its = effects(steps, swapped, route, section.agreeing_weight)
             router, log = fit(router, sequences, its, advantage_loss, section, context.scratch, held)
     router = with_settings(router, force_search=searches.get("search_forced", False))
 
@@ -140,7 +149,7 @@ def kl_router(context: StageContext) -> StageResult:
             share_of_llm_parameters=round(router.parameters / llm, 5),
             train_steps=len(steps),
             train_label_share=round(float(np.mean([y > 0 for episode in labels for y in episode])), 5),
-            final_loss=round(float(np.mean(log["loss"].tail(50).to_numpy())), 5),
+            final_loss=round(float(np.mean(log["loss"].tail(50).to_numpy())), 5) if len(log) else None,
             tau=tau,
             **searches,
             validation_games=len(games),
