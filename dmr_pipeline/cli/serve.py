@@ -42,17 +42,28 @@ def serve(
         ),
     ] = None,
     retries: Annotated[int, typer.Option(help="further tries of an upstream, before its answer begins")] = 2,
+    static: Annotated[
+        str | None,
+        typer.Option(
+            help="no router: this precision acts (int4), or checks what another one drafts (int4<int2); verdict: what dmr ladder"
+            " says to deploy"
+        ),
+    ] = None,
     degrade: Annotated[
         bool, typer.Option(help="where the dearer upstream is down a cheaper one answers, and says so")
     ] = False,
 ) -> None:
     """Serve a recipe's agent: POST /v1/chat/completions, and what docs/serve.md describes.
 
-    Its released router decides at each turn which precision acts. Episodes whose outcome is posted become files in
-    data/incoming/RECIPE/, which the pipeline takes in; a router that is released meanwhile is taken up.
+    Its released router decides at each turn which precision acts; with --static none does. Episodes whose outcome is posted
+    become files in data/incoming/RECIPE/, which the pipeline takes in; a router that is released meanwhile is taken up.
     """
     load_recipe(recipe)
     named = [_upstream(text) for text in upstream or []]
+    if static is not None and named:
+        raise UserError(
+            f"--static is for models in this process: ask an upstream by the model's name, dmr/{recipe}:RUNG"
+        )
     from dmr_pipeline.serve.settings import ServeSettings
 
     try:
@@ -68,6 +79,7 @@ def serve(
             request_seconds=request_seconds,
             epsilon=epsilon,
             low_on_failure=low_on_failure,
+            static=static,
             upstreams={rung: address for rung, address, _ in named},
             upstream_models={rung: model for rung, _, model in named if model},
             retries=retries,

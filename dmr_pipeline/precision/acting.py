@@ -62,12 +62,15 @@ class ActingModels:
     @cached_property
     def spend(self) -> dict[str, float]:
         """Rung -> how far it is from the cheapest rung, 0, to the dearest, 1, in bytes of weights a pass. Its mean over a
-        policy's steps is, of two rungs, the high-precision ratio. For more the measure is ours: what budgets are given in.
+        policy's steps is, of two rungs, the high-precision ratio. For more the measure is ours: what budgets are given in. Of one
+        rung it is 0: there is nothing to spend.
 
         Raises:
             UserError: the dearest rung is no larger than the cheapest.
         """
         sizes = {rung: read.weights for rung, read in self.pass_bytes.items()}
+        if len(sizes) == 1:
+            return dict.fromkeys(sizes, 0.0)
         most, least = sizes[self.dearest], sizes[self.cheapest]
         if most <= least:
             raise UserError(

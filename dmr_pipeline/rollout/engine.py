@@ -170,6 +170,29 @@ class SinglePrecision:
         pass
 
 
+def static_policy(text: str, rungs: Sequence[str]) -> SinglePrecision:
+    """What needs no router, by its name: a rung that acts throughout, or `int4<int2`, of which the first checks what the second
+    drafts.
+
+    Args:
+        rungs: that are at hand, dearest first.
+
+    Raises:
+        UserError: one of them is not.
+    """
+    for rung in rungs_of(text):
+        if rung not in rungs:
+            raise UserError(f"{rung!r} is none of the rungs that are loaded ({', '.join(rungs)})")
+    rung, _, drafter = text.partition("<")
+    return SinglePrecision(rung, rungs, drafter or None)
+
+
+def rungs_of(text: str) -> list[str]:
+    """That the static policy of this name acts with."""
+    rung, checks, drafter = text.partition("<")
+    return [rung, drafter] if checks else [rung]
+
+
 @dataclass(frozen=True)
 class Forced:
     """A rule before a policy: where it holds, one precision acts and the policy is not asked.

@@ -19,7 +19,7 @@ from dmr_pipeline.artifacts.manifest import verify
 from dmr_pipeline.environments.base import Task
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.recipe import load_recipe
-from dmr_pipeline.rollout.engine import Decision, RolloutRequest, Trajectory
+from dmr_pipeline.rollout.engine import Decision, RolloutRequest, Trajectory, rungs_of
 from dmr_pipeline.rollout.playing import Rollouts
 from dmr_pipeline.router.model import Router
 from dmr_pipeline.serve import release
@@ -36,7 +36,8 @@ class RoutedAgent:
     def __init__(self, rollouts: Rollouts, router: Router | str, release: int | None = None, seed: int = 0) -> None:
         """
         Args:
-            router: that decides; or the name of a rung, which then acts throughout.
+            router: that decides; or the name of what needs none: a rung, which then acts throughout, or `int4<int2`, of which
+                the first checks what the second drafts.
             release: number of the router's release, if it is one.
             seed: of actions that are drawn at a temperature.
         """
@@ -50,7 +51,8 @@ class RoutedAgent:
         """From the project in the working directory.
 
         Args:
-            router: folder of a router, or the name of a rung that acts throughout; the released router by default.
+            router: folder of a router, or the name of what needs none, as above, of any rungs of the ladder; the released router
+                by default.
 
         Raises:
             UserError: an artifact is missing, or the router is for other rungs.
@@ -59,7 +61,8 @@ class RoutedAgent:
         number = None
         if router is None:
             router, number = release.released(recipe, data_root)
-        rollouts = Rollouts.load(checkpoints, load_recipe(recipe))
+        rungs = rungs_of(router) if isinstance(router, str) else None
+        rollouts = Rollouts.load(checkpoints, load_recipe(recipe), rungs)
         return cls(rollouts, router if isinstance(router, str) else release.load(router, rollouts), number)
 
     @property

@@ -1,11 +1,13 @@
-"""Who may decide for a recipe's sessions: its releases, and each precision by itself."""
+"""Who may decide for a recipe's sessions: its releases, and what needs no router: each precision by itself, or one that checks
+what a cheaper one drafts."""
 
 import logging
 from collections.abc import Callable
+from itertools import combinations
 from pathlib import Path
 
 from dmr_pipeline.errors import UserError
-from dmr_pipeline.rollout.engine import SinglePrecision
+from dmr_pipeline.rollout.engine import static_policy
 from dmr_pipeline.router.model import Router
 from dmr_pipeline.router.policies import routing_policy
 from dmr_pipeline.serve import release
@@ -34,26 +36,37 @@ class Deciders:
     Args:
         load: reads a router from its folder.
         slots: as of `decider_of`.
+        checks: whether a rung can check what a cheaper one drafts.
+        static: name of the static policy that plays for the recipe in place of its releases.
     """
 
     def __init__(
-        self, recipe: str, data_root: Path, route: tuple[str, ...], load: Callable[[Path], Router], slots: int
+        self,
+        recipe: str,
+        data_root: Path,
+        route: tuple[str, ...],
+        load: Callable[[Path], Router],
+        slots: int,
+        checks: bool = False,
+        static: str | None = None,
     ) -> None:
         self.recipe, self.data_root, self.route, self._load, self._slots = recipe, data_root, route, load, slots
-        self._fixed = {rung: Decider(SinglePrecision(rung, route), fixed=True) for rung in route}
+        pairs = [f"{dear}<{cheap}" for dear, cheap in combinations(route, 2)] if checks else []
+        self._fixed = {name: Decider(static_policy(name, route), fixed=True) for name in (*route, *pairs)}
+        self._static = static
         self._earlier: dict[int, Decider] = {}
-        self.current: Decider | None = None
+        self.current: Decider | None = None if static is None else self.find(Which(rung=static))
         """Of the release in use, as far as that is known."""
         self._mark: tuple[int, int] | None = None
 
     def names(self) -> list[str]:
         """Of the models that there are."""
         own = f"dmr/{self.recipe}"
-        numbers = release.numbers(self.recipe, self.data_root)
+        numbers = release.numbers(self.recipe, self.data_root) if self._static is None else []
         return [
-            *([own] if numbers else []),
+            *([own] if numbers or self._static is not None else []),
             *(f"{own}@{n}" for n in numbers),
-            *(f"{own}:{rung}" for rung in self.route),
+            *(f"{own}:{name}" for name in self._fixed),
         ]
 
     def is_at_hand(self, which: Which) -> bool:
@@ -62,6 +75,8 @@ class Deciders:
             return which.rung in self._fixed
         if which.release is not None:
             return which.release in self._earlier
+        if self._static is not None:
+            return True
         return self.current is not None and release.mark_of_release(self.recipe, self.data_root) == self._mark
 
     def find(self, which: Which) -> Decider:
@@ -72,8 +87,10 @@ class Deciders:
         """
         if which.rung is not None:
             if which.rung not in self._fixed:
-                raise UserError(f"{which.rung!r} is none of the routed rungs ({', '.join(self.route)})")
+                raise UserError(f"{which.rung!r} is none of {', '.join(self._fixed)}")
             return self._fixed[which.rung]
+        if self._static is not None and which.release is not None:
+            raise UserError(f"no router decides here, {self._static} acts throughout: there are no releases")
         if which.release is not None:
             if which.release not in self._earlier:
                 with release.earlier(self.recipe, which.release, self.data_root) as folder:
@@ -85,6 +102,8 @@ class Deciders:
         return self._in_use()
 
     def _in_use(self) -> Decider:
+        if self._static is not None and self.current is not None:
+            return self.current
         mark = release.mark_of_release(self.recipe, self.data_root)
         if self.current is not None and mark in (self._mark, None):  # None: another one is being put in its place
             return self.current

@@ -9,8 +9,9 @@ from typing import TypeVar
 from dmr_pipeline.artifacts.folders import artifact_folder
 from dmr_pipeline.artifacts.manifest import verify
 from dmr_pipeline.errors import UserError
+from dmr_pipeline.precision.ladder import deployed, read_ladder
 from dmr_pipeline.recipe import Recipe
-from dmr_pipeline.rollout.engine import RolloutRequest
+from dmr_pipeline.rollout.engine import RolloutRequest, rungs_of
 from dmr_pipeline.rollout.playing import Rollouts
 from dmr_pipeline.serve import release
 from dmr_pipeline.serve.deciders import Deciders
@@ -30,7 +31,10 @@ class InProcess:
 
     def __init__(self, settings: ServeSettings, recipe: Recipe, metrics: Metrics) -> None:
         checkpoints = verify(artifact_folder("quantized_checkpoints", settings.recipe, settings.data_root)).path
-        self.rollouts = Rollouts.load(checkpoints, recipe)
+        static = settings.static
+        if static == "verdict":
+            static = "<".join(deployed(read_ladder(checkpoints).verdict))
+        self.rollouts = Rollouts.load(checkpoints, recipe, None if static is None else rungs_of(static))
         self.route = self.rollouts.route
         slots = min(settings.slots, self.rollouts.rows)
         fallback = self.route[-1] if settings.low_on_failure else self.route[0]
@@ -41,6 +45,8 @@ class InProcess:
             self.route,
             lambda folder: release.load(folder, self.rollouts),
             slots,
+            self.rollouts.can_draft,
+            static,
         )
         self._metrics = metrics
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="acting")

@@ -15,11 +15,11 @@ from dmr_pipeline.rollout.engine import (
     Batch,
     OpenTranscript,
     RolloutRequest,
-    SinglePrecision,
     Step,
     Taken,
     Timings,
     Trajectory,
+    static_policy,
 )
 from dmr_pipeline.rollout.playing import Rollouts
 from dmr_pipeline.rollout.prompts import Moment, Prompter
@@ -90,14 +90,20 @@ class LocalAgents:
         self._last_used: dict[int, int] = {}
         self._clock = count()
 
-    def fixed(self, precision: str) -> Decider:
+    def fixed(self, static: str) -> Decider:
         """
+        Args:
+            static: name of a static policy (`static_policy`).
+
         Raises:
-            UserError: it is none of the routed rungs.
+            UserError: a rung of it is not loaded, or cannot check drafts.
         """
-        if precision not in self.rollouts.route:
-            raise UserError(f"{precision!r} is none of the routed rungs ({', '.join(self.rollouts.route)})")
-        return Decider(SinglePrecision(precision, self.rollouts.route), fixed=True)
+        policy = static_policy(static, self.rollouts.route)
+        if policy.drafter is not None and not self.rollouts.can_draft:
+            raise UserError(
+                f"{static}: drafts cannot be checked here, since commands are scored or a cache cannot be cut"
+            )
+        return Decider(policy, fixed=True)
 
     def open(
         self,

@@ -32,6 +32,11 @@ class ServeSettings(FrozenModel):
     seed: int = Field(0, description="of actions and decisions that are drawn")
     low_on_failure: bool = Field(False, description="where the router fails the cheapest rung acts; else the dearest")
     degrade: bool = Field(False, description="where the dearer upstream is down a cheaper one answers, and says so")
+    static: str | None = Field(
+        None,
+        description="what acts in place of a router: a rung, or int4<int2, of which the first checks what the second drafts;"
+        " 'verdict': what the verdict deploys",
+    )
     upstreams: dict[str, str] = Field(
         default_factory=dict,
         description="rung -> address of an OpenAI-compatible server, /v1 included; none: in this process",

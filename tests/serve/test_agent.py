@@ -9,6 +9,7 @@ import pytest
 
 from dmr_pipeline.environments.alfworld.generator import generate_game
 from dmr_pipeline.errors import UserError
+from dmr_pipeline.precision.acting import ActingModels
 from dmr_pipeline.rollout.engine import RolloutRequest, SinglePrecision, Trajectory
 from dmr_pipeline.router.policies import routing_policy
 from dmr_pipeline.serve.agent import Budget, Goal, RoutedAgent, Turn
@@ -47,8 +48,32 @@ def test_one_precision_throughout_and_drawn_actions() -> None:
     played = rollouts.play(RUNS, SinglePrecision("int2", ROUTE), 5)
     agent = RoutedAgent(rollouts, "int2", seed=5)
     assert as_told([play_by_hand(agent, run, rollouts.step_limit) for run in RUNS]) == as_told(played)
-    with pytest.raises(UserError, match="none of the routed rungs"):
+    with pytest.raises(UserError, match="'int3' is none of the rungs that are loaded"):
         RoutedAgent(rollouts, "int3")
+
+
+def test_a_precision_that_checks_drafts_does_what_it_does_alone_for_other_readings() -> None:
+    rollouts = babbling()
+    checks = SinglePrecision("float", ROUTE, "int2")
+    played, alone = rollouts.play(RUNS, checks, 0), rollouts.play(RUNS, SinglePrecision("float", ROUTE), 0)
+    by_hand = [play_by_hand(RoutedAgent(rollouts, "float<int2"), run, rollouts.step_limit) for run in RUNS]
+    assert as_told(by_hand) == as_told(played)
+    assert [[s.action for s in t.steps] for t in by_hand] == [[s.action for s in t.steps] for t in alone]
+    assert as_told(by_hand) != as_told(alone)
+    with pytest.raises(UserError, match="'int3' is none of"):
+        RoutedAgent(rollouts, "float<int3")
+    with pytest.raises(UserError, match="drafts cannot be checked here"):
+        RoutedAgent(babbling(action="score"), "float<int2")
+
+
+def test_one_rung_that_is_loaded_alone_is_an_agent() -> None:
+    rollouts = babbling()
+    acting = rollouts.acting
+    one = ActingModels({"int2": acting.models["int2"]}, {"int2": acting.pass_bytes["int2"]}, acting.device)
+    played = rollouts.play(RUNS, SinglePrecision("int2", ROUTE), 0)
+    agent = RoutedAgent(replace(rollouts, acting=one), "int2")
+    by_hand = [play_by_hand(agent, run, rollouts.step_limit) for run in RUNS]
+    assert [[s.action for s in t.steps] for t in by_hand] == [[s.action for s in t.steps] for t in played]
 
 
 @pytest.mark.parametrize("kind", ROUTERS)

@@ -81,17 +81,37 @@ def test_the_official_client_plays_what_the_pipeline_plays(served_project: Path,
             assert (step.propensity, step.reason, step.release) == (1.0, "router", 1)
 
 
+@pytest.mark.parametrize(("static", "acts"), [("int2", "int2"), ("float<int2", "float"), ("verdict", "int2")])
+def test_what_needs_no_router_is_served_without_one(served_project: Path, games, static: str, acts: str) -> None:
+    """The verdict on agents that babble is to deploy the cheapest."""
+    played = by_the_pipeline(games[:1], SinglePrecision(acts, ("float", "int2")))[0]
+    named = acts if static == "verdict" else static
+    with client_of(static=static) as client:
+        names = [model["id"] for model in client.get("/v1/models").json()["data"]]
+        rungs = [f"dmr/{SERVED}:float", f"dmr/{SERVED}:int2"] if "<" in named else []
+        assert names == [f"dmr/{SERVED}", *rungs, f"dmr/{SERVED}:{named}"]
+        answer = chat(client, games[0].episode().first_observation())
+        assert answer.json()["choices"][0]["message"]["content"] == played.steps[0].command
+        assert (answer.headers["x-dmr-precision"], answer.headers["x-dmr-reason"]) == (acts, "fixed")
+        none = chat(client, games[0].episode().first_observation(), model=f"dmr/{SERVED}@1")
+        assert (none.status_code, "no releases" in none.json()["error"]["message"]) == (404, True)
+
+
 def test_one_precision_a_release_and_what_there_is_none_of(served_project: Path, games) -> None:
     world = games[0].episode()
     with client_of() as client:
         names = [model["id"] for model in client.get("/v1/models").json()["data"]]
-        assert names == [f"dmr/{SERVED}", f"dmr/{SERVED}@1", f"dmr/{SERVED}:float", f"dmr/{SERVED}:int2"]
+        assert names == [f"dmr/{SERVED}", f"dmr/{SERVED}@1", f"dmr/{SERVED}:float", f"dmr/{SERVED}:int2",
+                         f"dmr/{SERVED}:float<int2"]  # fmt: skip
         played = by_the_pipeline(games[:1], SinglePrecision("int2", ("float", "int2")))[0]
         low = chat(client, world.first_observation(), model=names[3])
         assert low.json()["choices"][0]["message"]["content"] == played.steps[0].command
         assert low.headers["x-dmr-reason"] == "fixed"
         assert "x-dmr-probability" not in low.headers
         assert "x-dmr-release" not in low.headers
+        high, checks = (chat(client, world.first_observation(), model=name) for name in (names[2], names[4]))
+        assert checks.json()["choices"] == high.json()["choices"]
+        assert checks.headers["x-dmr-precision"] == "float"
         assert chat(client, world.first_observation(), model=names[1]).headers["x-dmr-release"] == "1"
         for name in (f"dmr/{SERVED}@2", f"dmr/{SERVED}:int3", "dmr/other", f"dmr/{SERVED}@x", "gpt"):
             missing = chat(client, world.first_observation(), model=name)
