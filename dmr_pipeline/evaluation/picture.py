@@ -1,5 +1,6 @@
 """Accuracy against cost in one picture for a page, as SVG: every policy with its interval, named beside its point."""
 
+import math
 from pathlib import Path
 
 import matplotlib
@@ -25,9 +26,12 @@ LOOKS: dict[Kind, tuple[str, str]] = {
     "oracle": (GREEN, "D"),
 }
 """Colour and mark; the chosen router is orange."""
-_PLACES = [(9, 0, "left"), (-9, 0, "right"), (0, 9, "center"), (0, -9, "center")]
-_PLACES += [(7 * x, 8 * y, "left" if x > 0 else "right") for y in (-1, 1, -2, 2) for x in (1, -1)]
-"""Of a name from its point, in typographic points, the first ones preferred; and how it is aligned."""
+_PLACES = [
+    (far * math.cos(math.radians(angle)), far * math.sin(math.radians(angle)), far)
+    for far in (9, 18, 30, 44, 60)
+    for angle in (0, 180, -90, 90, -45, 45, -135, 135)
+]
+"""Of a name from its point, in typographic points, and how far that is."""
 
 
 def draw(metrics: Metrics, path: Path) -> None:
@@ -66,39 +70,47 @@ def _look(name: str, metrics: Metrics) -> tuple[str, str]:
 
 
 def _name_points(axes: Axes, metrics: Metrics) -> None:
-    """Each name goes to the first place where it covers least of what is there: points, other names, the picture's edge."""
+    """Each name goes where it covers least of what is there (points, other names, the picture's edge) and is near; one that is
+    not beside its point is joined to it by a thin line."""
     policies = metrics["policies"]
     whole = axes.get_window_extent()
-    taken = [_around(axes, policy) for policy in policies.values()]
+    taken = [_around(axes, policies[name], _look(name, metrics)[1]) for name in policies]
     for name in sorted(policies, key=lambda name: (-policies[name]["success"], policies[name]["cost"])):
-        policy = policies[name]
-        placed: list[tuple[float, Annotation]] = []
-        for x, y, align in _PLACES:
-            text = axes.annotate(
-                shown_name(name, metrics),
-                (policy["cost"], 100 * policy["success"]),
-                (x, y),
-                textcoords="offset points",
-                ha=align,
-                va="center",
-                color=_look(name, metrics)[0],
-            )
+        found = []
+        for i, (x, y, far) in enumerate(_PLACES):
+            text = _named(axes, name, metrics, x, y)
             box = text.get_window_extent()
+            text.remove()
             inside = Bbox.intersection(box, whole)
             outside = _area(box) - (_area(inside) if inside is not None else 0)
             covered = sum(_area(both) for other in taken if (both := Bbox.intersection(box, other)) is not None)
-            placed.append((covered + outside, text))
-        best = min(range(len(placed)), key=lambda i: (round(placed[i][0]), i))
-        for i, (_, text) in enumerate(placed):
-            if i != best:
-                text.remove()
-        taken.append(placed[best][1].get_window_extent())
+            found.append((round(covered + 4 * outside + 4 * far), i, box))
+        _, best, box = min(found, key=lambda place: place[:2])
+        x, y, far = _PLACES[best]
+        _named(axes, name, metrics, x, y, line=far > _PLACES[0][2])
+        taken.append(box)
 
 
-def _around(axes: Axes, policy: PolicyMetrics) -> Bbox:
+def _named(axes: Axes, name: str, metrics: Metrics, x: float, y: float, line: bool = False) -> Annotation:
+    """A policy's name, so many typographic points from its own."""
+    policy, colour = metrics["policies"][name], _look(name, metrics)[0]
+    return axes.annotate(
+        shown_name(name, metrics),
+        (policy["cost"], 100 * policy["success"]),
+        (x, y),
+        textcoords="offset points",
+        ha="center" if abs(x) < 1 else "left" if x > 0 else "right",
+        va="center",
+        color=colour,
+        arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkA": 0} if line else None,
+    )
+
+
+def _around(axes: Axes, policy: PolicyMetrics, mark: str) -> Bbox:
     """A point's mark, in pixels."""
     x, y = axes.transData.transform((policy["cost"], 100 * policy["success"]))
-    return Bbox.from_extents(x - 6, y - 6, x + 6, y + 6)
+    half = 9 if mark == "*" else 6
+    return Bbox.from_extents(x - half, y - half, x + half, y + half)
 
 
 def _area(box: Bbox) -> float:
