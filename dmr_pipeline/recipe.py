@@ -991,6 +991,8 @@ RuleName = Literal[
     "inadmissible",
 ]
 """Rules that nobody trained (router/rules.py)."""
+OracleName = Literal["disagreement", "divergence"]
+"""Oracles that a bar decides for (router/oracles.py)."""
 
 
 class Evaluation(Section):

@@ -6,7 +6,7 @@ rules at all budgets that cost no more there than the router does, the one that 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import Literal, cast
 
 import polars as pl
 from pydantic import JsonValue
@@ -17,14 +17,17 @@ from dmr_pipeline.evaluation.metrics import rounded
 from dmr_pipeline.evaluation.play import PLAYED, Arena, evaluate
 from dmr_pipeline.evaluation.results import BestRule
 from dmr_pipeline.evaluation.tuning import Range, Tunable, mean_of, spend_of, tune_to_ratios
-from dmr_pipeline.recipe import Evaluation
+from dmr_pipeline.recipe import Evaluation, OracleName
 from dmr_pipeline.rollout.known import Known
 from dmr_pipeline.router.model import Router
+from dmr_pipeline.router.oracles import Oracle
 from dmr_pipeline.router.policies import asking_policy
 from dmr_pipeline.router.rules import rules
 
 RULE = "rule"
 """Kind of a curve that nobody trained; the others are a `router`."""
+ORACLE = "oracle"
+"""Kind of a curve that nobody can deploy."""
 CURVES = pl.Schema({"budget": pl.Float64(), **PLAYED})
 """Rows of `PLAYED` on test games, under each budget that was asked for; `policy` is the curve's name."""
 SETTINGS = pl.Schema(
@@ -72,6 +75,14 @@ def tunables(
         ),
         *(Tunable(name, RULE, rule, facts) for name, rule in there.items() if name in (section.rules or there)),
     ]
+
+
+def oracles(
+    arena: Arena, names: Sequence[OracleName], counted: Literal["action", "command"], slots: int
+) -> list[Tunable]:
+    """Arguments as of `Oracle`."""
+    facts: dict[str, JsonValue] = {"version": _VERSION, "counted": counted}
+    return [Tunable(f"oracle-{name}", ORACLE, Oracle(arena.rollouts, name, counted, slots), facts) for name in names]
 
 
 def play_curves(

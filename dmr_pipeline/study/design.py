@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, JsonValue, ValidationError
 
 from dmr_pipeline.errors import UserError, problems_of
-from dmr_pipeline.recipe import Recipe, RuleName, load_recipe
+from dmr_pipeline.recipe import OracleName, Recipe, RuleName, load_recipe
 from dmr_pipeline.recipe_fields import Count, Name, Ratio, Section, Seed
 from dmr_pipeline.recipe_text import read_mapping
 
@@ -51,6 +51,9 @@ class Study(Section):
         (0.2, 0.4),
         min_length=1,
         description="budgets at which each router is compared with the best rule; Holm's correction is over all of these",
+    )
+    oracles: tuple[OracleName, ...] = Field(
+        (), description="that are tuned to the budgets too: what is left to win (router/oracles.py)"
     )
     games: Annotated[int, Field(gt=0)] = Field(
         1000,

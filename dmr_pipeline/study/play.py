@@ -11,7 +11,7 @@ from rich.progress import Progress
 from dmr_pipeline.artifacts.folders import artifact_folder
 from dmr_pipeline.environments.base import Task
 from dmr_pipeline.environments.benchmark import benchmark_of
-from dmr_pipeline.evaluation.curves import CURVES, RULE, SETTINGS, play_curves, tunables
+from dmr_pipeline.evaluation.curves import CURVES, RULE, SETTINGS, oracles, play_curves, tunables
 from dmr_pipeline.evaluation.kept import KeptTables
 from dmr_pipeline.evaluation.play import Arena, Entry, acting_facts, content, evaluate, static_beside_the_route
 from dmr_pipeline.evaluation.policies import speculative_entries
@@ -68,7 +68,9 @@ def play_study(
     }
     files = {label: content(routers[key], f"{ROUTER_FOLDER}/") for label, key in names.items()}
     rules = section.model_copy(update={"rules": study.rules or section.rules})
-    compared = tunables(arena, loaded, files, rules, arena.rollouts.slots(max(len(validation), len(fresh))))
+    slots = arena.rollouts.slots(max(len(validation), len(fresh)))
+    compared = tunables(arena, loaded, files, rules, slots)
+    compared += oracles(arena, study.oracles, recipe.sensitivity.tokens, slots)
     on = Range(arena, validation, progress, on_validation, Known(), Bar(0.5))
     played = play_curves(compared, study.budgets, on, fresh, on_fresh, known)
     tuned = played.episodes.join(played.settings, on=["policy", "budget"], how="left", maintain_order="left")

@@ -53,12 +53,19 @@ def found() -> Results:
         # On validation games the rule "fair" is the better one, on the fresh games "lucky" would have been.
         frames.append(episodes("rule:fair", "rule", 0.5 + budget, cost, budget, budget=budget, validation=(cost, 0.8)))
         frames.append(episodes("rule:lucky", "rule", 0.9, cost, budget, budget=budget, validation=(cost, 0.6)))
+        frames.append(episodes("oracle-divergence", "oracle", 0.95, 0.5, budget, budget=budget, validation=(0.5, 0.95)))
         for seed in (0, 1):
             at = {"seed": seed, "budget": budget, "validation": (0.5, 0.9)}
             frames.append(episodes("good", "router", 0.8 + 0.1 * seed, 0.5, budget, **at))
             frames.append(episodes("poor", "router", 0.8, 0.5, budget, **at))
     section = Evaluation(random_draws=1, bootstrap=400, confidence_ratio=0.3)
     return study_results(pl.concat(frames), STUDY, section, 0.06, ROUTE, Place(0.2, 0.5))
+
+
+def test_oracles_have_curves_and_nobody_is_compared_with_them(found: Results) -> None:
+    assert "oracle-divergence" in {curve.policy for curve in found.curves}
+    assert {one.router for one in found.compared} == {"good", "poor"}
+    assert {one.rule for one in found.compared} == {"rule:fair"}
 
 
 def test_points_and_what_they_gain_over_the_rungs(found: Results) -> None:
@@ -99,7 +106,7 @@ def test_curves(found: Results) -> None:
     assert curves["poor"].apgr == pytest.approx(0.2 * 0.375 + 0.2 * 0.75 + 0.6 * 0.875)
     # The hull: from (.2, .5) up to (.5, .8) and on to (1, .9).
     assert curves["poor"].aiq == pytest.approx((0.3 * 0.65 + 0.5 * 0.85) / 0.8)
-    assert list(curves) == ["rule:fair", "rule:lucky", "good", "poor"]
+    assert list(curves) == ["rule:fair", "rule:lucky", "oracle-divergence", "good", "poor"]
 
 
 def test_a_router_is_compared_with_the_rule_of_validation_games_at_its_own_cost(found: Results) -> None:
