@@ -185,8 +185,8 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         name="evaluation_report",
         inputs=("benchmark_tasks", "quantized_checkpoints", "sensitivity_dataset", "kl_router", "grpo_router"),
-        sections=("benchmark", "agent", "precisions", "grpo_router", "evaluation"),
-        code_version="13",
+        sections=("benchmark", "agent", "precisions", "sensitivity", "grpo_router", "evaluation"),
+        code_version="14",
         run=_stage("evaluation_report"),
         group="evaluation",
         kinds=frozenset({"pytorch", "matplotlib"}),

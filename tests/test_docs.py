@@ -13,7 +13,7 @@ import yaml
 from typer.core import TyperGroup
 
 from dmr_pipeline.cli import app
-from dmr_pipeline.evaluation import consequence, play
+from dmr_pipeline.evaluation import consequence, play, transcripts
 from dmr_pipeline.ingestion.schema import LoggedEpisode
 from dmr_pipeline.precision import frontier
 from dmr_pipeline.recipe import check_recipe
@@ -198,6 +198,9 @@ COLUMNS = {
     "quantized_checkpoints/validation": frontier.PLAYED,
     "grpo_router/training": grpo.LOG,
     "evaluation_report/episodes": play.PLAYED,
+    "evaluation_report/transcripts": transcripts.TRANSCRIPTS,
+    "evaluation_report/openings": transcripts.OPENINGS,
+    "evaluation_report/choices": transcripts.CHOICES,
 }
 TYPES = {pl.String: "text", pl.Int64: "int", pl.Float64: "float", pl.Boolean: "bool", pl.List: "list of"}
 

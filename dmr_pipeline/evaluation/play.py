@@ -15,6 +15,7 @@ from dmr_pipeline.artifacts.manifest import MANIFEST, Manifest
 from dmr_pipeline.environments.base import Task
 from dmr_pipeline.evaluation.kept import KeptTables
 from dmr_pipeline.evaluation.metrics import EPISODES
+from dmr_pipeline.evaluation.transcripts import KEPT, SHOWN, kept_rows
 from dmr_pipeline.precision.frontier import clearly_beaten
 from dmr_pipeline.precision.ladder import read_ladder
 from dmr_pipeline.precision.pass_bytes import PassBytes
@@ -71,18 +72,26 @@ def evaluate(
     note: str = "",
     kept: KeptTables | None = None,
     known: Known | None = None,
+    shown: dict[str, pl.DataFrame] | None = None,
 ) -> dict[str, pl.DataFrame]:
     """Rows of `PLAYED` for each policy, by its name. They are played side by side, in this order.
 
     Args:
         kept: where each draw of a policy is looked for before it is played, and written as soon as the policy has played.
         known: as in `Rollouts.play_each`.
+        shown: gets the steps of each policy of the kinds `transcripts.SHOWN`, rows of `transcripts.KEPT`.
     """
     found: dict[tuple[str, int], pl.DataFrame] = {}
     missing: list[tuple[Entry, list[int]]] = []
     plays: list[PolicyRuns] = []
     for entry in entries:
         tables = {draw: kept.read(**_facts(entry, draw)) if kept else None for draw in range(entry.draws)}
+        if shown is not None and entry.kind in SHOWN:
+            steps = kept.read(**_facts_of_steps(entry)) if kept else None
+            if steps is None:
+                tables[0] = None
+            else:
+                shown[entry.name] = steps
         found |= {(entry.name, draw): table for draw, table in tables.items() if table is not None}
         draws = [draw for draw, table in tables.items() if table is None]
         total = entry.draws * len(games)
@@ -101,6 +110,10 @@ def evaluate(
             found[entry.name, draw] = table
             if kept is not None:
                 kept.write(table, **_facts(entry, draw))
+        if shown is not None and entry.kind in SHOWN:
+            shown[entry.name] = kept_rows([t for t in played if t.run.member == 0], entry.name)
+            if kept is not None:
+                kept.write(shown[entry.name], **_facts_of_steps(entry))
 
     if kept is not None and len(missing) < len(entries):
         names = [entry.name for entry in entries if all(entry is not other for other, _ in missing)]
@@ -213,6 +226,11 @@ def _facts(entry: Entry, draw: int) -> dict[str, JsonValue]:
         "draw": draw,
         "columns": columns,
     }
+
+
+def _facts_of_steps(entry: Entry) -> dict[str, JsonValue]:
+    columns: list[JsonValue] = [*KEPT.names()]
+    return {**_facts(entry, 0), "steps": columns}
 
 
 def _row(entry: Entry, trajectory: Trajectory, arena: Arena) -> tuple[object, ...]:

@@ -12,8 +12,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from dmr_pipeline.evaluation.figures import KL_FLOOR, calibration_bins, turns
 from dmr_pipeline.evaluation.results import Metrics, PolicyMetrics
-from dmr_pipeline.intervals import wilson
 from dmr_pipeline.precision.hull import Floats
 
 INK, MUTED, GRID = "#1f2933", "#616e7c", "#e4e7eb"
@@ -138,35 +138,23 @@ def plot_kl_by_turn(sensitivity: pl.DataFrame, path: Path) -> None:
         sensitivity: columns turn (from 0), kl_high_low (nats), sensitive (bool); a row a step and cheaper rung.
         path: of the PNG.
     """
-    floor = 1e-6
-    divergence = pl.col("kl_high_low").clip(lower_bound=floor)
-    turns = (
-        sensitivity.group_by("turn")
-        .agg(
-            median=divergence.median(),
-            lower=divergence.quantile(0.1, "linear"),
-            upper=divergence.quantile(0.9, "linear"),
-            sensitive=pl.mean("sensitive"),
-            steps=pl.len(),
-        )
-        .sort("turn")
-    )
-    turn = turns["turn"].to_numpy()
+    by_turn = turns(sensitivity)
+    turn = by_turn["turn"].to_numpy()
     with _figure(path, 8.4, 4.8) as figure:
         axes, count = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": [2.2, 1]})
         figure.subplots_adjust(left=0.1, right=0.9, bottom=0.11, top=0.93, hspace=0.12)
         axes.fill_between(
-            turn, turns["lower"], turns["upper"], color=BLUE, alpha=0.16, lw=0, label="10% to 90% of steps"
+            turn, by_turn["lower"], by_turn["upper"], color=BLUE, alpha=0.16, lw=0, label="10% to 90% of steps"
         )
-        axes.plot(turn, turns["median"], color=BLUE, marker="o", markersize=3.5, label="median")
+        axes.plot(turn, by_turn["median"], color=BLUE, marker="o", markersize=3.5, label="median")
         axes.set_yscale("log")
-        axes.set(title="KL(high || low) by turn", ylabel=f"nats (floor {floor:g})")
+        axes.set(title="KL(high || low) by turn", ylabel=f"nats (floor {KL_FLOOR:g})")
         axes.legend(loc="lower right")
-        count.bar(turn, turns["steps"], width=0.8, color="#cbd2d9")
+        count.bar(turn, by_turn["steps"], width=0.8, color="#cbd2d9")
         count.set(xlabel="turn", ylabel="steps", xlim=(turn.min() - 0.6, turn.max() + 0.6))
         share = count.twinx()
-        share.plot(turn, turns["sensitive"], color=ORANGE, marker="o", markersize=3)
-        share.set_ylim(0, max(0.05, float(turns["sensitive"].to_numpy().max()) * 1.15))
+        share.plot(turn, by_turn["sensitive"], color=ORANGE, marker="o", markersize=3)
+        share.set_ylim(0, max(0.05, float(by_turn["sensitive"].to_numpy().max()) * 1.15))
         share.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         share.set_ylabel("sensitive", color=ORANGE)
         share.grid(visible=False)
@@ -216,11 +204,9 @@ def plot_calibration(probabilities: Floats, labels: Floats, path: Path, bins: in
         path: of the PNG.
         bins: groups of steps with neighbouring probabilities.
     """
-    order = np.argsort(probabilities, kind="stable")
-    groups = [group for group in np.array_split(order, bins) if group.size]
-    predicted = np.array([probabilities[group].mean() for group in groups])
-    observed = np.array([labels[group].mean() for group in groups])
-    intervals = np.array([wilson(float(labels[group].mean()), group.size, 0.95) for group in groups])
+    binned = calibration_bins(probabilities, labels, bins)
+    predicted, observed = binned["predicted"].to_numpy(), binned["observed"].to_numpy()
+    intervals = binned.select("lower", "upper").to_numpy()
     end = min(1.0, 1.08 * max(float(probabilities.max()), float(intervals.max())))  # sensitive steps may be rare
     with _figure(path, 5.6, 5.2) as figure:
         axes, count = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": [3.2, 1]})

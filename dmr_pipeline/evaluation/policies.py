@@ -40,6 +40,7 @@ def play_test(
     progress: Progress,
     kept: KeptTables,
     known: Known,
+    shown: dict[str, pl.DataFrame],
 ) -> list[pl.DataFrame]:
     """Rows of all policies but the rungs alone, in the report's order. Arguments as of `router_entries` and `evaluate`."""
     rollouts = arena.rollouts
@@ -51,7 +52,7 @@ def play_test(
         compared += search_entries(route, routers, files, slots)
     # These first: the others come by many of their transcripts.
     in_turn = sorted(compared, key=lambda entry: entry.name not in ("always_high", "always_low", "disagreement"))
-    played = evaluate(in_turn, arena, games, progress, kept=kept, known=known)
+    played = evaluate(in_turn, arena, games, progress, kept=kept, known=known, shown=shown)
     mixes = {name: random_mix(name, played[name], route, section.seed, section.random_draws) for name in routers}
     played |= evaluate(list(mixes.values()), arena, games, progress, kept=kept, known=known)
     names = [[entry.name] + ([mixes[entry.name].name] if entry.name in mixes else []) for entry in compared]

@@ -1,12 +1,15 @@
-"""The evaluation as people read it: a table for the terminal, one for Markdown, and an HTML file that opens offline."""
+"""The evaluation as people read it: a table for the terminal, one for Markdown, and an HTML file to explore, offline."""
 
-import base64
 import json
+import re
 from collections.abc import Callable, Mapping
+from importlib import resources
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
+import polars as pl
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 from rich import box
 from rich.table import Table
 
@@ -14,6 +17,7 @@ from dmr_pipeline.artifacts.folders import artifact_folder, sidecar_path
 from dmr_pipeline.artifacts.run_record import run_record_beside
 from dmr_pipeline.atomic import replaced
 from dmr_pipeline.errors import UserError
+from dmr_pipeline.evaluation import charts
 from dmr_pipeline.evaluation.results import (
     STATIC,
     BestRule,
@@ -23,6 +27,7 @@ from dmr_pipeline.evaluation.results import (
     PolicyCurve,
     PolicyMetrics,
 )
+from dmr_pipeline.evaluation.viewer import viewer
 from dmr_pipeline.rollout.failures import FAILURES
 
 _KIND_STYLES = {
@@ -41,49 +46,6 @@ GAIN_COLUMN = "gain at equal cost"
 FAILURES_COLUMN = "parse failures"
 PASSES_COLUMN = "passes a step (drafts taken)"
 
-
-class Picture(NamedTuple):
-    """How the report shows a file of `plots/`."""
-
-    title: str
-    alt: str
-    caption: str
-
-
-_PICTURES: Mapping[str, Picture] = {
-    "accuracy_cost": Picture(
-        "Accuracy and cost",
-        "Two scatter plots of success, by high-precision ratio and by cost, one point with interval per policy",
-        "Up and to the left is better. Bars are intervals, hollow circles are random routing; squares are single precisions, "
-        "plus signs those that only check what a cheaper one drafts, hollow where another one or a mixture beats them. By cost, "
-        "the line is what these static policies and mixtures of their whole episodes reach without any router; a router is worth "
-        "its name above it. By ratio, the dashed line is such a mixture of high and low.",
-    ),
-    "curves": Picture(
-        "Curves",
-        "Two plots of success, by high-precision ratio and by cost, a line with a band for each router and a line for each rule",
-        "Each line is a router, or a rule that nobody trained, at all budgets. Thick lines: routers, and the rules that they are "
-        "compared with, with bands of the points' intervals. By cost, the black line is what static policies and mixtures of "
-        "their whole episodes reach; by ratio, the dashed line is such a mixture of high and low.",
-    ),
-    "kl_by_turn": Picture(
-        "KL by turn",
-        "Median and spread of the KL divergence at each turn, and below it the steps and the share labelled sensitive",
-        "How far the two precisions' action distributions are apart as an episode goes on. Late turns come from "
-        "the few episodes that last so long.",
-    ),
-    "training_curves": Picture(
-        "Training",
-        "Curves over updates: stage 1 loss; stage 2 success, ratio, reward, tied groups and divergence",
-        "Stage 1 learns the KL labels; stage 2 is reinforcement learning on whole episodes. A group whose rewards tie "
-        "gives no gradient.",
-    ),
-    "calibration": Picture(
-        "Calibration",
-        "Observed share of sensitive steps against the router's predicted probability, with a histogram below",
-        "A calibrated stage 1 router lies on the diagonal. Bins hold equally many steps; bars are 95% intervals.",
-    ),
-}
 
 _FACTS: Mapping[str, str] = {
     "sensitivity": "Sensitivity labels",
@@ -249,7 +211,8 @@ def render_html(folder: Path, sidecar: Path | None, html: Path) -> None:
     """Write the report of an evaluation's folder as one file without references to others.
 
     Args:
-        folder: holds metrics.json; plots/*.png, context.json and manifest.json are shown where they are there.
+        folder: holds metrics.json; figures.json, transcripts.parquet with openings.parquet, choices.parquet and
+            episodes.parquet, context.json and manifest.json are shown where they are there.
             context.json: `recipe` (section -> settings), `ladder` (list of name, bits_per_weight, bytes, kl_to_float,
             success_validation, cost_validation, dominated_by), `verdict` (pays: bool, text: sentence, deploy: rung, route:
             rungs), `sensitivity`, `kl_router`, `grpo_router` (fact -> value), `notes` (list of sentences); each may be absent.
@@ -266,6 +229,10 @@ def render_html(folder: Path, sidecar: Path | None, html: Path) -> None:
     run = _json(sidecar) if sidecar else {}
     manifest = _json(folder / "manifest.json") if (folder / "manifest.json").is_file() else {}
     policies = metrics["policies"]
+    figures = _json(folder / "figures.json") if (folder / "figures.json").is_file() else None
+    there = (folder / "transcripts.parquet").is_file()
+    steps = pl.read_parquet(folder / "transcripts.parquet") if there else None
+    drawn = _charts(metrics, figures, steps)
 
     page = (
         _environment()
@@ -289,7 +256,14 @@ def render_html(folder: Path, sidecar: Path | None, html: Path) -> None:
             curves_note=CURVES_NOTE + _rules_note(metrics),
             no_worse=_no_worse(metrics),
             task_types=sorted({name for policy in policies.values() for name in policy["by_task_type"]}),
-            pictures=_pictures(folder / "plots"),
+            charts=drawn,
+            charts_json=script_json({"charts": drawn, "legends": _legends(metrics, drawn)}),
+            figures=figures,
+            training={} if figures is None else {title: _training_name(title) for title in charts.training(figures)},
+            shown=None if steps is None else viewer(metrics, folder),
+            asked=[] if steps is None else asked(metrics, steps, pl.read_parquet(folder / "choices.parquet")),
+            spend_title=charts.spend_title(metrics),
+            scripts=_scripts(),
             ladder=context.get("ladder", []),
             verdict=context.get("verdict"),
             facts={title: context[key] for key, title in _FACTS.items() if context.get(key)},
@@ -468,19 +442,71 @@ def _planned_short(metrics: Metrics) -> str:
     return f" Planned tests, points against (Holm; 80% power): {', '.join(tests)}." if tests else ""
 
 
-def _pictures(folder: Path) -> list[dict[str, str]]:
-    """Known pictures in the report's order, then others by name."""
-    files = {path.stem: path for path in sorted(folder.glob("*.png"))}
-    stems = [stem for stem in _PICTURES if stem in files] + [stem for stem in files if stem not in _PICTURES]
-    pictures = []
-    for stem in stems:
-        words = stem.replace("_", " ").capitalize()
-        picture = _PICTURES.get(stem, Picture(words, words, ""))
-        png = files[stem].read_bytes()
-        pixels = int.from_bytes(png[16:20], "big")  # PNG's header; drawn at 150 dots an inch, CSS counts 96
-        data = base64.b64encode(png).decode("ascii")
-        pictures.append({"stem": stem, "data": data, "width": str(pixels * 96 // 150), **picture._asdict()})
-    return pictures
+def _charts(metrics: Metrics, figures: Mapping[str, Any] | None, steps: pl.DataFrame | None) -> dict[str, charts.Spec]:
+    """By the names that the template places them under."""
+    found = {f"plane-{by}": charts.plane(metrics, by) for by in ("cost", "spend")}
+    found["task-types"] = charts.by_task_type(metrics)
+    if "curves" in metrics:
+        found |= {f"curves-{by}": charts.curves(metrics, by) for by in ("cost", "spend")}
+    if steps is not None:
+        found["asked-by-turn"] = charts.asked_by_turn(metrics, steps)
+        found["asked-by-task-type"] = charts.asked_by_task_type(metrics)
+    if figures is not None:
+        found |= {_training_name(title): spec for title, spec in charts.training(figures).items()}
+        found |= {"calibration": charts.calibration(figures), "kl-by-turn": charts.kl_by_turn(figures)}
+    return found
+
+
+def _training_name(title: str) -> str:
+    return "training-" + title.lower().replace(":", "").replace(" ", "-")
+
+
+def _legends(metrics: Metrics, drawn: Mapping[str, charts.Spec]) -> dict[str, dict[str, Any]]:
+    """Name of a legend -> its series, those that are drawn at first, and the charts that it rules."""
+    policies, curves = charts.policy_series(metrics), charts.curve_series(metrics)
+    of = {"plane": policies, "task-types": policies, "curves": curves, "asked": policies}
+    found = {}
+    for name, series in of.items():
+        if ruled := [chart for chart in drawn if chart.startswith(name)]:
+            shown = drawn[ruled[0]]["params"][0]["value"]
+            possible = {row["series"] for row in drawn[ruled[0]]["data"]["values"]}
+            listed = [its._asdict() for its in series if its.name in possible]
+            found[name] = {"series": listed, "shown": shown, "charts": ruled}
+    return found
+
+
+def asked(metrics: Metrics, steps: pl.DataFrame, choices: pl.DataFrame) -> list[str]:
+    """How often the dearest precision acted where the precisions would give different commands, and where they would not.
+
+    Args:
+        steps: rows of `transcripts.TRANSCRIPTS`.
+        choices: rows of `transcripts.CHOICES`, of the headline router.
+    """
+    place = ["task_id", "turn"]
+    differ = choices.group_by(place).agg(differ=pl.col("command").n_unique() > 1)
+    mine = steps.filter(policy=metrics["headline"]).join(differ, on=place)
+    dearest = pl.col("precision") == metrics["route"][0]
+    counts = {apart: rows.select(pl.len(), dearest.sum()).row(0) for (apart,), rows in mine.group_by("differ")}
+    (apart, there), (same, elsewhere) = counts.get(True, (0, 0)), counts.get(False, (0, 0))
+    sentence = (
+        f"At {apart:,} of {metrics['headline']}'s {apart + same:,} steps the precisions would give different commands"
+        f" ({apart / max(apart + same, 1):.1%}). {metrics['route'][0]} acted at {there / max(apart, 1):.1%} of these, and at"
+        f" {elsewhere / max(same, 1):.1%} of the others."
+    )
+    return [sentence]
+
+
+def script_json(content: object) -> Markup:
+    """JSON that cannot end the element of a page that it stands in."""
+    return Markup(json.dumps(content, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c"))
+
+
+def _scripts() -> list[Markup]:
+    """Vega, Vega-Lite and the page's own."""
+    here = resources.files("dmr_pipeline.evaluation")
+    files = ("vega/vega.min.js", "vega/vega-lite.min.js", "report.js")
+    texts = [here.joinpath(file).read_text(encoding="utf-8") for file in files]
+    return [Markup(re.sub(r"^//# sourceMappingURL=.*$", "", text, flags=re.M)) for text in texts]
 
 
 def _environment() -> Environment:

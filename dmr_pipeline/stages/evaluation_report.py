@@ -13,6 +13,7 @@ from dmr_pipeline.artifacts.stage import StageContext, StageResult
 from dmr_pipeline.environments.benchmark import benchmark_of
 from dmr_pipeline.evaluation.curve_metrics import curves_of
 from dmr_pipeline.evaluation.curves import as_baselines, best_rules, play_curves, tunables
+from dmr_pipeline.evaluation.figures import figures
 from dmr_pipeline.evaluation.kept import KeptTables
 from dmr_pipeline.evaluation.metrics import compute_metrics
 from dmr_pipeline.evaluation.play import Arena, acting_facts, content, evaluate, static_beside_the_route
@@ -35,6 +36,7 @@ from dmr_pipeline.evaluation.policies import (
 )
 from dmr_pipeline.evaluation.report import curves_table, headline, markdown_table
 from dmr_pipeline.evaluation.results import BestRule
+from dmr_pipeline.evaluation.transcripts import choices, openings, transcripts
 from dmr_pipeline.evaluation.tuning import Range
 from dmr_pipeline.precision.frontier import clearly_beaten
 from dmr_pipeline.precision.ladder import LadderFacts, read_ladder
@@ -74,7 +76,19 @@ def evaluation_report(context: StageContext) -> StageResult:
         chosen, choice = choose_headline(validated, recipe.grpo_router)
         games = validation[: recipe.evaluation.confidence_games]
         cascade = confidence_cascade(arena, games, recipe.evaluation, progress, on_validation, known)
-        frames += play_test(arena, routers, files, cascade, test, recipe.evaluation, progress, on_test, known_on_test)
+        shown: dict[str, pl.DataFrame] = {}
+        frames += play_test(
+            arena, routers, files, cascade, test, recipe.evaluation, progress, on_test, known_on_test, shown
+        )
+        bar = progress.add_task(f"what each precision would do, {chosen}", total=len(test))
+        would = choices(
+            arena.rollouts,
+            shown[chosen],
+            recipe.sensitivity.tokens,
+            on_test.under(router=files[chosen], policy=chosen),
+            lambda n: progress.advance(bar, n),
+        )
+        progress.update(bar, completed=len(test))
         curves, rules = None, dict[str, BestRule]()
         if recipe.evaluation.budgets:
             tuned_on = validation[: recipe.evaluation.budget_games]
@@ -115,6 +129,9 @@ def evaluation_report(context: StageContext) -> StageResult:
         metrics["best_rules"] = rules
         curves.episodes.write_parquet(context.output / "curves.parquet")
     episodes.write_parquet(context.output / "episodes.parquet")
+    transcripts(shown).write_parquet(context.output / "transcripts.parquet")
+    openings(shown[chosen], test).write_parquet(context.output / "openings.parquet")
+    would.write_parquet(context.output / "choices.parquet")
     _write_json(context.output / "metrics.json", metrics)
     _write_json(
         context.output / "context.json",
@@ -129,18 +146,17 @@ def evaluation_report(context: StageContext) -> StageResult:
     plot_accuracy_cost(metrics, plots / "accuracy_cost.png")
     if "curves" in metrics:
         plot_curves(metrics, plots / "curves.png")
-    plot_kl_by_turn(read_sensitivity(context.inputs["sensitivity_dataset"]), plots / "kl_by_turn.png")
-    plot_training_curves(
-        pl.read_parquet(kl / "training.parquet"),
-        pl.read_parquet(grpo / "training.parquet"),
-        plots / "training_curves.png",
-    )
+    labels = read_sensitivity(context.inputs["sensitivity_dataset"])
+    kl_log, grpo_log = pl.read_parquet(kl / "training.parquet"), pl.read_parquet(grpo / "training.parquet")
     calibration = pl.read_parquet(kl / "validation.parquet")
+    plot_kl_by_turn(labels, plots / "kl_by_turn.png")
+    plot_training_curves(kl_log, grpo_log, plots / "training_curves.png")
     plot_calibration(
         calibration["probability"].to_numpy(),
         calibration["sensitive"].cast(pl.Float64).to_numpy(),
         plots / "calibration.png",
     )
+    _write_json(context.output / "figures.json", figures(labels, kl_log, grpo_log, calibration))
     summary: dict[str, JsonValue] = {"headline": chosen, "verdict": " ".join(headline(metrics))}
     for name, policy in metrics["policies"].items():
         score = f", score {policy['score']:.3f}" if "score" in policy else ""

@@ -219,7 +219,32 @@ def test_what_is_played_and_in_which_order_it_is_reported(finished: Bench) -> No
         "disagreement",
         "speculative:float<int2",
     ]
-    assert set(hash_files(finished.output)) == {"episodes.parquet", "metrics.json", "context.json", "table.md"}
+    tables = {"episodes.parquet", "transcripts.parquet", "openings.parquet", "choices.parquet", "table.md"}
+    assert set(hash_files(finished.output)) == {*tables, "metrics.json", "context.json", "figures.json"}
+
+
+def test_what_is_shown_step_by_step_is_what_was_played(finished: Bench) -> None:
+    """As the episodes count it, and as the expert of what would have been done tells it: greedy acting does what it would do."""
+    episodes = pl.read_parquet(finished.output / "episodes.parquet").filter(draw=0)
+    steps = pl.read_parquet(finished.output / "transcripts.parquet")
+    names = {"always_high", "always_low", "kl_router", "grpo_router", "disagreement"}
+    assert set(steps["policy"]) == names
+    counted = steps.group_by("policy", "task_id").agg(
+        pl.len().cast(pl.Int64).alias("steps"), pl.col("precision").eq("float").sum().cast(pl.Int64).alias("high_steps")
+    )
+    told = episodes.filter(pl.col("policy").is_in(names)).select(counted.columns)
+    assert counted.sort("policy", "task_id").equals(told.sort("policy", "task_id"))
+    choices = pl.read_parquet(finished.output / "choices.parquet")
+    (router,) = set(choices["policy"])
+    mine = steps.filter(policy=router)
+    assert choices.height == 2 * mine.height
+    acted = mine.join(choices, on=["policy", "task_id", "turn", "precision"], suffix="_would")
+    assert acted.height == mine.height
+    assert acted["command"].equals(acted["command_would"], check_names=False)
+    assert choices.filter(precision="float")["kl_high_low"].is_null().all()
+    assert (choices.filter(precision="int2")["kl_high_low"] > 0).any()
+    openings = pl.read_parquet(finished.output / "openings.parquet")
+    assert openings["task_id"].to_list() == episodes.filter(policy="always_high")["task_id"].to_list()
 
 
 def test_what_random_agents_write_is_counted_as_what_it_is(finished: Bench) -> None:
