@@ -50,7 +50,8 @@ def viewer(metrics: Metrics, folder: Path, most_bytes: int = MOST_BYTES) -> Show
     )
     outcomes = episodes.group_by("task_id").agg(pl.col("success").n_unique())
     differing = set(outcomes.filter(pl.col("success") > 1)["task_id"])
-    chosen, used = [], 0
+    chosen: list[dict[str, Any]] = []
+    used = 0
     for game in sorted(games, key=lambda game: game["id"] not in differing):
         used += len(zlib.compress(_json(game)))
         if used > most_bytes and chosen:
