@@ -554,6 +554,11 @@ def warn_of_parse_failures(played: Sequence[Trajectory], who: str) -> None:
         )
 
 
+def unheard(slot: int, action: Sequence[int]) -> bool:
+    """Nobody is told of what is written, and it is written to the end."""
+    return False
+
+
 class Batch:
     """Transcripts that are acted on together. Whoever carries the actions out appends what they showed."""
 
@@ -578,6 +583,9 @@ class Batch:
         self.scores = action == "score"
         self.temperature, self.seed, self.clock = temperature, seed, clock
         self.slots: dict[int, OpenTranscript] = {}
+        self.on_token: Callable[[int, Sequence[int]], bool] = unheard
+        """Slot and what is written of its action, after each token that does not complete it, where one precision writes alone;
+        drafts for a decision too. Returns whether nobody waits for more: then it ends there."""
         self._guesses = NgramGuesses()
         self._after: dict[int, Tensor] = {}
         """Where the cheapest precision has read the transcript in this step: logits [vocabulary] after it."""
@@ -870,6 +878,7 @@ class Batch:
             guess=self._guess_after(transcripts),
             is_complete=self.prompter.is_complete,
             known=self._logits_after(precision, slots),
+            stop=lambda i, so_far, _: self.on_token(slots[i], so_far),
         )
         actions = []
         for transcript, action in zip(transcripts, written, strict=True):

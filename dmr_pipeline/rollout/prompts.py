@@ -202,9 +202,20 @@ class Prompter:
             text = self._after_thought(action) if thought else _decoded(self.tokenizer, action)
             if self.action_end.token is None:
                 text = text.partition(self.action_end.text)[0]
-            marks = map(re.escape, self.tokenizer.convert_ids_to_tokens(sorted(self._marks)))
+            marks = map(re.escape, self._mark_texts)
             text = next(filter(str.strip, re.split("|".join(marks), text)), "")
         return re.split(r"[\r\n]", text.strip(), maxsplit=1)[0].strip()
+
+    def command_so_far(self, action: list[int]) -> str:
+        """What the command surely begins with, of an action that is being written: nothing while its thought goes on, nor of what
+        may be the beginning of its end, or a part of a character."""
+        if self.thought_end is not None and not self._has_thought(action, self.thought_end):
+            return ""
+        text = self.command(action).rstrip("\N{REPLACEMENT CHARACTER}")
+        if self.action_end.token is not None and (self.thought_end is None or self.thought_end.token is not None):
+            return text
+        end = self.action_end.text  # behind nothing but blanks its own have gone with them
+        return without_beginning_of(text, [end, end.lstrip(), *self._mark_texts]).rstrip()
 
     def parse_failure(self, action: list[int]) -> ParseFailure | None:
         """How generated tokens, which `is_complete` let end, fail to be an action as the prompt wants it."""
@@ -230,6 +241,10 @@ class Prompter:
     def _marks(self) -> frozenset[int]:
         """Special tokens, without the one that stands for unknown words."""
         return (frozenset(self.tokenizer.all_special_ids) - {self.tokenizer.unk_token_id}) | self.eos
+
+    @cached_property
+    def _mark_texts(self) -> list[str]:
+        return list(self.tokenizer.convert_ids_to_tokens(sorted(self._marks)))
 
     def _ended(self, text: str, end: End) -> list[int]:
         return self._encode(text + end.text) if end.token is None else [*self._encode(text), end.token]
@@ -291,6 +306,12 @@ class Prompter:
                     f"{left} ends in {first[-12:]!r} and {right} begins with {second[:12]!r}, which this tokenizer joins, so that"
                     f" the tokens of appended segments are not those of the text: {remedy}"
                 )
+
+
+def without_beginning_of(text: str, others: Sequence[str]) -> str:
+    """The text without the longest piece at its end that one of these others begins with, and is more than."""
+    pieces = (n for other in others for n in range(1, len(other)) if text.endswith(other[:n]))
+    return text[: len(text) - max(pieces, default=0)]
 
 
 def _end(tokenizer: PreTrainedTokenizerBase, field: str, text: str) -> End:

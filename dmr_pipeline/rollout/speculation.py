@@ -101,8 +101,8 @@ def write_checked(
             is_complete=is_complete,
             begun=begun,
             known=known if first else None,
-            stop=lambda n, index, fact: (
-                index + 1 - len(begun[n]) == settings.draft_tokens or fact[0] < settings.stop_margin
+            stop=lambda n, so_far, fact: (
+                len(so_far) - len(begun[n]) == settings.draft_tokens or fact[0] < settings.stop_margin
             ),
         )
         read = {}

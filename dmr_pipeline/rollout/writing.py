@@ -88,7 +88,7 @@ def write(
     is_complete: Callable[[list[int]], bool],
     begun: Sequence[Sequence[int]] | None = None,
     known: Mapping[int, Tensor] | None = None,
-    stop: Callable[[int, int, T], bool] = lambda *_: False,
+    stop: Callable[[int, Sequence[int], T], bool] = lambda *_: False,
 ) -> list[Written[T]]:
     """Append a chunk to each of these slots, and write on until what is written is complete. The streams end before the last
     token.
@@ -100,7 +100,8 @@ def write(
         is_complete: asked of what is written, after each token.
         begun: what is written already, the last tokens of the chunks included.
         known: place among `slots` -> logits [vocabulary] after its stream; its chunk is then empty.
-        stop: (place among `slots`, index in what is written, fact) -> whether nothing is written after this token.
+        stop: (place among `slots`, what is written, fact of its last token) -> whether nothing is written after it; asked after
+            each token that does not complete it.
     """
     written: list[Written[T]] = [Written(list(tokens)) for tokens in (begun or [[]] * len(slots))]
     unread = [list(chunk) for chunk in chunks]
@@ -115,7 +116,7 @@ def write(
         for count, (token, fact) in enumerate(zip(tokens, facts, strict=True)):
             written[i].tokens.append(token)
             written[i].facts.append(fact)
-            if is_complete(written[i].tokens) or stop(i, len(written[i].tokens) - 1, fact):
+            if is_complete(written[i].tokens) or stop(i, written[i].tokens, fact):
                 return True
             if count == len(guessed) or token != guessed[count]:
                 break

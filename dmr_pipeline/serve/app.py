@@ -24,7 +24,7 @@ from starlette.types import Receive, Scope, Send
 from dmr_pipeline.errors import UserError, problems_of
 from dmr_pipeline.serve.proxy import Proxy
 from dmr_pipeline.serve.requests import ChatRequest, Options, Outcome, Which, options_of, which_of
-from dmr_pipeline.serve.service import Answer, NotFound, Service
+from dmr_pipeline.serve.service import Answer, NotFound, Service, Streamed
 from dmr_pipeline.serve.sessions import Action, Choice
 from dmr_pipeline.serve.settings import LOOPBACK, ServeSettings
 from dmr_pipeline.serve.text_router import TextRouter
@@ -121,21 +121,63 @@ class _Http:
         if self.upstreams is not None:
             return await self._pass_on(request, asked, json.loads(body), which, options)
         try:
-            answer = await self.service.chat(asked, which, options)
+            if asked.stream:
+                streamed = await self.service.stream(asked, which, options)
+            else:
+                answer = await self.service.chat(asked, which, options)
         except Exception:
             self.service.metrics.count("dmr_requests_total", precision="none", reason="none", outcome="error")
             raise
-        spent = time.perf_counter() - started
-        action, metrics = answer.action, self.service.metrics
-        metrics.count("dmr_requests_total", precision=action.precision, reason=action.reason, outcome="ok")
-        metrics.observe("dmr_first_token_seconds", spent)
-        metrics.observe("dmr_token_seconds", spent / max(1, action.completion_tokens))
-        headers = headers_of(action) | {"x-session-id": answer.session_id, "x-dmr-session-source": answer.source}
-        shown = _Shown(self.settings.recipe, answer)
+        found = streamed if asked.stream else answer
+        self._measure(found.action, started)
+        headers = headers_of(found.action) | {"x-session-id": found.session_id, "x-dmr-session-source": found.source}
         if not asked.stream:
-            return JSONResponse(shown.whole(), headers=headers)
+            self._measure_tokens(answer.action, started)
+            return JSONResponse(_Shown(self.settings.recipe, answer.action.precision).whole(answer), headers=headers)
+        stack = AsyncExitStack()
+        stack.callback(streamed.leave)
         with_usage = asked.stream_options is not None and asked.stream_options.include_usage
-        return StreamingResponse(shown.events(with_usage), media_type="text/event-stream", headers=headers)
+        return _Closing(
+            stack, self._events(streamed, with_usage, started), media_type="text/event-stream", headers=headers
+        )
+
+    async def _events(self, streamed: Streamed, with_usage: bool, started: float) -> AsyncIterator[str]:
+        """Server-sent events. Where it cannot go on an error is the last one."""
+        shown = _Shown(self.settings.recipe, streamed.action.precision)
+        common = {**shown.common, "object": "chat.completion.chunk"} | ({"usage": None} if with_usage else {})
+
+        def chunk(delta: dict[str, str], finish: str | None = None) -> str:
+            return _event({**common, "choices": [{"index": 0, "delta": delta, "finish_reason": finish}]})
+
+        yield chunk({"role": "assistant", "content": ""})
+        if streamed.action.thought:
+            yield chunk({"reasoning_content": streamed.action.thought})
+        try:
+            async for piece in streamed.pieces():
+                yield chunk({"content": piece})
+            answer = streamed.turn.result()
+        except Exception as error:  # noqa: BLE001 - the answer has begun: this is the only way left to tell of it
+            kind = "timeout" if isinstance(error, TimeoutError) else "internal_error"
+            log.warning("a streamed answer broke off: %s", type(error).__name__)
+            said = "the answer broke off; ask again, and the turn is answered anew"
+            yield _event({"error": {"message": said, "type": kind, "param": None, "code": kind}})
+            return
+        self._measure_tokens(answer.action, started)
+        yield chunk({}, shown.finish(answer))
+        if with_usage:
+            yield _event({**common, "choices": [], "usage": shown.usage(answer.action)})
+        yield "data: [DONE]\n\n"
+
+    def _measure(self, action: Action, started: float) -> None:
+        """An answer that has begun."""
+        metrics = self.service.metrics
+        metrics.count("dmr_requests_total", precision=action.precision, reason=action.reason, outcome="ok")
+        metrics.observe("dmr_first_token_seconds", time.perf_counter() - started)
+
+    def _measure_tokens(self, action: Action, started: float) -> None:
+        """One that has ended."""
+        spent = time.perf_counter() - started
+        self.service.metrics.observe("dmr_token_seconds", spent / max(1, action.completion_tokens))
 
     async def _pass_on(
         self, request: Request, asked: ChatRequest, body: dict[str, Any], which: Which | None, options: Options
@@ -159,8 +201,7 @@ class _Http:
                 call.cancel()
                 await asyncio.wait({call})
         action = proxied.action
-        metrics.observe("dmr_first_token_seconds", time.perf_counter() - started)
-        metrics.count("dmr_requests_total", precision=action.precision, reason=action.reason, outcome="ok")
+        self._measure(action, started)
         headers = headers_of(action) | {"x-session-id": proxied.session_id, "x-dmr-session-source": proxied.source}
         if proxied.degraded:
             headers["x-dmr-degraded"] = "true"
@@ -257,17 +298,17 @@ def headers_of(action: Action) -> dict[str, str]:
 class _Shown:
     """An answer in OpenAI's words."""
 
-    def __init__(self, recipe: str, answer: Answer) -> None:
-        self.answer, self.action = answer, answer.action
+    def __init__(self, recipe: str, precision: str) -> None:
         self.common = {
             "id": f"chatcmpl-{uuid4().hex}",
             "created": int(time.time()),
-            "model": f"dmr/{recipe}:{answer.action.precision}",
+            "model": f"dmr/{recipe}:{precision}",
         }
-        self.finish = "stop" if answer.stopped else "length"
 
-    def usage(self) -> dict[str, Any]:
-        action = self.action
+    def finish(self, answer: Answer) -> str:
+        return "stop" if answer.stopped else "length"
+
+    def usage(self, action: Action) -> dict[str, Any]:
         return {
             "prompt_tokens": action.prompt_tokens,
             "completion_tokens": action.completion_tokens,
@@ -275,27 +316,11 @@ class _Shown:
             "prompt_tokens_details": {"cached_tokens": action.cached_tokens},
         }
 
-    def whole(self) -> dict[str, Any]:
-        message = {"role": "assistant", "content": self.answer.text, **self._thought()}
-        choice = {"index": 0, "message": message, "finish_reason": self.finish, "logprobs": None}
-        return {**self.common, "object": "chat.completion", "choices": [choice], "usage": self.usage()}
-
-    async def events(self, with_usage: bool) -> AsyncIterator[str]:
-        """An action is known once it is written: its text comes in one piece."""
-        empty = {"usage": None} if with_usage else {}
-        common = {**self.common, "object": "chat.completion.chunk", **empty}
-        for delta, finish in (
-            ({"role": "assistant", "content": ""}, None),
-            ({"content": self.answer.text, **self._thought()}, None),
-            ({}, self.finish),
-        ):
-            yield _event({**common, "choices": [{"index": 0, "delta": delta, "finish_reason": finish}]})
-        if with_usage:
-            yield _event({**common, "choices": [], "usage": self.usage()})
-        yield "data: [DONE]\n\n"
-
-    def _thought(self) -> dict[str, str]:
-        return {"reasoning_content": self.action.thought} if self.action.thought else {}
+    def whole(self, answer: Answer) -> dict[str, Any]:
+        thought = answer.action.thought
+        message = {"role": "assistant", "content": answer.text} | ({"reasoning_content": thought} if thought else {})
+        choice = {"index": 0, "message": message, "finish_reason": self.finish(answer), "logprobs": None}
+        return {**self.common, "object": "chat.completion", "choices": [choice], "usage": self.usage(answer.action)}
 
 
 def _told(choice: Choice) -> dict[str, Any]:

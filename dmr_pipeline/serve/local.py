@@ -4,7 +4,7 @@ Keys and values stay where they are between the turns of a session, so that a tu
 for them than sessions: one that comes back after others took its place is read again, and goes on as it would have.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 
@@ -20,6 +20,7 @@ from dmr_pipeline.rollout.engine import (
     Timings,
     Trajectory,
     static_policy,
+    unheard,
 )
 from dmr_pipeline.rollout.playing import Rollouts
 from dmr_pipeline.rollout.prompts import Moment, Prompter
@@ -51,6 +52,9 @@ class Ask:
     """None: as the recipe says."""
     max_tokens: int | None = None
     """Of the action, at most as many as the recipe's prompt allows."""
+    hear: Callable[[Session, Choice, Sequence[int]], bool] | None = None
+    """Told of what is written of the action, after each token that does not complete it; not where a draft is checked, or
+    commands are scored. Returns whether nobody waits for it: then the step is not taken."""
 
 
 class LocalAgents:
@@ -200,18 +204,37 @@ class LocalAgents:
                 continue
             placed[slot] = ask
             self._last_used[slot] = next(self._clock)
-        slots = sorted(placed)
+        slots, left = sorted(placed), set[int]()
+
+        def hear(slot: int, tokens: Sequence[int]) -> bool:
+            ask, choice = placed[slot], self.deciding.choices.get(slot)
+            if ask.hear is None or choice is None:  # not decided yet: a draft that the router looks at
+                return False
+            if ask.hear(ask.session, choice, tokens):
+                left.add(slot)
+            return slot in left
+
+        for slot in slots:
+            self.deciding.choices.pop(slot, None)
+        self.batch.on_token = hear
         try:
             steps = self.batch.step(slots) if slots else []
         except BaseException:
             for slot in slots:  # their transcripts are in the midst of a step: they are built anew from what was played
                 self._leave(slot)
             raise
+        finally:
+            self.batch.on_token = unheard
         actions = {
-            id(placed[slot].session): self._note(slot, placed[slot], taken)
+            id(placed[slot].session): self._left(slot) if slot in left else self._note(slot, placed[slot], taken)
             for slot, taken in zip(slots, steps, strict=True)
         }
         return [found[i] if i in found else actions[id(ask.session)] for i, ask in enumerate(asks)]
+
+    def _left(self, slot: int) -> UserError:
+        """The step is not taken: what was played before it is read again when the session comes back."""
+        self._leave(slot)
+        return UserError("nobody waits for this action any more")
 
     def _note(self, slot: int, ask: Ask, taken: Taken) -> Action:
         """The step, in the session and as it is told."""

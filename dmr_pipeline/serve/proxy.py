@@ -11,7 +11,7 @@ from dmr_pipeline.serve.conversation import command_of, read_conversation
 from dmr_pipeline.serve.local import Ask
 from dmr_pipeline.serve.requests import ChatRequest, Options, Which
 from dmr_pipeline.serve.service import Service
-from dmr_pipeline.serve.sessions import Action, Choice
+from dmr_pipeline.serve.sessions import Action, Choice, begun
 from dmr_pipeline.serve.table import is_repeated
 from dmr_pipeline.serve.text_router import TextRouter
 from dmr_pipeline.serve.upstreams import Failed, Opened, Upstreams
@@ -80,7 +80,7 @@ class Proxy:
             )
         route = self._router.route
         degraded = route.index(opened.precision) > route.index(decided)
-        action = _begun(choice, ask)
+        action = begun(ask.session, choice)
         answer = _Answer(self, ask, choice, action, degraded)
         if opened.whole is not None:
             whole = answer.whole(opened.whole)
@@ -149,30 +149,6 @@ class _Answer:
             completion_tokens=int(usage.get("completion_tokens") or 0),
         )
         self._proxy.done(self._ask, self._choice, action)
-
-
-def _begun(choice: Choice, ask: Ask) -> Action:
-    decision, session = choice.decision, ask.session
-    asked = choice.reason in ("router", "exploration", "budget") and not session.decider.fixed
-    before = session.trajectory.steps
-    return Action(
-        command="",
-        thought="",
-        precision=decision.precision,
-        probability=decision.exceedance[0] if asked and decision.exceedance else None,
-        threshold=choice.threshold if asked else None,
-        reason=choice.reason,
-        release=choice.release,
-        propensity=choice.propensity,
-        turn=session.turn + 1,
-        switched=bool(before) and before[-1].precision != decision.precision,
-        prompt_tokens=0,
-        cached_tokens=0,
-        completion_tokens=0,
-        cost=0.0,
-        cost_at_dearest=0.0,
-        finished=True,
-    )
 
 
 def _passed_on(body: dict[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import contextlib
 import hashlib
 import logging
 from collections import OrderedDict
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,7 @@ from dmr_pipeline.serve.metrics import Metrics
 from dmr_pipeline.serve.requests import ChatRequest, Options, Outcome, Which, budget_of
 from dmr_pipeline.serve.sessions import Action, Choice, Decider, Goal, Session
 from dmr_pipeline.serve.settings import ServeSettings
+from dmr_pipeline.serve.streaming import Pieces, Stream, cut
 from dmr_pipeline.serve.table import Held, Table, goes_on, is_repeated
 from dmr_pipeline.serve.text_router import TextRouter
 
@@ -47,6 +49,40 @@ class Answer:
     """Of the session's name: given, or derived from what the conversation begins with."""
     stopped: bool
     """It ended by itself, or at one of the texts that the client has named."""
+
+
+@dataclass
+class Streamed:
+    """An answer that is shown while it is written."""
+
+    action: Action
+    """As far as it is known once its first piece is there."""
+    session_id: str
+    source: str
+    """As of `Answer`."""
+    stream: Stream
+    turn: asyncio.Task[Answer]
+    first: str
+    further: AsyncIterator[str]
+    until: float
+    """When the event loop's clock says this it has taken too long."""
+
+    async def pieces(self) -> AsyncIterator[str]:
+        """Of its text; `turn` is done after them.
+
+        Raises:
+            TimeoutError: it takes too long.
+        """
+        piece = self.first
+        while piece:
+            yield piece
+            piece = await asyncio.wait_for(anext(self.further, ""), self.until - asyncio.get_running_loop().time())
+        if rest := self.turn.result().text[len(self.stream.pieces.shown) :]:
+            yield rest
+
+    def leave(self) -> None:
+        """Nobody waits for it any more."""
+        self.stream.leave()
 
 
 class Service:
@@ -95,16 +131,55 @@ class Service:
             UserError: why there is none.
             TimeoutError: it takes too long.
         """
+        turn, _, _ = await self._started(request, which, options, None)
+        async with asyncio.timeout(self.settings.request_seconds):
+            return await asyncio.shield(turn)
+
+    async def stream(self, request: ChatRequest, which: Which | None, options: Options) -> "Streamed":
+        """As `chat`, once there is something to show of the answer. If its client leaves while it is written the step is not
+        taken.
+
+        Raises:
+            UserError: why there is none.
+            TimeoutError: it takes too long.
+        """
+        assert isinstance(self.backend, InProcess)
+        stream = Stream(Pieces(self.backend.rollouts.prompter, request.stops))
+        until = asyncio.get_running_loop().time() + self.settings.request_seconds
+        turn, name, source = await self._started(request, which, options, stream)
+        turn.add_done_callback(lambda _: stream.end())
+        heard = stream.heard()
+        try:
+            async with asyncio.timeout_at(until):
+                first = await anext(heard, "")
+        except BaseException:
+            stream.leave()
+            raise
+        action = turn.result().action if stream.begun is None else stream.begun
+        return Streamed(action, name, source, stream, turn, first, heard, until)
+
+    async def _started(
+        self, request: ChatRequest, which: Which | None, options: Options, stream: Stream | None
+    ) -> tuple[asyncio.Task[Answer], str, str]:
+        """A turn; the session's name, and where that comes from."""
         refuse_other_wishes(bool(request.tools), request.n or 1)
         told = read_conversation(request.messages, options.task)
         decider = await self.decider(which)
         name, source = self.name_of(request, options, told)
-        turn = asyncio.create_task(self._turn(request, told, decider, options, name))
+
+        async def answer() -> Answer:
+            text, action = await self._turn(request, told, decider, options, name, stream)
+            return Answer(text, action, name, source, action.finished or text != action.command)
+
+        turn = asyncio.create_task(answer())
         self._running.add(turn)
-        turn.add_done_callback(self._running.discard)
-        async with asyncio.timeout(self.settings.request_seconds):
-            text, action = await asyncio.shield(turn)
-        return Answer(text, action, name, source, action.finished or text != action.command)
+        turn.add_done_callback(self._ended_turn)
+        return turn, name, source
+
+    def _ended_turn(self, turn: asyncio.Task[Answer]) -> None:
+        self._running.discard(turn)
+        if not turn.cancelled():
+            turn.exception()  # if its client has left nobody else asks
 
     def name_of(self, request: ChatRequest, options: Options, told: Conversation) -> tuple[str, str]:
         """The session's, and whether it is given or derived. Two episodes that begin alike at the same time have the same
@@ -184,7 +259,13 @@ class Service:
         return {"dmr_sessions": ("Sessions that are kept.", len(self.table))}
 
     async def _turn(
-        self, request: ChatRequest, told: Conversation, decider: Decider, options: Options, name: str
+        self,
+        request: ChatRequest,
+        told: Conversation,
+        decider: Decider,
+        options: Options,
+        name: str,
+        stream: Stream | None,
     ) -> tuple[str, Action]:
         held, most = self.table.hold(name), request.max_completion_tokens or request.max_tokens
         async with held.lock:
@@ -193,11 +274,15 @@ class Service:
             if session is not None and session.actions and session.asked == asked and is_repeated(session, told):
                 return session.answers[-1], session.actions[-1]
             session = await self.going_on(held, name, told, decider, options)
-            ask = Ask(session, told.observation, options.admissible_commands, request.temperature, most)
+            hear = None if stream is None else stream.hear
+            ask = Ask(session, told.observation, options.admissible_commands, request.temperature, most, hear)
             assert isinstance(self.backend, InProcess)
             action = await self.backend.act(ask)
             session.asked = asked
-            session.answers[-1] = _cut(action.command, request.stops)
+            pieces = None if stream is None else stream.pieces
+            session.answers[-1] = (
+                cut(action.command, request.stops) if pieces is None else pieces.answer(action.command)
+            )
             self.count(action)
             return session.answers[-1], action
 
@@ -249,8 +334,3 @@ def _rename(session: Session, outcome: Outcome) -> None:
     task, run = session.task, session.trajectory.run
     goal = Goal(outcome.task_id or task.task_id, outcome.task_type or task.task_type, task.instruction)
     session.trajectory.run = RolloutRequest(goal, run.member)
-
-
-def _cut(text: str, stops: list[str]) -> str:
-    """Up to the first of these texts that is in it."""
-    return min((text.partition(stop)[0] for stop in stops if stop), key=len, default=text)

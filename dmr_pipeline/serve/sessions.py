@@ -177,3 +177,28 @@ class Session:
         if ratio is not None and self.spend + spend > ratio * (self.turn + 1) + 1e-9:
             return False
         return cost is None or self.cost + worst_cost() <= cost
+
+
+def begun(session: Session, choice: Choice) -> Action:
+    """The session's next action, as far as it is known before anything is written."""
+    decision = choice.decision
+    asked = choice.reason in ("router", "exploration", "budget") and not session.decider.fixed
+    before = session.trajectory.steps
+    return Action(
+        command="",
+        thought="",
+        precision=decision.precision,
+        probability=decision.exceedance[0] if asked and decision.exceedance else None,
+        threshold=choice.threshold if asked else None,
+        reason=choice.reason,
+        release=choice.release,
+        propensity=choice.propensity,
+        turn=session.turn + 1,
+        switched=bool(before) and before[-1].precision != decision.precision,
+        prompt_tokens=0,
+        cached_tokens=0,
+        completion_tokens=0,
+        cost=0.0,
+        cost_at_dearest=0.0,
+        finished=True,
+    )
