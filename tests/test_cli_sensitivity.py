@@ -61,6 +61,7 @@ def test_json_and_nothing_else(asked: list[object]) -> None:
     told = json.loads(dmr_sensitivity("--json").stdout)
     assert (told["behaviour"], told["continuations"]) == ("kl_router", ["low", "high", "kl_router"])
     assert Path(told["steps"]).is_file()
+    assert told["one_swap"] is None
     assert told["parts"][0]["predictions"][0]["auroc"] == {"value": 1, "low": 1, "high": 1}
     assert told["parts"][1]["refusal"].startswith("high precision is needed at 0 of 100")
 

@@ -44,6 +44,7 @@ def analyse(
     from dmr_pipeline.evaluation.consequence import ROUTERS, label_games
     from dmr_pipeline.rollout.playing import Rollouts
     from dmr_pipeline.router.consequence_analysis import analyse as analysed
+    from dmr_pipeline.router.consequence_analysis import one_swap
 
     on = _players(continuations)
     loaded = load_recipe(recipe)
@@ -69,7 +70,7 @@ def analyse(
         progress.update(branches, total=1, completed=1)
     path = folder / "steps.parquet"
     table.write_parquet(path)
-    parts = analysed(table, loaded.evaluation.seed)
+    parts, swap = analysed(table, loaded.evaluation.seed), one_swap(table, loaded.evaluation.seed)
     told: dict[str, Any] = {
         "recipe": recipe,
         "split": split,
@@ -79,6 +80,7 @@ def analyse(
         "steps": str(path),
         "tokens": int(table["high_tokens"].sum()) + int(table["low_tokens"].sum()),
         **spent.model_dump(),
+        "one_swap": None if swap is None else swap.model_dump(mode="json"),
         "parts": [part.model_dump(mode="json") for part in parts],
     }
     if as_json:
@@ -86,6 +88,14 @@ def analyse(
         return
     for part in parts:
         _show(part)
+    if swap is not None:
+        console.print(
+            f"An oracle that swaps at most one step a game: the cheapest rung alone wins {_number(swap.won)} of {swap.games}"
+            f" games, with one step at the dearest {_number(swap.won_with_one)}, at a ratio of {swap.ratio:.3f}.\n",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
     _say(told, spent, path)
 
 

@@ -18,8 +18,8 @@ PLAYED_THRESHOLDS = 3
 SAME_BEFORE = {"trajectories": 0.13, "kl_router": 0.5, "grpo_router": 0.25, "evaluation_report": 0.5}
 """Share of the actions that are looked up, since another policy of the stage has met the same transcript: as the demo's recipes
 were measured."""
-DIFFERING = 0.15
-"""Of the steps, those at which two rungs act otherwise."""
+DIFFERING = 0.4
+"""Of the steps, those at which two rungs act otherwise, as the demo was measured."""
 TIMED_POLICIES, TIMED_GAMES = 6, 10
 """Played one at a time at the end of the evaluation."""
 STEP_BYTES = 1500

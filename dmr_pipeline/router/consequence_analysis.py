@@ -71,6 +71,41 @@ class Part(FrozenModel):
     predictions: Sequence[Prediction] = ()
 
 
+class OneSwap(FrozenModel):
+    """What an oracle by consequence wins that knows one step a game to swap: where the cheapest rung plays and goes on, of the
+    games that it loses those that it wins with one step at the dearest. With more swaps more may be won: it is where its curve
+    begins."""
+
+    games: int
+    won: Estimate
+    """Share of the games, without a swap."""
+    won_with_one: Estimate
+    ratio: float
+    """Steps that are swapped for that, as a share of all steps that were played."""
+
+
+def one_swap(table: pl.DataFrame, seed: int, resamples: int = RESAMPLES) -> OneSwap | None:
+    """Arguments as of `analyse`; None where the cheapest rung did not play and go on."""
+    low = table.filter(policy="low", continuation="low")
+    if low.is_empty():
+        return None
+    games = low.group_by("task_id", maintain_order=True).agg(
+        won=pl.col("success").first(), saved=pl.col("high_success").any(), steps=pl.col("turn").n_unique()
+    )
+    weights = np.random.default_rng(seed).multinomial(len(games), np.full(len(games), 1 / len(games)), resamples)
+    won, saved = games["won"].to_numpy(), games["saved"].to_numpy()
+
+    def share(of: NDArray[np.bool_]) -> Estimate:
+        return _estimate(lambda counts: counts @ of / counts.sum(1), weights.astype(np.float64))
+
+    return OneSwap(
+        games=len(games),
+        won=share(won),
+        won_with_one=share(won | saved),
+        ratio=float((saved & ~won).sum() / games["steps"].sum()),
+    )
+
+
 def analyse(table: pl.DataFrame, seed: int, resamples: int = RESAMPLES) -> list[Part]:
     """
     Args:

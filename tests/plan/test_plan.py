@@ -197,5 +197,5 @@ def test_swapped_steps_are_played_on() -> None:
     section = Consequences(games=2, share=0.5)
     sensitivity = RECIPE.sensitivity.model_copy(update={"consequences": section})
     found = works(RECIPE.model_copy(update={"sensitivity": sensitivity}), assumed())["sensitivity_dataset"]
-    # Three behaviours on two games of 3.5 steps; 15% differ, half of them are drawn; two branches, each half known.
-    assert found.steps - plain.steps == pytest.approx(3 * 2 * 3.5 * 0.15 * 0.5 * 3.5)
+    # Three behaviours on two games of 3.5 steps; 40% differ, half of them are drawn; two branches, each half known.
+    assert found.steps - plain.steps == pytest.approx(3 * 2 * 3.5 * 0.4 * 0.5 * 3.5)

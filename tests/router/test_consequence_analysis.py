@@ -12,6 +12,7 @@ from dmr_pipeline.router.consequence import label_of
 from dmr_pipeline.router.consequence_analysis import (
     LEAST_POSITIVES,
     analyse,
+    one_swap,
     weighted_auroc,
     weighted_average_precision,
     weighted_rank_correlation,
@@ -43,6 +44,24 @@ def test_resampled_numbers_are_those_of_the_repeated_rows(rows: list[tuple[int, 
         assert found == pytest.approx(spearmanr(repeated, effects).statistic)
     else:
         assert np.isnan(found)
+
+
+def test_one_swap_saves_the_games_that_it_decides() -> None:
+    """Of ten games of four steps two are won anyway, and three are lost but for one step, of which one has two such."""
+    decisive = {(2, 1), (3, 0), (4, 2), (4, 3), (0, 1)}
+    table = labelled_steps(np.zeros(40, bool), np.zeros(40), per_game=4).with_columns(
+        policy=pl.lit("low"),
+        success=pl.col("task_id").cast(int) < 2,
+        high_success=pl.Series([(i // 4, i % 4) in decisive for i in range(40)]),
+    )
+    found = one_swap(table, seed=0)
+    assert found is not None
+    assert (found.games, found.won.value, found.won_with_one.value) == (10, 0.2, 0.5)
+    assert found.ratio == pytest.approx(3 / 40)
+    assert 0.1 < found.won_with_one.low < 0.5 < found.won_with_one.high < 0.9
+    unplayed = table.with_columns(high_success=pl.lit(None, pl.Boolean))
+    assert one_swap(unplayed, seed=0).won_with_one.value == 0.2  # type: ignore[union-attr]
+    assert one_swap(table.with_columns(policy=pl.lit("high")), seed=0) is None
 
 
 def test_parts_and_refusals() -> None:
