@@ -9,8 +9,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import polars as pl
-
 from dmr_pipeline.evaluation.results import STATIC, Interval, Kind, Metrics
 
 Spec = dict[str, Any]
@@ -233,24 +231,13 @@ def asked_by_task_type(metrics: Metrics) -> Spec:
     return _rows_chart(rows, series, [s.name for s in series], told, title, "ratio")
 
 
-def asked_by_turn(metrics: Metrics, steps: pl.DataFrame) -> Spec:
+def asked_by_turn(metrics: Metrics, turns: Sequence[Spec]) -> Spec:
     """Share of the steps in high precision at each turn, and, behind it, of the games that still run.
 
     Args:
-        steps: rows of `transcripts.TRANSCRIPTS`.
+        turns: rows of `viewer.turns`.
     """
     series = [s for s in policy_series(metrics) if s.name in _routers(metrics)]
-    turns = (
-        steps.filter(pl.col("policy").is_in([s.name for s in series]))
-        .group_by(pl.col("policy").alias("series"), "turn", maintain_order=True)
-        .agg(
-            ratio=(pl.col("precision") == metrics["route"][0]).mean(),
-            probability=pl.col("exceedance").list.first().mean(),
-            steps=pl.len(),
-        )
-        .with_columns(running=pl.col("steps") / metrics["policies"][metrics["headline"]]["n"])
-        .sort("series", "turn")
-    )
     x = {"field": "turn", "type": "quantitative", "title": "turn", "axis": {"tickMinStep": 1}}
     x["scale"] = {"nice": False, "zero": False, "padding": 6}
     y = {
@@ -278,9 +265,7 @@ def asked_by_turn(metrics: Metrics, steps: pl.DataFrame) -> Spec:
         "encoding": {"x": x, "y": y, "color": _colour(series), "strokeDash": _dash(series)},
     }
     title = "Share of the steps in high precision at each turn, a line a router; bars: games that still run"
-    return _chart(
-        turns.to_dicts(), [behind, joined, _marks(x, y, series, told, 45)], [s.name for s in series], title, 280
-    )
+    return _chart(turns, [behind, joined, _marks(x, y, series, told, 45)], [s.name for s in series], title, 280)
 
 
 def training(figures: Mapping[str, Any]) -> dict[str, Spec]:

@@ -5,9 +5,8 @@ import re
 from collections.abc import Callable, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-import polars as pl
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from rich import box
@@ -27,8 +26,10 @@ from dmr_pipeline.evaluation.results import (
     PolicyCurve,
     PolicyMetrics,
 )
-from dmr_pipeline.evaluation.viewer import viewer
 from dmr_pipeline.rollout.failures import FAILURES
+
+if TYPE_CHECKING:
+    from dmr_pipeline.evaluation.viewer import Seen
 
 _KIND_STYLES = {
     "single": "",
@@ -230,9 +231,12 @@ def render_html(folder: Path, sidecar: Path | None, html: Path) -> None:
     manifest = _json(folder / "manifest.json") if (folder / "manifest.json").is_file() else {}
     policies = metrics["policies"]
     figures = _json(folder / "figures.json") if (folder / "figures.json").is_file() else None
-    there = (folder / "transcripts.parquet").is_file()
-    steps = pl.read_parquet(folder / "transcripts.parquet") if there else None
-    drawn = _charts(metrics, figures, steps)
+    seen = None
+    if (folder / "transcripts.parquet").is_file():
+        from dmr_pipeline.evaluation.viewer import seen_in  # polars
+
+        seen = seen_in(folder, metrics)
+    drawn = _charts(metrics, figures, seen)
 
     page = (
         _environment()
@@ -260,8 +264,7 @@ def render_html(folder: Path, sidecar: Path | None, html: Path) -> None:
             charts_json=script_json({"charts": drawn, "legends": _legends(metrics, drawn)}),
             figures=figures,
             training={} if figures is None else {title: _training_name(title) for title in charts.training(figures)},
-            shown=None if steps is None else viewer(metrics, folder),
-            asked=[] if steps is None else asked(metrics, steps, pl.read_parquet(folder / "choices.parquet")),
+            seen=seen,
             spend_title=charts.spend_title(metrics),
             scripts=_scripts(),
             ladder=context.get("ladder", []),
@@ -442,14 +445,14 @@ def _planned_short(metrics: Metrics) -> str:
     return f" Planned tests, points against (Holm; 80% power): {', '.join(tests)}." if tests else ""
 
 
-def _charts(metrics: Metrics, figures: Mapping[str, Any] | None, steps: pl.DataFrame | None) -> dict[str, charts.Spec]:
+def _charts(metrics: Metrics, figures: Mapping[str, Any] | None, seen: "Seen | None") -> dict[str, charts.Spec]:
     """By the names that the template places them under."""
     found = {f"plane-{by}": charts.plane(metrics, by) for by in ("cost", "spend")}
     found["task-types"] = charts.by_task_type(metrics)
     if "curves" in metrics:
         found |= {f"curves-{by}": charts.curves(metrics, by) for by in ("cost", "spend")}
-    if steps is not None:
-        found["asked-by-turn"] = charts.asked_by_turn(metrics, steps)
+    if seen is not None:
+        found["asked-by-turn"] = charts.asked_by_turn(metrics, seen.turns)
         found["asked-by-task-type"] = charts.asked_by_task_type(metrics)
     if figures is not None:
         found |= {_training_name(title): spec for title, spec in charts.training(figures).items()}
@@ -473,27 +476,6 @@ def _legends(metrics: Metrics, drawn: Mapping[str, charts.Spec]) -> dict[str, di
             listed = [its._asdict() for its in series if its.name in possible]
             found[name] = {"series": listed, "shown": shown, "charts": ruled}
     return found
-
-
-def asked(metrics: Metrics, steps: pl.DataFrame, choices: pl.DataFrame) -> list[str]:
-    """How often the dearest precision acted where the precisions would give different commands, and where they would not.
-
-    Args:
-        steps: rows of `transcripts.TRANSCRIPTS`.
-        choices: rows of `transcripts.CHOICES`, of the headline router.
-    """
-    place = ["task_id", "turn"]
-    differ = choices.group_by(place).agg(differ=pl.col("command").n_unique() > 1)
-    mine = steps.filter(policy=metrics["headline"]).join(differ, on=place)
-    dearest = pl.col("precision") == metrics["route"][0]
-    counts = {apart: rows.select(pl.len(), dearest.sum()).row(0) for (apart,), rows in mine.group_by("differ")}
-    (apart, there), (same, elsewhere) = counts.get(True, (0, 0)), counts.get(False, (0, 0))
-    sentence = (
-        f"At {apart:,} of {metrics['headline']}'s {apart + same:,} steps the precisions would give different commands"
-        f" ({apart / max(apart + same, 1):.1%}). {metrics['route'][0]} acted at {there / max(apart, 1):.1%} of these, and at"
-        f" {elsewhere / max(same, 1):.1%} of the others."
-    )
-    return [sentence]
 
 
 def script_json(content: object) -> Markup:

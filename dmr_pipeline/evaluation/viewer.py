@@ -20,8 +20,8 @@ MOST_BYTES = 2_000_000
 """Of the games, each compressed alone."""
 
 
-class Shown(NamedTuple):
-    """What the page holds of the games."""
+class Seen(NamedTuple):
+    """What the page shows of the steps."""
 
     packed: str
     """Gzip of the JSON, in base64."""
@@ -30,9 +30,12 @@ class Shown(NamedTuple):
     """Games that there are."""
     differing: int
     """Of those shown, games that not all of the policies won, and not all lost."""
+    turns: list[dict[str, Any]]
+    """Rows of `turns`."""
+    sentences: list[str]
 
 
-def viewer(metrics: Metrics, folder: Path, most_bytes: int = MOST_BYTES) -> Shown:
+def seen_in(folder: Path, metrics: Metrics, most_bytes: int = MOST_BYTES) -> Seen:
     """As many games as there is room for, those first that some policies won and others lost.
 
     Args:
@@ -41,6 +44,7 @@ def viewer(metrics: Metrics, folder: Path, most_bytes: int = MOST_BYTES) -> Show
     steps = pl.read_parquet(folder / "transcripts.parquet")
     names = [name for name in metrics["policies"] if name in set(steps["policy"])]
     episodes = pl.read_parquet(folder / "episodes.parquet").filter(pl.col("policy").is_in(names), draw=0)
+    choices = pl.read_parquet(folder / "choices.parquet")
     games = _games(
         steps,
         episodes,
@@ -66,7 +70,55 @@ def viewer(metrics: Metrics, folder: Path, most_bytes: int = MOST_BYTES) -> Show
         "games": chosen,
     }
     packed = base64.b64encode(gzip.compress(_json(page), mtime=0)).decode("ascii")
-    return Shown(packed, len(chosen), len(games), sum(game["id"] in differing for game in chosen))
+    return Seen(
+        packed,
+        len(chosen),
+        len(games),
+        sum(game["id"] in differing for game in chosen),
+        turns(metrics, steps).to_dicts(),
+        [asked(metrics, steps, choices)],
+    )
+
+
+def turns(metrics: Metrics, steps: pl.DataFrame) -> pl.DataFrame:
+    """For each router (`series`) and turn the share of the steps at which the dearest precision acted (`ratio`), its mean
+    `probability`, the `steps`, and as a share of the games those that are still `running`.
+
+    Args:
+        steps: rows of `transcripts.TRANSCRIPTS`.
+    """
+    routers = [name for name, policy in metrics["policies"].items() if policy["kind"] == "router"]
+    return (
+        steps.filter(pl.col("policy").is_in(routers))
+        .group_by(pl.col("policy").alias("series"), "turn", maintain_order=True)
+        .agg(
+            ratio=(pl.col("precision") == metrics["route"][0]).mean(),
+            probability=pl.col("exceedance").list.first().mean(),
+            steps=pl.len(),
+        )
+        .with_columns(running=pl.col("steps") / metrics["policies"][metrics["headline"]]["n"])
+        .sort("series", "turn")
+    )
+
+
+def asked(metrics: Metrics, steps: pl.DataFrame, choices: pl.DataFrame) -> str:
+    """How often the dearest precision acted where the precisions would give different commands, and where they would not.
+
+    Args:
+        steps: rows of `transcripts.TRANSCRIPTS`.
+        choices: rows of `transcripts.CHOICES`, of the headline router.
+    """
+    place = ["task_id", "turn"]
+    differ = choices.group_by(place).agg(differ=pl.col("command").n_unique() > 1)
+    mine = steps.filter(policy=metrics["headline"]).join(differ, on=place)
+    dearest = pl.col("precision") == metrics["route"][0]
+    counts = {apart: rows.select(pl.len(), dearest.sum()).row(0) for (apart,), rows in mine.group_by("differ")}
+    (apart, there), (same, elsewhere) = counts.get(True, (0, 0)), counts.get(False, (0, 0))
+    return (
+        f"At {apart:,} of {metrics['headline']}'s {apart + same:,} steps the precisions would give different commands"
+        f" ({apart / max(apart + same, 1):.1%}). {metrics['route'][0]} acted at {there / max(apart, 1):.1%} of these, and at"
+        f" {elsewhere / max(same, 1):.1%} of the others."
+    )
 
 
 def _games(

@@ -8,6 +8,7 @@ from dmr_pipeline.evaluation import charts
 from dmr_pipeline.evaluation.figures import calibration_bins, thinned
 from dmr_pipeline.evaluation.metrics import compute_metrics
 from dmr_pipeline.evaluation.results import Metrics
+from dmr_pipeline.evaluation.viewer import turns
 from tests.helpers.evaluations import ROUTE, THREE, with_checked, with_rule
 from tests.helpers.reports import figures_of_logs, metrics_of
 
@@ -31,7 +32,7 @@ def all_specs(metrics: Metrics, steps: pl.DataFrame) -> Iterator[charts.Spec]:
         yield charts.curves(metrics, by)
     yield charts.by_task_type(metrics)
     yield charts.asked_by_task_type(metrics)
-    yield charts.asked_by_turn(metrics, steps)
+    yield charts.asked_by_turn(metrics, turns(metrics, steps).to_dicts())
     figures = figures_of_logs()
     yield from charts.training(figures).values()
     yield charts.calibration(figures)
@@ -81,7 +82,7 @@ def test_task_types_and_curves_show_the_numbers_of_the_metrics(metrics: Metrics)
 
 
 def test_turns_are_counted_by_router(metrics: Metrics, steps: pl.DataFrame) -> None:
-    rows = charts.asked_by_turn(metrics, steps)["data"]["values"]
+    rows = charts.asked_by_turn(metrics, turns(metrics, steps).to_dicts())["data"]["values"]
     shown = [(row["turn"], row["ratio"], row["probability"], row["steps"], row["running"]) for row in rows]
     assert shown == [(0, 0.5, 0.5, 2, 0.02), (1, 1.0, pytest.approx(0.6), 2, 0.02)]
 

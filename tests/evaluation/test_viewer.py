@@ -7,9 +7,9 @@ from typing import Any
 import polars as pl
 import pytest
 
-from dmr_pipeline.evaluation.report import asked, render_html, script_json
+from dmr_pipeline.evaluation.report import render_html, script_json
 from dmr_pipeline.evaluation.results import Metrics
-from dmr_pipeline.evaluation.viewer import MOST_BYTES, viewer
+from dmr_pipeline.evaluation.viewer import MOST_BYTES, asked, seen_in
 from tests.helpers.reports import HOSTILE, write_report
 
 
@@ -28,7 +28,7 @@ def unpacked(packed: str) -> dict[str, Any]:
 
 
 def test_the_page_holds_every_step_as_it_was_played(folder: Path, metrics: Metrics) -> None:
-    shown = viewer(metrics, folder)
+    shown = seen_in(folder, metrics)
     page = unpacked(shown.packed)
     assert (shown.games, shown.of, shown.differing) == (100, 100, 40)
     assert [policy["name"] for policy in page["policies"]] == ["always_high", "always_low", "kl_router", "disagreement"]
@@ -51,7 +51,7 @@ def test_the_page_holds_every_step_as_it_was_played(folder: Path, metrics: Metri
 
 
 def test_outcomes_and_choices_are_those_of_the_tables(folder: Path, metrics: Metrics, episodes: pl.DataFrame) -> None:
-    page = unpacked(viewer(metrics, folder).packed)
+    page = unpacked(seen_in(folder, metrics).packed)
     told = {
         (policy, game["id"]): (its["won"], its["cost"], its["switches"], len(its["steps"]))
         for game in page["games"]
@@ -72,11 +72,11 @@ def test_outcomes_and_choices_are_those_of_the_tables(folder: Path, metrics: Met
 
 
 def test_where_room_is_short_games_with_different_outcomes_come_first(folder: Path, metrics: Metrics) -> None:
-    all_games = viewer(metrics, folder)
-    few = viewer(metrics, folder, most_bytes=30_000)
+    all_games = seen_in(folder, metrics)
+    few = seen_in(folder, metrics, most_bytes=30_000)
     assert 0 < few.games < 100
     assert few.differing == few.games
-    some = viewer(metrics, folder, most_bytes=60_000)
+    some = seen_in(folder, metrics, most_bytes=60_000)
     assert few.games < some.games < all_games.games
     assert len(base64.b64decode(some.packed)) < 60_000
 
@@ -105,7 +105,7 @@ def test_json_in_a_page_cannot_end_its_element() -> None:
 def test_how_often_high_precision_acted_where_the_precisions_differ(folder: Path, metrics: Metrics) -> None:
     """The router's ten turns: float acts from turn 5 on; the precisions differ at the odd ones."""
     steps = pl.read_parquet(folder / "transcripts.parquet")
-    (sentence,) = asked(metrics, steps, pl.read_parquet(folder / "choices.parquet"))
+    sentence = asked(metrics, steps, pl.read_parquet(folder / "choices.parquet"))
     assert sentence.startswith(
         "At 500 of kl_router's 1,000 steps the precisions would give different commands (50.0%)."
     )
