@@ -28,7 +28,8 @@ from dmr_pipeline.router.model import (
 )
 from dmr_pipeline.router.policies import routing_policy
 from tests.helpers.grpo_trainer import CHOICES, section, sequences
-from tests.helpers.kl_router import expert_episodes, flat
+from tests.helpers.kl_router import expert_episodes, flat, run_stage
+from tests.helpers.kl_router import section as kl_section
 from tests.helpers.rollouts import PROMPTER, ROUTE, RUNS, THREE, roll, taken
 from tests.helpers.routers import CPU, TOKENIZER
 
@@ -189,3 +190,12 @@ def test_what_cannot_be_is_refused() -> None:
     (problem,) = problems_across(dict(Recipe.model_validate(content)))
     assert re.search(r"grpo_router\.beta: .* an encoder is not", problem)
     assert "encoder" not in load_recipe("alfworld-tiny").kl_router.model.model_dump()
+
+
+def test_the_stage_trains_it(recipe: Recipe, inputs: dict[str, Path], tmp_path: Path) -> None:
+    changed = recipe.model_copy(update={"kl_router": kl_section(SMALL, epochs=1)})
+    output, summary = run_stage(changed, inputs, tmp_path)
+    router = load_router(output / "router", CPU)
+    assert router.settings.kind == "encoder"
+    assert router.parameters == summary["parameters"]
+    assert 0 <= float(str(summary["auroc"])) <= 1
