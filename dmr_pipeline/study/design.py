@@ -59,6 +59,11 @@ class Study(Section):
         1000,
         description="of seeds that no split uses; of benchmarks whose tasks are a list, the test split's, as many as it has",
     )
+    reworded: Seed | None = Field(
+        None,
+        description="of the order in which these games tell what they list: another one than in the games that all was trained"
+        " and tuned on; as they are by default",
+    )
     validation_games: Count | None = Field(None, description="that policies are tuned on; all by default")
 
     def problems(self) -> Iterator[tuple[str, str]]:

@@ -11,6 +11,7 @@ from rich.progress import Progress
 from dmr_pipeline.artifacts.folders import artifact_folder
 from dmr_pipeline.environments.base import Task
 from dmr_pipeline.environments.benchmark import benchmark_of
+from dmr_pipeline.environments.reworded import RewordedTask
 from dmr_pipeline.evaluation.curves import CURVES, RULE, SETTINGS, oracles, play_curves, tunables
 from dmr_pipeline.evaluation.kept import KeptTables
 from dmr_pipeline.evaluation.play import Arena, Entry, acting_facts, content, evaluate, static_beside_the_route
@@ -51,10 +52,15 @@ def play_study(
     checkpoints = artifact_folder("quantized_checkpoints", recipe.name, data_root)
     benchmark, ladder = benchmark_of(recipe.benchmark), read_ladder(checkpoints)
     validation = benchmark.read_tasks(tasks, "validation", study.validation_games)
-    fresh = list(benchmark.fresh_tasks(study.games)) or list(benchmark.read_tasks(tasks, "test"))[: study.games]
+    fresh: list[Task] = (
+        list(benchmark.fresh_tasks(study.games)) or list(benchmark.read_tasks(tasks, "test"))[: study.games]
+    )
     kept = KeptTables(folder, {"games": content(tasks)})
     on_validation = kept.under(split="validation", count=len(validation))
     on_fresh = kept.under(split="study", count=len(fresh))
+    if study.reworded is not None:
+        fresh = [RewordedTask(game, study.reworded) for game in fresh]
+        on_fresh = on_fresh.under(reworded=study.reworded)
     others = static_beside_the_route(checkpoints, recipe, fresh, on_fresh)
     facts = acting_facts(checkpoints, recipe, ladder.route)
     on_validation, on_fresh = on_validation.under(**facts), on_fresh.under(**facts)
