@@ -1,4 +1,4 @@
-"""The pictures of Dagster's UI in docs/how-to/dagster-ui.md: `make screenshots`, after `make demo`.
+"""The pictures of Dagster's UI in docs/how-to/dagster-ui.md, and of the report: `make screenshots`, after `make demo`.
 
 Starts the web server on the instance of DAGSTER_HOME, looks at it with Chromium, and writes `docs/screenshots/*.png`.
 """
@@ -122,6 +122,20 @@ def report(page: Page, url: str, recipe: str) -> None:
     take(page, "evaluation_picture")
 
 
+def episode(page: Page, recipe: str) -> None:
+    """The report's viewer: of the games that the router lost and always-high won, where the precisions first differ."""
+    page.goto((Path("data") / recipe / "report.html").resolve().as_uri())
+    page.locator("html[data-ready]").wait_for(state="attached")
+    page.locator("#episode-outcome").select_option("lost-high-won")
+    page.locator("#episode-order").select_option("divergence")
+    page.locator("#episode-steps .differs").first.click()
+    page.set_viewport_size({"width": 1200, "height": 1060})
+    page.evaluate("document.documentElement.style.scrollBehavior = 'auto'")
+    page.locator(".filters").evaluate("filters => filters.scrollIntoView()")
+    take(page, "report_episode")
+    page.set_viewport_size({"width": WIDTH, "height": HEIGHT})
+
+
 def metadata_row(page: Page, key: str) -> Locator:
     return page.get_by_role("row").filter(has=page.get_by_text(key, exact=True))
 
@@ -146,6 +160,7 @@ def main(recipe: str) -> None:
         report(page, url, recipe)
         checks(page, url)
         run(page, url, run_id)
+        episode(page, recipe)
 
 
 if __name__ == "__main__":
