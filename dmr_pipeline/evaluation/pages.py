@@ -24,7 +24,7 @@ from dmr_pipeline.artifacts.run_record import read_run_record
 from dmr_pipeline.atomic import replaced
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.evaluation.report import curves_table, markdown_table
-from dmr_pipeline.evaluation.results import STATIC, Metrics
+from dmr_pipeline.evaluation.results import STATIC, Metrics, checking_name
 from dmr_pipeline.frozen_model import FrozenModel
 
 RESULTS = Path("docs/results")
@@ -119,13 +119,13 @@ def curves(result: Result, page: Path) -> str:
 
 
 def brief(result: Result, page: Path) -> str:
-    """At most five policies and three columns: both ends of the route, the chosen router, random routing at its ratio, and the
-    best static policy that costs no more."""
+    """At most six policies and three columns: both ends of the route, the dear one checking what the cheap one drafts, the chosen
+    router, random routing at its ratio, and the best static policy that costs no more."""
     metrics, name = result.metrics, result.metrics["headline"]
     high = metrics["route"][0]
+    static = (metrics["high"], checking_name(high, metrics["route"][-1]), metrics["low"])
     rows = {
-        metrics["high"]: shown_name(metrics["high"], metrics),
-        metrics["low"]: shown_name(metrics["low"], metrics),
+        **{policy: shown_name(policy, metrics) for policy in static if policy in metrics["policies"]},
         f"random@{name}": "random, as often as the router",
         name: "**the router that validation games chose**",
     }

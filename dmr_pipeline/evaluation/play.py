@@ -15,6 +15,7 @@ from dmr_pipeline.artifacts.manifest import MANIFEST, Manifest
 from dmr_pipeline.environments.base import Task
 from dmr_pipeline.evaluation.kept import KeptTables
 from dmr_pipeline.evaluation.metrics import EPISODES
+from dmr_pipeline.evaluation.results import checking_name
 from dmr_pipeline.evaluation.transcripts import KEPT, SHOWN, kept_rows
 from dmr_pipeline.precision.frontier import clearly_beaten
 from dmr_pipeline.precision.ladder import read_ladder
@@ -169,11 +170,6 @@ def checking_alone(
         high_tokens=pl.col("high_tokens") * high,
         spend=steps * ((sizes[rung] - least) / (most - least) if routed else 0.0),
     ).cast(PLAYED)
-
-
-def checking_name(rung: str, drafter: str) -> str:
-    """Of the policy in which a rung checks what another one drafts."""
-    return f"speculative:{rung}<{drafter}"
 
 
 def static_beside_the_route(

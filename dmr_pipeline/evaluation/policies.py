@@ -13,7 +13,8 @@ from rich.progress import Progress
 from dmr_pipeline.environments.base import Task
 from dmr_pipeline.evaluation.kept import KeptTables
 from dmr_pipeline.evaluation.metrics import shares_of_steps
-from dmr_pipeline.evaluation.play import Arena, Entry, checking_name, evaluate
+from dmr_pipeline.evaluation.play import Arena, Entry, evaluate
+from dmr_pipeline.evaluation.results import checking_name
 from dmr_pipeline.recipe import Evaluation, GrpoRouter, Speculative
 from dmr_pipeline.rollout.cost import reward
 from dmr_pipeline.rollout.engine import RolloutRequest, RoutingPolicy, SinglePrecision, Timings, Trajectory

@@ -12,6 +12,11 @@ Interval = list[float]
 """[low, high]"""
 
 
+def checking_name(rung: str, drafter: str) -> str:
+    """Of the policy in which a rung checks what another one drafts."""
+    return f"speculative:{rung}<{drafter}"
+
+
 class TaskTypeMetrics(TypedDict):
     """One policy on the games of one task type."""
 

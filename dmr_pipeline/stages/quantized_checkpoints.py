@@ -21,7 +21,8 @@ from dmr_pipeline.environments.base import Task
 from dmr_pipeline.environments.benchmark import benchmark_of
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.evaluation.kept import KeptTables
-from dmr_pipeline.evaluation.play import Arena, Entry, checking_name, content, evaluate
+from dmr_pipeline.evaluation.play import Arena, Entry, content, evaluate
+from dmr_pipeline.evaluation.results import checking_name
 from dmr_pipeline.precision.acting import acting_model, sharing
 from dmr_pipeline.precision.frontier import (
     PLAYED,
