@@ -368,7 +368,9 @@ class Viewer {
       ...exceedance.map((probability, index) => {
         const of = route.length === 2 ? `probability of ${route[0]}` : `probability of ${route[index]}${index ? " or dearer" : ""}`;
         const bar = element("span", { class: "bar", "aria-hidden": true }, element("span", { style: `width: ${percent(probability)}` }));
-        return element("p", {}, `${of}: ${probability.toFixed(3)} `, bar);
+        const threshold = this.data.thresholds[this.who];
+        const over = threshold === undefined ? "" : ` (threshold ${threshold.toFixed(3)})`;
+        return element("p", {}, `${of}: ${probability.toFixed(3)} `, bar, over);
       }),
     );
   }

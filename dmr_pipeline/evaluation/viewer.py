@@ -8,7 +8,7 @@ import base64
 import gzip
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,6 +64,7 @@ def seen_in(folder: Path, metrics: Metrics, most_bytes: int = MOST_BYTES) -> See
     page = {
         "policies": [{"name": name, "kind": metrics["policies"][name]["kind"]} for name in names],
         "headline": metrics["headline"],
+        "thresholds": _thresholds(folder, names),
         "high": metrics["high"],
         "low": metrics["low"],
         "route": metrics["route"],
@@ -78,6 +79,14 @@ def seen_in(folder: Path, metrics: Metrics, most_bytes: int = MOST_BYTES) -> See
         turns(metrics, steps).to_dicts(),
         [asked(metrics, steps, choices)],
     )
+
+
+def _thresholds(folder: Path, names: Sequence[str]) -> dict[str, float]:
+    """What a router's probability is compared with, of those whose stages tell it."""
+    path = folder / "context.json"
+    context = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    facts = {name: context[name] for name in names if name in context}
+    return {name: its["threshold"] for name, its in facts.items() if isinstance(its.get("threshold"), float)}
 
 
 def turns(metrics: Metrics, steps: pl.DataFrame) -> pl.DataFrame:

@@ -175,7 +175,9 @@ def test_an_episode_is_walked_through_with_the_keyboard(page: "playwright.Page")
     rows = page.locator("#step-choices tr")
     playwright.expect(rows.first).to_have_text("float ◀ actsgo to shelf 50.900–")
     playwright.expect(rows.last).to_contain_text("take <b>5</b>0.800")
-    playwright.expect(page.locator("#step-probabilities")).to_contain_text("probability of float: 0.500")
+    playwright.expect(page.locator("#step-probabilities")).to_contain_text(
+        "probability of float: 0.500 (threshold 0.500)"
+    )
     playwright.expect(page.locator("#step-seen")).to_have_text(f"kl_router sees {HOSTILE} at 4")
     playwright.expect(page.locator("#step-shown")).to_have_text(f"kl_router sees {HOSTILE} at 5")
     page.keyboard.press("End")

@@ -10,6 +10,7 @@ import pytest
 from dmr_pipeline.evaluation.report import render_html, script_json
 from dmr_pipeline.evaluation.results import Metrics
 from dmr_pipeline.evaluation.viewer import MOST_BYTES, asked, seen_in
+from tests.helpers.evaluations import THREE
 from tests.helpers.reports import HOSTILE, write_report
 
 
@@ -65,7 +66,7 @@ def test_outcomes_and_choices_are_those_of_the_tables(folder: Path, metrics: Met
     choices = pl.read_parquet(folder / "choices.parquet")
     game = next(game for game in page["games"] if game["id"] == "game-0037")
     for turn, rungs in enumerate(game["would"]):
-        rows = choices.filter(task_id="game-0037", turn=turn)
+        rows = choices.filter(task_id="game-0037", turn=turn).sort("precision")
         assert [(game["texts"][command], *rest) for command, *rest in rungs] == [
             *rows.select("command", "margin", "kl_high_low").iter_rows()
         ]
@@ -110,3 +111,21 @@ def test_how_often_high_precision_acted_where_the_precisions_differ(folder: Path
         "At 500 of kl_router's 1,000 steps the precisions would give different commands (50.0%)."
     )
     assert sentence.endswith("float acted at 60.0% of these, and at 40.0% of the others.")
+
+
+def test_of_three_precisions_each_tells_what_it_would_do_in_the_order_of_the_route(
+    of_three: pl.DataFrame, tmp_path: Path
+) -> None:
+    folder = tmp_path / "evaluation_report"
+    metrics = write_report(folder, of_three, route=THREE)
+    page = unpacked(seen_in(folder, metrics).packed)
+    assert page["route"] == list(THREE)
+    assert page["thresholds"] == {"kl_router": 0.5}
+    game = page["games"][0]
+    shown = [[game["texts"][command] for command, *_ in rungs] for rungs in game["would"][:2]]
+    assert shown == [["go to shelf 0"] * 3, ["go to shelf 1", "take <b>1</b>", "take <b>1</b>"]]
+    assert [kl for _, _, kl in game["would"][0]].count(None) == 1
+    assert game["would"][0][0][2] is None
+    assert {rung for *_, rung, _ in game["episodes"]["kl_router"]["steps"]} == {0, 1}
+    render_html(folder, None, tmp_path / "report.html")
+    assert "Across spend: cheapest precision 0%, dearest 100%" in (tmp_path / "report.html").read_text(encoding="utf-8")

@@ -1,6 +1,7 @@
 """A made-up artifact of the stage `evaluation_report`, with all that its page shows."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import polars as pl
@@ -15,9 +16,9 @@ HOSTILE = "</script><script>document.title='broken'</script><img src=x onerror=\
 """What a game could say."""
 
 
-def metrics_of(episodes: pl.DataFrame) -> Metrics:
+def metrics_of(episodes: pl.DataFrame, route: Sequence[str] = ROUTE) -> Metrics:
     names = {"high": "always_high", "low": "always_low", "headline": "kl_router"}
-    return with_curves(compute_metrics(episodes, recipe="tiny", route=ROUTE, **names))
+    return with_curves(compute_metrics(episodes, recipe="tiny", route=route, **names))
 
 
 def kl_of(game: int, turn: int) -> float:
@@ -25,11 +26,11 @@ def kl_of(game: int, turn: int) -> float:
     return round(1 / (1 + abs(game - 37) + abs(turn - 4)), 4)
 
 
-def write_report(folder: Path, episodes: pl.DataFrame, hostile: str = HOSTILE) -> Metrics:
-    """The artifact of these episodes, of two rungs. The router's probability is `turn / 10`; where it is 0.5 or more the dearest
-    rung acts, and the other would give another command there at odd turns."""
+def write_report(folder: Path, episodes: pl.DataFrame, hostile: str = HOSTILE, route: Sequence[str] = ROUTE) -> Metrics:
+    """The artifact of these episodes. The router's probability is `turn / 10`; where it is 0.5 or more the dearest rung acts, and
+    else the next one; cheaper ones would give another command at odd turns."""
     folder.mkdir(parents=True, exist_ok=True)
-    metrics = metrics_of(episodes)
+    metrics = metrics_of(episodes, route)
     (folder / "metrics.json").write_text(json.dumps(metrics))
     episodes.with_columns(outgrown=pl.lit(False)).write_parquet(folder / "episodes.parquet")
     shown = episodes.filter(pl.col("kind").is_in(SHOWN), draw=0)
@@ -40,11 +41,13 @@ def write_report(folder: Path, episodes: pl.DataFrame, hostile: str = HOSTILE) -
             dear = policy == "always_high" or (policy != "always_low" and turn >= 5)
             level = turn / 10 if policy == "kl_router" else float(dear)
             said = f"{policy} sees {hostile} at {turn}"
-            rows.append((policy, turn, f"go to shelf {turn}", said, ROUTE[not dear], [level], task))
+            rows.append(
+                (policy, turn, f"go to shelf {turn}", said, route[not dear], [level, *[1.0] * (len(route) - 2)], task)
+            )
             if policy == "kl_router":
                 other = f"go to shelf {turn}" if turn % 2 == 0 else f"take <b>{turn}</b>"
-                would.append((policy, task, turn, ROUTE[0], f"go to shelf {turn}", 0.9, None))
-                would.append((policy, task, turn, ROUTE[1], other, 0.8, kl_of(game, turn)))
+                would += [(policy, task, turn, rung, other, 0.8, kl_of(game, turn)) for rung in route[:0:-1]]
+                would.append((policy, task, turn, route[0], f"go to shelf {turn}", 0.9, None))
     pl.DataFrame(rows, schema=TRANSCRIPTS, orient="row").write_parquet(folder / "transcripts.parquet")
     pl.DataFrame(would, schema=CHOICES, orient="row").write_parquet(folder / "choices.parquet")
     tasks = shown.filter(policy="kl_router").select("task_id", "task_type")
@@ -52,6 +55,7 @@ def write_report(folder: Path, episodes: pl.DataFrame, hostile: str = HOSTILE) -
         instruction=pl.format("solve {} " + hostile, "task_id"), opening=pl.lit(f"A room. {hostile}")
     )
     told.select(OPENINGS.names()).write_parquet(folder / "openings.parquet")
+    (folder / "context.json").write_text(json.dumps({"kl_router": {"threshold": 0.5}}))
     (folder / "figures.json").write_text(json.dumps(figures_of_logs()))
     return metrics
 
