@@ -174,6 +174,18 @@ def test_what_is_said_of_the_real_llm_is_what_its_metrics_say(front: Metrics) ->
     assert f"({oracle['high_ratio']:.1%} of the steps), wins {oracle['success']:.1%} at {oracle['cost']:.3f}" in page
 
 
+@pytest.mark.parametrize(
+    ("recipe", "without"), [(FRONT, "speculative:int8<int4-gptq"), (DEMO, "always_int4")], ids=[FRONT, DEMO]
+)
+def test_the_page_on_what_routing_buys_says_what_the_metrics_say(recipe: str, without: str) -> None:
+    metrics = pages.read_result(recipe, REPOSITORY / pages.RESULTS).metrics
+    text = (REPOSITORY / "docs/concepts/when-routing-pays.md").read_text(encoding="utf-8")
+    (row,) = (line for line in text.splitlines() if f"results/{recipe}.md), 200 games" in line)
+    shown = [tuple(map(float, found)) for found in re.findall(r"([\d.]+)% at ([\d.]+)", row)]
+    policies = [metrics["policies"][name] for name in ("always_high", "always_low", without, metrics["headline"])]
+    assert shown == [(round(100 * one["success"], 1), round(one["cost"], 2)) for one in policies]
+
+
 def test_the_picture_is_of_the_committed_metrics(front: Metrics, tmp_path: Path) -> None:
     """Its points' coordinates, as far as another matplotlib would give them too."""
     draw(front, tmp_path / "new.svg")
