@@ -118,11 +118,12 @@ function legend(place, { series, shown, charts }) {
   place.addEventListener("change", apply);
   place.append(element("legend", {}, "shown"), ...boxes.map(([, label]) => label));
   if (series.length > 3) {
-    for (const [text, checked] of [["all", true], ["none", false]]) {
+    const buttons = [["all", true], ["none", false]].map(([text, checked]) => {
       const button = element("button", { type: "button" }, text);
       button.addEventListener("click", all(checked));
-      place.append(button);
-    }
+      return button;
+    });
+    place.append(element("span", { class: "buttons" }, ...buttons));
   }
 }
 
