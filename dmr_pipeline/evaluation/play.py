@@ -17,6 +17,7 @@ from dmr_pipeline.evaluation.kept import KeptTables
 from dmr_pipeline.evaluation.metrics import EPISODES
 from dmr_pipeline.evaluation.results import checking_name
 from dmr_pipeline.evaluation.transcripts import KEPT, SHOWN, kept_rows
+from dmr_pipeline.precision.acting import spend_by_bytes
 from dmr_pipeline.precision.frontier import clearly_beaten
 from dmr_pipeline.precision.ladder import read_ladder
 from dmr_pipeline.precision.pass_bytes import PassBytes
@@ -145,31 +146,46 @@ def checking_alone(
     Args:
         pair: the rung that checks, and the one that drafts.
     """
-    (rung, drafter), ladder = pair, read_ladder(checkpoints)
-    settings, route = recipe.precisions.speculative or Speculative(), ladder.route
-    names = {route[-1]: "always_low", route[0]: "always_high"}
-    entry = Entry(
-        checking_name(rung, drafter),
-        "speculative",
-        SinglePrecision(rung, pair, drafter),
-        settings.model_dump(mode="json"),
-        variant_of=names.get(rung, f"always_{rung}"),
-    )
+    rung, ladder = pair[0], read_ladder(checkpoints)
+    route = ladder.route
+    entry = checking_entry(pair, pair, route, recipe.precisions.speculative)
     kept = kept.under(**acting_facts(checkpoints, recipe, pair))
     arena = Arena.load(checkpoints, recipe, recipe.evaluation.seed, pair)
     with Progress() as progress:
         played = evaluate([entry], arena, games, progress, kept=kept)[entry.name]
     # What is counted for the dearest routed rung was counted for the dearest of the pair.
     sizes = {one.name: one.pass_bytes for one in ladder.rungs}
-    most, least, steps = sizes[route[0]], sizes[route[-1]], pl.col("steps")
-    high, routed = rung == route[0], rung in route
+    spend = spend_by_bytes({one: sizes[one] for one in route})
+    steps, high, routed = pl.col("steps"), rung == route[0], rung in route
     at = pl.concat_list([steps * (rung == one) for one in route]) if routed else pl.lit([], pl.List(pl.Int64()))
     return played.with_columns(
         steps_at=at,
         high_steps=steps * high,
         high_tokens=pl.col("high_tokens") * high,
-        spend=steps * ((sizes[rung] - least) / (most - least) if routed else 0.0),
+        spend=steps * spend.get(rung, 0.0),
     ).cast(PLAYED)
+
+
+def checking_entry(
+    pair: tuple[str, str], rungs: Sequence[str], route: Sequence[str], settings: Speculative | None
+) -> Entry:
+    """A rung acts alone and only checks what a cheaper one drafts.
+
+    Args:
+        pair: the rung that checks, and the one that drafts.
+        rungs: that are loaded, dearest first.
+        route: the routed ones: what the rung is called where it writes itself depends on them.
+        settings: of the recipe.
+    """
+    rung, drafter = pair
+    alone = {route[-1]: "always_low", route[0]: "always_high"}
+    return Entry(
+        checking_name(rung, drafter),
+        "speculative",
+        SinglePrecision(rung, rungs, drafter),
+        (settings or Speculative()).model_dump(mode="json"),
+        variant_of=alone.get(rung, f"always_{rung}"),
+    )
 
 
 def static_beside_the_route(
@@ -177,7 +193,8 @@ def static_beside_the_route(
 ) -> list[pl.DataFrame]:
     """Rows of `PLAYED` of what needs no router and has rungs that are not routed, one policy after another: each such rung alone,
     but for those that are beaten clearly; and the rung that the verdict would deploy, where it had best check drafts."""
-    ladder, verdict = read_ladder(checkpoints), read_ladder(checkpoints).verdict
+    ladder = read_ladder(checkpoints)
+    verdict = ladder.verdict
     left_out = {*ladder.route, *clearly_beaten(ladder.rungs)}
     names = [rung.name for rung in recipe.precisions.ladder if rung.name not in left_out]
     frames = [rung_alone(checkpoints, recipe, name, games, kept) for name in names]

@@ -13,8 +13,7 @@ from rich.progress import Progress
 from dmr_pipeline.environments.base import Task
 from dmr_pipeline.evaluation.kept import KeptTables
 from dmr_pipeline.evaluation.metrics import shares_of_steps
-from dmr_pipeline.evaluation.play import Arena, Entry, evaluate
-from dmr_pipeline.evaluation.results import checking_name
+from dmr_pipeline.evaluation.play import Arena, Entry, checking_entry, evaluate
 from dmr_pipeline.recipe import Evaluation, GrpoRouter, Speculative
 from dmr_pipeline.rollout.cost import reward
 from dmr_pipeline.rollout.engine import RolloutRequest, RoutingPolicy, SinglePrecision, Timings, Trajectory
@@ -84,17 +83,7 @@ def speculative_entries(route: Sequence[str], settings: Speculative | None) -> l
     Args:
         settings: of the recipe.
     """
-    parameters: dict[str, JsonValue] = (settings or Speculative()).model_dump(mode="json")
-    return [
-        Entry(
-            checking_name(dear, cheap),
-            "speculative",
-            SinglePrecision(dear, route, cheap),
-            parameters,
-            variant_of="always_high" if dear == route[0] else f"always_{dear}",
-        )
-        for dear, cheap in pairwise(route)
-    ]
+    return [checking_entry(pair, route, route, settings) for pair in pairwise(route)]
 
 
 def speculative_differences(episodes: pl.DataFrame) -> list[str]:

@@ -68,16 +68,24 @@ class ActingModels:
         Raises:
             UserError: the dearest rung is no larger than the cheapest.
         """
-        sizes = {rung: read.weights for rung, read in self.pass_bytes.items()}
-        if len(sizes) == 1:
-            return dict.fromkeys(sizes, 0.0)
-        most, least = sizes[self.dearest], sizes[self.cheapest]
-        if most <= least:
-            raise UserError(
-                f"precisions.route: {self.dearest!r} has {most:,} bytes and {self.cheapest!r} {least:,}, so nothing can be"
-                " saved: name a cheaper rung last"
-            )
-        return {rung: (size - least) / (most - least) for rung, size in sizes.items()}
+        return spend_by_bytes({rung: self.pass_bytes[rung].weights for rung in self.route})
+
+
+def spend_by_bytes(sizes: Mapping[str, int]) -> dict[str, float]:
+    """As `ActingModels.spend`.
+
+    Args:
+        sizes: rung -> bytes of weights a pass, dearest first.
+    """
+    if len(sizes) == 1:
+        return dict.fromkeys(sizes, 0.0)
+    (dearest, most), *_, (cheapest, least) = sizes.items()
+    if most <= least:
+        raise UserError(
+            f"precisions.route: {dearest!r} has {most:,} bytes and {cheapest!r} {least:,}, so nothing can be"
+            " saved: name a cheaper rung last"
+        )
+    return {rung: (size - least) / (most - least) for rung, size in sizes.items()}
 
 
 def acting_model(

@@ -102,8 +102,8 @@ class Deciders:
         return self._in_use()
 
     def _in_use(self) -> Decider:
-        if self._static is not None and self.current is not None:
-            return self.current
+        if self._static is not None:
+            return self._fixed[self._static]
         mark = release.mark_of_release(self.recipe, self.data_root)
         if self.current is not None and mark in (self._mark, None):  # None: another one is being put in its place
             return self.current

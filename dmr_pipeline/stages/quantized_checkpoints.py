@@ -21,8 +21,7 @@ from dmr_pipeline.environments.base import Task
 from dmr_pipeline.environments.benchmark import benchmark_of
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.evaluation.kept import KeptTables
-from dmr_pipeline.evaluation.play import Arena, Entry, content, evaluate
-from dmr_pipeline.evaluation.results import checking_name
+from dmr_pipeline.evaluation.play import Arena, checking_entry, content, evaluate
 from dmr_pipeline.precision.acting import acting_model, sharing
 from dmr_pipeline.precision.frontier import (
     PLAYED,
@@ -39,11 +38,10 @@ from dmr_pipeline.precision.ladder import LADDER_FILE, Checked, LadderFacts, Run
 from dmr_pipeline.precision.pass_bytes import PassBytes, pass_bytes, stored_pass_bytes
 from dmr_pipeline.precision.quantization import RungSize, load_rung, quantize_rung, save_rung, stored_size
 from dmr_pipeline.pretrained import adapter_config, pretrained_hashes
-from dmr_pipeline.recipe import Gptq, Recipe, Rung, Speculative
+from dmr_pipeline.recipe import Gptq, Recipe, Rung
 from dmr_pipeline.rollout.cost import episode_cost
 from dmr_pipeline.rollout.engine import (
     ALONE,
-    SinglePrecision,
     Trajectory,
     play_alone,
     warn_of_outgrown,
@@ -131,9 +129,8 @@ def quantized_checkpoints(context: StageContext) -> StageResult:
     )
     table.write_parquet(context.output / PLAYED_FILE)
     rungs = rungs_played(facts, table, recipe.precisions)
-    _write(
-        ladder_facts(rungs, [], table, unit, recipe.precisions), context.output
-    )  # what drafts and checks is loaded by it
+    # What drafts and checks is loaded by it.
+    _write(ladder_facts(rungs, [], table, unit, recipe.precisions), context.output)
     checked = _play_checked(rungs, context.output, games, recipe, kept.under(unit_bytes=unit))
     kept.drop_unused()
     ladder = ladder_facts(rungs, checked, table, unit, recipe.precisions)
@@ -151,21 +148,13 @@ def _play_checked(
 ) -> list[Checked]:
     """The rung to deploy checks what each rung that reads less drafts."""
     dear, found = to_deploy(rungs, recipe.precisions), []
-    settings, by_name = (
-        recipe.precisions.speculative or Speculative(),
-        {rung.name: rung for rung in recipe.precisions.ladder},
-    )
+    by_name = {rung.name: rung for rung in recipe.precisions.ladder}
     for drafter in drafters(rungs, dear):
         pair = (dear.name, drafter)
         arena = Arena.load(checkpoints, recipe, 0, pair)
         if not arena.rollouts.can_draft:
             return []
-        entry = Entry(
-            checking_name(*pair),
-            "speculative",
-            SinglePrecision(dear.name, pair, drafter),
-            settings.model_dump(mode="json"),
-        )
+        entry = checking_entry(pair, pair, pair, recipe.precisions.speculative)
         of_pair = kept.under(pair=[_rung_facts(by_name[name], recipe) for name in pair], cache=recipe.precisions.cache)
         with Progress() as progress:
             played = evaluate([entry], arena, games, progress, " plays validation games", of_pair)[entry.name]
