@@ -67,7 +67,7 @@ class RoutedAgent:
 
     @property
     def session(self) -> Session:
-        """The episode that goes on: its steps, choices, spend and cost so far.
+        """The episode that goes on: its steps, actions, spend and cost so far.
 
         Raises:
             UserError: none does.

@@ -41,6 +41,7 @@ def make_app(service: Service) -> Starlette:
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        service.start()
         yield
         await service.stop()
         await http.close()
@@ -291,6 +292,7 @@ def headers_of(action: Action) -> dict[str, str]:
         "turn": action.turn,
         "switched": str(action.switched).lower(),
         "reason": action.reason,
+        "cost-left": None if action.cost_left is None else f"{action.cost_left:.6f}",
     }
     return {f"x-dmr-{name}": str(value) for name, value in said.items() if value is not None}
 

@@ -43,24 +43,33 @@ class Journal:
         return self._put(f".{episode.episode_id}.unknown", episode)
 
     def _put(self, name: str, episode: LoggedEpisode) -> Path:
-        self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / name
-        part = self.folder / f".{name.removeprefix('.')}.part"
-        try:
-            with part.open("w", encoding="utf-8") as file:
-                file.write(episode.model_dump_json(exclude_none=True) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            part.replace(path)
-        except OSError:
-            part.unlink(missing_ok=True)
-            raise
-        folder = os.open(self.folder, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the name too
-        finally:
-            os.close(folder)
+        write_whole(path, episode.model_dump_json(exclude_none=True) + "\n")
         return path
+
+
+def write_whole(path: Path, text: str) -> None:
+    """A file that is there whole or not at all, and on the disk once this returns.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name.removeprefix('.')}.part")
+    try:
+        with part.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the name too
+    finally:
+        os.close(folder)
 
 
 def episode_of(session: Session, success: bool, reward: float | None = None, observation: str = "") -> LoggedEpisode:

@@ -248,8 +248,10 @@ class LocalAgents:
         step = taken.carried_out(prompter.command(written), "", prompter.parse_failure(written))
         switched = bool(steps) and steps[-1].precision != step.precision
         steps.append(step)
-        cost = self.rollouts.cost(Trajectory(session.trajectory.run, "", [step]), session.decider.router).total
-        session.choices.append(choice)
+        cost, left = (
+            self.rollouts.cost(Trajectory(session.trajectory.run, "", [step]), session.decider.router).total,
+            session.cost_left,
+        )
         session.spend += self.rollouts.acting.spend[step.precision]
         session.cost += cost
         held = len(self.batch.slots[slot].transcript.tokens) - len(step.action)
@@ -271,6 +273,7 @@ class LocalAgents:
             cost,
             self._cost_at_dearest(step, held),
             step.failure != "unfinished",
+            left,
         )
         session.answers.append(action.command)
         session.actions.append(action)

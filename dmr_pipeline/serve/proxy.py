@@ -49,7 +49,7 @@ class Proxy:
             Refused: the upstream refuses the request.
             Down: no upstream answers.
         """
-        service = self._service
+        service, asked_at = self._service, time.perf_counter()
         told = read_conversation(request.messages, options.task, needs_task=False)
         decider = await service.decider(which)
         name, source = service.name_of(request, options, told)
@@ -81,7 +81,7 @@ class Proxy:
         route = self._router.route
         degraded = route.index(opened.precision) > route.index(decided)
         action = begun(ask.session, choice)
-        answer = _Answer(self, ask, choice, action, degraded)
+        answer = _Answer(self, ask, choice, action, degraded, asked_at)
         if opened.whole is not None:
             whole = answer.whole(opened.whole)
             await stack.aclose()
@@ -89,19 +89,21 @@ class Proxy:
         wants_usage = request.stream_options is not None and request.stream_options.include_usage
         return Proxied(action, name, source, degraded, None, answer.events(opened, wants_usage), stack)
 
-    def done(self, ask: Ask, choice: Choice, action: Action) -> None:
-        """The whole answer has come: the session has taken its step."""
+    def done(self, ask: Ask, choice: Choice, action: Action, seconds: float) -> None:
+        """The whole answer has come, in so much time: the session has taken its step."""
         self._router.acted(ask, action.precision, choice, action.command)
         ask.session.actions.append(action)
         self._service.count(action)
+        if action.completion_tokens:
+            self._service.metrics.observe("dmr_token_seconds", seconds / action.completion_tokens)
 
     def model(self, precision: str) -> str:
         return f"dmr/{self._service.settings.recipe}:{precision}"
 
 
 class _Answer:
-    def __init__(self, proxy: Proxy, ask: Ask, choice: Choice, action: Action, degraded: bool) -> None:
-        self._proxy, self._ask, self._choice, self._action = proxy, ask, choice, action
+    def __init__(self, proxy: Proxy, ask: Ask, choice: Choice, action: Action, degraded: bool, asked_at: float) -> None:
+        self._proxy, self._ask, self._choice, self._action, self._asked_at = proxy, ask, choice, action, asked_at
         self._own = {"model": proxy.model(action.precision)} | ({"dmr": {"degraded": True}} if degraded else {})
 
     def whole(self, content: dict[str, Any]) -> dict[str, Any]:
@@ -148,7 +150,7 @@ class _Answer:
             cached_tokens=int(details.get("cached_tokens") or 0),
             completion_tokens=int(usage.get("completion_tokens") or 0),
         )
-        self._proxy.done(self._ask, self._choice, action)
+        self._proxy.done(self._ask, self._choice, action, time.perf_counter() - self._asked_at)
 
 
 def _passed_on(body: dict[str, Any]) -> dict[str, Any]:

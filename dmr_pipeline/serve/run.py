@@ -34,7 +34,7 @@ def server_of(service: Service) -> uvicorn.Server:
 
 
 def serve(settings: ServeSettings, on_ready: Callable[[str], None]) -> None:
-    """Until SIGINT or SIGTERM: answers that have begun are finished, and sessions that go on are set aside without an outcome.
+    """Until SIGINT or SIGTERM: answers that have begun are finished, and sessions that go on are kept for the next server.
 
     Args:
         on_ready: called with the server's address once it answers.

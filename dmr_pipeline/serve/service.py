@@ -22,11 +22,12 @@ from dmr_pipeline.serve.journal import Journal, episode_of
 from dmr_pipeline.serve.local import Ask
 from dmr_pipeline.serve.metrics import Metrics
 from dmr_pipeline.serve.requests import ChatRequest, Options, Outcome, Which, budget_of
-from dmr_pipeline.serve.sessions import Action, Choice, Decider, Goal, Session
+from dmr_pipeline.serve.sessions import Action, Asked, Choice, Decider, Goal, Session
 from dmr_pipeline.serve.settings import ServeSettings
 from dmr_pipeline.serve.streaming import Pieces, Stream, cut
 from dmr_pipeline.serve.table import Held, Table, goes_on, is_repeated
 from dmr_pipeline.serve.text_router import TextRouter
+from dmr_pipeline.serve.unended import Unended
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +100,8 @@ class Service:
         tasks = artifact_folder("benchmark_tasks", settings.recipe, settings.data_root)
         rules = Rules.of(self.recipe, tasks if tasks.is_dir() else None)
         self.journal = Journal(settings.recipe, settings.data_root, rules)
-        self.table = Table(settings.sessions, settings.session_seconds, self._ended_without_outcome)
+        self.unended = Unended(self.journal.folder)
+        self.table = Table(settings.sessions, settings.session_seconds, self._ended_without_outcome, self.unended.take)
         self._ended: OrderedDict[str, dict[str, Any]] = OrderedDict()
         self._loading = asyncio.Lock()
         self._running: set[asyncio.Task[Any]] = set()
@@ -247,13 +249,18 @@ class Service:
         return said
 
     async def stop(self) -> None:
-        """What runs is finished; sessions that go on have no outcome."""
+        """What runs is finished; sessions that go on are kept for the next server."""
         if self._running:
             await asyncio.wait(self._running, timeout=self.settings.request_seconds)
         for held in self.table:
-            if held.session is not None:
-                self._set_aside(held.session)
+            if held.session is not None and held.session.actions:
+                self._keep(held.session)
         await asyncio.to_thread(self.backend.stop)
+
+    def start(self) -> None:
+        """What earlier servers have kept too long is ended."""
+        for session in self.unended.take_old(self.settings.session_seconds):
+            self._ended_without_outcome(session)
 
     def gauges(self) -> dict[str, tuple[str, float]]:
         return {"dmr_sessions": ("Sessions that are kept.", len(self.table))}
@@ -270,7 +277,7 @@ class Service:
         held, most = self.table.hold(name), request.max_completion_tokens or request.max_tokens
         async with held.lock:
             session = held.session
-            asked = request.model, request.temperature, most, tuple(request.stops)
+            asked = Asked(request.model, request.temperature, most, tuple(request.stops))
             if session is not None and session.actions and session.asked == asked and is_repeated(session, told):
                 return session.answers[-1], session.actions[-1]
             session = await self.going_on(held, name, told, decider, options)
@@ -307,6 +314,13 @@ class Service:
         self.metrics.count("dmr_episodes_total", outcome="unknown")
         self.backend.forget(session)
         self._set_aside(session)
+
+    def _keep(self, session: Session) -> None:
+        try:
+            self.unended.keep(session)
+        except OSError as error:
+            self.metrics.count("dmr_log_errors_total")
+            log.warning("a session that goes on is lost: %s", error.strerror)
 
     def _set_aside(self, session: Session) -> None:
         if session.actions and not session.has_foreign_steps:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NoReturn
+from typing import Literal, NamedTuple, NoReturn
 
 from dmr_pipeline.environments.base import Demonstration, Episode, Expert, Task
 from dmr_pipeline.errors import UserError
@@ -112,6 +112,19 @@ class Action:
     """What the same action takes where the dearest precision writes it, and always has."""
     finished: bool
     """The action ended by itself, and not for want of room."""
+    cost_left: float | None = None
+    """Of the session's cost budget before the step, None where there is none; below 0 where the cheapest precision alone has
+    spent more."""
+
+
+class Asked(NamedTuple):
+    """How a step was asked for."""
+
+    model: str
+    temperature: float | None
+    most: int | None
+    """Tokens of the answer."""
+    stops: tuple[str, ...]
 
 
 @dataclass
@@ -123,8 +136,6 @@ class Session:
     """What has been played; the last step's observation is empty as long as it is not known."""
     decider: Decider
     budget: Budget = UNLIMITED
-    choices: list[Choice] = field(default_factory=list)
-    """One for each step."""
     answers: list[str] = field(default_factory=list)
     """One for each step: what the client was told, or has told of steps that were taken elsewhere."""
     actions: list[Action] = field(default_factory=list)
@@ -133,8 +144,8 @@ class Session:
     """Sum over the steps of `ActingModels.spend`."""
     cost: float = 0.0
     """Sum over the steps, in units of cost."""
-    asked: object = None
-    """How the last step was asked for, so that the same request is known again."""
+    asked: Asked | None = None
+    """How the last step was, so that the same request is known again."""
     admissible: Sequence[str] | None = None
     """Commands that do something where the transcript ends, where they were told."""
     held: OpenTranscript | None = None
@@ -148,6 +159,11 @@ class Session:
     def turn(self) -> int:
         """Steps taken."""
         return len(self.trajectory.steps)
+
+    @property
+    def cost_left(self) -> float | None:
+        """As `Action.cost_left`, of the next one."""
+        return None if self.budget.cost is None else self.budget.cost - self.cost
 
     @property
     def has_foreign_steps(self) -> bool:
@@ -201,4 +217,5 @@ def begun(session: Session, choice: Choice) -> Action:
         cost=0.0,
         cost_at_dearest=0.0,
         finished=True,
+        cost_left=session.cost_left,
     )

@@ -27,10 +27,17 @@ class Table:
         most: sessions.
         seconds: after which one that is not heard of has ended.
         on_end: called with each session that goes for want of room or of a sign of life.
+        take_over: the session of a name that an earlier server has left here, if there is one.
     """
 
-    def __init__(self, most: int, seconds: float, on_end: Callable[[Session], None]) -> None:
-        self.most, self.seconds, self._on_end = most, seconds, on_end
+    def __init__(
+        self,
+        most: int,
+        seconds: float,
+        on_end: Callable[[Session], None],
+        take_over: Callable[[str], Session | None] = lambda _: None,
+    ) -> None:
+        self.most, self.seconds, self._on_end, self._take_over = most, seconds, on_end, take_over
         self._held: OrderedDict[str, Held] = OrderedDict()
 
     def __len__(self) -> int:
@@ -40,12 +47,16 @@ class Table:
         return iter(list(self._held.values()))
 
     def find(self, name: str) -> Held | None:
+        if name not in self._held and (session := self._take_over(name)) is not None:
+            self.hold(name).session = session
         return self._held.get(name)
 
     def hold(self, name: str) -> Held:
         """The session of this name, or room for it."""
         self.sweep()
-        held = self._held.setdefault(name, Held())
+        if name not in self._held:
+            self._held[name] = Held(self._take_over(name))
+        held = self._held[name]
         held.heard = time.monotonic()
         self._held.move_to_end(name)
         while len(self._held) > self.most:

@@ -97,7 +97,6 @@ class TextRouter:
             session.trajectory.opening = ask.observation
         step = self._step(segment, command, "", precision, choice.decision.exceedance)
         steps.append(step)
-        session.choices.append(choice)
         session.answers.append(command)
         session.spend += self.deciding.spend[precision]
         self._thread.submit(self._tell, session, step)
@@ -105,7 +104,7 @@ class TextRouter:
     def undo(self, session: Session) -> None:
         """Its last step was not received, and is taken again."""
         step = session.trajectory.steps.pop()
-        for kept in (session.choices, session.answers, session.actions):
+        for kept in (session.answers, session.actions):
             kept.pop()
         session.spend -= self.deciding.spend[step.precision]
         self._thread.submit(self._leave, session)

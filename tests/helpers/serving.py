@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 import yaml
 from openai import OpenAI
+from starlette.testclient import TestClient
 
 from dmr_pipeline.agent.checkpoint import load_tokenizer
 from dmr_pipeline.artifacts.folders import publish
@@ -29,6 +30,9 @@ from dmr_pipeline.rollout.prompts import Prompter
 from dmr_pipeline.router.model import Router, new_router, save_router
 from dmr_pipeline.router.policies import routing_policy
 from dmr_pipeline.serve.agent import RoutedAgent
+from dmr_pipeline.serve.app import make_app
+from dmr_pipeline.serve.service import Service
+from dmr_pipeline.serve.settings import ServeSettings
 from dmr_pipeline.stages.quantized_checkpoints import quantized_checkpoints
 from dmr_pipeline.stages.released_router import promote, released_router
 from tests.helpers.ladders import write_inputs
@@ -168,6 +172,20 @@ def play_by_client(client: OpenAI, game: Task, model: str, stream: bool, step_li
     )
     assert said["logged"], said
     return done
+
+
+@contextmanager
+def client_of(**settings: object) -> Iterator[TestClient]:
+    service = Service(ServeSettings(recipe=SERVED, **settings))
+    with TestClient(make_app(service), base_url="http://127.0.0.1") as client:
+        client.service = service
+        yield client
+
+
+def chat(client: TestClient, *texts: str, model: str = f"dmr/{SERVED}", headers=None, **fields: object):
+    """A conversation of the user's and the assistant's texts by turns."""
+    messages = [{"role": "assistant" if i % 2 else "user", "content": text} for i, text in enumerate(texts)]
+    return client.post("/v1/chat/completions", json={"model": model, "messages": messages, **fields}, headers=headers)
 
 
 @contextmanager

@@ -26,6 +26,8 @@ class StandIn:
     """A fault of every request."""
     pause: float = 0.0
     """Seconds between the parts of a stream."""
+    tool: str = ""
+    """It calls this tool instead of writing a command."""
     tokens: int = 0
     """Added to each token's id."""
     template: str = "{}"
@@ -85,16 +87,27 @@ class StandIn:
             if fault in ("reset", "midway"):
                 return StreamingResponse(self.broken(b'{"choi'), headers={"content-length": "1000"})
             message = {"role": "assistant", "content": text}
-            choice = {"index": 0, "message": message, "finish_reason": "stop"}
+            if self.tool:
+                message = {"role": "assistant", "content": None, "tool_calls": [self.call()]}
+            choice = {"index": 0, "message": message, "finish_reason": "tool_calls" if self.tool else "stop"}
             return JSONResponse({**common, "object": "chat.completion", "choices": [choice], "usage": usage})
         return StreamingResponse(self.chunks(common, text, usage, fault), media_type="text/event-stream")
+
+    def call(self) -> dict[str, Any]:
+        function = {"name": self.tool, "arguments": f'{{"what": "{self.name}"}}'}
+        return {"id": "call-1", "type": "function", "function": function}
 
     async def broken(self, beginning: bytes):
         yield beginning
         raise ConnectionError
 
     async def chunks(self, common: dict[str, Any], text: str, usage: dict[str, int], fault: str):
-        deltas = [{"role": "assistant", "content": ""}, *({"content": part} for part in (text[:4], text[4:])), {}]
+        parts = [{"content": part} for part in (text[:4], text[4:])]
+        if self.tool:
+            begun, rest = self.call(), {"function": {"arguments": f'"{self.name}"}}'}}
+            begun["function"]["arguments"] = '{"what": '
+            parts = [{"tool_calls": [{"index": 0, **call}]} for call in (begun, rest)]
+        deltas = [{"role": "assistant", "content": ""}, *parts, {}]
         try:
             for i, delta in enumerate(deltas):
                 if (fault, i) in (("reset", 0), ("midway", 2)):

@@ -2,15 +2,12 @@
 
 import json
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import openai
 import pytest
 from pydantic import SecretStr
-from starlette.testclient import TestClient
 
 from dmr_pipeline.environments.benchmark import benchmark_of
 from dmr_pipeline.errors import UserError
@@ -20,11 +17,11 @@ from dmr_pipeline.rollout.engine import RolloutRequest, SinglePrecision, Traject
 from dmr_pipeline.rollout.playing import Rollouts
 from dmr_pipeline.router.policies import routing_policy
 from dmr_pipeline.serve import release as releases
-from dmr_pipeline.serve.app import make_app, refuse_open_door
+from dmr_pipeline.serve.app import refuse_open_door
 from dmr_pipeline.serve.run import running
 from dmr_pipeline.serve.service import Service
 from dmr_pipeline.serve.settings import ServeSettings
-from tests.helpers.serving import SERVED, play_by_client, release
+from tests.helpers.serving import SERVED, chat, client_of, play_by_client, release
 
 GAMES = 4
 
@@ -34,20 +31,6 @@ def games(served_project: Path):
     return benchmark_of(load_recipe(SERVED).benchmark).read_tasks(
         served_project / "data" / SERVED / "benchmark_tasks", "router_train"
     )
-
-
-@contextmanager
-def client_of(**settings: object) -> Iterator[TestClient]:
-    service = Service(ServeSettings(recipe=SERVED, **settings))
-    with TestClient(make_app(service), base_url="http://127.0.0.1") as client:
-        client.service = service
-        yield client
-
-
-def chat(client: TestClient, *texts: str, model: str = f"dmr/{SERVED}", headers=None, **fields: object):
-    """A conversation of the user's and the assistant's texts by turns."""
-    messages = [{"role": "assistant" if i % 2 else "user", "content": text} for i, text in enumerate(texts)]
-    return client.post("/v1/chat/completions", json={"model": model, "messages": messages, **fields}, headers=headers)
 
 
 def by_the_pipeline(games, policy=None) -> list[Trajectory]:
@@ -216,6 +199,18 @@ def test_length_stop_budget_and_what_an_agent_here_cannot_do(served_project: Pat
         release(served_project, 0.0)
         bound = chat(client, first, headers={"x-dmr-high-ratio": "0.2", "x-session-id": "bound"})
         assert (bound.headers["x-dmr-precision"], bound.headers["x-dmr-reason"]) == ("int2", "budget")
+        assert "x-dmr-cost-left" not in bound.headers
+        impossible = {"x-dmr-cost": "0.000001", "x-session-id": "impossible"}
+        texts, left = [first], []
+        for _ in range(2):  # the cheapest precision acts whatever it takes, and is told to have overspent
+            answer = chat(client, *texts, headers=impossible)
+            assert (answer.headers["x-dmr-precision"], answer.headers["x-dmr-reason"]) == ("int2", "budget")
+            left.append(float(answer.headers["x-dmr-cost-left"]))
+            texts += [answer.json()["choices"][0]["message"]["content"], "Nothing happens."]
+        done = client.post("/v1/sessions/impossible/outcome", json={"success": False}).json()
+        assert left[0] == pytest.approx(1e-6)
+        assert left[1] < 0
+        assert done["cost"] > 1e-6 - left[1]
         for fields, said in (
             ({"tools": [{"type": "function"}]}, "tools"),
             ({"n": 2}, "n: an episode"),

@@ -64,7 +64,7 @@ def test_the_command_ends_by_a_signal_once_open_streams_have_ended(served_projec
     deltas = [json.loads(line[5:])["choices"][0]["delta"] for line in shown[:-1]]
     assert "".join(delta.get("content") or "" for delta in deltas) == "look int2"
     (aside,) = (served_project / "data" / "incoming" / SERVED).iterdir()
-    assert aside.name.endswith(".unknown")
+    assert aside.name.endswith(".unended")
 
 
 def test_what_is_wrong_is_a_line(served_project: Path) -> None:

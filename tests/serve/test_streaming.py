@@ -90,7 +90,7 @@ def test_tokens_are_shown_as_they_are_written(served_project: Path) -> None:
     """The first words are there while the agent is held back; together they are the answer that is not streamed."""
     low = {"model": f"dmr/{SERVED}:int2", "messages": [FIRST]}
     with running(Service(ServeSettings(recipe=SERVED, port=0))) as address:
-        whole = client_at(address).chat.completions.create(**low)
+        whole = client_at(address).chat.completions.create(**low, extra_headers={"x-session-id": "whole"})
     service = Service(ServeSettings(recipe=SERVED, port=0))
     with running(service) as address:
         slow = Slow(service)

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -49,7 +50,7 @@ def ins() -> Iterator[tuple[StandIn, StandIn]]:
 def pair(ins: tuple[StandIn, StandIn], served_project: Path) -> tuple[StandIn, StandIn]:
     for stand_in in ins:
         stand_in.faults, stand_in.always, stand_in.tokens, stand_in.left, stand_in.asked = [], "", 0, 0, []
-        stand_in.headers, stand_in.template, stand_in.retry_after = [], "{}", "0.05"
+        stand_in.headers, stand_in.template, stand_in.retry_after, stand_in.tool = [], "{}", "0.05", ""
     return ins
 
 
@@ -101,6 +102,31 @@ def test_the_router_reads_the_conversation_and_the_precision_that_it_names_answe
     assert passed["model"] in ("float", "int2")
     assert passed["tools"] == []
     assert "metadata" not in passed
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_calls_of_tools_are_passed_on_and_are_the_commands_of_the_log(
+    pair: tuple[StandIn, StandIn], served_project: Path, stream: bool
+) -> None:
+    pair[1].tool = "look_at"
+    with proxied(*pair) as (client, service):
+        raw = ask(client, FIRST, stream=stream, model=f"dmr/{SERVED}:int2", extra_headers={"x-session-id": "a"},
+                  tools=[{"type": "function", "function": {"name": "look_at"}}])  # fmt: skip
+        if stream:
+            deltas = [chunk.choices[0].delta for chunk in raw.parse() if chunk.choices]
+            calls = [call for delta in deltas for call in delta.tool_calls or []]
+            name, arguments = calls[0].function.name, "".join(call.function.arguments for call in calls)
+        else:
+            (call,) = raw.parse().choices[0].message.tool_calls
+            name, arguments = call.function.name, call.function.arguments
+        assert (name, json.loads(arguments)) == ("look_at", {"what": "int2"})
+        measured = re.findall(r"^dmr_token_seconds_count (\d+)", service.metrics.text({}), re.M)
+        assert measured == ["1"]
+        client.post("/sessions/a/outcome", cast_to=object, body={
+            "success": True, "task_id": "a/1", "task_type": "pick_and_place_simple"})  # fmt: skip
+    (file,) = (served_project / "data" / "incoming" / SERVED).iterdir()
+    (step,) = LoggedEpisode.model_validate_json(file.read_text()).steps
+    assert step.command == 'look_at({"what": "int2"})'
 
 
 def test_usage_is_shown_to_who_asks_for_it_alone(pair: tuple[StandIn, StandIn]) -> None:
