@@ -570,6 +570,13 @@ class Precisions(Section):
     kl_episodes: Count = Field(
         50, description="validation games whose expert steps give the mean KL to the float model"
     )
+    stop_beaten_after: Count | None = Field(
+        None,
+        exclude_if=_unset,
+        description="validation games after which a rung of neither `route` nor `pair` plays no more if a dearer one has beaten"
+        " it on them: at no more cost, and with intervals of success that lie apart. A hopeless precision wanders to the step"
+        " limit, and takes longest to measure. By default all rungs play all games",
+    )
     gptq: Gptq | None = Field(
         None, exclude_if=_unset, description="how rungs with `rounding: gptq` are made; by default as its keys have it"
     )
@@ -590,6 +597,11 @@ class Precisions(Section):
     def names(self) -> list[str]:
         """Of all rungs, dearest first."""
         return [rung.name for rung in self.ladder]
+
+    def may_stop(self, rung: str) -> bool:
+        """Whether it need not play all validation games (`stop_beaten_after`)."""
+        named = self.pair or () if self.route == "auto" else self.route
+        return self.stop_beaten_after is not None and rung not in (self.names[0], *named)
 
     def problems(self) -> Iterator[tuple[str, str]]:
         names = self.names

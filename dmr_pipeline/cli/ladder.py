@@ -80,10 +80,16 @@ def _row(rung: RungPlayed) -> tuple[str, ...]:
     )
 
 
+def _stopped(facts: LadderFacts) -> str:
+    """Who has played fewer games, being beaten."""
+    played = [f"{rung.name} on {rung.games}" for rung in facts.rungs if rung.games is not None]
+    return f" ({', '.join(played)})" if played else ""
+
+
 def _caption(facts: LadderFacts) -> str:
     return (
-        f"Success on {facts.games} validation games, {facts.confidence:.0%} intervals. bits: a weight, as stored. KL: to the"
-        " float model, nats an action. cost: bytes that an episode's forward passes read, in episodes of"
+        f"Success on {facts.games} validation games{_stopped(facts)}, {facts.confidence:.0%} intervals. bits: a weight, as"
+        " stored. KL: to the float model, nats an action. cost: bytes that an episode's forward passes read, in episodes of"
         f" {facts.rungs[0].name} with 16-bit weights; cache: the part of it that is keys and values. beaten by: another that"
         " wins as much for less, or more for no more; who has none is on the front."
         + (" checks: corrects what another one drafts, so that its own actions are taken." if facts.checked else "")

@@ -9,7 +9,8 @@ rest of the route are the rungs on the front that cost clearly less than that. W
 two ends: the success of the dear end at the cost of the cheap one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 import polars as pl
 
@@ -17,6 +18,8 @@ from dmr_pipeline.intervals import paired_interval, wilson
 from dmr_pipeline.precision.hull import dominators
 from dmr_pipeline.precision.ladder import Checked, LadderFacts, RungFacts, RungPlayed, Verdict
 from dmr_pipeline.recipe import Precisions
+
+K = TypeVar("K", str, int)
 
 PLAYED_FILE = "validation.parquet"
 PLAYED = pl.Schema(
@@ -38,14 +41,19 @@ def rungs_played(facts: Sequence[RungFacts], played: pl.DataFrame, precisions: P
 
     Args:
         facts: of each rung, in the ladder's order.
-        played: rows of `PLAYED`; every rung on the same games.
+        played: rows of `PLAYED`; every rung on the same games, or on some of them where it was beaten there.
     """
     games = {rung.name: played.filter(rung=rung.name).sort("task_id") for rung in facts}
     won = {name: rows["success"].to_numpy() for name, rows in games.items()}
     points = {name: (_mean(rows["cost"]), _mean(rows["success"])) for name, rows in games.items()}
-    level, dearest, dominated = precisions.confidence, facts[0].name, dominators(points)
+    level, dearest = precisions.confidence, facts[0].name
     interval = {name: wilson(float(games_won.mean()), len(games_won), level) for name, games_won in won.items()}
-    lost = {name: paired_interval(won[dearest], games_won, level) for name, games_won in won.items()}
+    by_dearest = {name: _on_games_of(rows, games[dearest])["success"].to_numpy() for name, rows in games.items()}
+    lost = {name: paired_interval(by_dearest[name], games_won, level) for name, games_won in won.items()}
+    stopped = {name: len(rows) for name, rows in games.items() if len(rows) < len(games[dearest])}
+    dominated = dominators({name: point for name, point in points.items() if name not in stopped})
+    whole = {name: rows for name, rows in games.items() if name not in stopped}
+    dominated |= {name: beaten_by(games[name], whole, level) or "" for name in stopped}
     return [
         RungPlayed(
             **rung.model_dump(),
@@ -55,10 +63,11 @@ def rungs_played(facts: Sequence[RungFacts], played: pl.DataFrame, precisions: P
             validation_steps=_mean(games[rung.name]["steps"]),
             cost=points[rung.name][0],
             cost_cache=_mean(games[rung.name]["cost_cache"]),
-            lost=_rounded(points[dearest][1] - points[rung.name][1]),
+            lost=_rounded(_rounded(by_dearest[rung.name].mean()) - points[rung.name][1]),
             lost_low=_rounded(lost[rung.name][0]),
             lost_high=_rounded(lost[rung.name][1]),
             dominated_by=dominated.get(rung.name, ""),
+            games=stopped.get(rung.name),
         )
         for rung in facts
     ]
@@ -151,10 +160,37 @@ def clearly_beaten(rungs: Sequence[RungPlayed]) -> dict[str, str]:
     their success lie apart. This rule is ours."""
     beaten = {}
     for rung in rungs:
+        if rung.games is not None:
+            beaten[rung.name] = rung.dominated_by
+            continue
         better = [other for other in rungs if other.cost <= rung.cost and other.success_low > rung.success_high]
         if better:
             beaten[rung.name] = max(better, key=lambda other: other.validation_success).name
     return beaten
+
+
+def beaten_by(mine: pl.DataFrame, others: Mapping[K, pl.DataFrame], confidence: float) -> K | None:
+    """As `clearly_beaten`, on the games of one of them.
+
+    Args:
+        mine: a game a row, with the columns task_id, success and cost, in any one unit.
+        others: by name or number, such tables of these games and perhaps of more.
+    """
+
+    def ends(rows: pl.DataFrame) -> list[float]:
+        return wilson(_mean(rows["success"]), len(rows), confidence)
+
+    found = {}
+    for name, rows in others.items():
+        same = _on_games_of(mine, rows)
+        if _mean(same["cost"]) <= _mean(mine["cost"]) and ends(same)[0] > ends(mine)[1]:
+            found[name] = _mean(same["success"])
+    return max(found, key=found.__getitem__, default=None)
+
+
+def _on_games_of(mine: pl.DataFrame, other: pl.DataFrame) -> pl.DataFrame:
+    """The other's rows of my games, in their order."""
+    return mine.select("task_id").join(other, on="task_id", how="left", maintain_order="left")
 
 
 def _gain(route: Sequence[RungPlayed], check: Checked | None, played: pl.DataFrame, precisions: Precisions) -> str:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.frozen_model import FrozenModel
@@ -49,6 +49,9 @@ class RungPlayed(RungFacts):
     """Ends of its interval (`frontier.paired_interval`)."""
     dominated_by: str
     """See `hull.dominators`; empty on the front."""
+    games: int | None = Field(None, exclude_if=lambda games: games is None)
+    """Validation games that it has played, where it was beaten by then and stopped (`precisions.stop_beaten_after`); what is
+    told of it is of these."""
 
 
 class Checked(FrozenModel):

@@ -239,7 +239,7 @@ def beaten_notes(ladder: LadderFacts) -> list[str]:
     """The rungs that did not play the test games, and why."""
     rungs = {rung.name: rung for rung in ladder.rungs}
     return [
-        f"{name} did not play the test games: on the {ladder.games} validation games it won"
+        f"{name} did not play the test games: on the {rungs[name].games or ladder.games} validation games it won"
         f" {rungs[name].validation_success:.1%} at a cost of {rungs[name].cost:.3f}, {better} won"
         f" {rungs[better].validation_success:.1%} at {rungs[better].cost:.3f}."
         for name, better in clearly_beaten(ladder.rungs).items()

@@ -3,7 +3,7 @@
 import json
 import logging
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -26,6 +26,7 @@ from dmr_pipeline.precision.acting import acting_model, sharing
 from dmr_pipeline.precision.frontier import (
     PLAYED,
     PLAYED_FILE,
+    beaten_by,
     checked_facts,
     drafters,
     ladder_facts,
@@ -70,13 +71,13 @@ def quantized_checkpoints(context: StageContext) -> StageResult:
     prompter = Prompter.of(tokenizer, recipe.agent.prompt, float_model.generation_config)
     games = benchmark_of(recipe.benchmark).read_tasks(context.inputs["benchmark_tasks"], "validation")
     capacity = transcript_capacity(float_model.config, recipe.agent.max_transcript_tokens)
-    bits = recipe.precisions.cache_bits
     examples = expert_steps(games[: recipe.precisions.kl_episodes], prompter, recipe.benchmark.step_limit, capacity)
     for rung in recipe.precisions.ladder:
         if rung.checkpoint is not None:
             inspect(float_model, tokenizer, rung)
     kept = KeptTables(context.kept or context.scratch / "measured", _all_rungs_facts(context, device))
-    facts, measured = [], []
+    read_by_float = pass_bytes(float_model)
+    facts, measured = list[RungFacts](), list[pl.DataFrame]()
     with Progress() as progress:
         bar = progress.add_task("precision ladder", total=len(recipe.precisions.ladder) * len(games))
         for rung in recipe.precisions.ladder:
@@ -98,13 +99,28 @@ def quantized_checkpoints(context: StageContext) -> StageResult:
             rung_facts = _rung_facts(rung, recipe)
             table = kept.read(**rung_facts)
             if table is None:
-                divergence, disagreement = divergence_to_float(float_model, acting, examples, device)
-                played = _play_validation(acting, games, prompter, recipe, device, lambda n: progress.advance(bar, n))
-                warn_of_parse_failures(played, f"rung {rung.name}")
-                table = measured_rows(played, read, pass_bytes(float_model), bits).with_columns(
-                    divergence=pl.lit(divergence), disagreement=pl.lit(disagreement)
+                whole = [rows for rows in measured if len(rows) == len(games)]
+                table = _played_until_beaten(
+                    rung,
+                    games,
+                    partial(
+                        _play_rung,
+                        rung=rung,
+                        acting=acting,
+                        read=read,
+                        read_by_float=read_by_float,
+                        to_float=divergence_to_float(float_model, acting, examples, device),
+                        prompter=prompter,
+                        recipe=recipe,
+                        device=device,
+                        on_progress=partial(progress.advance, bar),
+                    ),
+                    whole,
+                    recipe,
+                    kept,
+                    rung_facts,
                 )
-                kept.write(table, **rung_facts)
+                progress.advance(bar, len(games) - len(table))
             else:
                 log.info("rung %s: measured before, and not changed since", rung.name)
                 progress.advance(bar, len(games))
@@ -136,6 +152,63 @@ def quantized_checkpoints(context: StageContext) -> StageResult:
     ladder = ladder_facts(rungs, checked, table, unit, recipe.precisions)
     _write(ladder, context.output)
     return StageResult(summary=ladder.model_dump(mode="json"))
+
+
+def _play_rung(
+    games: Sequence[Task],
+    *,
+    rung: Rung,
+    acting: PreTrainedModel,
+    read: PassBytes,
+    read_by_float: PassBytes,
+    to_float: tuple[float, float],
+    prompter: Prompter,
+    recipe: Recipe,
+    device: torch.device,
+    on_progress: Callable[[int], None],
+) -> pl.DataFrame:
+    """Rows of `measured_rows` of a rung that plays these games alone, with what `divergence_to_float` has found (`to_float`) in
+    columns of their own: divergence and disagreement."""
+    played = _play_validation(acting, games, prompter, recipe, device, on_progress)
+    warn_of_parse_failures(played, f"rung {rung.name}")
+    rows = measured_rows(played, read, read_by_float, recipe.precisions.cache_bits)
+    divergence, disagreement = map(pl.lit, to_float)
+    return rows.with_columns(divergence=divergence, disagreement=disagreement)
+
+
+def _played_until_beaten(
+    rung: Rung,
+    games: Sequence[Task],
+    play: Callable[[Sequence[Task]], pl.DataFrame],
+    dearer: Sequence[pl.DataFrame],
+    recipe: Recipe,
+    kept: KeptTables,
+    facts: Mapping[str, JsonValue],
+) -> pl.DataFrame:
+    """What `play` returns of all games, or of the first ones, if the rung is beaten there and may stop.
+
+    Args:
+        dearer: such rows of rungs before it that have played all games.
+        facts: what its games are kept under.
+    """
+    if not recipe.precisions.may_stop(rung.name):
+        table = play(games)
+        kept.write(table, **facts)
+        return table
+    first = games[: recipe.precisions.stop_beaten_after]
+    begun = kept.read(**facts, first=len(first))
+    if begun is None:
+        begun = play(first)
+        kept.write(begun, **facts, first=len(first))
+    mine, *others = (rows.rename({"bytes": "cost"}) for rows in (begun, *dearer))
+    beaten = beaten_by(mine, dict(enumerate(others)), recipe.precisions.confidence) is not None
+    rest = games[len(first) :]
+    if beaten and rest:
+        log.info("rung %s: beaten on the first %d games, and stopped", rung.name, len(first))
+        return begun
+    table = pl.concat([begun, play(rest)]) if rest else begun
+    kept.write(table, **facts)
+    return table
 
 
 def _write(ladder: LadderFacts, folder: Path) -> None:

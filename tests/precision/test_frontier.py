@@ -10,6 +10,7 @@ import pytest
 from dmr_pipeline.intervals import paired_interval
 from dmr_pipeline.precision.frontier import (
     PLAYED,
+    beaten_by,
     checked_facts,
     clearly_beaten,
     drafters,
@@ -84,6 +85,33 @@ def test_clearly_beaten_are_rungs_that_cost_no_less_than_one_that_surely_wins_mo
     assert clearly_beaten(found.rungs) == {"int4": "int8"}
     found = judged({"float": (70, 0.5), "int4": (60, 1.0)})
     assert clearly_beaten(found.rungs) == {}
+
+
+def test_a_rung_that_stopped_is_told_of_its_own_games_and_is_beaten_whatever_the_others_did_later() -> None:
+    """int8 wins the later games alone; on the first 20 float has won all, and int2 a quarter at a higher cost."""
+    rows = [("float", f"{g:03}", g < 40, 1, 1.0, 0.2) for g in range(100)]
+    rows += [("int8", f"{g:03}", g >= 30, 1, 0.6, 0.1) for g in range(100)]
+    rows += [("int2", f"{g:03}", g % 4 == 0, 1, 1.5, 0.3) for g in range(20)]
+    table = pl.DataFrame(rows, schema=PLAYED, orient="row")
+    precisions = Precisions(ladder=tuple(Rung(name=n, weights=n) for n in ("float", "int8", "int2")), route="auto")
+    facts = [
+        RungFacts(name=n, bytes=BITS[n], pass_bytes=BITS[n], bits_per_weight=BITS[n], quantized_share=0, kl_to_float=0,
+                  greedy_disagreement=0, reloads_equal=True)
+        for n in ("float", "int8", "int2")
+    ]  # fmt: skip
+    by_float, int8, int2 = rungs_played(facts, table, precisions)
+    assert (by_float.games, int8.games, int2.games) == (None, None, 20)
+    assert (int2.validation_success, int2.cost, int2.lost) == (0.25, 1.5, 0.75)
+    assert int2.dominated_by == "float"
+    assert (by_float.dominated_by, by_float.validation_success) == ("int8", 0.4)
+    assert clearly_beaten([by_float, int8, int2])["int2"] == "float"
+    assert "games" not in by_float.model_dump()
+    mine, others = table.filter(rung="int2"), {"float": table.filter(rung="float"), "int8": table.filter(rung="int8")}
+    assert beaten_by(mine, others, 0.95) == "float"
+    assert beaten_by(mine, {"int8": others["int8"]}, 0.95) is None  # it won none of these
+    dearer = {"float": others["float"].with_columns(cost=pl.lit(1.6))}
+    assert beaten_by(mine, dearer, 0.95) is None  # who costs more has beaten nobody
+    assert beaten_by(mine.head(4), others, 0.95) is None  # too few games to tell
 
 
 def test_a_dear_rung_on_the_front_is_not_routed_where_a_cheaper_one_is_not_worse() -> None:

@@ -217,6 +217,46 @@ def test_a_rung_that_was_measured_before_does_not_play_again(
     assert len(played) == 2 * len(LADDER) + 1
 
 
+@pytest.mark.usefixtures("deploys_float")
+def test_a_rung_that_is_beaten_on_the_first_games_stops_there(
+    context: StageContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not one that is routed; where it isn't beaten it plays on, as if there had been no pause."""
+    played, play_validation = [], stage._play_validation
+    monkeypatch.setattr(
+        stage,
+        "_play_validation",
+        lambda model, games, *rest: played.append(len(games)) or play_validation(model, games, *rest),
+    )
+    games = list({run.task.task_id: run.task for run in RUNS}.values())[:3]
+    whole = replace(context, inputs=write_inputs(tmp_path / "inputs", validation=games))
+    (tmp_path / "whole").mkdir()
+    wanted = quantized_checkpoints(replace(whole, output=tmp_path / "whole")).summary
+    assert played == [3, 3, 3]
+
+    def stopping(folder: str, kept: str = "kept", route: object = ("float", "int2")) -> tuple[dict, pl.DataFrame]:
+        recipe = ladder_recipe(LADDER)
+        precisions = recipe.precisions.model_copy(update={"stop_beaten_after": 2, "route": route})
+        recipe = recipe.model_copy(update={"precisions": precisions})
+        (tmp_path / folder).mkdir()
+        played.clear()
+        made = replace(whole, recipe=recipe, output=tmp_path / folder, kept=tmp_path / kept)
+        return quantized_checkpoints(made).summary, pl.read_parquet(made.output / PLAYED_FILE)
+
+    summary, _ = stopping("unbeaten")  # they all lose alike
+    assert (summary, played) == (wanted, [3, 2, 1, 3])
+    monkeypatch.setattr(stage, "beaten_by", lambda *_: 0)
+    monkeypatch.setattr(frontier, "beaten_by", lambda *_: "float")
+    summary, rows = stopping("beaten", "anew")
+    assert played == [3, 2, 3]
+    assert rows.group_by("rung", maintain_order=True).len().rows() == [("float", 3), ("int8", 2), ("int2", 3)]
+    assert [rung.get("games") for rung in summary["rungs"]] == [None, 2, None]
+    assert summary["rungs"][1]["dominated_by"] == "float"
+    assert read_ladder(tmp_path / "beaten").model_dump(mode="json") == summary
+    assert stopping("again", "anew")[0] == summary
+    assert played == []
+
+
 def test_a_ladder_in_the_agents_dtype_by_low_bit_kernels(context: StageContext) -> None:
     ladder = [*LADDER[:2], {"name": "int4", "weights": "int4", "head": "int8", "rounding": "gptq"}]
     recipe = ladder_recipe(ladder)
