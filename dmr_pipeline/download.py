@@ -15,6 +15,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from urllib3.util import Retry
 
 from dmr_pipeline.errors import UserError
+from dmr_pipeline.progress import Bars
 
 RETRIES = Retry(
     total=4, backoff_factor=0.5, status_forcelist=(429, 500, 502, 503, 504), respect_retry_after_header=False
@@ -154,7 +155,7 @@ def _append(response: requests.Response, url: str, part: Path, offset: int) -> N
 
 
 def _progress_bar() -> Progress:
-    return Progress(
+    return Bars(
         TextColumn("{task.description}", markup=False),
         BarColumn(),
         DownloadColumn(),

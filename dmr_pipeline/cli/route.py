@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.progress import Progress
 
 from dmr_pipeline.cli.common import DEFAULT_RECIPE, RecipeOption, console, progress_lines, user_errors_exit_2
 from dmr_pipeline.errors import UserError
+from dmr_pipeline.progress import Bars
 from dmr_pipeline.recipe import load_recipe
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def calibrate(
     validation = benchmark.read_tasks(artifacts["benchmark_tasks"], "validation")
     fresh = benchmark.fresh_tasks(fresh_games) if fresh_games else []
     folder = DATA_ROOT / "scratch" / recipe / "route"
-    with nullcontext() if as_json else progress_lines(), Progress(console=console, disable=as_json) as progress:
+    with nullcontext() if as_json else progress_lines(), Bars(console=console, disable=as_json) as progress:
         found, settled = calibrated(loaded, router, budget, artifacts, validation, fresh, folder, progress)
     settings = settled.settings.model_dump(mode="json")
     told: dict[str, Any] = {

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import typer
 from rich import box
-from rich.progress import Progress
 from rich.table import Table
 
 from dmr_pipeline.cli.common import RecipeArgument, console, progress_lines, user_errors_exit_2
 from dmr_pipeline.errors import UserError
+from dmr_pipeline.progress import Bars
 from dmr_pipeline.recipe import load_recipe
 
 if TYPE_CHECKING:  # `dmr --help` needs none of it
@@ -53,7 +53,7 @@ def analyse(
     rollouts = Rollouts.load(artifacts["quantized_checkpoints"], loaded)
     some = benchmark_of(loaded.benchmark).read_tasks(artifacts["benchmark_tasks"], split, games)
     folder = DATA_ROOT / "scratch" / recipe / "consequence"
-    with nullcontext() if as_json else progress_lines(), Progress(console=console, disable=as_json) as progress:
+    with nullcontext() if as_json else progress_lines(), Bars(console=console, disable=as_json) as progress:
         bar = progress.add_task(f"games by {behaviour}, labelled", total=len(some))
         branches = progress.add_task("branches played", total=None)
         table, spent = label_games(

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich import box
-from rich.progress import Progress
 from rich.table import Table
 
 from dmr_pipeline.cli.common import console, progress_lines, user_errors_exit_2, write_record
+from dmr_pipeline.progress import Bars
 from dmr_pipeline.recipe import load_recipe
 
 if TYPE_CHECKING:  # `dmr --help` needs none of it
@@ -48,7 +48,7 @@ def run(
     folder = DATA_ROOT / "scratch" / "studies" / file.stem
     with nullcontext() if as_json else progress_lines():
         routers = train(plan, DATA_ROOT, folder / "artifacts")
-        with Progress(console=console, disable=as_json) as progress:
+        with Bars(console=console, disable=as_json) as progress:
             episodes = play_study(plan, recipe, routers, DATA_ROOT, folder / "kept", progress)
     episodes.write_parquet(folder / "episodes.parquet")
     (last,) = (rung for rung in ladder.rungs if rung.name == ladder.route[-1])

@@ -21,6 +21,7 @@ from dmr_pipeline.precision.acting import spend_by_bytes
 from dmr_pipeline.precision.frontier import clearly_beaten
 from dmr_pipeline.precision.ladder import read_ladder
 from dmr_pipeline.precision.pass_bytes import PassBytes
+from dmr_pipeline.progress import Bars
 from dmr_pipeline.recipe import Recipe, Speculative
 from dmr_pipeline.rollout.engine import RolloutRequest, RoutingPolicy, SinglePrecision, Timings, Trajectory
 from dmr_pipeline.rollout.failures import FAILURES
@@ -134,7 +135,7 @@ def rung_alone(checkpoints: Path, recipe: Recipe, rung: str, games: Sequence[Tas
         log.info("not played again: %s", entry.name)
         return table
     arena = Arena.load(checkpoints, recipe, recipe.evaluation.seed, (rung,))
-    with Progress() as progress:
+    with Bars() as progress:
         return evaluate([entry], arena, games, progress, kept=kept)[entry.name]
 
 
@@ -151,7 +152,7 @@ def checking_alone(
     entry = checking_entry(pair, pair, route, recipe.precisions.speculative)
     kept = kept.under(**acting_facts(checkpoints, recipe, pair))
     arena = Arena.load(checkpoints, recipe, recipe.evaluation.seed, pair)
-    with Progress() as progress:
+    with Bars() as progress:
         played = evaluate([entry], arena, games, progress, kept=kept)[entry.name]
     # What is counted for the dearest routed rung was counted for the dearest of the pair.
     sizes = {one.name: one.pass_bytes for one in ladder.rungs}

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
-from rich.progress import Progress, TextColumn, TimeElapsedColumn
+from rich.progress import TextColumn, TimeElapsedColumn
 from scipy.optimize import brentq
 from scipy.special import xlogy
 from torch import Tensor
@@ -35,7 +35,7 @@ from dmr_pipeline.artifacts.resume import discard, load_state, save_state
 from dmr_pipeline.environments.base import Task
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.precision.pass_bytes import PassBytes
-from dmr_pipeline.progress import training_progress
+from dmr_pipeline.progress import Bars, training_bars
 from dmr_pipeline.recipe import GrpoBudget, GrpoRouter
 from dmr_pipeline.rollout.cost import reward
 from dmr_pipeline.rollout.engine import RolloutRequest, Trajectory, seeded_generator
@@ -145,7 +145,7 @@ def settings_at_ratio(router: Router, scorer: Scorer, games: Sequence[Task], scr
     numbers = isinstance(router.model, ProbeHead) and bool(router.model.config.features)
     if numbers:
         policy = in_the_order_of(router, Observed(router, policy))
-    with Progress(TextColumn("{task.description}"), TimeElapsedColumn()) as progress:
+    with Bars(TextColumn("{task.description}"), TimeElapsedColumn()) as progress:
         progress.add_task(f"episodes to start from a spend of {section.initial_ratio:.2f}", total=None)
         played = rollouts.play([RolloutRequest(game) for game in games], policy, section.seed)
     sequences = [sequence_of_trajectory(trajectory, router) for trajectory in played]
@@ -263,7 +263,7 @@ class Session(TrainerCallback):
         self.rows: list[dict[str, Any]] = []
         self.best_weights: Mapping[str, Tensor] = {}
         self.best_update, self.best_merit = 0, float("-inf")
-        self.progress = training_progress()
+        self.progress = training_bars()
         self.bar = self.progress.add_task("training by GRPO", total=self.section.updates, note="")
 
     def log(self) -> pl.DataFrame:

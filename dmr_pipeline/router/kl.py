@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import polars as pl
 import torch
-from rich.progress import Progress
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -26,7 +25,7 @@ from dmr_pipeline.artifacts.resume import load_state, save_state
 from dmr_pipeline.environments.base import Task
 from dmr_pipeline.environments.webshop.benchmark import SEARCH
 from dmr_pipeline.errors import UserError
-from dmr_pipeline.progress import training_progress
+from dmr_pipeline.progress import Bars, training_bars
 from dmr_pipeline.recipe import KlRouter, Lora, Recipe, RouterModel
 from dmr_pipeline.rollout.engine import RolloutRequest, RoutingPolicy, Timings, Trajectory
 from dmr_pipeline.rollout.known import Known
@@ -239,7 +238,7 @@ def fit(
         logits = routing_logits(model, [sequences[i] for i in batch], router.settings)
         return loss_of(logits, torch.cat([targets[i] for i in batch]).to(device))
 
-    with training_progress("loss {task.fields[loss]:.3f}") as progress:
+    with training_bars("loss {task.fields[loss]:.3f}") as progress:
         bar = progress.add_task("training the router", total=total, completed=len(losses), loss=float("nan"))
         while epoch < section.epochs:
             model.train()
@@ -369,7 +368,7 @@ def validate(router: Router, games: Sequence[Task], rollouts: Rollouts, recipe: 
     mixing = by_the_rules_of(router, RandomMixing(dict.fromkeys(route, 1 / len(route)), seed))
     played = play_games(games, mixing, rollouts, seed, "episodes to calibrate on", Timings())
     episodes, steps = to_frames(played, "validation")
-    with Progress() as progress:
+    with Bars() as progress:
         bar = progress.add_task("their labels", total=len(episodes))
         counted = recipe.sensitivity.tokens
         rows, drafts = measure(rollouts, episodes, steps, counted, lambda n: progress.advance(bar, n))
@@ -395,7 +394,7 @@ def play_games(
     known: Known | None = None,
 ) -> list[Trajectory]:
     """One episode of each game under the policy; `known` as in `Rollouts.play`."""
-    with Progress() as progress:
+    with Bars() as progress:
         bar = progress.add_task(title, total=len(games))
         return rollouts.play(
             [RolloutRequest(game) for game in games], policy, seed, clock, lambda n: progress.advance(bar, n), known

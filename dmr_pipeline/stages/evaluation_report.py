@@ -7,7 +7,6 @@ from pathlib import Path
 
 import polars as pl
 from pydantic import JsonValue
-from rich.progress import Progress
 
 from dmr_pipeline.artifacts.stage import StageContext, StageResult
 from dmr_pipeline.environments.benchmark import benchmark_of
@@ -40,6 +39,7 @@ from dmr_pipeline.evaluation.transcripts import choices, openings, transcripts
 from dmr_pipeline.evaluation.tuning import Range
 from dmr_pipeline.precision.frontier import clearly_beaten
 from dmr_pipeline.precision.ladder import LadderFacts, read_ladder
+from dmr_pipeline.progress import Bars
 from dmr_pipeline.rollout.engine import RoutingPolicy, SinglePrecision
 from dmr_pipeline.rollout.known import Known
 from dmr_pipeline.rollout.prompts import truncation_policy
@@ -69,7 +69,7 @@ def evaluation_report(context: StageContext) -> StageResult:
     routers = {name: load_router(context.inputs[name] / ROUTER_FOLDER, device, cheapest) for name in ROUTERS}
     files = {name: content(context.inputs[name], f"{ROUTER_FOLDER}/") for name in ROUTERS}
 
-    with Progress() as progress:
+    with Bars() as progress:
         candidates = router_entries(routers, files, arena.rollouts.slots(len(validation)))
         known, known_on_test = Known(), Known()
         validated = evaluate(candidates, arena, validation, progress, " on validation", on_validation, known)

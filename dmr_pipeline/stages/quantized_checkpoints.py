@@ -39,6 +39,7 @@ from dmr_pipeline.precision.ladder import LADDER_FILE, Checked, LadderFacts, Run
 from dmr_pipeline.precision.pass_bytes import PassBytes, pass_bytes, stored_pass_bytes
 from dmr_pipeline.precision.quantization import RungSize, load_rung, quantize_rung, save_rung, stored_size
 from dmr_pipeline.pretrained import adapter_config, pretrained_hashes
+from dmr_pipeline.progress import Bars
 from dmr_pipeline.recipe import Gptq, Recipe, Rung
 from dmr_pipeline.rollout.cost import episode_cost
 from dmr_pipeline.rollout.engine import (
@@ -78,7 +79,7 @@ def quantized_checkpoints(context: StageContext) -> StageResult:
     kept = KeptTables(context.kept or context.scratch / "measured", _all_rungs_facts(context, device))
     read_by_float = pass_bytes(float_model)
     facts, measured = list[RungFacts](), list[pl.DataFrame]()
-    with Progress() as progress:
+    with Bars() as progress:
         bar = progress.add_task("precision ladder", total=len(recipe.precisions.ladder) * len(games))
         for rung in recipe.precisions.ladder:
             progress.update(bar, description=f"{rung.name} plays validation games")
@@ -229,7 +230,7 @@ def _play_checked(
             return []
         entry = checking_entry(pair, pair, pair, recipe.precisions.speculative)
         of_pair = kept.under(pair=[_rung_facts(by_name[name], recipe) for name in pair], cache=recipe.precisions.cache)
-        with Progress() as progress:
+        with Bars() as progress:
             played = evaluate([entry], arena, games, progress, " plays validation games", of_pair)[entry.name]
         found.append(checked_facts(drafter, played))
     return found

@@ -5,13 +5,13 @@ import shutil
 from pathlib import Path
 
 import polars as pl
-from rich.progress import Progress
 
 from dmr_pipeline.artifacts.manifest import folder_hash, hash_files
 from dmr_pipeline.artifacts.stage import StageContext, StageResult
 from dmr_pipeline.environments.benchmark import benchmark_of
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.evaluation.play import Arena, Entry, evaluate
+from dmr_pipeline.progress import Bars
 from dmr_pipeline.release.comparison import CANDIDATE, RELEASED, compare_routers, games_of
 from dmr_pipeline.release.history import (
     RELEASES_FILE,
@@ -113,7 +113,7 @@ def play_both(context: StageContext, released: Path, candidate: Candidate, numbe
         router = load_router(artifact / ROUTER_FOLDER, acting.device, acting.models[acting.cheapest])
         policy = routing_policy(router, arena.rollouts.slots(len(games)))
         entries.append(Entry(name, "router", policy, router=router.pass_bytes))
-    with Progress() as progress:
+    with Bars() as progress:
         return pl.concat(evaluate(entries, arena, games, progress, " router on validation").values())
 
 

@@ -2,12 +2,12 @@
 what becomes of episodes of which single steps are swapped (see router/consequence.py)."""
 
 import polars as pl
-from rich.progress import Progress
 
 from dmr_pipeline.artifacts.stage import StageContext, StageResult
 from dmr_pipeline.environments.benchmark import benchmark_of
 from dmr_pipeline.evaluation.consequence import Spent, label_recorded
 from dmr_pipeline.ingestion.tables import INGESTED, AllTrajectories, read_all_trajectories
+from dmr_pipeline.progress import Bars
 from dmr_pipeline.recipe import Consequences
 from dmr_pipeline.rollout.playing import Rollouts
 from dmr_pipeline.router.labels import label, measure, threshold
@@ -20,7 +20,7 @@ def sensitivity_dataset(context: StageContext) -> StageResult:
     given = read_all_trajectories(
         context.inputs, recipe.precisions.names, rollouts.route, rollouts.prompter, rollouts.capacity
     )
-    with Progress() as progress:
+    with Bars() as progress:
         bar = progress.add_task("divergence of the precisions", total=len(given.episodes))
         counted = recipe.sensitivity.tokens
         rows, drafts = measure(rollouts, given.episodes, given.steps, counted, lambda n: progress.advance(bar, n))
@@ -68,7 +68,7 @@ def swap(
     benchmark.make_tasks(folder)
     games = benchmark.read_tasks(folder, "router_train", section.games)
     played = given.episodes.filter(pl.col("policy") != INGESTED)
-    with Progress() as progress:
+    with Bars() as progress:
         bar = progress.add_task("games whose steps are swapped", total=len(games))
         return label_recorded(
             rollouts,

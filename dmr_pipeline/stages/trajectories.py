@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from functools import partial
 
 import polars as pl
-from rich.progress import Progress
 
 from dmr_pipeline.artifacts.stage import StageContext, StageResult
 from dmr_pipeline.environments.benchmark import benchmark_of
+from dmr_pipeline.progress import Bars
 from dmr_pipeline.recipe import BehaviourPolicy, Trajectories
 from dmr_pipeline.rollout.engine import RolloutRequest, RoutingPolicy, SinglePrecision, Timings, Trajectory
 from dmr_pipeline.rollout.known import Known
@@ -38,7 +38,7 @@ def trajectories(context: StageContext) -> StageResult:
         if outgrown := sum(t.outgrown for t in played):
             summary[name]["outgrown"] = outgrown
 
-    with Progress() as progress:
+    with Bars() as progress:
         plays = []
         for behaviour in acting:
             bar = progress.add_task(f"episodes by {behaviour.name}", total=len(runs))

@@ -22,7 +22,7 @@ from dmr_pipeline.agent.memory import halving
 from dmr_pipeline.artifacts.resume import load_state, save_state
 from dmr_pipeline.environments.base import Task
 from dmr_pipeline.errors import UserError
-from dmr_pipeline.progress import training_progress
+from dmr_pipeline.progress import training_bars
 from dmr_pipeline.recipe import TRAINED_TRANSCRIPT_TOKENS, Architecture, Games, Imitation, Runtime
 from dmr_pipeline.rollout.engine import play_alone
 from dmr_pipeline.rollout.prompts import Prompter
@@ -131,7 +131,7 @@ def train(
 
     tokens, started = 0, time.perf_counter()
     """Read and learned from since the last save, and when that was."""
-    with training_progress() as progress:
+    with training_bars() as progress:
         bar = progress.add_task("training the agent", total=training.updates, completed=state.update, note="")
         while state.update < training.updates:
             collects = state.update % training.dagger_every == 0
