@@ -31,10 +31,11 @@ def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[object]:
 
     def calibrate(recipe, name, budget, artifacts, validation, fresh, folder, progress):
         found.extend([name, budget, sorted(artifacts), len(fresh), folder])
-        router = random_router(threshold=0.25, ties=0.5)
+        router = random_router(threshold=0.25, ties=0.5) if name.endswith("router") else None
         fresh_played = played(len(fresh), 0.21) if fresh else None
+        ties = 0.5 if name != "margin" else 1.0
         return Calibration(
-            threshold=0.25, ties=0.5, sample=False, strict=None, validation=played(10, 0.19), fresh=fresh_played
+            threshold=0.25, ties=ties, sample=False, strict=None, validation=played(10, 0.19), fresh=fresh_played
         ), router
 
     monkeypatch.chdir(tmp_path)
@@ -85,6 +86,25 @@ def test_lines_and_the_router_that_is_written(asked: list[object], tmp_path: Pat
     again = dmr_route(*arguments)
     assert again.exit_code == 2
     assert "--write settled: there is something already" in again.output
+
+
+@pytest.mark.usefixtures("games")
+def test_a_rule_has_no_weights_and_is_deployed_by_its_name(asked: list[object]) -> None:
+    result = dmr_route("--router", "margin", "--high-ratio", "0.2")
+    assert result.exit_code == 0, result.output
+    assert asked[0] == "margin"
+    assert asked[2] == ["benchmark_tasks", "quantized_checkpoints"]
+    assert "to deploy it: dmr serve alfworld-tiny --static 'margin>0.25'" in result.output
+    told = json.loads(dmr_route("--router", "margin", "--high-ratio", "0.2", "--json").stdout)
+    assert (told["static"], told["settings"]) == ("margin>0.25", None)
+    # What is drawn by lot at its threshold is more than a name tells.
+    assert json.loads(dmr_route("--router", "stuck", "--high-ratio", "0.2", "--json").stdout)["static"] is None
+    for arguments, said in (
+        (("--router", "sense"), "name one of kl_router, grpo_router, random"),
+        (("--router", "margin", "--write", "settled"), "margin has no weights"),
+    ):
+        refused = dmr_route(*arguments, "--high-ratio", "0.2")
+        assert (refused.exit_code, said in refused.output) == (2, True), refused.output
 
 
 def test_a_benchmark_whose_tasks_are_a_list_has_no_fresh_ones(

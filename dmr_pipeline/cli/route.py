@@ -1,9 +1,9 @@
-"""`dmr route`: a trained router set to a budget."""
+"""`dmr route`: a router, or a rule that nobody trained, set to a budget."""
 
 import json
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,7 +15,10 @@ from dmr_pipeline.recipe import load_recipe
 if TYPE_CHECKING:
     from dmr_pipeline.evaluation.route_calibration import Played
 
-route = typer.Typer(help="A trained router set to a budget.", no_args_is_help=True)
+ROUTERS = ("kl_router", "grpo_router")
+"""Those that a recipe trains."""
+
+route = typer.Typer(help="A router, or a rule that nobody trained, set to a budget.", no_args_is_help=True)
 
 
 @route.callback()
@@ -28,7 +31,11 @@ def commands() -> None:
 def calibrate(
     recipe: RecipeOption = DEFAULT_RECIPE,
     router: Annotated[
-        Literal["kl_router", "grpo_router"], typer.Option(help="stage 1's router or stage 2's")
+        str,
+        typer.Option(
+            help="kl_router, grpo_router, or a rule that nobody trained: margin, entropy, stuck, inadmissible, random, evenly,"
+            " first, last, ... (router/rules.py)"
+        ),
     ] = "grpo_router",
     high_ratio: Annotated[
         float | None,
@@ -46,21 +53,28 @@ def calibrate(
     write: Annotated[Path | None, typer.Option(help="a new folder, for the router so calibrated")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON and nothing else")] = False,
 ) -> None:
-    """Find the router's threshold for a budget on validation games, by playing them, and check it on fresh games.
+    """Find the threshold of a router, or of a rule that nobody trained, for a budget: on validation games, by playing them; and
+    check it on fresh games.
 
     What was played is kept in data/scratch: the same command goes on where it broke off.
     """
     from dmr_pipeline.artifacts.folders import DATA_ROOT
     from dmr_pipeline.cli.stages import verify_current
     from dmr_pipeline.environments.benchmark import benchmark_of
-    from dmr_pipeline.evaluation.route_calibration import RouteBudget
+    from dmr_pipeline.evaluation.route_calibration import NAMES, RouteBudget
     from dmr_pipeline.evaluation.route_calibration import calibrate as calibrated
     from dmr_pipeline.router.model import SETTINGS_FILE, save_router
+    from dmr_pipeline.router.rules import named_at
 
+    if router not in NAMES:
+        raise UserError(f"--router {router!r}: name one of {', '.join(NAMES)}")
+    is_rule = router not in ROUTERS
+    if write is not None and is_rule:
+        raise UserError(f"--write is for routers: {router} has no weights, and is deployed by its name and threshold")
     budget, loaded = RouteBudget(high_ratio, cost, sample, strict), load_recipe(recipe)
     if write is not None and write.exists():
         raise UserError(f"--write {write}: there is something already; name a new folder")
-    stages = ("benchmark_tasks", "quantized_checkpoints", router)
+    stages = ("benchmark_tasks", "quantized_checkpoints", *([] if is_rule else [router]))
     artifacts = {stage: verify_current(stage, recipe).path for stage in stages}
     benchmark = benchmark_of(loaded.benchmark)
     validation = benchmark.read_tasks(artifacts["benchmark_tasks"], "validation")
@@ -68,7 +82,10 @@ def calibrate(
     folder = DATA_ROOT / "scratch" / recipe / "route"
     with nullcontext() if as_json else progress_lines(), Bars(console=console, disable=as_json) as progress:
         found, settled = calibrated(loaded, router, budget, artifacts, validation, fresh, folder, progress)
-    settings = settled.settings.model_dump(mode="json")
+    settings = None if settled is None else settled.settings.model_dump(mode="json")
+    # Lots at the threshold, samples and strict budgets are no part of a name.
+    simple = is_rule and not (0 < found.ties < 1 or sample or strict)
+    named = named_at(router, found.threshold) if simple else None
     told: dict[str, Any] = {
         "recipe": recipe,
         "router": router,
@@ -80,8 +97,9 @@ def calibrate(
         **_flat("fresh", found.fresh),
         "settings": settings,
         "written": None if write is None else str(write),
+        "static": named,
     }
-    if write is not None:
+    if write is not None and settled is not None:
         save_router(settled, write)
     if as_json:
         typer.echo(json.dumps(told, indent=2, allow_nan=False))
@@ -93,7 +111,10 @@ def calibrate(
     elif fresh_games:
         lines += [f"  {loaded.benchmark.environment} has no fresh games: its tasks are a list that ends"]
     lines += [f"  brackets: {loaded.evaluation.confidence:.0%} intervals, by game"]
-    lines += [f"{SETTINGS_FILE}: {json.dumps(settings)}", *([f"written to {write}"] if write is not None else [])]
+    if settings is not None:
+        lines += [f"{SETTINGS_FILE}: {json.dumps(settings)}", *([f"written to {write}"] if write is not None else [])]
+    if named is not None:
+        lines += [f"to deploy it: dmr serve {recipe} --static '{named}'"]
     for line in lines:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 

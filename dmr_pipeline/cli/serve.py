@@ -45,8 +45,8 @@ def serve(
     static: Annotated[
         str | None,
         typer.Option(
-            help="no router: this precision acts (int4), or checks what another one drafts (int4<int2); verdict: what dmr ladder"
-            " says to deploy"
+            help="no router: this precision acts (int4), or checks what another one drafts (int4<int2), or a rule decides at a"
+            " threshold (margin>0.4, see dmr route calibrate); verdict: what dmr ladder says to deploy"
         ),
     ] = None,
     degrade: Annotated[

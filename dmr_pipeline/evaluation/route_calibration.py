@@ -1,9 +1,10 @@
-"""A trained router set to a budget on validation games, in closed loop, and checked on games that nobody has seen."""
+"""A router, or a rule that nobody trained, set to a budget on validation games, in closed loop, and checked on games that nobody
+has seen."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import polars as pl
 from pydantic import JsonValue
@@ -17,14 +18,17 @@ from dmr_pipeline.evaluation.play import Arena, acting_facts, content, evaluate
 from dmr_pipeline.evaluation.results import Interval
 from dmr_pipeline.evaluation.tuning import Range, Tunable, mean_of, spend_of, tune_to_cost, tune_to_ratios
 from dmr_pipeline.frozen_model import FrozenModel
-from dmr_pipeline.recipe import Evaluation, Recipe
+from dmr_pipeline.recipe import Evaluation, Recipe, RuleName
 from dmr_pipeline.rollout.known import Known
 from dmr_pipeline.router.budgets import Bar
 from dmr_pipeline.router.kl import ROUTER_FOLDER, with_settings
 from dmr_pipeline.router.model import Router, load_router
 from dmr_pipeline.router.policies import asking_policy
+from dmr_pipeline.router.rules import rules
 
 RouterName = Literal["kl_router", "grpo_router"]
+NAMES = (*get_args(RouterName), *get_args(RuleName))
+"""Of all that can be calibrated."""
 _CLOSE_ENOUGH = 0.005
 """Ratio, as in `find_bars`."""
 _VERSION = 1
@@ -90,37 +94,42 @@ class Calibration(FrozenModel):
 
 def calibrate(
     recipe: Recipe,
-    name: RouterName,
+    name: str,
     budget: RouteBudget,
     artifacts: dict[str, Path],
     validation: Sequence[Task],
     fresh: Sequence[Task],
     folder: Path,
     progress: Progress,
-) -> tuple[Calibration, Router]:
+) -> tuple[Calibration, Router | None]:
     """Find the bar on validation games, and play fresh ones at it.
 
     Args:
-        artifacts: stage -> folder, verified: `benchmark_tasks`, `quantized_checkpoints` and the router's.
+        name: of NAMES.
+        artifacts: stage -> folder, verified: `benchmark_tasks`, `quantized_checkpoints` and, of a router, its own.
         folder: where episodes are kept, so that the same command goes on where it broke off; it need not exist.
 
     Returns:
-        Beside it, the router so calibrated.
+        Beside it, the router so calibrated; None of a rule.
 
     Raises:
-        UserError: no bar keeps the budget on validation games.
+        UserError: no bar keeps the budget on validation games, or the step limit is too short for the rule.
     """
     checkpoints = artifacts["quantized_checkpoints"]
     arena = Arena.load(checkpoints, recipe, recipe.evaluation.seed)
-    acting = arena.rollouts.acting
-    router = load_router(artifacts[name] / ROUTER_FOLDER, arena.rollouts.device, acting.models[acting.cheapest])
-    tunable = Tunable(
-        name,
-        "router",
-        asking_policy(router, arena.rollouts.slots(max(len(validation), len(fresh)))),
-        {"router": content(artifacts[name], f"{ROUTER_FOLDER}/")},
-        router.pass_bytes,
-    )
+    router = None
+    if name in get_args(RouterName):
+        acting = arena.rollouts.acting
+        router = load_router(artifacts[name] / ROUTER_FOLDER, arena.rollouts.device, acting.models[acting.cheapest])
+        tunable = Tunable(
+            name,
+            "router",
+            asking_policy(router, arena.rollouts.slots(max(len(validation), len(fresh)))),
+            {"router": content(artifacts[name], f"{ROUTER_FOLDER}/")},
+            router.pass_bytes,
+        )
+    else:
+        tunable = _rule(name, arena)
     facts: dict[str, JsonValue] = {
         "version": _VERSION,
         "games": content(artifacts["benchmark_tasks"]),
@@ -152,9 +161,20 @@ def calibrate(
         fresh_played = measured(played, recipe.evaluation)
     bar = tuned.bar
     changes = {"threshold": bar.threshold, "ties": bar.ties, "sample": bar.sample, "strict": bar.strict}
-    calibrated = with_settings(router, **changes, target_ratio=budget.high_ratio)
     result = Calibration(**changes, validation=measured(tuned.played, recipe.evaluation), fresh=fresh_played)
+    if router is None:
+        return result, None
+    calibrated = with_settings(router, **changes, target_ratio=budget.high_ratio)
     return result, replace(router, settings=calibrated.settings)
+
+
+def _rule(name: str, arena: Arena) -> Tunable:
+    rollouts = arena.rollouts
+    there = rules(rollouts.route, rollouts.step_limit, rollouts.prompter, rollouts.can_draft, arena.seed)
+    if name not in there:
+        raise UserError(f"{name}: a step limit of {rollouts.step_limit} is too short for it")
+    speculative = None if rollouts.speculative is None else rollouts.speculative.model_dump(mode="json")
+    return Tunable(name, "rule", there[name], {"check": rollouts.can_draft, "drafts": speculative})
 
 
 def measured(played: pl.DataFrame, section: Evaluation) -> Played:

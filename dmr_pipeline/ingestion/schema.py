@@ -73,7 +73,8 @@ class LoggedStep(FrozenModel):
     )
     reason: Name | None = Field(
         None,
-        description="why this rung acted: router, forced, budget, fallback, fixed or exploration; left out where it is not known",
+        description="why this rung acted: router, rule, fixed, forced, budget, fallback or exploration; left out where it is not"
+        " known",
     )
     release: int | None = Field(
         None, ge=1, le=10**9, description="number of the release whose router decided, if one did"

@@ -13,8 +13,10 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from dmr_pipeline.errors import UserError
 from dmr_pipeline.rollout.engine import Decision, DecisionContext, Draft, RolloutRequest, seeded_generator
 from dmr_pipeline.rollout.prompts import Prompter
+from dmr_pipeline.router.budgets import AtBar, Bar
 
 CAP_TURN = 15
 """Rules that are capped ask for nothing from this turn on: an episode that lasts so long is mostly lost. Ours."""
@@ -28,7 +30,7 @@ class RulePast:
     run: RolloutRequest
     turn: int = 0
     segments: Counter[tuple[int, ...]] = field(default_factory=Counter)
-    """How often each was met: the observation, and what the prompt puts around it. The present one is among them."""
+    """How often each was met before: the observation, and what the prompt puts around it."""
     actions: Counter[tuple[int, ...]] = field(default_factory=Counter)
     segment: tuple[int, ...] = ()
     """The present one."""
@@ -63,7 +65,6 @@ class Rule:
         pasts = [self.pasts[slot] for slot in slots]
         for past, segment in zip(pasts, segments, strict=True):
             past.segment = tuple(segment)
-            past.segments[past.segment] += 1
         cheaper = len(self.route) - 1
         return [
             Decision(self.route[0], (level,) * cheaper, drafter=self.drafter)
@@ -72,6 +73,7 @@ class Rule:
 
     def acted(self, slot: int, segment: list[int], precision: str, action: list[int]) -> None:
         past = self.pasts[slot]
+        past.segments[tuple(segment)] += 1
         past.action = tuple(action)
         past.actions[past.action] += 1
         past.turn += 1
@@ -82,12 +84,19 @@ def by_past(level: Callable[[RulePast], float]) -> Levels:
     return lambda slots, pasts, peek: [level(past) for past in pasts]
 
 
-def by_draft(route: Sequence[str], level: Callable[[Draft, Sequence[str]], float]) -> Levels:
-    """Of the cheapest rung's draft, and of the commands that do something there."""
+def by_draft(route: Sequence[str], level: Callable[[Draft], float]) -> Levels:
+    """Of the cheapest rung's draft."""
+    return lambda slots, pasts, peek: [level(draft) for draft in peek.drafts(route[-1], slots)]
+
+
+def inadmissible(route: Sequence[str], prompter: Prompter) -> Levels:
+    """1 where the cheapest rung's draft does nothing."""
 
     def levels(slots: Sequence[int], pasts: Sequence[RulePast], peek: DecisionContext) -> list[float]:
         drafts, commands = peek.drafts(route[-1], slots), peek.admissible_commands(slots)
-        return [level(draft, there) for draft, there in zip(drafts, commands, strict=True)]
+        return [
+            float(prompter.command(draft.action) not in there) for draft, there in zip(drafts, commands, strict=True)
+        ]
 
     return levels
 
@@ -131,16 +140,16 @@ def evenly(past: RulePast) -> float:
 
 def repeats(past: RulePast) -> float:
     """Stuck: n / (n + 1), of n times that this observation was met before and the last command issued before."""
-    again = past.segments[past.segment] - 1 + max(past.actions[past.action] - 1, 0)
+    again = past.segments[past.segment] + max(past.actions[past.action] - 1, 0)
     return again / (again + 1)
 
 
-def doubt(draft: Draft, commands: Sequence[str] = ()) -> float:
+def doubt(draft: Draft) -> float:
     """One minus the margin of the draft's least certain token."""
     return 1 - draft.margin
 
 
-def surprise(draft: Draft, commands: Sequence[str] = ()) -> float:
+def surprise(draft: Draft) -> float:
     """1 - exp(-H), of the greatest entropy H of the draft's tokens, in nats: of n equally likely ones 1 - 1 / n."""
     return 1 - math.exp(-draft.entropy)
 
@@ -152,9 +161,6 @@ def rules(route: Sequence[str], step_limit: int, prompter: Prompter, check: bool
         check: the dearest rung checks the draft where there is one.
         seed: of what is drawn.
     """
-
-    def inadmissible(draft: Draft, commands: Sequence[str]) -> float:
-        return float(prompter.command(draft.action) not in commands)
 
     def episode_lot(past: RulePast) -> float:
         return seeded_generator("episode-lot", seed, past.run.task.task_id, past.run.member).random()
@@ -168,7 +174,7 @@ def rules(route: Sequence[str], step_limit: int, prompter: Prompter, check: bool
         "episode": by_past(episode_lot),
     }
     margin, entropy = by_draft(route, doubt), by_draft(route, surprise)
-    after = {"margin": margin, "entropy": entropy, "inadmissible": by_draft(route, inadmissible)}
+    after = {"margin": margin, "entropy": entropy, "inadmissible": inadmissible(route, prompter)}
     found = {name: Rule(route, levels) for name, levels in before.items()}
     drafter = route[-1] if check else None
     if step_limit > CAP_TURN:
@@ -177,3 +183,36 @@ def rules(route: Sequence[str], step_limit: int, prompter: Prompter, check: bool
     # Only the first step has a draft to check.
     found["episode_margin"] = Rule(route, once(margin))
     return found | {name: Rule(route, levels, drafter) for name, levels in after.items()}
+
+
+def is_rule_at_bar(text: str) -> bool:
+    """Whether this names a rule at a threshold (`rule_at_bar`)."""
+    return ">" in text
+
+
+def named_at(rule: str, threshold: float) -> str:
+    """What `rule_at_bar` reads."""
+    return f"{rule}>{threshold:.6g}"
+
+
+def rule_at_bar(text: str, there: Mapping[str, Rule], route: Sequence[str]) -> AtBar:
+    """A rule as it is deployed, by its name: of `margin>0.4` the dearest rung acts where the rule's level is above 0.4, and the
+    cheapest elsewhere.
+
+    Args:
+        there: as of `rules`.
+
+    Raises:
+        UserError: there is no such rule, its level is no number from 0 to 1, or it cannot be told from a transcript alone.
+    """
+    name, _, said = text.partition(">")
+    deployable = [rule for rule in there if rule != "episode_margin"]  # what its first draft was is not in a transcript
+    if name not in deployable:
+        raise UserError(f"{text!r}: {name!r} is no rule that can be deployed ({', '.join(deployable)})")
+    try:
+        threshold = float(said)
+    except ValueError:
+        threshold = -1.0
+    if not 0 <= threshold <= 1:
+        raise UserError(f"{text!r}: write the threshold behind '>', a number from 0 to 1, such as {name}>0.4")
+    return AtBar(there[name], route, Bar(threshold, ties=0.0))

@@ -22,6 +22,7 @@ from dmr_pipeline.recipe import load_recipe
 from dmr_pipeline.rollout.engine import Decision, RolloutRequest, Trajectory, rungs_of
 from dmr_pipeline.rollout.playing import Rollouts
 from dmr_pipeline.router.model import Router
+from dmr_pipeline.router.rules import is_rule_at_bar
 from dmr_pipeline.serve import release
 from dmr_pipeline.serve.deciders import decider_of
 from dmr_pipeline.serve.local import Ask, LocalAgents, Turn
@@ -36,14 +37,14 @@ class RoutedAgent:
     def __init__(self, rollouts: Rollouts, router: Router | str, release: int | None = None, seed: int = 0) -> None:
         """
         Args:
-            router: that decides; or the name of what needs none: a rung, which then acts throughout, or `int4<int2`, of which
-                the first checks what the second drafts.
+            router: that decides; or the name of what needs none: a rung, which then acts throughout; `int4<int2`, of which the
+                first checks what the second drafts; or `margin>0.4`, a rule at a threshold (`rule_at_bar`).
             release: number of the router's release, if it is one.
             seed: of actions that are drawn at a temperature.
         """
         self.rollouts = rollouts
         self._agents = LocalAgents(rollouts, slots=1, seed=seed)
-        self.decider = self._agents.fixed(router) if isinstance(router, str) else decider_of(router, 1, release)
+        self.decider = self._agents.untrained(router) if isinstance(router, str) else decider_of(router, 1, release)
         self._session: Session | None = None
 
     @classmethod
@@ -61,7 +62,7 @@ class RoutedAgent:
         number = None
         if router is None:
             router, number = release.released(recipe, data_root)
-        rungs = rungs_of(router) if isinstance(router, str) else None
+        rungs = rungs_of(router) if isinstance(router, str) and not is_rule_at_bar(router) else None
         rollouts = Rollouts.load(checkpoints, load_recipe(recipe), rungs)
         return cls(rollouts, router if isinstance(router, str) else release.load(router, rollouts), number)
 

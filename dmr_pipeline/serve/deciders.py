@@ -28,7 +28,7 @@ def decider_of(router: Router, slots: int, number: int | None = None) -> Decider
     """
     policy = routing_policy(router, slots + 1)  # one more for what is decided and not played
     settings = router.settings
-    return Decider(policy, False, number, settings.threshold, router.pass_bytes, settings.bar)
+    return Decider(policy, "router", number, settings.threshold, router.pass_bytes, settings.bar)
 
 
 class Deciders:
@@ -37,7 +37,7 @@ class Deciders:
         load: reads a router from its folder.
         slots: as of `decider_of`.
         checks: whether a rung can check what a cheaper one drafts.
-        static: name of the static policy that plays for the recipe in place of its releases.
+        untrained: name of what decides for the recipe in place of its releases, and that itself: a static policy, or a rule.
     """
 
     def __init__(
@@ -48,14 +48,16 @@ class Deciders:
         load: Callable[[Path], Router],
         slots: int,
         checks: bool = False,
-        static: str | None = None,
+        untrained: tuple[str, Decider] | None = None,
     ) -> None:
         self.recipe, self.data_root, self.route, self._load, self._slots = recipe, data_root, route, load, slots
         pairs = [f"{dear}<{cheap}" for dear, cheap in combinations(route, 2)] if checks else []
-        self._fixed = {name: Decider(static_policy(name, route), fixed=True) for name in (*route, *pairs)}
-        self._static = static
+        self._fixed = {name: Decider(static_policy(name, route), "fixed") for name in (*route, *pairs)}
+        self._static: str | None = None
+        if untrained is not None:
+            self._static, self._fixed[untrained[0]] = untrained
         self._earlier: dict[int, Decider] = {}
-        self.current: Decider | None = None if static is None else self.find(Which(rung=static))
+        self.current: Decider | None = None if untrained is None else untrained[1]
         """Of the release in use, as far as that is known."""
         self._mark: tuple[int, int] | None = None
 
@@ -90,7 +92,7 @@ class Deciders:
                 raise UserError(f"{which.rung!r} is none of {', '.join(self._fixed)}")
             return self._fixed[which.rung]
         if self._static is not None and which.release is not None:
-            raise UserError(f"no router decides here, {self._static} acts throughout: there are no releases")
+            raise UserError(f"no router decides here but {self._static}: there are no releases")
         if which.release is not None:
             if which.release not in self._earlier:
                 with release.earlier(self.recipe, which.release, self.data_root) as folder:

@@ -118,11 +118,11 @@ class Deciding:
             return self.within_budget(
                 session, Choice(decision, "fallback", 1.0, decider.release, decider.threshold), {}
             )
-        reason: Reason = "fixed" if decider.fixed else "forced" if answer.forced else "router"
+        reason: Reason = "forced" if answer.forced else decider.by
         chances = {answer.precision: 1.0}
-        if reason == "router" and decider.bar is not None:
+        if decider.bar is not None and not answer.forced:
             chances = drawn_by(decider.bar, session, answer, self.route)
-        if reason == "router" and self.epsilon > 0:
+        if reason in ("router", "rule") and self.epsilon > 0:
             uniform = self.epsilon / len(self.route)
             chances = {rung: uniform + (1 - self.epsilon) * chances.get(rung, 0.0) for rung in self.route}
             draw = seeded_generator("exploration", self.seed, session.session_id, session.turn)

@@ -13,6 +13,7 @@ from dmr_pipeline.precision.ladder import deployed, read_ladder
 from dmr_pipeline.recipe import Recipe
 from dmr_pipeline.rollout.engine import RolloutRequest, rungs_of
 from dmr_pipeline.rollout.playing import Rollouts
+from dmr_pipeline.router.rules import is_rule_at_bar
 from dmr_pipeline.serve import release
 from dmr_pipeline.serve.deciders import Deciders
 from dmr_pipeline.serve.local import Ask, LocalAgents, Turn
@@ -34,7 +35,8 @@ class InProcess:
         static = settings.static
         if static == "verdict":
             static = "<".join(deployed(read_ladder(checkpoints).verdict))
-        self.rollouts = Rollouts.load(checkpoints, recipe, None if static is None else rungs_of(static))
+        rungs = None if static is None or is_rule_at_bar(static) else rungs_of(static)
+        self.rollouts = Rollouts.load(checkpoints, recipe, rungs)
         self.route = self.rollouts.route
         slots = min(settings.slots, self.rollouts.rows)
         fallback = self.route[-1] if settings.low_on_failure else self.route[0]
@@ -46,7 +48,7 @@ class InProcess:
             lambda folder: release.load(folder, self.rollouts),
             slots,
             self.rollouts.can_draft,
-            static,
+            None if static is None else (static, self.agents.untrained(static)),
         )
         self._metrics = metrics
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="acting")

@@ -25,8 +25,9 @@ from dmr_pipeline.rollout.engine import (
 from dmr_pipeline.rollout.playing import Rollouts
 from dmr_pipeline.rollout.prompts import Moment, Prompter
 from dmr_pipeline.rollout.reading import Reading, one_by_one
+from dmr_pipeline.router.rules import is_rule_at_bar, rule_at_bar, rules
 from dmr_pipeline.serve.deciding import Deciding
-from dmr_pipeline.serve.sessions import UNLIMITED, Action, Budget, Choice, Decider, Session
+from dmr_pipeline.serve.sessions import UNLIMITED, Action, Budget, Choice, Decider, Session, was_asked
 
 
 @dataclass(frozen=True)
@@ -94,20 +95,23 @@ class LocalAgents:
         self._last_used: dict[int, int] = {}
         self._clock = count()
 
-    def fixed(self, static: str) -> Decider:
+    def untrained(self, name: str) -> Decider:
         """
         Args:
-            static: name of a static policy (`static_policy`).
+            name: of a static policy (`static_policy`), or of a rule at a threshold (`rule_at_bar`).
 
         Raises:
-            UserError: a rung of it is not loaded, or cannot check drafts.
+            UserError: a rung of it is not loaded, or cannot check drafts; or there is no such rule.
         """
-        policy = static_policy(static, self.rollouts.route)
-        if policy.drafter is not None and not self.rollouts.can_draft:
+        rollouts = self.rollouts
+        if is_rule_at_bar(name):
+            return rule_decider(name, rollouts)
+        policy = static_policy(name, rollouts.route)
+        if policy.drafter is not None and not rollouts.can_draft:
             raise UserError(
-                f"{static}: drafts cannot be checked here, since commands are scored or a cache cannot be cut"
+                f"{name}: drafts cannot be checked here, since commands are scored or a cache cannot be cut"
             )
-        return Decider(policy, fixed=True)
+        return Decider(policy, "fixed")
 
     def open(
         self,
@@ -255,7 +259,7 @@ class LocalAgents:
         session.spend += self.rollouts.acting.spend[step.precision]
         session.cost += cost
         held = len(self.batch.slots[slot].transcript.tokens) - len(step.action)
-        asked = choice.reason in ("router", "exploration", "budget") and not session.decider.fixed
+        asked = was_asked(choice, session.decider)
         action = Action(
             step.command,
             prompter.thought_text(step.action),
@@ -353,6 +357,16 @@ class LocalAgents:
         if session.decider.router is not None:
             read.append(bytes_read(Reading(1, held, held), session.decider.router, rollouts.cache_bits).total)
         return sum(read) / rollouts.unit_bytes
+
+
+def rule_decider(name: str, rollouts: Rollouts) -> Decider:
+    """
+    Args:
+        name: as of `rule_at_bar`.
+    """
+    there = rules(rollouts.route, rollouts.step_limit, rollouts.prompter, rollouts.can_draft, seed=0)
+    policy = rule_at_bar(name, there, rollouts.route)
+    return Decider(policy, "rule", threshold=policy.bar.threshold, bar=policy.bar)
 
 
 def _limited(prompter: Prompter, most: int) -> Prompter:

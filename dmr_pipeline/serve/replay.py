@@ -29,7 +29,7 @@ from dmr_pipeline.serve.sessions import Decider, Goal
 
 log = logging.getLogger(__name__)
 
-_DECIDED = ("router", "exploration")
+_DECIDED = ("router", "rule", "exploration")
 _OTHERWISE = ("fallback", "forced")
 """Whatever router there is, these steps are as they are."""
 

@@ -10,9 +10,11 @@ from dmr_pipeline.precision.pass_bytes import PassBytes
 from dmr_pipeline.rollout.engine import Decision, OpenTranscript, RoutingPolicy, Trajectory
 from dmr_pipeline.router.budgets import Bar
 
-Reason = Literal["router", "forced", "budget", "fallback", "fixed", "exploration"]
-"""Why a precision acts: the router said so; a rule of the recipe did; the session's budget allows no dearer one; the router
-failed; one precision acts throughout; a random decision."""
+DecidedBy = Literal["router", "rule", "fixed"]
+"""A trained router; a rule that nobody trained (router/rules.py); nobody, since one precision acts throughout."""
+Reason = Literal["router", "rule", "fixed", "forced", "budget", "fallback", "exploration"]
+"""Why a precision acts: as in `DecidedBy`; or the recipe forces it; the session's budget allows no dearer one; who decides
+failed; a random decision."""
 
 
 @dataclass(frozen=True)
@@ -41,16 +43,15 @@ class Decider:
     """Who decides which precision acts, step by step."""
 
     policy: RoutingPolicy
-    fixed: bool = False
-    """One precision acts throughout."""
+    by: DecidedBy = "router"
     release: int | None = None
     """Number of the release whose router it is."""
     threshold: float | None = None
-    """Of a router: as `RouterSettings.threshold`."""
+    """Of a router, as `RouterSettings.threshold`, or of a rule."""
     router: PassBytes | None = None
     """What a pass of the router reads."""
     bar: Bar | None = None
-    """What the router's levels are compared with, where it is a router's."""
+    """What the levels of a router or a rule are compared with."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class Action:
     precision: str
     """Rung that acted."""
     probability: float | None
-    """The router's, that the dearest rung acts; None where no router was asked."""
+    """The router's, that the dearest rung acts, or a rule's level; None where neither was asked."""
     threshold: float | None
     """That the probability was compared with."""
     reason: Reason
@@ -195,11 +196,15 @@ class Session:
         return cost is None or self.cost + worst_cost() <= cost
 
 
+def was_asked(choice: Choice, decider: Decider) -> bool:
+    """Whether a router or a rule was asked for this decision."""
+    return choice.reason in ("router", "rule", "exploration", "budget") and decider.by != "fixed"
+
+
 def begun(session: Session, choice: Choice) -> Action:
     """The session's next action, as far as it is known before anything is written."""
     decision = choice.decision
-    asked = choice.reason in ("router", "exploration", "budget") and not session.decider.fixed
-    before = session.trajectory.steps
+    asked, before = was_asked(choice, session.decider), session.trajectory.steps
     return Action(
         command="",
         thought="",

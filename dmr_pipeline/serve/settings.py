@@ -34,8 +34,8 @@ class ServeSettings(FrozenModel):
     degrade: bool = Field(False, description="where the dearer upstream is down a cheaper one answers, and says so")
     static: str | None = Field(
         None,
-        description="what acts in place of a router: a rung, or int4<int2, of which the first checks what the second drafts;"
-        " 'verdict': what the verdict deploys",
+        description="what decides in place of a router: a rung, which then acts throughout; int4<int2, of which the first checks"
+        " what the second drafts; margin>0.4, a rule at a threshold; 'verdict': what the verdict deploys",
     )
     upstreams: dict[str, str] = Field(
         default_factory=dict,

@@ -17,7 +17,7 @@ from dmr_pipeline.serve.sessions import Action, Asked, Decider, Goal, Session
 log = logging.getLogger(__name__)
 
 _SUFFIX = ".unended"
-_NOBODY = Decider(SinglePrecision(""), fixed=True)
+_NOBODY = Decider(SinglePrecision(""), "fixed")
 """Decides until the session's next request names who does."""
 
 

@@ -16,13 +16,14 @@ from dmr_pipeline.environments.benchmark import SPLITS, fresh_seeds, split_seeds
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.evaluation import route_calibration
 from dmr_pipeline.evaluation.play import Arena
-from dmr_pipeline.evaluation.route_calibration import Calibration, RouteBudget, calibrate
+from dmr_pipeline.evaluation.route_calibration import Calibration, RouteBudget, _rule, calibrate
 from dmr_pipeline.recipe import Recipe, load_recipe
 from dmr_pipeline.recipe_fields import MOST_SEED
 from dmr_pipeline.rollout.engine import RolloutRequest
 from dmr_pipeline.rollout.playing import PolicyRuns, Rollouts
 from dmr_pipeline.router.model import Router, load_router, save_router
 from dmr_pipeline.router.policies import routing_policy
+from dmr_pipeline.router.rules import named_at, rule_at_bar, rules
 from tests.helpers.rollouts import ROUTE, rollouts_of
 from tests.helpers.routers import CPU, random_router
 
@@ -86,6 +87,25 @@ def test_a_ratio_on_validation_games_and_what_it_is_on_fresh_ones(
         step for t in rollouts_of(ROUTE).play([RolloutRequest(game) for game in FRESH], policy, 0) for step in t.steps
     ]
     assert np.mean([step.precision == "float" for step in steps]) == pytest.approx(found.fresh.high_ratio, abs=1e-6)
+
+
+def test_a_rule_is_set_to_a_budget_as_routers_are(played: list[int], tmp_path: Path) -> None:
+    """And its name and threshold play the same."""
+    artifacts = dict.fromkeys(("benchmark_tasks", "quantized_checkpoints"), tmp_path)
+    with Progress(disable=True) as progress:
+        budget = RouteBudget(0.3, None)
+        found, router = calibrate(RECIPE, "margin", budget, artifacts, VALIDATION, FRESH, tmp_path / "kept", progress)
+        with pytest.raises(UserError, match="too short"):
+            _rule("margin_capped", Arena(replace(rollouts_of(ROUTE), step_limit=5), {}, 0))
+    assert router is None
+    assert 0.2 < found.validation.high_ratio <= 0.3
+    rollouts = rollouts_of(ROUTE)
+    there = rules(ROUTE, rollouts.step_limit, rollouts.prompter, True, 0)
+    named = rule_at_bar(named_at("margin", found.threshold), there, ROUTE)
+    episodes = rollouts.play([RolloutRequest(game) for game in VALIDATION], named, 0)
+    steps = [step for trajectory in episodes for step in trajectory.steps]
+    ratio = sum(step.precision == "float" for step in steps) / len(steps)
+    assert ratio == pytest.approx(found.validation.high_ratio, abs=1e-6)
 
 
 def test_the_same_command_again_plays_nothing(settle: Settle, played: list[int]) -> None:

@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from dmr_pipeline.environments.alfworld.generator import generate_game
+from dmr_pipeline.errors import UserError
 from dmr_pipeline.rollout.engine import Draft, RolloutRequest
 from dmr_pipeline.rollout.reading import NOTHING
 from dmr_pipeline.router.budgets import NOBODY, AtBar, Bar
-from dmr_pipeline.router.rules import CAP_TURN, GOLDEN, Rule, rules
+from dmr_pipeline.router.rules import CAP_TURN, GOLDEN, Rule, named_at, rule_at_bar, rules
 from tests.helpers.rollouts import LOW, PROMPTER, ROUTE, THREE, roll, taken, transcript
 
 GAME = generate_game(0)[0]
@@ -110,6 +111,40 @@ def test_one_decision_an_episode() -> None:
     shares = [found[0] for found in lots.values()]
     assert len(set(shares)) == 50
     assert 0.3 < sum(shares) / 50 < 0.7
+
+
+def test_who_is_told_what_was_played_goes_on_as_who_was_asked() -> None:
+    """As a session does that comes back after it had to leave its place."""
+    segments, actions = [1, 2, 1, 1, 3, 4], [7, 8, 7, 9, 9, 9]
+    for name in ("stuck", "first", "last", "evenly", "episode"):
+        wanted, told = levels(named(name), segments, actions), named(name)
+        told.begin(0, RolloutRequest(GAME))
+        for segment, action in zip(segments[:-1], actions, strict=False):
+            told.acted(0, [segment], "int2", [action])
+        (decision,) = told.decide([0], [[segments[-1]]], Script())
+        assert decision.exceedance[0] == wanted[-1], name
+
+
+def test_a_rule_at_a_threshold_by_its_name() -> None:
+    there = rules(ROUTE, LIMIT, PROMPTER, True, 0)
+    at_bar = rule_at_bar(named_at("margin", 0.4), there, ROUTE)
+    found = []
+    at_bar.begin(0, RolloutRequest(GAME))
+    for turn, margin in enumerate((0.9, 0.6, 0.599, 0.1)):
+        (decision,) = at_bar.decide([0], [[turn]], Script(margin=margin))
+        found.append((decision.precision, decision.drafter))
+        at_bar.acted(0, [turn], decision.precision, [5])
+    assert found == [("int2", None)] * 2 + [("float", "int2")] * 2
+    for text, said in (
+        ("sense>0.4", "'sense' is no rule that can be deployed"),
+        ("episode_margin>0.4", "is no rule that can be deployed"),
+        ("margin>x", "such as margin>0.4"),
+        ("margin>nan", "such as margin>0.4"),
+        ("margin>1.5", "such as margin>0.4"),
+        ("margin>", "such as margin>0.4"),
+    ):
+        with pytest.raises(UserError, match=said):
+            rule_at_bar(text, there, ROUTE)
 
 
 @pytest.mark.parametrize("check", [True, False])

@@ -15,7 +15,9 @@ from dmr_pipeline.ingestion.schema import LoggedEpisode
 from dmr_pipeline.recipe import load_recipe
 from dmr_pipeline.rollout.engine import RolloutRequest, SinglePrecision, Trajectory
 from dmr_pipeline.rollout.playing import Rollouts
+from dmr_pipeline.router.budgets import NOBODY, AtBar
 from dmr_pipeline.router.policies import routing_policy
+from dmr_pipeline.router.rules import rule_at_bar, rules
 from dmr_pipeline.serve import release as releases
 from dmr_pipeline.serve.app import refuse_open_door
 from dmr_pipeline.serve.run import running
@@ -78,6 +80,36 @@ def test_what_needs_no_router_is_served_without_one(served_project: Path, games,
         assert (answer.headers["x-dmr-precision"], answer.headers["x-dmr-reason"]) == (acts, "fixed")
         none = chat(client, games[0].episode().first_observation(), model=f"dmr/{SERVED}@1")
         assert (none.status_code, "no releases" in none.json()["error"]["message"]) == (404, True)
+
+
+def test_a_rule_that_nobody_trained_is_served_and_logged(served_project: Path, games) -> None:
+    """Where its draft is doubtful the dearest precision checks it; as the pipeline plays it."""
+    rollouts = Rollouts.load(Path("data") / SERVED / "quantized_checkpoints", load_recipe(SERVED))
+    there = rules(rollouts.route, rollouts.step_limit, rollouts.prompter, True, 0)
+    runs = [RolloutRequest(game) for game in games]
+    met = rollouts.play(runs, AtBar(there["margin"], rollouts.route, NOBODY), 0)
+    level = sorted(step.exceedance[0] for trajectory in met for step in trajectory.steps)
+    middle = f"{(level[len(level) // 2 - 1] + level[len(level) // 2]) / 2:.6g}"
+    played = rollouts.play(runs, rule_at_bar(f"margin>{middle}", there, rollouts.route), 0)
+    with running(Service(ServeSettings(recipe=SERVED, port=0, slots=2, static=f"margin>{middle}"))) as address:
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+        with ThreadPoolExecutor(GAMES) as threads:
+            found = list(threads.map(lambda game: play_by_client(client, game, f"dmr/{SERVED}", False, 5), games))
+        raw = client.chat.completions.with_raw_response.create(
+            model=f"dmr/{SERVED}", messages=[{"role": "user", "content": games[0].episode().first_observation()}]
+        )
+    assert found == [[(step.command, step.precision) for step in trajectory.steps] for trajectory in played]
+    assert {precision for steps in found for _, precision in steps} == {"float", "int2"}
+    said = raw.headers
+    assert (said["x-dmr-reason"], float(said["x-dmr-threshold"])) == ("rule", pytest.approx(float(middle), abs=1e-5))
+    assert float(said["x-dmr-probability"]) == pytest.approx(played[0].steps[0].exceedance[0], abs=1e-4)
+    logged = [
+        LoggedEpisode.model_validate_json(file.read_text()) for file in Path("data/incoming", SERVED).glob("*.jsonl")
+    ]
+    assert len(logged) == GAMES
+    assert {step.reason for episode in logged for step in episode.steps} == {"rule"}
+    with pytest.raises(UserError, match="no rule that can be deployed"):
+        Service(ServeSettings(recipe=SERVED, static="sense>0.5"))
 
 
 def test_one_precision_a_release_and_what_there_is_none_of(served_project: Path, games) -> None:
