@@ -1139,6 +1139,10 @@ class Recipe(Section):
     versioning: Versioning = Field(default_factory=Versioning)
     runtime: Runtime = Field(default_factory=Runtime)
 
+    def with_step_limit(self, steps: int) -> "Recipe":
+        """The same with another one."""
+        return self.model_copy(update={"benchmark": self.benchmark.model_copy(update={"step_limit": steps})})
+
 
 UNHASHED_SECTIONS = frozenset({"retraining", "versioning", "runtime"})
 """Sections that say how a pipeline is run, not what it computes; no stage reads them into its provenance."""

@@ -89,6 +89,7 @@ def play_curves(
     compared: Sequence[Tunable],
     budgets: Sequence[float],
     on: Range,
+    arena: Arena,
     test: Sequence[Task],
     on_test: KeptTables,
     known_on_test: Known,
@@ -97,9 +98,9 @@ def play_curves(
 
     Args:
         on: validation games.
+        arena: where the test games are played.
     """
-    arena, progress = on.arena, on.progress
-    frames, settings = [], []
+    progress, frames, settings = on.progress, [], []
     bar = progress.add_task("curves", total=len(compared))
     for tunable in compared:
         tuned = dict(zip(budgets, tune_to_ratios(tunable, on, budgets), strict=True))

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -65,6 +65,10 @@ class Arena:
         """As `Rollouts.load`."""
         bits = {rung.name: rung.bits_per_weight for rung in read_ladder(checkpoints).rungs}
         return cls(Rollouts.load(checkpoints, recipe, rungs), bits, seed)
+
+    def with_step_limit(self, steps: int) -> "Arena":
+        """The same with another one."""
+        return replace(self, rollouts=replace(self.rollouts, step_limit=steps))
 
 
 def evaluate(

@@ -95,7 +95,7 @@ def evaluation_report(context: StageContext) -> StageResult:
             slots = arena.rollouts.slots(max(len(tuned_on), len(test)))
             compared = tunables(arena, routers, files, recipe.evaluation, slots)
             on = Range(arena, tuned_on, progress, on_validation.under(tuned_on=len(tuned_on)), known)
-            curves = play_curves(compared, recipe.evaluation.budgets, on, test, on_test, known_on_test)
+            curves = play_curves(compared, recipe.evaluation.budgets, on, arena, test, on_test, known_on_test)
             rules = best_rules(curves, validated, tuned_on)
             frames += as_baselines(curves, rules)
     tables.drop_unused()

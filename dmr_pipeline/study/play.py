@@ -61,11 +61,13 @@ def play_study(
     if study.reworded is not None:
         fresh = [RewordedTask(game, study.reworded) for game in fresh]
         on_fresh = on_fresh.under(reworded=study.reworded)
-    others = static_beside_the_route(checkpoints, recipe, fresh, on_fresh)
-    facts = acting_facts(checkpoints, recipe, ladder.route)
-    on_validation, on_fresh = on_validation.under(**facts), on_fresh.under(**facts)
+    at_work = recipe if study.step_limit is None else recipe.with_step_limit(study.step_limit)
+    others = static_beside_the_route(checkpoints, at_work, fresh, on_fresh)
+    on_validation = on_validation.under(**acting_facts(checkpoints, recipe, ladder.route))
+    on_fresh = on_fresh.under(**acting_facts(checkpoints, at_work, ladder.route))
     arena, known, section = Arena.load(checkpoints, recipe, recipe.evaluation.seed), Known(), recipe.evaluation
-    others += _untuned(arena, recipe, fresh, on_fresh, known, progress)
+    arena_at_work = arena.with_step_limit(at_work.benchmark.step_limit)
+    others += _untuned(arena_at_work, recipe, fresh, on_fresh, known, progress)
 
     acting, names = arena.rollouts.acting, {f"{name}/{seed}": (name, seed) for name, seed in routers}
     folders = {label: routers[key] / ROUTER_FOLDER for label, key in names.items()}
@@ -78,7 +80,7 @@ def play_study(
     compared = tunables(arena, loaded, files, rules, slots)
     compared += oracles(arena, study.oracles, recipe.sensitivity.tokens, slots)
     on = Range(arena, validation, progress, on_validation, Known(), Bar(0.5))
-    played = play_curves(compared, study.budgets, on, fresh, on_fresh, known)
+    played = play_curves(compared, study.budgets, on, arena_at_work, fresh, on_fresh, known)
     tuned = played.episodes.join(played.settings, on=["policy", "budget"], how="left", maintain_order="left")
     found = [tuned, *(frame.with_columns(budget=pl.lit(None, pl.Float64())) for frame in others)]
     seeds = {label: seed for label, (_, seed) in names.items()}

@@ -125,6 +125,15 @@ def assert_a_study_trains_what_differs_and_plays_all_of_it(kl_router: str) -> No
     assert json.loads(again.stdout) == results
     assert {path: path.stat().st_mtime_ns for path in (folder / "kept").iterdir()} == before
 
+    longest = episodes["steps"].max()
+    assert longest > 2
+    Path("leash.yaml").write_text("recipe: micro\ngames: 6\nbudgets: [0.5]\nrules: [margin]\nstep_limit: 2\n")
+    done = dmr("study", "run", "leash.yaml")
+    assert done.returncode == 0, done.stdout + done.stderr
+    short = pl.read_parquet("data/scratch/studies/leash/episodes.parquet")
+    assert short.filter(policy="rule:margin").height == 6
+    assert short["steps"].max() == 2
+
 
 def assert_three_rungs_were_compared(report: dict[str, Any]) -> None:
     policies = report["policies"]
