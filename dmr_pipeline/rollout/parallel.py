@@ -56,7 +56,7 @@ def in_processes(
     Changes that `work` makes to objects are lost with its process: what is needed of them must be in its result.
 
     Args:
-        work: uses no GPU, and no more than one torch thread (neither survives a fork).
+        work: uses no GPU, which does not survive a fork. torch has one thread there.
         told: called here with what the processes tell while they work: progress, or results that are not to wait for the end.
             Messages of one process come in the order in which it told them.
 
@@ -115,6 +115,7 @@ def _child(work: Work[Item, Message, Result], part: Sequence[Item], sender: Conn
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    torch.set_num_threads(1)  # work that is shared among the parent's threads would wait for ever: they are not here
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 
     def tell(message: Message) -> None:

@@ -132,6 +132,20 @@ in_processes(work, [[1], [2]])
     assert not alive
 
 
+def test_a_parent_whose_torch_has_worked_with_several_threads_does_not_hang_its_children():
+    """OpenMP's threads do not survive a fork, and who has used some waits for them."""
+    script = """
+import torch
+from dmr_pipeline.rollout.parallel import in_processes
+torch.set_num_threads(4)
+large = torch.ones(2000, 2000)
+whole = float(large.exp().sum())
+print(in_processes(lambda part, tell: (float(large.exp().sum()) > 0.9 * whole, torch.get_num_threads()), [[1], [2]]))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == "[(True, 1), (True, 1)]"
+
+
 def test_there_is_one_process_on_a_gpu():
     runtime = Runtime(processes=3)
     assert processes_on(torch.device("cpu"), runtime) == 3
