@@ -13,7 +13,7 @@ import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import dropwhile, pairwise, takewhile
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -63,6 +63,12 @@ class End:
         return self.text in _decoded(tokenizer, tokens[-len(self.text.encode()) - 8 :])
 
 
+@cache
+def _say_once(line: str) -> None:
+    """In a process, however often a stage loads its tokenizer."""
+    log.info(line)
+
+
 @dataclass(frozen=True)
 class Prompter:
     """Turns observations into segments, and generated tokens into commands."""
@@ -95,9 +101,8 @@ class Prompter:
         given = prompt
         if given.chat is not None:
             prompt = written_out(tokenizer, given)
-            log.info(
-                "the chat template's turns: opening %r, turn %r, end %r", prompt.opening, prompt.turn, prompt.action_end
-            )
+            turns = f"opening {prompt.opening!r}, turn {prompt.turn!r}, end {prompt.action_end!r}"
+            _say_once(f"the chat template's turns: {turns}")
         own = generation.eos_token_id if generation is not None else None
         eos = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
         prompter = cls(
@@ -117,7 +122,7 @@ class Prompter:
             )
         if prompter.bos:
             begins = tokenizer.decode(list(prompter.bos))
-            log.info("transcripts begin with %r, which this tokenizer begins texts with", begins)
+            _say_once(f"transcripts begin with {begins!r}, which this tokenizer begins texts with")
         anchors = [token for token in (tokenizer.eos_token, tokenizer.bos_token) if token is not None]
         tried = [prompter, *(replace(prompter, anchor=anchor) for anchor in anchors)]
         broken = [next(candidate._broken_joints(), None) for candidate in tried]

@@ -16,6 +16,7 @@ from dmr_pipeline.errors import UserError
 from dmr_pipeline.ingestion.schema import LoggedEpisode
 from dmr_pipeline.ingestion.tables import ingested_tables
 from dmr_pipeline.recipe import Agent, PageView, Prompt, load_recipe
+from dmr_pipeline.rollout import prompts
 from dmr_pipeline.rollout.prompts import Moment, Prompter, shown, truncation_policy
 from dmr_pipeline.training.vocabulary import word_tokenizer
 from tests.helpers.rollouts import ROUTE
@@ -206,8 +207,11 @@ def test_what_an_agent_writes_is_its_command(kind: Kind) -> None:
 
 @pytest.mark.parametrize("kind", ["llama", "gemma", "sentencepiece"])
 def test_the_opening_begins_with_bos_where_the_tokenizer_adds_it(kind: Kind, caplog: pytest.LogCaptureFixture) -> None:
+    prompts._say_once.cache_clear()
     with caplog.at_level("INFO"):
         p = prompter(kind)
+        prompter(kind)
+    assert caplog.text.count("transcripts begin with") == 1
     bos = p.tokenizer.bos_token_id
     opening = p.opening("You see a mug.", "find it")
     assert opening.count(bos) == 1
