@@ -28,6 +28,13 @@ def commands() -> None:
 def run(
     file: Annotated[Path, typer.Argument(help="the study: YAML, as those in studies/")],
     out: Annotated[Path | None, typer.Option(help="a JSON file for the results, besides")] = None,
+    as_markdown: Annotated[
+        bool,
+        typer.Option(
+            "--markdown",
+            help="keep the results in docs/results/, and write the tables between the study's markers in README.md and docs/",
+        ),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON and nothing else")] = False,
 ) -> None:
     """Train what is missing, tune every policy to every budget on validation games, play fresh ones, and compare.
@@ -38,6 +45,7 @@ def run(
     from dmr_pipeline.cli.stages import verify_current
     from dmr_pipeline.precision.ladder import read_ladder
     from dmr_pipeline.study.design import load_study
+    from dmr_pipeline.study.pages import results_file, write_pages
     from dmr_pipeline.study.play import play_study
     from dmr_pipeline.study.results import Place, study_results
     from dmr_pipeline.study.routers import train
@@ -54,7 +62,8 @@ def run(
     (last,) = (rung for rung in ladder.rungs if rung.name == ladder.route[-1])
     cheapest = Place(last.cost, last.validation_success)
     results = study_results(episodes, plan, recipe.evaluation, recipe.precisions.margin, ladder.route, cheapest)
-    for path in (folder / "results.json", *([out] if out is not None else [])):
+    kept = [results_file(file.stem)] if as_markdown else []
+    for path in (folder / "results.json", *([out] if out is not None else []), *kept):
         write_record(path, results)
     if as_json:
         typer.echo(results.model_dump_json(indent=2))
@@ -62,6 +71,8 @@ def run(
     _show(results)
     seeds = f"; routers of seeds {', '.join(map(str, plan.seeds))}" if plan.routers else ""
     console.print(f"{results.games} games{seeds}. Kept in {folder}", highlight=False, soft_wrap=True)
+    for page, changed in write_pages(file.stem).items() if as_markdown else ():
+        console.print(f"{page} {'written' if changed else 'is up to date'}.", soft_wrap=True)
 
 
 def _show(results: "Results") -> None:

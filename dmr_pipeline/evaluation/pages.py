@@ -1,8 +1,4 @@
-"""Results pages: what stands between markers of README.md and docs/, made from metrics that lie in Git beside the pages.
-
-    <!-- dmr report alfworld-tiny: table -->
-    ...
-    <!-- end -->
+"""Results pages: what stands in the places of `dmr report RECIPE` (places.py), from metrics that lie in Git beside the pages.
 
 `RESULTS/<recipe>.metrics.json` is a copy of the evaluation's file, `RESULTS/<recipe>.runs.json` says when, where and in what time
 its stages were made.
@@ -10,9 +6,9 @@ its stages were made.
 
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, cast
 
@@ -23,12 +19,11 @@ from dmr_pipeline.artifacts.manifest import verify
 from dmr_pipeline.artifacts.run_record import read_run_record
 from dmr_pipeline.atomic import replaced
 from dmr_pipeline.errors import UserError
+from dmr_pipeline.evaluation import places
+from dmr_pipeline.evaluation.places import RESULTS
 from dmr_pipeline.evaluation.report import curves_table, markdown_table
 from dmr_pipeline.evaluation.results import STATIC, Metrics, checking_name
 from dmr_pipeline.frozen_model import FrozenModel
-
-RESULTS = Path("docs/results")
-_PLACE = re.compile(r"(<!-- dmr report (\S+): ([^>\n]*) -->\n)(.*?)(<!-- end -->)", re.S)
 
 
 class StageRun(FrozenModel):
@@ -59,53 +54,21 @@ class Result(NamedTuple):
 
 
 def write_pages(recipe: str, root: Path = Path()) -> dict[Path, bool]:
-    """Make anew what stands between the markers of a recipe in README.md and docs/, and the picture that they show.
-
-    Returns:
-        Page -> whether it is another one than before.
+    """As `places.write`.
 
     Raises:
-        UserError: nothing has been kept of the recipe, no page has a place for it, or one has a place for an unknown part.
+        UserError: also where nothing has been kept of the recipe.
     """
-    result = read_result(recipe, root / RESULTS)
-    changed = {}
-    for page in [root / "README.md", *sorted((root / "docs").rglob("*.md"))]:
-        before = page.read_text(encoding="utf-8") if page.is_file() else ""
-        if f"<!-- dmr report {recipe}: " in before:
-            after = filled(before, page, recipe, result)
-            changed[page] = after != before
-            if changed[page]:
-                with replaced(page) as part:
-                    part.write_text(after, encoding="utf-8")
-    if not changed:
-        raise UserError(
-            f"neither README.md nor a page of docs/ has a place for {recipe}: write `<!-- dmr report {recipe}: table -->`, and"
-            " `<!-- end -->` on a line below it, where its table shall stand"
-        )
-    return changed
+    return places.write("report", recipe, parts_of(read_result(recipe, root / RESULTS)), root)
 
 
 def filled(text: str, page: Path, recipe: str, result: Result) -> str:
-    """The text of a page with all places of a recipe filled.
+    """As `places.filled`."""
+    return places.filled(text, page, "report", recipe, parts_of(result))
 
-    Raises:
-        UserError: a place is of an unknown part, or has no end.
-    """
 
-    def fill(place: re.Match[str]) -> str:
-        start, name, part, _, end = place.groups()
-        if name != recipe:
-            return place.group()
-        if part not in PARTS:
-            raise UserError(f"{page}: {start.strip()}: there is no such part, there are {', '.join(PARTS)}")
-        return f"{start}\n{PARTS[part](result, page).strip()}\n\n{end}"
-
-    starts, places = text.count(f"<!-- dmr report {recipe}: "), _PLACE.findall(text)
-    if any("<!-- dmr report " in inside for _, _, _, inside, _ in places) or starts != sum(
-        p[1] == recipe for p in places
-    ):
-        raise UserError(f"{page}: a place of {recipe} has no `<!-- end -->` on a line of its own")
-    return _PLACE.sub(fill, text)
+def parts_of(result: Result) -> places.Parts:
+    return {name: partial(part, result) for name, part in PARTS.items()}
 
 
 def table(result: Result, page: Path) -> str:

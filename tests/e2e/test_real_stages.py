@@ -128,8 +128,12 @@ def assert_a_study_trains_what_differs_and_plays_all_of_it(kl_router: str) -> No
     longest = episodes["steps"].max()
     assert longest > 2
     Path("leash.yaml").write_text("recipe: micro\ngames: 6\nbudgets: [0.5]\nrules: [margin]\nstep_limit: 2\n")
-    done = dmr("study", "run", "leash.yaml")
+    Path("docs").mkdir()
+    Path("docs/leash.md").write_text("<!-- dmr study leash: table -->\n<!-- end -->\n")
+    done = dmr("study", "run", "leash.yaml", "--markdown")
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "docs/leash.md written" in done.stdout
+    assert "| rule:margin | 0.5 |" in Path("docs/leash.md").read_text()
     short = pl.read_parquet("data/scratch/studies/leash/episodes.parquet")
     assert short.filter(policy="rule:margin").height == 6
     assert short["steps"].max() == 2

@@ -1,0 +1,102 @@
+"""A study's results on the pages of docs/: `RESULTS/<study>.study.json` lies in Git, and fills its places there."""
+
+from functools import partial
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from dmr_pipeline.errors import UserError
+from dmr_pipeline.evaluation import places
+from dmr_pipeline.study.results import Compared, Point, Results
+
+
+def results_file(study: str, results: Path = places.RESULTS) -> Path:
+    return results / f"{study}.study.json"
+
+
+def read_results(study: str, results: Path = places.RESULTS) -> Results:
+    """
+    Raises:
+        UserError: they are not there, or of another version.
+    """
+    path = results_file(study, results)
+    try:
+        return Results.model_validate_json(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is not there: `dmr study run studies/{study}.yaml --markdown`") from error
+    except ValidationError as error:
+        raise UserError(f"{path} is of another version: run the study again") from error
+
+
+def write_pages(study: str, root: Path = Path()) -> dict[Path, bool]:
+    """As `places.write`."""
+    return places.write("study", study, parts_of(read_results(study, root / places.RESULTS)), root)
+
+
+def parts_of(results: Results) -> places.Parts:
+    return {"table": partial(_table, results), "comparisons": partial(_comparisons, results)}
+
+
+def _table(results: Results, page: Path) -> str:
+    """All policies at all budgets, and a note."""
+    seeds = any(len(point.by_seed) > 1 for point in results.points)
+    columns = ["policy", "budget", "success", *(["seeds ±"] if seeds else []), "ratio", "cost", "gain at equal cost"]
+    rows = [_row(point, seeds) for point in results.points]
+    trained = f"; routers are means of the training seeds {_list(results.study.seeds)}" if results.study.routers else ""
+    tuned = f", tuned on {results.study.validation_games} validation games" if results.study.validation_games else ""
+    note = (
+        f"{results.games} games of seeds that no split uses{tuned}; brackets: {results.confidence:.0%} intervals, by"
+        f" game{trained}. Budget: spend at most, on validation games. Gain: points of success over static policies (single"
+        " precisions, checked drafts) and mixtures of their episodes at equal cost."
+    )
+    return "\n".join([*_lines(columns, rows, 2), "", note])
+
+
+def _row(point: Point, seeds: bool) -> list[str]:
+    deviation = "" if point.seed_deviation is None else f"{100 * point.seed_deviation:.1f}"
+    return [
+        point.policy,
+        "" if point.budget is None else f"{point.budget:g}",
+        f"{point.success:.1%} {_points(point.success_ci95)}",
+        *([deviation] if seeds else []),
+        f"{point.ratio:.1%}",
+        f"{point.cost:.3f} [{point.cost_ci95[0]:.3f}, {point.cost_ci95[1]:.3f}]",
+        f"{100 * point.gain:+.1f} {_points(point.gain_ci95)}",
+    ]
+
+
+def _comparisons(results: Results, page: Path) -> str:
+    """Routers against the best rule at equal cost."""
+    columns = ["router", "budget", "against", "better by, points", "p (Holm)", "lost to the dearest rung", "not worse"]
+    margin = f"{100 * results.margin:.0f} points"
+    note = f"Planned before the run. Not worse: the upper end of what it loses is below {margin}."
+    return "\n".join([*_lines(columns, [_compared(one) for one in results.compared], 3), "", note])
+
+
+def _compared(one: Compared) -> list[str]:
+    return [
+        one.router,
+        f"{one.budget:g}",
+        one.rule,
+        f"{100 * one.difference:+.1f} {_points(one.difference_ci95)}",
+        f"{one.p_holm:.3f}",
+        f"{100 * one.lost:.1f} {_points(one.lost_ci95)}",
+        "shown" if one.not_worse else "not shown",
+    ]
+
+
+def _lines(columns: list[str], rows: list[list[str]], left: int) -> list[str]:
+    """
+    Args:
+        left: columns of words; the others are of numbers.
+    """
+    ruler = ["---"] * left + ["---:"] * (len(columns) - left)
+    return [f"| {' | '.join(row)} |" for row in (columns, ruler, *rows)]
+
+
+def _points(interval: list[float]) -> str:
+    return f"[{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
+
+
+def _list(seeds: tuple[int, ...]) -> str:
+    return ", ".join(map(str, seeds))

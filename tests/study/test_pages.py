@@ -1,0 +1,84 @@
+"""A study's results on pages: the committed ones are what the committed results make."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from dmr_pipeline.errors import UserError
+from dmr_pipeline.evaluation import places
+from dmr_pipeline.study import pages
+from dmr_pipeline.study.design import load_study
+from dmr_pipeline.study.results import Results
+from tests.helpers.fake_project import REPOSITORY
+from tests.helpers.studies import made_up
+
+KEPT = sorted(file.name.removesuffix(".study.json") for file in (REPOSITORY / places.RESULTS).glob("*.study.json"))
+PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
+
+
+@pytest.fixture(scope="module")
+def found() -> Results:
+    return made_up()
+
+
+def test_every_study_that_is_kept_has_a_place_and_the_other_way_round() -> None:
+    placed = {
+        name for page in PAGES for name in re.findall(r"<!-- dmr study (\S+): ", page.read_text(encoding="utf-8"))
+    }
+    assert placed - {"STUDY"} == set(KEPT) != set()
+
+
+@pytest.mark.parametrize("study", KEPT)
+def test_committed_pages_are_made_from_the_committed_results(study: str) -> None:
+    results = pages.read_results(study, REPOSITORY / places.RESULTS)
+    assert results.study == load_study(REPOSITORY / "studies" / f"{study}.yaml")
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        assert places.filled(text, page, "study", study, pages.parts_of(results)) == text, page
+
+
+def test_the_tables_say_what_the_results_say(found: Results) -> None:
+    parts = pages.parts_of(found)
+    table, comparisons = (parts[part](Path("page.md")) for part in ("table", "comparisons"))
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line[:1] == "|"]
+    assert rows[0] == ["policy", "budget", "success", "seeds ±", "ratio", "cost", "gain at equal cost"]
+    assert len(rows) == 2 + len(found.points)
+    for row, point in zip(rows[2:], found.points, strict=True):
+        assert row[0] == point.policy
+        assert row[1] == ("" if point.budget is None else str(point.budget))
+        numbers = [float(number) for number in re.findall(r"-?[\d.]+", " ".join([row[2], row[5]]))]
+        success, low, high, cost, *_ = numbers
+        assert [success, low, high] == pytest.approx([100 * x for x in (point.success, *point.success_ci95)], abs=0.051)
+        assert cost == pytest.approx(point.cost, abs=5e-4)
+        assert (row[3] == "") == (len(point.by_seed) == 1)
+    assert "200 games" in table
+    assert "seeds 0, 1" in table
+    (good, poor) = (one for one in found.compared)
+    lines = [line for line in comparisons.splitlines() if line.startswith(("| good", "| poor"))]
+    assert [f"| {one.rule} |" in line for one, line in zip((good, poor), lines, strict=True)] == [True, True]
+    assert ["not shown" in line for line in lines] == [not good.not_worse, not poor.not_worse]
+
+
+def test_a_study_is_kept_and_written(found: Results, tmp_path: Path) -> None:
+    page = tmp_path / "docs/page.md"
+    page.parent.mkdir()
+    page.write_text(
+        "Before.\n\n<!-- dmr study x: comparisons -->\nold\n<!-- end -->\n\n<!-- dmr report x: table -->\n<!-- end -->\n"
+    )
+    with pytest.raises(UserError, match=r"x\.study\.json is not there"):
+        pages.write_pages("x", tmp_path)
+    file = pages.results_file("x", tmp_path / places.RESULTS)
+    file.parent.mkdir()
+    file.write_text("{}")
+    with pytest.raises(UserError, match="another version"):
+        pages.write_pages("x", tmp_path)
+    file.write_text(found.model_dump_json())
+    assert pages.write_pages("x", tmp_path) == {page: True}
+    text = page.read_text()
+    assert text.startswith("Before.\n\n<!-- dmr study x: comparisons -->\n\n| router |")
+    assert text.endswith("<!-- end -->\n\n<!-- dmr report x: table -->\n<!-- end -->\n")
+    assert pages.write_pages("x", tmp_path) == {page: False}
+    page.write_text("<!-- dmr study x: picture -->\n<!-- end -->\n")
+    with pytest.raises(UserError, match="there are table, comparisons"):
+        pages.write_pages("x", tmp_path)
