@@ -252,10 +252,8 @@ class LocalAgents:
         step = taken.carried_out(prompter.command(written), "", prompter.parse_failure(written))
         switched = bool(steps) and steps[-1].precision != step.precision
         steps.append(step)
-        cost, left = (
-            self.rollouts.cost(Trajectory(session.trajectory.run, "", [step]), session.decider.router).total,
-            session.cost_left,
-        )
+        cost = self.rollouts.cost(Trajectory(session.trajectory.run, "", [step]), session.decider.router).total
+        left = session.cost_left
         session.spend += self.rollouts.acting.spend[step.precision]
         session.cost += cost
         held = len(self.batch.slots[slot].transcript.tokens) - len(step.action)
