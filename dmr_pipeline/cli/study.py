@@ -78,19 +78,34 @@ def run(
 def _show(results: "Results") -> None:
     table = Table(box=box.SIMPLE, pad_edge=False, collapse_padding=True)
     table.add_column("policy", overflow="fold")
-    for column in ("budget", "ratio", "success, %", "seeds ±", "cost", "gain, points"):
+    seeds = ["seeds ±"] if any(point.seed_deviation is not None for point in results.points) else []
+    for column in ("budget", "ratio", "success, %", *seeds, "cost", "gain, points"):
         table.add_column(column, justify="right", no_wrap=True)
     for point in results.points:
+        deviation = "" if point.seed_deviation is None else f"{100 * point.seed_deviation:.1f}"
         table.add_row(
             point.policy,
             "" if point.budget is None else f"{point.budget:g}",
             f"{point.ratio:.3f}",
             f"{100 * point.success:.1f} {_points(point.success_ci95)}",
-            "" if point.seed_deviation is None else f"{100 * point.seed_deviation:.1f}",
+            *([deviation] if seeds else []),
             f"{point.cost:.3f}",
             f"{100 * point.gain:+.1f} {_points(point.gain_ci95)}",
         )
     console.print(table)
+    ends = Table(title="Against the route's ends", box=box.SIMPLE, pad_edge=False, title_justify="left")
+    for column in ("policy", "budget", "against", "better by", "p", "cost saved"):
+        ends.add_column(column, overflow="fold")
+    for end in results.ends:
+        ends.add_row(
+            end.policy,
+            f"{end.budget:g}",
+            end.rung,
+            f"{100 * end.difference:+.1f} {_points(end.difference_ci95)}",
+            f"{end.p_value:.3f}",
+            f"{100 * end.saved:.0f}% {_points(end.saved_ci95)}",
+        )
+    console.print(ends)
     if not results.compared:
         return
     compared = Table(

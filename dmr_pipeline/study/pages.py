@@ -34,7 +34,8 @@ def write_pages(study: str, root: Path = Path()) -> dict[Path, bool]:
 
 
 def parts_of(results: Results) -> places.Parts:
-    return {"table": partial(_table, results), "comparisons": partial(_comparisons, results)}
+    parts = {"table": _table, "ends": _ends, "comparisons": _comparisons}
+    return {name: partial(part, results) for name, part in parts.items()}
 
 
 def _table(results: Results, page: Path) -> str:
@@ -63,6 +64,23 @@ def _row(point: Point, seeds: bool) -> list[str]:
         f"{point.cost:.3f} [{point.cost_ci95[0]:.3f}, {point.cost_ci95[1]:.3f}]",
         f"{100 * point.gain:+.1f} {_points(point.gain_ci95)}",
     ]
+
+
+def _ends(results: Results, page: Path) -> str:
+    """Each tuned policy against the ends of the route."""
+    columns = ["policy", "budget", "against", "better by, points", "p", "cost saved"]
+    rows = [
+        [
+            one.policy,
+            f"{one.budget:g}",
+            f"{one.rung} alone",
+            f"{100 * one.difference:+.1f} {_points(one.difference_ci95)}",
+            f"{one.p_value:.3f}",
+            f"{one.saved:.0%} {_points(one.saved_ci95)}",
+        ]
+        for one in results.ends
+    ]
+    return "\n".join([*_lines(columns, rows, 3), "", "Sign-flip tests over games, not corrected for their number."])
 
 
 def _comparisons(results: Results, page: Path) -> str:

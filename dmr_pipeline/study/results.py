@@ -74,6 +74,22 @@ class Curve(FrozenModel):
     """Mean success between the costs of the cheapest and the dearest rung; None where the dearest costs no more."""
 
 
+class BesideAnEnd(FrozenModel):
+    """A tuned policy at one budget against one end of the route alone. Not among the planned comparisons: p is not corrected."""
+
+    policy: str
+    budget: float
+    rung: str
+    difference: float
+    """In success, policy minus rung; means over seeds."""
+    difference_ci95: Interval
+    p_value: float
+    """As `Compared.p_value`."""
+    saved: float
+    """Of the rung's cost; below 0 where the policy costs more."""
+    saved_ci95: Interval
+
+
 class Compared(FrozenModel):
     """A trained router at one budget against the best rule at equal cost, and against the dearest rung."""
 
@@ -104,6 +120,7 @@ class Results(FrozenModel):
     margin: float
     points: list[Point]
     curves: list[Curve]
+    ends: list[BesideAnEnd]
     compared: list[Compared]
 
 
@@ -164,6 +181,13 @@ def study_results(
         margin=margin,
         points=points,
         curves=[_curve(name, curve, high, low) for name, curve in of.items()],
+        ends=[
+            _beside(name, budget, one, rung, played[f"always_{rung}", None], weights, section)
+            for name, curve in of.items()
+            for budget, one in curve.items()
+            if budget is not None
+            for rung in (route[0], route[-1])
+        ],
         compared=[one.model_copy(update={"p_holm": p}) for one, p in zip(compared, adjusted, strict=True)],
     )
     return Results.model_validate(rounded(results.model_dump()))
@@ -226,6 +250,23 @@ def _curve(name: str, curve: Mapping[float | None, _Played], high: _Played, low:
         kind=next(iter(curve.values())).kind,
         apgr=float(average_gap_recovered(np.array(recovered))) if recovered else None,
         aiq=float(average_improvement_in_quality(offered, ends[0][0], ends[1][0])) if span > 0 else None,
+    )
+
+
+def _beside(
+    name: str, budget: float, one: _Played, rung: str, alone: _Played, weights: Floats, section: Evaluation
+) -> BesideAnEnd:
+    difference = one.success - alone.success
+    saved = 1 - (weights @ one.cost) / (weights @ alone.cost)
+    return BesideAnEnd(
+        policy=name,
+        budget=budget,
+        rung=rung,
+        difference=float(difference.mean()),
+        difference_ci95=percentiles(weights @ difference, section.confidence),
+        p_value=sign_flip(difference, section.seed),
+        saved=float(1 - one.cost.mean() / alone.cost.mean()),
+        saved_ci95=percentiles(saved, section.confidence),
     )
 
 

@@ -54,6 +54,9 @@ def test_the_tables_say_what_the_results_say(found: Results) -> None:
         assert (row[3] == "") == (len(point.by_seed) == 1)
     assert "200 games" in table
     assert "seeds 0, 1" in table
+    ends = [line for line in parts["ends"](Path("page.md")).splitlines() if line.startswith("| rule:fair | 0.4")]
+    assert ends[0] == "| rule:fair | 0.4 | float alone | +0.0 [0.0, 0.0] | 1.000 | 40% [40.0, 40.0] |"
+    assert ends[1].startswith("| rule:fair | 0.4 | int2 alone | +40.0 [")
     (good, poor) = (one for one in found.compared)
     lines = [line for line in comparisons.splitlines() if line.startswith(("| good", "| poor"))]
     assert [f"| {one.rule} |" in line for one, line in zip((good, poor), lines, strict=True)] == [True, True]
@@ -80,5 +83,5 @@ def test_a_study_is_kept_and_written(found: Results, tmp_path: Path) -> None:
     assert text.endswith("<!-- end -->\n\n<!-- dmr report x: table -->\n<!-- end -->\n")
     assert pages.write_pages("x", tmp_path) == {page: False}
     page.write_text("<!-- dmr study x: picture -->\n<!-- end -->\n")
-    with pytest.raises(UserError, match="there are table, comparisons"):
+    with pytest.raises(UserError, match="there are table, ends, comparisons"):
         pages.write_pages("x", tmp_path)

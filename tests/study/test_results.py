@@ -56,6 +56,22 @@ def test_rules_alone_have_points_and_nothing_to_compare() -> None:
     assert [curve.policy for curve in found.curves] == ["rule:fair"]
 
 
+def test_tuned_policies_beside_the_ends_of_the_route(found: Results) -> None:
+    ends = {(one.policy, one.budget, one.rung): one for one in found.ends}
+    tuned = {(point.policy, point.budget) for point in found.points if point.budget is not None}
+    assert ends.keys() == {(*policy, rung) for policy in tuned for rung in ROUTE}
+    fair = ends["rule:fair", 0.4, "float"]  # wins 90% as float does, game for game, for .6 in place of 1
+    assert (fair.difference, fair.difference_ci95, fair.p_value) == (0, [0, 0], 1)
+    assert (fair.saved, *fair.saved_ci95) == pytest.approx((0.4, 0.4, 0.4))
+    good = ends["good", 0.2, "int2"]  # seeds win 80% and 90%, int2 half, for .5 in place of .2
+    assert good.difference == pytest.approx(0.35)
+    low, high = good.difference_ci95
+    assert low < 0.35 < high
+    assert 0.28 < low < high < 0.42
+    assert good.p_value < 0.001
+    assert good.saved == pytest.approx(-1.5)
+
+
 def test_curves(found: Results) -> None:
     curves = {curve.policy: curve for curve in found.curves}
     # Recovered: .75 at .2 and at .4, on from 0 and to 1.
