@@ -61,6 +61,8 @@ class Point(FrozenModel):
     """Success of each training seed; one number where nothing was trained."""
     seed_deviation: float | None
     """Standard deviation of these; None of one."""
+    thresholds: list[float]
+    """Of the bar, of each training seed; none where nothing was tuned."""
 
 
 class Curve(FrozenModel):
@@ -135,6 +137,8 @@ class _Played:
     steps: Floats
     by_seed: Floats
     """Success, [seeds]."""
+    thresholds: list[float]
+    """[seeds], none where nothing was tuned."""
     validation: Place | None
 
     @property
@@ -199,7 +203,7 @@ def _by_game(rows: pl.DataFrame) -> _Played:
         .agg(pl.col("success", "cost", "spend", "steps").cast(pl.Float64).mean())
         .sort("task_id")
     )
-    seeds = rows.group_by("seed").agg(pl.col("success").mean()).sort("seed")
+    seeds = rows.group_by("seed").agg(pl.col("success").mean(), pl.col("threshold").first()).sort("seed")
     validation = rows.select(pl.col("validation_cost", "validation_success").mean()).row(0)
     return _Played(
         kind=rows["kind"][0],
@@ -208,6 +212,7 @@ def _by_game(rows: pl.DataFrame) -> _Played:
         spend=games["spend"].to_numpy(),
         steps=games["steps"].to_numpy(),
         by_seed=seeds["success"].to_numpy(),
+        thresholds=seeds["threshold"].drop_nulls().to_list(),
         validation=None if validation[0] is None else Place(*validation),
     )
 
@@ -236,6 +241,7 @@ def _point(
         gain_ci95=percentiles(gain(weights), confidence),
         by_seed=[float(success) for success in one.by_seed],
         seed_deviation=float(one.by_seed.std(ddof=1)) if len(one.by_seed) > 1 else None,
+        thresholds=one.thresholds,
     )
 
 

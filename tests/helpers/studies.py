@@ -22,6 +22,7 @@ def episodes(policy: str, kind: str, won: float, cost: float, ratio: float = 0.0
         "kind": kind,
         "seed": more.get("seed"),
         "budget": more.get("budget"),
+        "threshold": None if more.get("budget") is None else 0.25,
         "validation_cost": validation[0],
         "validation_success": validation[1],
         "cost": cost,
@@ -32,6 +33,7 @@ def episodes(policy: str, kind: str, won: float, cost: float, ratio: float = 0.0
     kinds = {
         "seed": pl.Int64(),
         "budget": pl.Float64(),
+        "threshold": pl.Float64(),
         "validation_cost": pl.Float64(),
         "validation_success": pl.Float64(),
     }

@@ -38,6 +38,43 @@ def test_committed_pages_are_made_from_the_committed_results(study: str) -> None
         assert places.filled(text, page, "study", study, pages.parts_of(results)) == text, page
 
 
+def test_what_is_said_of_the_rule_on_the_real_llm_is_what_its_results_say() -> None:
+    found = pages.read_results("alfworld-smollm2-rules", REPOSITORY / places.RESULTS)
+    points = {point.policy: point for point in found.points}
+    rule, (to_high, to_low) = points["rule:margin"], found.ends
+    assert (to_high.rung, to_low.rung) == ("int8", "int4-gptq")
+    low_end, high_end = (f"{100 * end:.1f}" for end in to_low.difference_ci95)
+    high, low = points["always_int8"], points["always_int4-gptq"]
+    readme, page, concept = (
+        " ".join((REPOSITORY / name).read_text(encoding="utf-8").split())
+        for name in ("README.md", "docs/results/alfworld-smollm2.md", "docs/concepts/when-routing-pays.md")
+    )
+    more = f"{100 * to_low.difference:.1f} points more than int4"
+    assert f"{found.games} fresh games {rule.success:.1%} at {rule.cost:.2f}" in readme
+    assert f"(int8 {high.success:.1%} at {high.cost:.2f}, int4 {low.success:.1%} at {low.cost:.2f}): {more}" in readme
+    assert f"{more} ({low_end} to {high_end})" in readme
+    assert (
+        f"Checking {rule.ratio:.0%} of int4's drafts wins {more} ({low_end} to {high_end}, p = {to_low.p_value:.3f}"
+        in page
+    )
+    saved = [100 * end for end in to_high.saved_ci95]
+    assert f"for {to_high.saved:.0%} less ({saved[0]:.1f} to {saved[1]:.1f})" in page
+    gain = [100 * end for end in rule.gain_ci95]
+    assert (
+        f"{100 * rule.gain:.1f} points, is the first here whose interval lies above 0 ({gain[0]:.1f} to {gain[1]:.1f})"
+        in page
+    )
+    assert (
+        f"in {rule.ratio:.0%} of the steps. On {found.games} fresh games it wins [{rule.success:.1%} at {rule.cost:.2f}]"
+        in concept
+    )
+    assert f"{more} alone ({low_end} to {high_end}) and what int8 wins for {to_high.saved:.0%} less" in concept
+    named = f'dmr serve alfworld-smollm2 --static "margin>{rule.thresholds[0]:.3f}"'
+    assert named in page
+    assert named.replace(" alfworld-smollm2", "") in readme
+    assert to_low.saved_ci95[0] < 0 < to_low.saved_ci95[1]  # "not told from int4's"
+
+
 def test_the_tables_say_what_the_results_say(found: Results) -> None:
     parts = pages.parts_of(found)
     table, comparisons = (parts[part](Path("page.md")) for part in ("table", "comparisons"))

@@ -40,6 +40,9 @@ def test_points_and_what_they_gain_over_the_rungs(found: Results) -> None:
     assert points["always_float", None].gain_ci95 == [0, 0]
     assert points["always_int4", None].gain == pytest.approx(0.6 - 0.8)
     assert points["rule:fair", 0.2].seed_deviation is None
+    assert points["rule:fair", 0.2].thresholds == [0.25]
+    assert points["good", 0.2].thresholds == [0.25, 0.25]
+    assert points["always_float", None].thresholds == []
 
 
 def test_rules_alone_have_points_and_nothing_to_compare() -> None:
