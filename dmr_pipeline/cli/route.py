@@ -3,7 +3,7 @@
 import json
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
@@ -14,9 +14,6 @@ from dmr_pipeline.recipe import load_recipe
 
 if TYPE_CHECKING:
     from dmr_pipeline.evaluation.route_calibration import Played
-
-ROUTERS = ("kl_router", "grpo_router")
-"""Those that a recipe trains."""
 
 route = typer.Typer(help="A router, or a rule that nobody trained, set to a budget.", no_args_is_help=True)
 
@@ -61,14 +58,14 @@ def calibrate(
     from dmr_pipeline.artifacts.folders import DATA_ROOT
     from dmr_pipeline.cli.stages import verify_current
     from dmr_pipeline.environments.benchmark import benchmark_of
-    from dmr_pipeline.evaluation.route_calibration import NAMES, RouteBudget
+    from dmr_pipeline.evaluation.route_calibration import NAMES, RouteBudget, RouterName
     from dmr_pipeline.evaluation.route_calibration import calibrate as calibrated
     from dmr_pipeline.router.model import SETTINGS_FILE, save_router
     from dmr_pipeline.router.rules import named_at
 
     if router not in NAMES:
         raise UserError(f"--router {router!r}: name one of {', '.join(NAMES)}")
-    is_rule = router not in ROUTERS
+    is_rule = router not in get_args(RouterName)
     if write is not None and is_rule:
         raise UserError(f"--write is for routers: {router} has no weights, and is deployed by its name and threshold")
     budget, loaded = RouteBudget(high_ratio, cost, sample, strict), load_recipe(recipe)

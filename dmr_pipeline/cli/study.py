@@ -1,12 +1,13 @@
 """`dmr study`: routers trained in several ways and with several seeds, against rules, on games that nothing was chosen on."""
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich import box
-from rich.table import Table
+from rich.table import Column, Table
 
 from dmr_pipeline.cli.common import console, progress_lines, user_errors_exit_2, write_record
 from dmr_pipeline.progress import Bars
@@ -76,6 +77,8 @@ def run(
 
 
 def _show(results: "Results") -> None:
+    from dmr_pipeline.study.pages import points
+
     table = Table(box=box.SIMPLE, pad_edge=False, collapse_padding=True)
     table.add_column("policy", overflow="fold")
     seeds = ["seeds ±"] if any(point.seed_deviation is not None for point in results.points) else []
@@ -87,43 +90,44 @@ def _show(results: "Results") -> None:
             point.policy,
             "" if point.budget is None else f"{point.budget:g}",
             f"{point.ratio:.3f}",
-            f"{100 * point.success:.1f} {_points(point.success_ci95)}",
+            f"{100 * point.success:.1f} {points(point.success_ci95)}",
             *([deviation] if seeds else []),
             f"{point.cost:.3f}",
-            f"{100 * point.gain:+.1f} {_points(point.gain_ci95)}",
+            f"{100 * point.gain:+.1f} {points(point.gain_ci95)}",
         )
     console.print(table)
-    ends = Table(title="Against the route's ends", box=box.SIMPLE, pad_edge=False, title_justify="left")
-    for column in ("policy", "budget", "against", "better by", "p", "cost saved"):
-        ends.add_column(column, overflow="fold")
-    for end in results.ends:
-        ends.add_row(
+    ends = [
+        (
             end.policy,
             f"{end.budget:g}",
             end.rung,
-            f"{100 * end.difference:+.1f} {_points(end.difference_ci95)}",
+            f"{100 * end.difference:+.1f} {points(end.difference_ci95)}",
             f"{end.p_value:.3f}",
-            f"{100 * end.saved:.0f}% {_points(end.saved_ci95)}",
+            f"{100 * end.saved:.0f}% {points(end.saved_ci95)}",
         )
-    console.print(ends)
+        for end in results.ends
+    ]
+    _show_rows("Against the route's ends", ("policy", "budget", "against", "better by", "p", "cost saved"), ends)
     if not results.compared:
         return
-    compared = Table(
-        title="Routers against the best rule at equal cost", box=box.SIMPLE, pad_edge=False, title_justify="left"
-    )
-    for column in ("router", "budget", "rule", "better by", "p, Holm", "lost to the dearest"):
-        compared.add_column(column, overflow="fold")
-    for one in results.compared:
-        compared.add_row(
+    compared = [
+        (
             one.router,
             f"{one.budget:g}",
             one.rule,
-            f"{100 * one.difference:+.1f} {_points(one.difference_ci95)}",
+            f"{100 * one.difference:+.1f} {points(one.difference_ci95)}",
             f"{one.p_holm:.3f}",
-            f"{100 * one.lost:.1f} {_points(one.lost_ci95)}",
+            f"{100 * one.lost:.1f} {points(one.lost_ci95)}",
         )
-    console.print(compared)
+        for one in results.compared
+    ]
+    columns = ("router", "budget", "rule", "better by", "p, Holm", "lost to the dearest")
+    _show_rows("Routers against the best rule at equal cost", columns, compared)
 
 
-def _points(interval: list[float]) -> str:
-    return f"[{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
+def _show_rows(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    table = Table(*(Column(name, overflow="fold") for name in columns), title=title, box=box.SIMPLE, pad_edge=False)
+    table.title_justify = "left"
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)

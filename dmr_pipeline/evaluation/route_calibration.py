@@ -12,6 +12,7 @@ from rich.progress import Progress
 
 from dmr_pipeline.environments.base import Task
 from dmr_pipeline.errors import UserError
+from dmr_pipeline.evaluation.curves import tunables
 from dmr_pipeline.evaluation.kept import KeptTables
 from dmr_pipeline.evaluation.metrics import game_weights, percentiles, success_interval
 from dmr_pipeline.evaluation.play import Arena, acting_facts, content, evaluate
@@ -24,7 +25,6 @@ from dmr_pipeline.router.budgets import Bar
 from dmr_pipeline.router.kl import ROUTER_FOLDER, with_settings
 from dmr_pipeline.router.model import Router, load_router
 from dmr_pipeline.router.policies import asking_policy
-from dmr_pipeline.router.rules import rules
 
 RouterName = Literal["kl_router", "grpo_router"]
 NAMES = (*get_args(RouterName), *get_args(RuleName))
@@ -129,7 +129,7 @@ def calibrate(
             router.pass_bytes,
         )
     else:
-        tunable = _rule(name, arena)
+        tunable = _rule(name, arena, recipe.evaluation)
     facts: dict[str, JsonValue] = {
         "version": _VERSION,
         "games": content(artifacts["benchmark_tasks"]),
@@ -168,13 +168,11 @@ def calibrate(
     return result, replace(router, settings=calibrated.settings)
 
 
-def _rule(name: str, arena: Arena) -> Tunable:
-    rollouts = arena.rollouts
-    there = rules(rollouts.route, rollouts.step_limit, rollouts.prompter, rollouts.can_draft, arena.seed)
-    if name not in there:
-        raise UserError(f"{name}: a step limit of {rollouts.step_limit} is too short for it")
-    speculative = None if rollouts.speculative is None else rollouts.speculative.model_dump(mode="json")
-    return Tunable(name, "rule", there[name], {"check": rollouts.can_draft, "drafts": speculative})
+def _rule(name: str, arena: Arena, section: Evaluation) -> Tunable:
+    found = tunables(arena, {}, {}, section.model_copy(update={"rules": (name,)}), slots=0)
+    if not found:
+        raise UserError(f"{name}: a step limit of {arena.rollouts.step_limit} is too short for it")
+    return found[0]
 
 
 def measured(played: pl.DataFrame, section: Evaluation) -> Played:

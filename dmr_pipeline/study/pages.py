@@ -58,11 +58,11 @@ def _row(point: Point, seeds: bool) -> list[str]:
     return [
         point.policy,
         "" if point.budget is None else f"{point.budget:g}",
-        f"{point.success:.1%} {_points(point.success_ci95)}",
+        f"{point.success:.1%} {points(point.success_ci95)}",
         *([deviation] if seeds else []),
         f"{point.ratio:.1%}",
         f"{point.cost:.3f} [{point.cost_ci95[0]:.3f}, {point.cost_ci95[1]:.3f}]",
-        f"{100 * point.gain:+.1f} {_points(point.gain_ci95)}",
+        f"{100 * point.gain:+.1f} {points(point.gain_ci95)}",
     ]
 
 
@@ -74,9 +74,9 @@ def _ends(results: Results, page: Path) -> str:
             one.policy,
             f"{one.budget:g}",
             f"{one.rung} alone",
-            f"{100 * one.difference:+.1f} {_points(one.difference_ci95)}",
+            f"{100 * one.difference:+.1f} {points(one.difference_ci95)}",
             f"{one.p_value:.3f}",
-            f"{one.saved:.0%} {_points(one.saved_ci95)}",
+            f"{one.saved:.0%} {points(one.saved_ci95)}",
         ]
         for one in results.ends
     ]
@@ -96,9 +96,9 @@ def _compared(one: Compared) -> list[str]:
         one.router,
         f"{one.budget:g}",
         one.rule,
-        f"{100 * one.difference:+.1f} {_points(one.difference_ci95)}",
+        f"{100 * one.difference:+.1f} {points(one.difference_ci95)}",
         f"{one.p_holm:.3f}",
-        f"{100 * one.lost:.1f} {_points(one.lost_ci95)}",
+        f"{100 * one.lost:.1f} {points(one.lost_ci95)}",
         "shown" if one.not_worse else "not shown",
     ]
 
@@ -112,7 +112,8 @@ def _lines(columns: list[str], rows: list[list[str]], left: int) -> list[str]:
     return [f"| {' | '.join(row)} |" for row in (columns, ruler, *rows)]
 
 
-def _points(interval: list[float]) -> str:
+def points(interval: list[float]) -> str:
+    """An interval of shares, in percent."""
     return f"[{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
 
 

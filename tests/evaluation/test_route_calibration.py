@@ -96,7 +96,7 @@ def test_a_rule_is_set_to_a_budget_as_routers_are(played: list[int], tmp_path: P
         budget = RouteBudget(0.3, None)
         found, router = calibrate(RECIPE, "margin", budget, artifacts, VALIDATION, FRESH, tmp_path / "kept", progress)
         with pytest.raises(UserError, match="too short"):
-            _rule("margin_capped", Arena(replace(rollouts_of(ROUTE), step_limit=5), {}, 0))
+            _rule("margin_capped", Arena(replace(rollouts_of(ROUTE), step_limit=5), {}, 0), RECIPE.evaluation)
     assert router is None
     assert 0.2 < found.validation.high_ratio <= 0.3
     rollouts = rollouts_of(ROUTE)
