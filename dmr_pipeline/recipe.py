@@ -76,7 +76,7 @@ class Games(Section):
     environment: str = Field(description="the benchmark, and who made its games: generated here, or the official ones")
 
 
-def _of_its_benchmark(content: Any) -> Section:  # noqa: ANN401 - what a recipe file holds
+def games_of_a_benchmark(content: Any) -> Section:  # noqa: ANN401 - what a recipe file holds
     """The section of the benchmark that is named; of generated ALFWorld games where none is."""
     if isinstance(content, Section):
         return content
@@ -1126,7 +1126,7 @@ class Runtime(Section):
 
 class Recipe(Section):
     name: str
-    benchmark: Annotated[SerializeAsAny[Games], BeforeValidator(_of_its_benchmark)]
+    benchmark: Annotated[SerializeAsAny[Games], BeforeValidator(games_of_a_benchmark)]
     agent: Agent
     precisions: Precisions
     trajectories: Trajectories = Field(default_factory=Trajectories)

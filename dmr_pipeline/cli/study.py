@@ -38,7 +38,7 @@ def run(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON and nothing else")] = False,
 ) -> None:
-    """Train what is missing, tune every policy to every budget on validation games, play fresh ones, and compare.
+    """Train what is missing, tune every policy to every budget on validation games, play others, and compare.
 
     Routers, episodes and results are kept in data/scratch/studies: the same command goes on where it broke off.
     """
@@ -49,16 +49,18 @@ def run(
     from dmr_pipeline.study.pages import results_file, write_pages
     from dmr_pipeline.study.play import play_study
     from dmr_pipeline.study.results import Place, study_results
-    from dmr_pipeline.study.routers import train
+    from dmr_pipeline.study.routers import make_games, train
 
     plan = load_study(file)
     recipe = load_recipe(plan.recipe)
     ladder = read_ladder(verify_current("quantized_checkpoints", plan.recipe).path)
-    folder = DATA_ROOT / "scratch" / "studies" / file.stem
+    studies = DATA_ROOT / "scratch" / "studies"
+    folder = studies / file.stem
     with nullcontext() if as_json else progress_lines():
+        games = make_games(plan, folder / "artifacts")
         routers = train(plan, DATA_ROOT, folder / "artifacts")
         with Bars(console=console, disable=as_json) as progress:
-            episodes = play_study(plan, recipe, routers, DATA_ROOT, folder / "kept", progress)
+            episodes = play_study(plan, recipe, routers, games, DATA_ROOT, studies / ".kept", progress)
     episodes.write_parquet(folder / "episodes.parquet")
     (last,) = (rung for rung in ladder.rungs if rung.name == ladder.route[-1])
     cheapest = Place(last.cost, last.validation_success)

@@ -3,18 +3,20 @@ that nothing was chosen on. One YAML file says all of it."""
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, JsonValue, ValidationError
+from pydantic import BeforeValidator, Field, JsonValue, SerializeAsAny, ValidationError
 
 from dmr_pipeline.errors import UserError, problems_of
-from dmr_pipeline.recipe import OracleName, Recipe, RuleName, load_recipe
+from dmr_pipeline.recipe import Games, OracleName, Recipe, RuleName, games_of_a_benchmark, load_recipe
 from dmr_pipeline.recipe_fields import Count, Name, Ratio, Section, Seed
 from dmr_pipeline.recipe_text import read_mapping
 
 CHANGEABLE = ("trajectories", "sensitivity", "kl_router", "grpo_router")
 """Sections that variants may change: with the others they would play other games, or other precisions."""
 SEEDED = ("kl_router", "grpo_router")
+GAMES = "games"
+"""What the recipe is called whose benchmark is a study's own."""
 
 
 class Variant(Section):
@@ -30,6 +32,10 @@ class Variant(Section):
         for section in self.changes:
             if section not in CHANGEABLE:
                 yield "changes", f"{section!r}: a variant may change {', '.join(CHANGEABLE)}"
+
+
+def _games_or_none(content: Any) -> Section | None:  # noqa: ANN401 - what a file holds
+    return None if content is None else games_of_a_benchmark(content)
 
 
 class Study(Section):
@@ -59,6 +65,11 @@ class Study(Section):
         1000,
         description="of seeds that no split uses; of benchmarks whose tasks are a list, the test split's, as many as it has",
     )
+    benchmark: Annotated[SerializeAsAny[Games] | None, BeforeValidator(_games_or_none)] = Field(
+        None,
+        description="whose test games these are, where nothing was trained or tuned on its like: as a recipe's section of that"
+        " name; by default fresh games of the recipe's own",
+    )
     reworded: Seed | None = Field(
         None,
         description="of the order in which these games tell what they list: another one than in the games that all was trained"
@@ -74,6 +85,8 @@ class Study(Section):
             values = getattr(self, field)
             if len(set(values)) != len(values):
                 yield field, f"{list(values)} are not all different"
+        if self.benchmark is not None and self.step_limit is not None:
+            yield "step_limit", "the benchmark that is named here has its own"
         for budget in self.planned if self.routers else ():
             if budget not in self.budgets:
                 yield "planned", f"{budget} is none of the budgets, {', '.join(map(str, self.budgets))}"
@@ -91,6 +104,13 @@ def load_study(path: Path) -> Study:
     for name in study.routers:
         variant_recipe(study, name, study.seeds[0])
     return study
+
+
+def games_recipe(study: Study) -> Recipe | None:
+    """The recipe whose test games are played, where the study names a benchmark; the other sections are those of its recipe."""
+    if study.benchmark is None:
+        return None
+    return load_recipe(study.recipe).model_copy(update={"name": GAMES, "benchmark": study.benchmark})
 
 
 def variant_recipe(study: Study, name: str, seed: int) -> Recipe:

@@ -7,6 +7,7 @@ from pydantic import ValidationError
 
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.evaluation import places
+from dmr_pipeline.study.design import Study
 from dmr_pipeline.study.results import Compared, Point, Results
 
 
@@ -46,11 +47,19 @@ def _table(results: Results, page: Path) -> str:
     trained = f"; routers are means of the training seeds {_list(results.study.seeds)}" if results.study.routers else ""
     tuned = f", tuned on {results.study.validation_games} validation games" if results.study.validation_games else ""
     note = (
-        f"{results.games} games of seeds that no split uses{tuned}; brackets: {results.confidence:.0%} intervals, by"
+        f"{results.games} {_which(results.study)}{tuned}; brackets: {results.confidence:.0%} intervals, by"
         f" game{trained}. Budget: spend at most, on validation games. Gain: points of success over static policies (single"
         " precisions, checked drafts) and mixtures of their episodes at equal cost."
     )
     return "\n".join([*_lines(columns, rows, 2), "", note])
+
+
+def _which(study: Study) -> str:
+    """Which games were played at the end."""
+    if study.benchmark is None:
+        return "games of seeds that no split uses"
+    said = study.benchmark.model_dump(exclude={"splits", "seed", "step_limit"})
+    return f"test games of another benchmark ({', '.join(f'{key}: {value}' for key, value in said.items())})"
 
 
 def _row(point: Point, seeds: bool) -> list[str]:

@@ -36,15 +36,18 @@ def play_study(
     study: Study,
     recipe: Recipe,
     routers: Mapping[tuple[str, int], Path],
+    games: Path | None,
     data_root: Path,
     folder: Path,
     progress: Progress,
 ) -> pl.DataFrame:
-    """Rows of `EPISODES`. What was played is kept: a study that was broken off goes on.
+    """Rows of `EPISODES`. What was played is kept: a study that was broken off goes on, and another one of the same recipe does
+    not play it again.
 
     Args:
         recipe: the study's.
         routers: (name, seed) -> artifact.
+        games: artifact of the study's benchmark, where it names one.
         data_root: with the recipe's artifacts.
         folder: where episodes are kept; it need not exist.
     """
@@ -52,16 +55,13 @@ def play_study(
     checkpoints = artifact_folder("quantized_checkpoints", recipe.name, data_root)
     benchmark, ladder = benchmark_of(recipe.benchmark), read_ladder(checkpoints)
     validation = benchmark.read_tasks(tasks, "validation", study.validation_games)
-    fresh: list[Task] = (
-        list(benchmark.fresh_tasks(study.games)) or list(benchmark.read_tasks(tasks, "test"))[: study.games]
-    )
-    kept = KeptTables(folder, {"games": content(tasks)})
-    on_validation = kept.under(split="validation", count=len(validation))
-    on_fresh = kept.under(split="study", count=len(fresh))
+    fresh = _games(study, recipe, tasks, games)
+    on_validation = KeptTables(folder, {"games": content(tasks)}).under(split="validation", count=len(validation))
+    on_fresh = KeptTables(folder, {"games": content(games or tasks)}).under(split="study", count=len(fresh))
     if study.reworded is not None:
         fresh = [RewordedTask(game, study.reworded) for game in fresh]
         on_fresh = on_fresh.under(reworded=study.reworded)
-    at_work = recipe if study.step_limit is None else recipe.with_step_limit(study.step_limit)
+    at_work = recipe.with_step_limit(step_limit(study, recipe))
     others = static_beside_the_route(checkpoints, at_work, fresh, on_fresh)
     on_validation = on_validation.under(**acting_facts(checkpoints, recipe, ladder.route))
     on_fresh = on_fresh.under(**acting_facts(checkpoints, at_work, ladder.route))
@@ -94,6 +94,24 @@ def play_study(
         .select(EPISODES.names())
         .cast(EPISODES)
     )
+
+
+def step_limit(study: Study, recipe: Recipe) -> int:
+    """Of the games that are played at the end."""
+    return study.step_limit or (study.benchmark or recipe.benchmark).step_limit
+
+
+def _games(study: Study, recipe: Recipe, tasks: Path, games: Path | None) -> list[Task]:
+    """Those that are played at the end.
+
+    Args:
+        tasks: artifact of the recipe's benchmark.
+        games: of the study's, where it names one.
+    """
+    if study.benchmark is not None and games is not None:
+        return list(benchmark_of(study.benchmark).read_tasks(games, "test", study.games))
+    own = benchmark_of(recipe.benchmark)
+    return list(own.fresh_tasks(study.games)) or list(own.read_tasks(tasks, "test", study.games))
 
 
 def _untuned(

@@ -1,5 +1,5 @@
-"""The routers of a study: each stage is run once for all variants that it is the same for, and not where the recipe's own
-artifact is what it would make."""
+"""What a study makes before it plays: its routers, each stage once for all variants that it is the same for, and not where the
+recipe's own artifact is what it would make; and its games, where they are another benchmark's."""
 
 import logging
 import shutil
@@ -13,9 +13,9 @@ from dmr_pipeline.artifacts.manifest import MANIFEST, Manifest, verify
 from dmr_pipeline.artifacts.materialize import materialize_stage
 from dmr_pipeline.artifacts.provenance import provenance
 from dmr_pipeline.artifacts.stage import Stage
-from dmr_pipeline.pipeline import STAGES
+from dmr_pipeline.pipeline import STAGES, find_stage
 from dmr_pipeline.recipe import Recipe
-from dmr_pipeline.study.design import Study, variant_recipe
+from dmr_pipeline.study.design import Study, games_recipe, variant_recipe
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +39,21 @@ def train(study: Study, data_root: Path, folder: Path) -> dict[tuple[str, int], 
                 artifact = materialize_stage(stage, recipe, folder).artifact
             found[name, seed] = artifact.path
     return found
+
+
+def make_games(study: Study, folder: Path) -> Path | None:
+    """The artifact of the benchmark that the study names; None where it names none.
+
+    Args:
+        folder: of the study's artifacts.
+
+    Raises:
+        UserError: as `materialize_stage`.
+    """
+    recipe = games_recipe(study)
+    if recipe is None:
+        return None
+    return materialize_stage(find_stage("benchmark_tasks", STAGES), recipe, folder).artifact.path
 
 
 def _up_to(wanted: str) -> list[Stage]:

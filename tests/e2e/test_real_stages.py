@@ -11,7 +11,7 @@ import pytest
 from dmr_pipeline import pipeline
 from dmr_pipeline.artifacts.folders import artifact_folder, sidecar_path
 from dmr_pipeline.artifacts.manifest import verify
-from dmr_pipeline.environments.benchmark import benchmark_of
+from dmr_pipeline.environments.benchmark import benchmark_of, split_seeds
 from dmr_pipeline.evaluation.results import POLICIES
 from dmr_pipeline.recipe import load_recipe
 from dmr_pipeline.rollout.engine import RolloutRequest, SinglePrecision
@@ -120,10 +120,11 @@ def assert_a_study_trains_what_differs_and_plays_all_of_it(kl_router: str) -> No
     assert episodes.group_by("policy", "budget", "seed").len()["len"].to_list() == [6] * (
         5 + 2 * (len(tuned) - 2) + 2 * 2 * 2
     )
-    before = {path: path.stat().st_mtime_ns for path in (folder / "kept").iterdir()}
+    kept = folder.with_name(".kept")
+    before = {path: path.stat().st_mtime_ns for path in kept.iterdir()}
     again = dmr("study", "run", "small.yaml", "--json")
     assert json.loads(again.stdout) == results
-    assert {path: path.stat().st_mtime_ns for path in (folder / "kept").iterdir()} == before
+    assert {path: path.stat().st_mtime_ns for path in kept.iterdir()} == before
 
     longest = episodes["steps"].max()
     assert longest > 2
@@ -137,6 +138,24 @@ def assert_a_study_trains_what_differs_and_plays_all_of_it(kl_router: str) -> No
     short = pl.read_parquet("data/scratch/studies/leash/episodes.parquet")
     assert short.filter(policy="rule:margin").height == 6
     assert short["steps"].max() == 2
+    assert_other_games_are_played_at_what_was_tuned_before()
+
+
+def assert_other_games_are_played_at_what_was_tuned_before() -> None:
+    """The test games of another benchmark, with its step limit."""
+    other = "{environment: alfworld, seed: 7, step_limit: 3, splits: {agent_train: 1, router_train: 1, validation: 1, test: 5}}"
+    Path("elsewhere.yaml").write_text(f"recipe: micro\ngames: 4\nbudgets: [0.5]\nrules: [margin]\nbenchmark: {other}\n")
+    kept = Path("data/scratch/studies/.kept")
+    before = set(kept.iterdir())
+    done = dmr("study", "run", "elsewhere.yaml")
+    assert done.returncode == 0, done.stdout + done.stderr
+    played = pl.read_parquet("data/scratch/studies/elsewhere/episodes.parquet")
+    settings = load_recipe("micro").benchmark.model_copy(update={"seed": 7})
+    expected = [f"generated/{seed}" for seed in list(split_seeds(settings, "test"))[:4]]
+    assert sorted(played["task_id"].unique()) == expected
+    assert played["steps"].max() == 3
+    # Three rungs, checking, the oracle, and the rule at its bar: what tuned it on validation games was kept by the other study.
+    assert len(set(kept.iterdir()) - before) == 6
 
 
 def assert_three_rungs_were_compared(report: dict[str, Any]) -> None:
