@@ -163,10 +163,13 @@ def test_faults_of_the_cheaper_one_and_what_the_client_sees(pair: tuple[StandIn,
         assert service.metrics.total("dmr_upstream_errors_total", kind="timeout") == 4
 
 
-def test_the_dearer_one_down_is_an_error_unless_degrading_is_allowed(pair: tuple[StandIn, StandIn]) -> None:
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_dearer_one_down_is_an_error_unless_degrading_is_allowed(
+    pair: tuple[StandIn, StandIn], stream: bool
+) -> None:
     high, low = pair
     high.always = "500"
-    high_model = {"model": f"dmr/{SERVED}:float"}
+    high_model = {"model": f"dmr/{SERVED}:float", "stream": stream}
     with proxied(*pair, retries=0) as (client, service):
         with pytest.raises(openai.InternalServerError) as error:
             ask(client, FIRST, **high_model)
@@ -176,7 +179,8 @@ def test_the_dearer_one_down_is_an_error_unless_degrading_is_allowed(pair: tuple
     with proxied(*pair, retries=0, degrade=True) as (client, _):
         raw = ask(client, FIRST, **high_model)
         assert (raw.headers["x-dmr-precision"], raw.headers["x-dmr-degraded"]) == ("int2", "true")
-        assert raw.parse().model_extra["dmr"] == {"degraded": True}
+        parsed = next(iter(raw.parse())) if stream else raw.parse()
+        assert parsed.model_extra["dmr"] == {"degraded": True}
         assert raw.headers["x-dmr-reason"] == "fallback"
         low.always = "500"
         with pytest.raises(openai.InternalServerError):
@@ -212,11 +216,12 @@ def test_upstreams_get_a_key_of_their_own_and_a_wrong_one_is_not_the_clients_fau
         assert service.metrics.total("dmr_upstream_errors_total", kind="status_401") == 1
 
 
-def test_what_the_upstream_refuses_is_the_clients(pair: tuple[StandIn, StandIn]) -> None:
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_the_upstream_refuses_is_the_clients(pair: tuple[StandIn, StandIn], stream: bool) -> None:
     pair[1].faults = ["400"]
     with proxied(*pair) as (client, _):
         with pytest.raises(openai.BadRequestError, match="fault 400"):
-            ask(client, FIRST, model=f"dmr/{SERVED}:int2")
+            ask(client, FIRST, model=f"dmr/{SERVED}:int2", stream=stream)
         assert len(pair[1].asked) == 1
 
 
@@ -261,9 +266,14 @@ def test_a_client_that_leaves_ends_the_upstreams_work(pair: tuple[StandIn, Stand
 
 
 @pytest.mark.parametrize(("low_on_failure", "rung"), [(False, "float"), (True, "int2")])
-@pytest.mark.parametrize("fault", ["raises", "hangs"])
+@pytest.mark.parametrize(("fault", "stream"), [("raises", False), ("raises", True), ("hangs", False), ("hangs", True)])
 def test_a_router_that_fails_or_hangs_lets_the_recipes_side_act(
-    pair: tuple[StandIn, StandIn], monkeypatch: pytest.MonkeyPatch, fault: str, low_on_failure: bool, rung: str
+    pair: tuple[StandIn, StandIn],
+    monkeypatch: pytest.MonkeyPatch,
+    fault: str,
+    stream: bool,
+    low_on_failure: bool,
+    rung: str,
 ) -> None:
     waiting = threading.Event()
     with proxied(*pair, router_seconds=0.3, low_on_failure=low_on_failure) as (client, service):
@@ -277,9 +287,11 @@ def test_a_router_that_fails_or_hangs_lets_the_recipes_side_act(
 
         with monkeypatch.context() as patch:
             patch.setattr(policy, "decide", decide)
-            raw = ask(client, FIRST, extra_headers={"x-session-id": "b"})
+            raw = ask(client, FIRST, stream=stream, extra_headers={"x-session-id": "b"})
             waiting.set()
         assert (raw.headers["x-dmr-precision"], raw.headers["x-dmr-reason"]) == (rung, "fallback")
+        answer = "".join(chunk.choices[0].delta.content or "" for chunk in raw.parse()) if stream else None
+        assert (answer or raw.parse().choices[0].message.content) == f"look {rung}"
         assert service.metrics.total("dmr_fail_open_total") == 1
         deadline = time.monotonic() + 30
         while service.backend.deciding.failures < 1 and time.monotonic() < deadline:
