@@ -61,6 +61,7 @@ def run(
         routers = train(plan, DATA_ROOT, folder / "artifacts")
         with Bars(console=console, disable=as_json) as progress:
             episodes = play_study(plan, recipe, routers, games, DATA_ROOT, studies / ".kept", progress)
+    folder.mkdir(parents=True, exist_ok=True)
     episodes.write_parquet(folder / "episodes.parquet")
     (last,) = (rung for rung in ladder.rungs if rung.name == ladder.route[-1])
     cheapest = Place(last.cost, last.validation_success)

@@ -143,7 +143,7 @@ def assert_a_study_trains_what_differs_and_plays_all_of_it(kl_router: str) -> No
 
 def assert_other_games_are_played_at_what_was_tuned_before() -> None:
     """The test games of another benchmark, with its step limit."""
-    other = "{environment: alfworld, seed: 7, step_limit: 3, splits: {agent_train: 1, router_train: 1, validation: 1, test: 5}}"
+    other = "{environment: alfworld, seed: 7, step_limit: 9, splits: {agent_train: 1, router_train: 1, validation: 1, test: 5}}"
     Path("elsewhere.yaml").write_text(f"recipe: micro\ngames: 4\nbudgets: [0.5]\nrules: [margin]\nbenchmark: {other}\n")
     kept = Path("data/scratch/studies/.kept")
     before = set(kept.iterdir())
@@ -153,7 +153,7 @@ def assert_other_games_are_played_at_what_was_tuned_before() -> None:
     settings = load_recipe("micro").benchmark.model_copy(update={"seed": 7})
     expected = [f"generated/{seed}" for seed in list(split_seeds(settings, "test"))[:4]]
     assert sorted(played["task_id"].unique()) == expected
-    assert played["steps"].max() == 3
+    assert played["steps"].max() == 9
     # Three rungs, checking, the oracle, and the rule at its bar: what tuned it on validation games was kept by the other study.
     assert len(set(kept.iterdir()) - before) == 6
 
