@@ -369,7 +369,7 @@ def validate(router: Router, games: Sequence[Task], rollouts: Rollouts, recipe: 
     played = play_games(games, mixing, rollouts, seed, "episodes to calibrate on", Timings())
     episodes, steps = to_frames(played, "validation")
     with Bars() as progress:
-        bar = progress.add_task("their labels", total=len(episodes))
+        bar = progress.add_task("their labels", total=len(steps))
         counted = recipe.sensitivity.tokens
         rows, drafts = measure(rollouts, episodes, steps, counted, lambda n: progress.advance(bar, n))
     batch = recipe.kl_router.batch_episodes

@@ -13,6 +13,7 @@ played episode. With more than two rungs a step's class is the cheapest rung tha
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeVar
@@ -140,7 +141,7 @@ def measure(
 
     Args:
         counted: what divergences are summed over, as in `compare`.
-        advance: called with the number of episodes that have just been measured.
+        on_progress: called with the number of steps that have just been measured.
     """
     prompter = rollouts.prompter
     most = max(1, _MOST_LOGITS // (len(prompter.tokenizer) * prompter.prompt.max_action_tokens))
@@ -150,7 +151,7 @@ def measure(
         ["turns", "episode_id"], descending=[True, False]
     )
 
-    def compare_episodes(episodes: _Batch) -> list[_Rows]:
+    def compare_episodes(episodes: _Batch, on_progress: Callable[[int], None]) -> list[_Rows]:
         rows, drafts = list[tuple[object, ...]](), list[tuple[object, ...]]()
         streams, guesses = rollouts.streams(len(episodes)), NgramGuesses()
         texts: list[list[int]] = [[] for _ in episodes]
@@ -177,13 +178,13 @@ def measure(
                     for i, its in zip(live, compared, strict=True)
                     for rung, draft in its.drafts.items()
                 ]
+                on_progress(len(live))
         return [(rows, drafts)]
 
     def compare_batches(batches: Sequence[_Batch], on_progress: Callable[[int], None]) -> list[_Rows]:
         rows: list[_Rows] = []
         for batch in batches:
-            rows += in_pieces(batch, len(batch), "episodes", compare_episodes)
-            on_progress(len(batch))
+            rows += in_pieces(batch, len(batch), "episodes", partial(compare_episodes, on_progress=on_progress))
         return rows
 
     # Lists, since polars does not survive the fork into several processes.

@@ -80,7 +80,7 @@ def evaluation_report(context: StageContext) -> StageResult:
         frames += play_test(
             arena, routers, files, cascade, test, recipe.evaluation, progress, on_test, known_on_test, shown
         )
-        bar = progress.add_task(f"what each precision would do, {chosen}", total=len(test))
+        bar = progress.add_task(f"what each precision would do, {chosen}", total=len(shown[chosen]))
         would = choices(
             arena.rollouts,
             shown[chosen],
@@ -88,7 +88,7 @@ def evaluation_report(context: StageContext) -> StageResult:
             on_test.under(router=files[chosen], policy=chosen),
             lambda n: progress.advance(bar, n),
         )
-        progress.update(bar, completed=len(test))
+        progress.update(bar, completed=len(shown[chosen]))
         curves, rules = None, dict[str, BestRule]()
         if recipe.evaluation.budgets:
             tuned_on = validation[: recipe.evaluation.budget_games]

@@ -21,7 +21,7 @@ def sensitivity_dataset(context: StageContext) -> StageResult:
         context.inputs, recipe.precisions.names, rollouts.route, rollouts.prompter, rollouts.capacity
     )
     with Bars() as progress:
-        bar = progress.add_task("divergence of the precisions", total=len(given.episodes))
+        bar = progress.add_task("steps at which the precisions are compared", total=len(given.steps))
         counted = recipe.sensitivity.tokens
         rows, drafts = measure(rollouts, given.episodes, given.steps, counted, lambda n: progress.advance(bar, n))
     tau = threshold(rows, recipe.sensitivity)

@@ -211,7 +211,10 @@ def test_a_step_is_sensitive_from_tau_on() -> None:
 def test_with_one_cache_each_goes_on_from_what_the_played_episode_has_read(route: tuple[str, ...]) -> None:
     rollouts = replace(rollouts_of(route), shared_cache=True)
     played = rollouts.play(RUNS[:3], RandomMixing(dict.fromkeys(route, 1 / len(route)), seed=3), seed=0)
-    rows = measure(rollouts, *to_frames(played, "mixed"), "action").steps.iter_rows(named=True)
+    told = list[int]()
+    rows = measure(rollouts, *to_frames(played, "mixed"), "action", told.append).steps.iter_rows(named=True)
+    turns = [len(trajectory.steps) for trajectory in played]
+    assert (sum(told), len(told) >= max(turns)) == (sum(turns), True)
     for trajectory in played:
         cache = OneCache()
         for turn, step in enumerate(trajectory.steps):
