@@ -448,11 +448,12 @@ class Rung(Section):
         description="of int4, int3 and int2: which integer a weight gets. Without it, the nearest one; gptq: the one that keeps"
         " the layer's outputs on calibration episodes (Frantar et al., 2023), see precisions.gptq",
     )
-    head: Literal["int8"] | None = Field(
+    head: Literal["int8", "int4", "int3"] | None = Field(
         None,
         exclude_if=_unset,
-        description="the head's own precision, whatever keep_float says of it; a tied head is untied: the input embedding is a"
-        " lookup, and stays in float",
+        description="the head's own precision, whatever keep_float says of it, rounded to nearest, int4 and int3 as `ranges`"
+        " has it; a tied head is untied: the input embedding is a lookup, and stays in float. Of a small LLM with"
+        " many tokens the head is a third of what a pass reads",
     )
     checkpoint: Pretrained | None = Field(
         None,

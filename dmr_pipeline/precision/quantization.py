@@ -8,8 +8,8 @@ group a row where not even 32 does. int3, which quanto does not have, is that of
 
 With `rounding: gptq` the layers of the decoder are rounded by GPTQ (`gptq`) on text, to levels that are stored in the same way.
 
-The head is in float unless the rung says otherwise: with `head: int8` it has int8 weights of its own, also where it is tied to
-the input embedding, which stays in float, a lookup.
+The head is in float unless the rung says otherwise: with `head: int8` (or int4, int3) it has weights of its own, rounded to
+nearest, also where it is tied to the input embedding, which stays in float, a lookup.
 
 int4, int3 and int2 fail under `torch.inference_mode`; use `torch.no_grad`.
 """
@@ -130,10 +130,10 @@ def quantize_rung(
     kept = _kept_patterns(model, rung)
     model = copy.deepcopy(model, {id(tensor): tensor for tensor in model.parameters()}).eval()
     _conv1d_to_linear(model)
-    if rung.head is not None:
-        kept.append(_quantize_head(model, rung))
     activations = None if rung.activations == "none" else f"q{rung.activations}"
     optimizer = MseRanges() if rung.ranges == "mse" else None
+    if rung.head is not None:
+        kept.append(_quantize_head(model, rung, None if rung.head == "int8" else optimizer))
     rounded = {}
     if rung.rounding is not None and gptq is not None:
         rounded = rounded_by_gptq(model, kept, qtypes[f"q{rung.weights}"], optimizer or MaxOptimizer(), gptq)
@@ -171,12 +171,12 @@ def _head_name(model: PreTrainedModel) -> str | None:
     return next((name for name, module in model.named_modules() if head is not None and module is head), None)
 
 
-def _quantize_head(model: PreTrainedModel, rung: Rung) -> str:
-    """Give the model a head of int8 weights, in place; its name comes back. An input embedding tied to it stays as it is."""
+def _quantize_head(model: PreTrainedModel, rung: Rung, optimizer: AffineOptimizer | None) -> str:
+    """Give the model a head of the rung's own, in place; its name comes back. An input embedding tied to it stays as it is."""
     name = _head_name(model)
     if name is None or not isinstance(model.get_submodule(name), nn.Linear):
         raise UserError(f"rung {rung.name!r}: head: the model's head is no linear layer; leave it out")
-    _quantize(model, f"q{rung.head}", None, include=[name])
+    _quantize(model, f"q{rung.head}", None, optimizer, include=[name])
     for config in (model.config, model.config.get_text_config()):
         config.tie_word_embeddings = False
     return name

@@ -1,4 +1,4 @@
-"""Integers of 3 bits, and a head of 8 bits, against plain arithmetic."""
+"""Integers of 3 bits, and heads of fewer bits, against plain arithmetic."""
 
 from pathlib import Path
 
@@ -103,23 +103,41 @@ def test_int3_with_widths_that_8_does_not_divide(tmp_path: Path) -> None:
     assert rung_size(loaded).bytes == sum(t.nbytes // (2 if t.is_floating_point() else 1) for t in counted.values())
 
 
-@pytest.mark.parametrize("weights", ["int8", "int3"])
+def eight_bits(weight: torch.Tensor) -> torch.Tensor:
+    """Weights [outputs, inputs] rounded to nearest, symmetric, with a scale an output."""
+    scale = weight.abs().amax(1, keepdim=True).clamp(min=1e-9) / 127  # the padding token's row may be 0
+    return (weight / scale).round() * scale
+
+
+def of_groups(weight: torch.Tensor, bits: int) -> torch.Tensor:
+    """Weights [outputs, inputs] rounded to nearest, between the least and the greatest of each row (64 inputs are one group)."""
+    least, greatest = weight.aminmax(dim=1, keepdim=True)
+    scale = (greatest - least).clamp(min=1e-9) / (2**bits - 1)
+    return ((weight - least) / scale).round() * scale + least
+
+
+@pytest.mark.parametrize(("weights", "head_bits"), [("int8", 8), ("int3", 8), ("int4", 4), ("int3", 3)])
 @pytest.mark.parametrize("config", TIED, ids=lambda config: config.model_type)
-def test_a_tied_head_of_int8_is_untied(tmp_path: Path, config: PretrainedConfig, weights: str) -> None:
+def test_a_tied_head_of_few_bits_is_untied(
+    tmp_path: Path, config: PretrainedConfig, weights: str, head_bits: int
+) -> None:
     model = causal_lm(config)
     before = model.get_input_embeddings().weight.detach().clone()
-    rung = Rung.model_validate({"name": "rung", "weights": weights, "head": "int8", "keep_float": ["lm_head"]})
+    rung = Rung.model_validate(
+        {"name": "rung", "weights": weights, "head": f"int{head_bits}", "keep_float": ["lm_head"]}
+    )
     quantized = quantize_rung(model, rung)
     assert model.config.tie_word_embeddings, "the float model stays as it is"
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
     head, embedding = quantized.get_output_embeddings(), quantized.get_input_embeddings().weight
     assert torch.equal(embedding, before)
-    scale = before.abs().amax(1, keepdim=True).clamp(min=1e-9) / 127  # the padding token's row may be 0
-    torch.testing.assert_close(head.weight.dequantize().detach(), (before / scale).round() * scale, rtol=0, atol=1e-7)
+    exact = eight_bits(before) if head_bits == 8 else of_groups(before, head_bits)
+    torch.testing.assert_close(head.weight.dequantize().detach(), exact, rtol=0, atol=1e-7)
 
     plain = quantize_rung(model, Rung.model_validate({"name": "rung", "weights": weights}))
     rows, columns = before.shape
-    assert rung_size(quantized).bytes == rung_size(plain).bytes + rows * columns + 2 * rows
+    scales = 1 if head_bits == 8 else 2  # and shifts
+    assert rung_size(quantized).bytes == rung_size(plain).bytes + rows * columns * head_bits // 8 + 2 * rows * scales
     assert rung_size(quantized).quantized_share > rung_size(plain).quantized_share
 
     save_rung(quantized, tmp_path)
@@ -134,7 +152,8 @@ def test_a_tied_head_of_int8_is_untied(tmp_path: Path, config: PretrainedConfig,
     with torch.no_grad():
         hidden = decoder_of(acting)(input_ids=TOKENS).last_hidden_state
         torch.testing.assert_close(logits_of(acting, hidden[0]), expected[0], rtol=1e-5, atol=1e-5)
-        again = acting.generate(TOKENS[:1], max_new_tokens=3, do_sample=False)
+        everything = torch.ones_like(TOKENS[:1])  # else what looks like padding is left out
+        again = acting.generate(TOKENS[:1], attention_mask=everything, max_new_tokens=3, do_sample=False)
     assert again[0, 15] == expected[0, -1].argmax()
 
 
