@@ -451,8 +451,8 @@ class Rung(Section):
     head: Literal["int8", "int4", "int3"] | None = Field(
         None,
         exclude_if=_unset,
-        description="the head's own precision, whatever keep_float says of it, rounded to nearest, int4 and int3 as `ranges`"
-        " has it; a tied head is untied: the input embedding is a lookup, and stays in float. Of a small LLM with"
+        description="the head's own precision, whatever keep_float says of it; int4 and int3 as `ranges` and `rounding` have it;"
+        " a tied head is untied: the input embedding is a lookup, and stays in float. Of a small LLM with"
         " many tokens the head is a third of what a pass reads",
     )
     checkpoint: Pretrained | None = Field(
@@ -465,9 +465,9 @@ class Rung(Section):
     def problems(self) -> Iterator[tuple[str, str]]:
         if self.name == "tokenizer":
             yield "name", "'tokenizer' is the folder beside the rungs"
-        if self.ranges is not None and self.weights not in _GROUPED:
+        if self.ranges is not None and self.weights not in GROUPED:
             yield "ranges", f"rung {self.name!r}: ranges is for int4, int3 and int2 weights, these are {self.weights}"
-        if self.rounding is not None and self.weights not in _GROUPED:
+        if self.rounding is not None and self.weights not in GROUPED:
             yield (
                 "rounding",
                 f"rung {self.name!r}: rounding is for int4, int3 and int2 weights, these are {self.weights}",
@@ -499,7 +499,7 @@ class Rung(Section):
 _PATTERN = re.compile(r"(?:[\w.*?]|\[!?\w[\w-]*\])+", re.ASCII)
 """A glob of module names whose brackets are closed."""
 _BITS = {"float": 32, "int8": 8, "int4": 4, "int3": 3, "int2": 2}
-_GROUPED = ("int4", "int3", "int2")
+GROUPED = ("int4", "int3", "int2")
 """Weights with a scale and a shift for each group of them."""
 
 

@@ -6,7 +6,8 @@ nearest, and what it lost is made up for as well as the columns that are left ca
 triangular, that is column j's error over U_jj, times row j of U.
 
 Decoder layers are rounded one after the other; each is calibrated on what those before it, rounded, make of the text. There is
-one layer's Hessians in memory at a time, the hidden states of the text, and what the decoder gives each layer beside them.
+one layer's Hessians in memory at a time, the hidden states of the text, and what the decoder gives each layer beside them. The
+head can be the last of them.
 
 The levels of a group are chosen when its first column is reached, from its weights as they are then. Of each output, what has
 the lesser error is taken, GPTQ's integers or the nearest ones: going column by column is greedy, and no theorem says that it
@@ -38,6 +39,11 @@ from dmr_pipeline.precision.packing import Levels, group_size, nearest_integers,
 _COLUMNS = 128
 """Columns whose errors reach the columns behind them at once, in one product (the paper's blocks)."""
 
+_Forward = Callable[[Tensor], Tensor]
+"""Hidden states [1, tokens, width] -> what a part of the model makes of them."""
+_LayerLevels = Mapping[str, Levels]
+"""Of linear layers, by name."""
+
 
 @dataclass(frozen=True)
 class GptqRun:
@@ -50,32 +56,61 @@ class GptqRun:
     scratch: Path
     """Folder of this rung alone, where each decoder layer is kept once it is done; it need not exist."""
     on_layer: Callable[[int, int], None] = lambda done, layers: None
-    """Called with the number of decoder layers that are done, and of all."""
+    """Called with the number of layers that are done, and of all: the decoder's, and the head where it is rounded too."""
+
+
+class GptqHead(NamedTuple):
+    """How the head is rounded, after the decoder's layers."""
+
+    name: str
+    kind: qtype
+    """Integers of 4, 3 or 2 bits."""
 
 
 @torch.no_grad()
 def rounded_by_gptq(
-    model: PreTrainedModel, kept: Sequence[str], kind: qtype, optimizer: AffineOptimizer, run: GptqRun
+    model: PreTrainedModel,
+    kept: Sequence[str],
+    kind: qtype,
+    optimizer: AffineOptimizer,
+    run: GptqRun,
+    head: GptqHead | None = None,
 ) -> dict[str, WeightQBitsTensor]:
-    """Weights of all linear layers of the decoder's layers, by name, but for those that patterns in `kept` fit.
+    """Weights of all linear layers of the decoder's layers, by name, but for those that patterns in `kept` fit; and the head's.
 
-    The model's own weights become, layer by layer, the rounded ones.
+    The model's own weights become, layer by layer, the rounded ones; those of the head stay as they are.
 
     Args:
         model: float, in evaluation mode.
         kind: integers of 4, 3 or 2 bits.
         optimizer: chooses the levels of a group.
+        head: None leaves it out.
 
     Raises:
-        UserError: there is no text, the model's layers cannot be found or gone through one by one, or a layer's inputs are not
-            finite.
+        UserError: there is no text, the model's layers cannot be found or gone through one by one, a layer's inputs are not
+            finite, or it is not found what the last layer's output goes through on its way to the head.
     """
     if not any(run.sequences):
         raise UserError("rounding: gptq: there is no text to calibrate on")
     names = {module: name for name, module in model.named_modules()}
     layers = _layers_of(model)
     states, calls = _start(model, layers, run.sequences)
+    last = None if head is None else _before_the_head(model, layers, run.sequences)
+    count = len(layers) + (head is not None)
     rounded: dict[str, WeightQBitsTensor] = {}
+
+    def levels_of(
+        linear: Mapping[str, nn.Linear], kept_as: str, forward: Sequence[_Forward], its: qtype
+    ) -> _LayerLevels:
+        """Those of an earlier run, where it came so far."""
+        path = run.scratch / f"{kept_as}.pt"
+        state = load_state(path, model.device)
+        if state is None:
+            state = _round_layer(linear, forward, states, its, optimizer, run.damping)
+            run.scratch.mkdir(parents=True, exist_ok=True)
+            save_state(path, state)
+        return {name: Levels(*levels) for name, levels in state.items()}
+
     for number, layer in enumerate(layers):
         linear = {
             names[module]: module
@@ -83,20 +118,21 @@ def rounded_by_gptq(
             if isinstance(module, nn.Linear) and not any(fnmatch(names[module], pattern) for pattern in kept)
         }
         forward = [partial(call.output, layer) for call in (of_text[number] for of_text in calls)]
-        path = run.scratch / f"layer-{number}.pt"
-        state = load_state(path, model.device)
-        if state is None:
-            state = _round_layer(linear, forward, states, kind, optimizer, run.damping)
-            run.scratch.mkdir(parents=True, exist_ok=True)
-            save_state(path, state)
+        levels = levels_of(linear, f"layer-{number}", forward, kind)
         for name, module in linear.items():
-            levels, shape = Levels(*state[name]), module.weight.shape
-            module.weight = nn.Parameter(levels.weights(shape), requires_grad=False)
-            rounded[name] = levels.packed(shape, kind)
+            shape = module.weight.shape
+            module.weight = nn.Parameter(levels[name].weights(shape), requires_grad=False)
+            rounded[name] = levels[name].packed(shape, kind)
         states = [output(hidden) for output, hidden in zip(forward, states, strict=True)]
         for name, module in linear.items():  # the layer is not called again
             module.weight = nn.Parameter(rounded[name], requires_grad=False)
-        run.on_layer(number + 1, len(layers))
+        run.on_layer(number + 1, count)
+    if head is not None and last is not None:
+        module = model.get_submodule(head.name)
+        assert isinstance(module, nn.Linear)
+        levels = levels_of({head.name: module}, "head", [lambda hidden: module(last(hidden))] * len(states), head.kind)
+        rounded[head.name] = levels[head.name].packed(module.weight.shape, head.kind)
+        run.on_layer(count, count)
     return rounded
 
 
@@ -241,6 +277,35 @@ def _start(
             if len(calls[-1]) != len(layers):
                 raise _refusal(model, "do not follow one another")
     return states, calls
+
+
+def _before_the_head(model: PreTrainedModel, layers: nn.ModuleList, sequences: Sequence[Sequence[int]]) -> _Forward:
+    """What the last layer's output goes through before the decoder returns it: a norm.
+
+    Raises:
+        UserError: it is not one module.
+    """
+    decoder, text = decoder_of(model), next(sequence for sequence in sequences if sequence)
+    made: list[Tensor] = []
+    after: list[nn.Module] = []
+
+    def ask(module: nn.Module, args: tuple[Any, ...]) -> None:
+        if made and args and args[0] is made[0]:
+            after.append(module)
+
+    within = {id(module) for layer in layers for module in layer.modules()}
+    with ExitStack() as hooks:
+        hooks.enter_context(layers[-1].register_forward_hook(lambda *call: made.append(_hidden(call[-1]))))
+        for module in decoder.modules():
+            if id(module) not in within:
+                hooks.enter_context(module.register_forward_pre_hook(ask))
+        out = decoder(input_ids=torch.tensor([text], device=model.device), use_cache=False).last_hidden_state
+    if len(after) != 1 or not torch.equal(after[0](made[0]), out):
+        raise UserError(
+            f"head: in a model of type {model.config.model_type!r} it is not found what comes between the last layer and the"
+            " head, so GPTQ cannot round it; give the head int8, or leave it out"
+        )
+    return after[0]
 
 
 class _Hessians:

@@ -8,8 +8,8 @@ group a row where not even 32 does. int3, which quanto does not have, is that of
 
 With `rounding: gptq` the layers of the decoder are rounded by GPTQ (`gptq`) on text, to levels that are stored in the same way.
 
-The head is in float unless the rung says otherwise: with `head: int8` (or int4, int3) it has weights of its own, rounded to
-nearest, also where it is tied to the input embedding, which stays in float, a lookup.
+The head is in float unless the rung says otherwise: with `head: int8` it has weights of its own, also where it is tied to the
+input embedding, which stays in float, a lookup; with int4 or int3 these are rounded as the others are.
 
 int4, int3 and int2 fail under `torch.inference_mode`; use `torch.no_grad`.
 """
@@ -47,11 +47,11 @@ from dmr_pipeline.agent.checkpoint import drop_versions, rung_config
 from dmr_pipeline.agent.formats import refuse_pickles
 from dmr_pipeline.agent.memory import give_back_freed
 from dmr_pipeline.errors import UserError
-from dmr_pipeline.precision.gptq import GptqRun, rounded_by_gptq
+from dmr_pipeline.precision.gptq import GptqHead, GptqRun, rounded_by_gptq
 from dmr_pipeline.precision.imported import load_imported
 from dmr_pipeline.precision.imported_bytes import IMPORTED_FILE, imported_bytes
 from dmr_pipeline.precision.packing import group_size, qint3, round_to_nearest
-from dmr_pipeline.recipe import Rung
+from dmr_pipeline.recipe import GROUPED, Rung
 
 WEIGHTS_FILE = "model.safetensors"
 MAP_FILE = "quantization_map.json"
@@ -132,11 +132,16 @@ def quantize_rung(
     _conv1d_to_linear(model)
     activations = None if rung.activations == "none" else f"q{rung.activations}"
     optimizer = MseRanges() if rung.ranges == "mse" else None
+    head = None
     if rung.head is not None:
-        kept.append(_quantize_head(model, rung, None if rung.head == "int8" else optimizer))
-    rounded = {}
+        head = _linear_head(model, rung)
+        kept.append(head)
+    rounded: dict[str, WeightQBitsTensor] = {}
     if rung.rounding is not None and gptq is not None:
-        rounded = rounded_by_gptq(model, kept, qtypes[f"q{rung.weights}"], optimizer or MaxOptimizer(), gptq)
+        of_head = GptqHead(head, _kind(rung.head)) if head is not None and rung.head in GROUPED else None
+        rounded = rounded_by_gptq(model, kept, _kind(rung.weights), optimizer or MaxOptimizer(), gptq, of_head)
+    if head is not None:
+        _quantize_head(model, head, rung.head, optimizer, rounded)
     _quantize(model, f"q{rung.weights}", activations, optimizer, exclude=kept, rounded=rounded)
     _refuse_float_layers(model, rung, kept)
     if activations is not None and calibration is not None:
@@ -171,15 +176,31 @@ def _head_name(model: PreTrainedModel) -> str | None:
     return next((name for name, module in model.named_modules() if head is not None and module is head), None)
 
 
-def _quantize_head(model: PreTrainedModel, rung: Rung, optimizer: AffineOptimizer | None) -> str:
-    """Give the model a head of the rung's own, in place; its name comes back. An input embedding tied to it stays as it is."""
+def _linear_head(model: PreTrainedModel, rung: Rung) -> str:
+    """What the model calls its head."""
     name = _head_name(model)
     if name is None or not isinstance(model.get_submodule(name), nn.Linear):
         raise UserError(f"rung {rung.name!r}: head: the model's head is no linear layer; leave it out")
-    _quantize(model, f"q{rung.head}", None, optimizer, include=[name])
+    return name
+
+
+def _quantize_head(
+    model: PreTrainedModel,
+    name: str,
+    weights: str | None,
+    optimizer: AffineOptimizer | None,
+    rounded: Mapping[str, WeightQBitsTensor],
+) -> None:
+    """Give the model a head of the rung's own, in place. An input embedding tied to it stays as it is."""
+    own = {name: rounded[name]} if name in rounded else {}
+    _quantize(model, f"q{weights}", None, optimizer if weights in GROUPED else None, include=[name], rounded=own)
     for config in (model.config, model.config.get_text_config()):
         config.tie_word_embeddings = False
-    return name
+
+
+def _kind(weights: str | None) -> qtype:
+    """quanto's own, and ours."""
+    return qtypes[f"q{weights}"]
 
 
 def _conv1d_to_linear(model: PreTrainedModel) -> None:

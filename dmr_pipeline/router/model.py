@@ -309,6 +309,7 @@ def with_features(
     batch: int,
     processes: int = 1,
     sharing: Mapping[str, PreTrainedModel] | None = None,
+    on_progress: Callable[[int], None] = lambda _: None,
 ) -> list[RoutingSequence]:
     """The sequences with what a probe decides on, from plain forward passes of its agent, but for the numbers that cost nothing
     (`with_numbers`); those of other kinds as they are.
@@ -317,6 +318,7 @@ def with_features(
         batch: sequences in one forward pass.
         sharing: the agents of all rungs, dearest first, where they have one cache. Then features are what the probe's agent
             reads if it is asked at each step, and goes on from what those have read that acted.
+        on_progress: called with the number of sequences that have just been read, where any have to be.
     """
     if not isinstance(router.model, ProbeHead):
         return list(sequences)
@@ -343,10 +345,15 @@ def with_features(
             features.append(probe_features(states, torch.arange(len(at))).cpu().numpy())
         return features
 
-    def read(indices: Sequence[int], _: object) -> list[NDArray[np.float32]]:
-        return in_pieces(indices, batch, "episodes", read_piece)
+    def read(indices: Sequence[int], on_progress: Callable[[int], None]) -> list[NDArray[np.float32]]:
+        def read_and_tell(piece: Sequence[int]) -> list[NDArray[np.float32]]:
+            found = read_piece(piece)
+            on_progress(len(piece))
+            return found
 
-    found = dict(zip(order, gather(in_processes(read, scatter(order, processes))), strict=True))
+        return in_pieces(indices, batch, "episodes", read_and_tell)
+
+    found = dict(zip(order, gather(in_processes(read, scatter(order, processes), on_progress)), strict=True))
     return [replace(s, features=torch.from_numpy(found[i])) for i, s in enumerate(sequences)]
 
 

@@ -2,6 +2,7 @@
 advantages or consequences (see router/advantage.py and router/swapped.py)."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import polars as pl
@@ -12,6 +13,7 @@ from dmr_pipeline.artifacts.stage import StageContext, StageResult
 from dmr_pipeline.environments.benchmark import benchmark_of
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.ingestion.tables import INGESTED, read_all_trajectories
+from dmr_pipeline.progress import Bars
 from dmr_pipeline.rollout.engine import Timings
 from dmr_pipeline.rollout.known import Known
 from dmr_pipeline.rollout.playing import Rollouts
@@ -70,7 +72,17 @@ def kl_router(context: StageContext) -> StageResult:
         steps = steps_of(steps, swapped)
     router = untrained(section.model, rollouts, section.seed)
     sequences = sequences_of_steps(steps, router.settings)
-    sequences = with_features(router, sequences, section.batch_episodes, rollouts.processes, rollouts.sharing)
+    with Bars() as progress:
+        bar = progress.add_task("episodes that the router's agent reads", total=len(sequences))
+        sequences = with_features(
+            router,
+            sequences,
+            section.batch_episodes,
+            rollouts.processes,
+            rollouts.sharing,
+            partial(progress.advance, bar),
+        )
+        progress.update(bar, completed=len(sequences))
     if isinstance(router.model, ProbeHead):
         sequences = with_numbers(router, sequences, steps, drafts, rollouts.prompter.command)
         router.model.standardize(torch.cat([s.features for s in sequences if s.features is not None]))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
-from optimum.quanto import MaxOptimizer, QLinear, qint2, qint4, qtype
+from optimum.quanto import MaxOptimizer, QLinear, qint2, qint4, qtype, qtypes
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -231,6 +231,47 @@ def test_it_is_stored_as_nearest_rounding_is(tmp_path: Path, weights: str) -> No
         assert torch.equal(load_rung(tmp_path / "gptq", CPU)(OTHER).logits, quantized(OTHER).logits)
 
 
+@pytest.mark.parametrize("weights", ["int4", "int3"])
+def test_a_head_is_rounded_on_what_the_rounded_decoder_makes_of_the_text(tmp_path: Path, weights: str) -> None:
+    """As any layer is on what comes to it."""
+    by_gptq = rung(weights, rounding="gptq", ranges="mse", head=weights)
+    quantized = quantize_rung(MODEL, by_gptq, None, run(tmp_path / "scratch"))
+    same = quantize_rung(MODEL, rung(weights, rounding="gptq", ranges="mse"), None, run(tmp_path / "float-head"))
+    with torch.no_grad():
+        hidden = torch.cat([same.model(torch.tensor([text])).last_hidden_state[0] for text in TEXTS])
+        float_head = MODEL.lm_head.weight
+        expected = round_by_gptq(
+            float_head, hidden.double().T @ hidden.double(), qtypes[f"q{weights}"], MseRanges(), 0.01
+        )
+        torch.testing.assert_close(
+            quantized.lm_head.weight.dequantize(), expected.weights(float_head.shape), rtol=0, atol=1e-5
+        )
+    assert torch.equal(MODEL.lm_head.weight, float_head)
+    save_rung(quantized, tmp_path / "rung")
+    with torch.no_grad():
+        assert torch.equal(load_rung(tmp_path / "rung", CPU)(OTHER).logits, quantized(OTHER).logits)
+
+
+def test_a_tied_head_is_rounded_and_its_embedding_is_not(tmp_path: Path) -> None:
+    model = of(Qwen3Config(**SMALL | {"tie_word_embeddings": True}, initializer_range=0.15))
+    before = model.get_input_embeddings().weight.detach().clone()
+    heard = list[tuple[int, int]]()
+    settings = rung("int4", rounding="gptq", head="int3")
+    made = quantize_rung(model, settings, None, run(tmp_path, lambda *layers: heard.append(layers)))
+    assert heard == [(1, 3), (2, 3), (3, 3)]
+    assert torch.equal(made.get_input_embeddings().weight, before)
+    assert made.lm_head.weight.qtype == qtypes["qint3"]
+    assert not made.config.tie_word_embeddings
+    again = quantize_rung(model, settings, None, run(tmp_path))  # from what the first has kept
+    assert torch.equal(again.lm_head.weight.dequantize(), made.lm_head.weight.dequantize())
+
+
+def test_a_model_whose_last_states_do_not_go_through_one_norm_keeps_its_head(tmp_path: Path) -> None:
+    model = of(OPTConfig(**OPT, word_embed_proj_dim=32))
+    with pytest.raises(UserError, match="not found what comes between the last layer and the head"):
+        quantize_rung(model, rung("int4", rounding="gptq", head="int4"), None, run(tmp_path))
+
+
 def test_a_run_that_was_killed_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     int3 = rung("int3", rounding="gptq")
     save_rung(quantize_rung(MODEL, int3, None, run(tmp_path / "unbroken")), tmp_path / "expected")
@@ -297,10 +338,11 @@ def test_each_layer_is_calibrated_on_what_rounded_layers_make_of_the_text(
     torch.testing.assert_close(seen[-1], hidden.T @ hidden, rtol=1e-4, atol=1e-4)
 
 
+OPT = {"vocab_size": VOCABULARY, "hidden_size": 64, "ffn_dim": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
 KINDS_OF_MODELS: list[PretrainedConfig] = [
     GPT2Config(vocab_size=VOCABULARY, n_embd=64, n_layer=2, n_head=4, n_positions=64),
     Gemma3TextConfig(**SMALL, sliding_window=8, layer_types=["sliding_attention", "full_attention"]),
-    OPTConfig(vocab_size=VOCABULARY, hidden_size=64, ffn_dim=96, num_hidden_layers=2, num_attention_heads=4),
+    OPTConfig(**OPT),
     MambaConfig(vocab_size=VOCABULARY, hidden_size=64, num_hidden_layers=2),
     BertConfig(
         vocab_size=VOCABULARY, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, is_decoder=True

@@ -112,7 +112,10 @@ def test_features_of_whole_sequences_are_those_of_acting(processes: int) -> None
     router = new_probe(scale=3.0)
     acted = [sequence_of_trajectory(trajectory, router) for trajectory in play_with(router)]
     bare = [replace(sequence, features=None) for sequence in acted]
-    for sequence, again in zip(acted, with_features(router, bare, batch=3, processes=processes), strict=True):
+    told = list[int]()
+    read = with_features(router, bare, batch=3, processes=processes, on_progress=told.append)
+    assert sum(told) == len(bare) > max(told)
+    for sequence, again in zip(acted, read, strict=True):
         assert again.tokens == sequence.tokens
         assert sequence.features is not None
         assert again.features is not None
