@@ -80,7 +80,7 @@ def plan(recipe: Recipe, data_root: Path, success: float, speed: Speed | None) -
         rows = recipe.runtime.batch_episodes
         speed = measured_speed(config, dtype, device, episodes, rows, learns_in, free)
     assumed = Assumptions(success, episodes, speed, min(processes_on(device, recipe.runtime), cores()), program)
-    held, stored, work = memory(recipe, model, assumed), disk(recipe, model, assumed), works(recipe, assumed)
+    held, stored, work = memory(recipe, model, assumed), disk(recipe, model, assumed), works(recipe, model, assumed)
     needs = tuple(
         Need(name, *held.get(name, (program, 0)), stored[name], seconds(work[name], assumed) if name in work else 0.0)
         for name in stored

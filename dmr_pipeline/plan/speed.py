@@ -1,4 +1,4 @@
-"""How fast a model of some shape reads, writes and learns here, with random weights."""
+"""How fast a model of some shape reads, writes, learns, is compared and rounded here, with random weights."""
 
 import copy
 import time
@@ -6,18 +6,25 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from optimum.quanto import MaxOptimizer, qint4
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from dmr_pipeline.agent.checkpoint import random_causal_lm
 from dmr_pipeline.plan.episodes import Episodes
 from dmr_pipeline.plan.shapes import without_weights
+from dmr_pipeline.precision.gptq import round_by_gptq
 from dmr_pipeline.rollout.kv_cache.choice import token_streams
+from dmr_pipeline.router.labels import own_numbers, token_divergences
 from dmr_pipeline.training.examples import IGNORED, Example
 from dmr_pipeline.training.train import learn
 
 ROWS = 8
 """Episodes at once, at most, that are tried."""
 _REPEATS = 3
+_COMPARED = 16
+"""Tokens."""
+_ROUNDED = 256
+"""Columns."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +39,10 @@ class Speed:
     """Forward and backward."""
     measured: bool
     """False where it was said instead."""
+    compare: float | None = None
+    """Tokens at which the distributions of two precisions are compared; None counts it for nothing."""
+    round: float | None = None
+    """Columns of a decoder's linear layer that GPTQ rounds; None counts it for nothing."""
 
 
 def measured_speed(
@@ -43,7 +54,7 @@ def measured_speed(
     learns_in: torch.dtype | None,
     free: int,
 ) -> Speed:
-    """Of a few forward passes in the middle of an episode, and a backward pass.
+    """Of a few forward passes in the middle of an episode, a backward pass, and a little of what else takes time.
 
     A model of more than a quarter of the free memory is tried with fewer layers, and taken to be slower by as much as it has more
     weights.
@@ -67,7 +78,26 @@ def measured_speed(
         writing.append(_seconds(device, lambda: [streams.extend(everyone, [[1]] * rows) for _ in range(2)]) / 2)
     read = rows * segment / (min(reading) / share)
     write = rows / (min(writing) / share)
-    return Speed(read, write, _learning(model, episodes, device, learns_in, share), measured=True)
+    vocabulary, width = model.get_output_embeddings().weight.shape
+    learn = _learning(model, episodes, device, learns_in, share)
+    return Speed(read, write, learn, True, _comparing(vocabulary, device), _rounding(width, device))
+
+
+def _comparing(vocabulary: int, device: torch.device) -> float:
+    high, low = torch.randn(2, _COMPARED, vocabulary, device=device)
+    return _COMPARED / min(_seconds(device, lambda: (token_divergences(high, low), own_numbers(low))) for _ in range(2))
+
+
+def _rounding(width: int, device: torch.device) -> float:
+    """Of a square layer, at most so many columns."""
+    columns = min(width, _ROUNDED)
+    weight = torch.randn(width, columns, device=device)
+    return columns / _seconds(
+        device,
+        lambda: round_by_gptq(
+            weight, torch.eye(columns, dtype=torch.float64, device=device), qint4, MaxOptimizer(), 0.01
+        ),
+    )
 
 
 def _few_layers(config: PreTrainedConfig, dtype: torch.dtype, free: int) -> tuple[PreTrainedConfig, float]:

@@ -9,7 +9,7 @@ import torch
 from dmr_pipeline.plan.episodes import Episodes
 from dmr_pipeline.plan.shapes import RungShape, weights_held
 from dmr_pipeline.plan.speed import Speed
-from dmr_pipeline.recipe import Finetune, Gptq, Recipe, RuleName
+from dmr_pipeline.recipe import GROUPED, Finetune, Gptq, Recipe, RuleName
 from dmr_pipeline.stages.quantized_checkpoints import KL_EPISODES_AT_ONCE
 from dmr_pipeline.training.train import TOKENS_AT_ONCE
 
@@ -65,6 +65,10 @@ class Work:
     learned: float = 0.0
     steps: float = 0.0
     """Of environments."""
+    compared: float = 0.0
+    """At which the distributions of two precisions are compared."""
+    rounded: float = 0.0
+    """Columns of weights, by GPTQ."""
 
     def __add__(self, other: "Work") -> "Work":
         return Work(
@@ -72,19 +76,25 @@ class Work:
             self.written + other.written,
             self.learned + other.learned,
             self.steps + other.steps,
+            self.compared + other.compared,
+            self.rounded + other.rounded,
         )
 
     def __mul__(self, times: float) -> "Work":
-        return Work(self.read * times, self.written * times, self.learned * times, self.steps * times)
+        return Work(*(value * times for value in vars(self).values()))
 
 
 def seconds(work: Work, assumed: Assumptions) -> float:
-    """That the work takes. Learning is one process's."""
+    """That the work takes. Learning and rounding are one process's."""
     speed = assumed.speed
     played = (
-        work.read / speed.read + work.written / speed.write + work.steps * assumed.episodes.environment_seconds
+        work.read / speed.read
+        + work.written / speed.write
+        + work.steps * assumed.episodes.environment_seconds
+        + (work.compared / speed.compare if speed.compare else 0.0)
     ) / assumed.processes
-    return played + (work.learned / speed.learn if work.learned else 0.0)
+    rounded = work.rounded / speed.round if speed.round else 0.0
+    return played + rounded + (work.learned / speed.learn if work.learned else 0.0)
 
 
 @dataclass(frozen=True)
@@ -111,7 +121,7 @@ class Model:
         return self.parameters * self.dtype.itemsize
 
 
-def works(recipe: Recipe, assumed: Assumptions) -> dict[str, Work]:
+def works(recipe: Recipe, model: Model, assumed: Assumptions) -> dict[str, Work]:
     """Of all stages that compute, by name."""
     games, episodes = recipe.benchmark.splits, assumed.episodes
     route = _route(recipe)
@@ -123,14 +133,18 @@ def works(recipe: Recipe, assumed: Assumptions) -> dict[str, Work]:
         return Work(one.read * readers, one.written, 0.0, one.steps) * count
 
     whole = episodes.tokens(episodes.played(assumed.success))
+    differences = (len(route) - 1) * episodes.played(assumed.success) * episodes.action
     ladder = Work()
     for rung in recipe.precisions.ladder:
         ladder += one * games.validation
         kl = min(recipe.precisions.kl_episodes, games.validation)
-        ladder += Work(read=2 * kl * episodes.tokens(episodes.steps))
+        ladder += Work(read=2 * kl * episodes.tokens(episodes.steps), compared=kl * episodes.steps * episodes.action)
         if rung.rounding is not None:
             settings = recipe.precisions.gptq or Gptq()
-            ladder += Work(read=2 * settings.episodes * episodes.tokens(episodes.steps))
+            ladder += Work(
+                read=2 * settings.episodes * episodes.tokens(episodes.steps),
+                rounded=_columns(model, rung.head in GROUPED),
+            )
     # By each rung below the one to deploy, as if that were the second.
     ladder += Work(2 * one.read, one.written, 0.0, one.steps) * (
         max(1, len(recipe.precisions.ladder) - 2) * games.validation
@@ -143,11 +157,11 @@ def works(recipe: Recipe, assumed: Assumptions) -> dict[str, Work]:
         "agent": _agent_work(recipe, assumed),
         "quantized_checkpoints": ladder,
         "trajectories": routed(collected),
-        "sensitivity_dataset": Work(read=len(route) * collected * whole, written=0.0)
+        "sensitivity_dataset": Work(read=len(route) * collected * whole, compared=collected * differences)
         + one * _branches(recipe, behaviours, episodes.played(assumed.success)),
         "kl_router": Work(read=collected * whole)
         + routed(kl_router.validation_games * (1 + thresholds))
-        + Work(read=len(route) * kl_router.validation_games * whole),
+        + Work(read=len(route) * kl_router.validation_games * whole, compared=kl_router.validation_games * differences),
         "grpo_router": routed(
             grpo.updates * grpo.games_per_update * grpo.group_size
             + grpo.validation_games * (2 + grpo.updates // grpo.validate_every)
@@ -163,6 +177,12 @@ def works(recipe: Recipe, assumed: Assumptions) -> dict[str, Work]:
     looked_up = {name: work * (1 - SAME_BEFORE.get(name, 0.0)) for name, work in found.items()}
     looked_up["evaluation_report"] += one * (alone * min(4, rows) * assumed.processes)
     return looked_up
+
+
+def _columns(model: Model, head: bool) -> float:
+    """That GPTQ rounds: of layers with gated feed-forwards, and of the head, as many as take as long as its outputs do."""
+    of_layers = model.layers * (6 * model.hidden + model.feed_forward)
+    return of_layers + (model.vocabulary if head else 0)
 
 
 def _branches(recipe: Recipe, behaviours: int, steps: float) -> float:
@@ -258,7 +278,7 @@ def memory(recipe: Recipe, model: Model, assumed: Assumptions) -> dict[str, tupl
 
     kl = KL_EPISODES_AT_ONCE * episodes.steps * episodes.action * model.vocabulary
     kl_tokens = KL_EPISODES_AT_ONCE * episodes.tokens(episodes.steps) * (4 * model.hidden + 3 * model.feed_forward)
-    comparing = int(kl * 8 + min(kl, 1 << 23) * 40 + kl_tokens * size)
+    comparing = playing * int(kl * 8 + min(kl, 1 << 23) * 40 + kl_tokens * size)
     beside = max(max(rung.acting - rung.common, rung.file) for rung in rungs)
     acting = weights_held(route)
     fails = any(rung.weights in ("int3", "int2") for rung in recipe.precisions.ladder)

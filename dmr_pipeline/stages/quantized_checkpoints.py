@@ -5,6 +5,7 @@ import logging
 import random
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -110,7 +111,9 @@ def quantized_checkpoints(context: StageContext) -> StageResult:
                         acting=acting,
                         read=read,
                         read_by_float=read_by_float,
-                        to_float=divergence_to_float(float_model, acting, examples, device),
+                        to_float=divergence_to_float(
+                            float_model, acting, examples, device, processes_on(device, recipe.runtime)
+                        ),
                         prompter=prompter,
                         recipe=recipe,
                         device=device,
@@ -413,7 +416,11 @@ def expert_steps(games: Sequence[Task], prompter: Prompter, step_limit: int, cap
 
 @torch.no_grad()
 def divergence_to_float(
-    float_model: PreTrainedModel, model: PreTrainedModel, examples: Sequence[Example], device: torch.device
+    float_model: PreTrainedModel,
+    model: PreTrainedModel,
+    examples: Sequence[Example],
+    device: torch.device,
+    processes: int = 1,
 ) -> tuple[float, float]:
     """Mean KL(float || model) of the expert's steps, in nats an action, and the share of tokens that are chosen otherwise."""
 
@@ -427,6 +434,10 @@ def divergence_to_float(
         different = int((p.argmax(-1) != q.argmax(-1)).sum())
         return [(total, different, len(wanted), sum(example.steps for example in piece))]
 
-    compared = in_pieces(examples, KL_EPISODES_AT_ONCE, "expert episodes", compare)
+    def compare_pieces(pieces: Sequence[Sequence[Example]], _: object) -> list[list[tuple[float, int, int, int]]]:
+        return [in_pieces(piece, len(piece), "expert episodes", compare) for piece in pieces]
+
+    pieces = [examples[first : first + KL_EPISODES_AT_ONCE] for first in range(0, len(examples), KL_EPISODES_AT_ONCE)]
+    compared = chain(*gather(in_processes(compare_pieces, scatter(pieces, processes))))
     total, different, tokens, steps = (sum(column) for column in zip(*compared, strict=True))
     return total / steps, different / tokens

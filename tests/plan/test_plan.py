@@ -15,8 +15,8 @@ from dmr_pipeline.plan import machine, predict
 from dmr_pipeline.plan.episodes import Episodes, tried_episodes
 from dmr_pipeline.plan.predict import Plan, plan
 from dmr_pipeline.plan.speed import Speed, measured_speed, weights_gone_through
-from dmr_pipeline.plan.stages import Assumptions, Need, Work, seconds, works
-from dmr_pipeline.recipe import Consequences, Recipe
+from dmr_pipeline.plan.stages import Assumptions, Model, Need, Work, seconds, works
+from dmr_pipeline.recipe import Consequences, Recipe, Rung
 from dmr_pipeline.rollout.prompts import Prompter
 from dmr_pipeline.training.examples import expert_example
 from dmr_pipeline.training.vocabulary import word_tokenizer
@@ -27,6 +27,10 @@ CPU = torch.device("cpu")
 SPEED = Speed(read=1000.0, write=100.0, learn=500.0, measured=False)
 EPISODES = Episodes(steps=3.0, opening=50.0, segment=20.0, action=5.0, environment_seconds=0.01, step_limit=4)
 RECIPE = Recipe.model_validate({"name": "micro", **yaml.safe_load(RECIPE_YAML)})
+MODEL = Model(
+    parameters=10_000, vocabulary=64, hidden=16, feed_forward=32, layers=2, dtype=torch.float32, stored=torch.float16,
+    cached_numbers=64, capacity=512, rungs={}, on_gpu=False,
+)  # fmt: skip
 STAGES = [
     "benchmark_tasks", "agent", "quantized_checkpoints", "trajectories", "sensitivity_dataset", "kl_router",
     "grpo_router", "evaluation_report", "released_router",
@@ -61,7 +65,7 @@ def test_episodes_that_are_lost_take_all_steps() -> None:
 
 
 def test_work_of_the_stages() -> None:
-    found = works(RECIPE, assumed())
+    found = works(RECIPE, MODEL, assumed())
     steps = 3.5
     read, written = 50 + 2.5 * 20 + steps, steps * 4
     # Three behaviours on four games, each token read by both precisions, 13% of the actions looked up.
@@ -79,6 +83,20 @@ def test_work_of_the_stages() -> None:
     assert found["grpo_router"].steps == pytest.approx(0.75 * steps * (2 * 2 * 2 + 3 * 4 + 3 * 4))
 
 
+def test_comparing_precisions_and_rounding_them_are_counted() -> None:
+    found = works(RECIPE, MODEL, assumed())
+    # Of three behaviours on four games, each token that the dearest writes, with one cheaper rung.
+    assert found["sensitivity_dataset"].compared == pytest.approx(12 * 3.5 * 5)
+    # The expert's, on two games, with three rungs.
+    assert found["quantized_checkpoints"].compared == pytest.approx(3 * 2 * 3 * 5)
+    assert found["quantized_checkpoints"].rounded == 0
+    ladder = [*RECIPE.precisions.ladder]
+    ladder[1] = Rung(name="int4", weights="int4", rounding="gptq", head="int4")
+    by_gptq = RECIPE.model_copy(update={"precisions": RECIPE.precisions.model_copy(update={"ladder": tuple(ladder)})})
+    # Two layers of six matrices with 16 inputs and one with 32; a head of 64 outputs is as four matrices of 16 outputs.
+    assert works(by_gptq, MODEL, assumed())["quantized_checkpoints"].rounded == 2 * (6 * 16 + 32) + 4 * 16
+
+
 def test_curves_are_counted_where_there_are_some() -> None:
     section = RECIPE.evaluation
     curved = RECIPE.model_copy(
@@ -86,7 +104,10 @@ def test_curves_are_counted_where_there_are_some() -> None:
             "evaluation": section.model_copy(update={"budgets": (0.2, 0.4), "budget_games": 3, "rules": ("first",)})
         }
     )
-    more = works(curved, assumed())["evaluation_report"].steps - works(RECIPE, assumed())["evaluation_report"].steps
+    more = (
+        works(curved, MODEL, assumed())["evaluation_report"].steps
+        - works(RECIPE, MODEL, assumed())["evaluation_report"].steps
+    )
     # Both routers and a rule: two budgets on four test games; on three others for levels, and three bars a budget.
     assert more == pytest.approx(0.5 * 3.5 * 3 * (2 * 4 + (1 + 3 * 2) * 3))
 
@@ -95,11 +116,15 @@ def test_seconds_are_shared_by_processes_but_for_learning() -> None:
     work = Work(read=1000, written=100, learned=500, steps=100)
     assert seconds(work, assumed()) == pytest.approx(1 + 1 + 1 + 1)
     assert seconds(work, assumed(processes=2)) == pytest.approx(1.5 + 1)
+    more = Work(compared=60, rounded=900)
+    assert seconds(more, assumed()) == 0, "no speed was said"
+    both = replace(assumed(processes=2), speed=replace(SPEED, compare=10.0, round=300.0))
+    assert seconds(more, both) == pytest.approx(3 + 3)
 
 
 def test_a_shared_cache_is_read_once_and_held_once() -> None:
     shared = RECIPE.model_copy(update={"precisions": RECIPE.precisions.model_copy(update={"cache": "shared"})})
-    apart, one = (works(recipe, assumed())["trajectories"] for recipe in (RECIPE, shared))
+    apart, one = (works(recipe, MODEL, assumed())["trajectories"] for recipe in (RECIPE, shared))
     assert apart.read == 2 * one.read
     separate_memory, shared_memory = (own_memory(plan(recipe, Path("data"), 0.5, SPEED)) for recipe in (RECIPE, shared))
     assert shared_memory["trajectories"] < separate_memory["trajectories"]
@@ -164,7 +189,9 @@ def test_speed_is_measured_with_random_weights() -> None:
         num_key_value_heads=1,
     )  # fmt: skip
     whole = measured_speed(config, torch.float32, CPU, EPISODES, 4, torch.float32, free=10**9)
-    assert min(whole.read, whole.write, whole.learn) > 0
+    assert whole.compare is not None
+    assert whole.round is not None
+    assert min(whole.read, whole.write, whole.learn, whole.compare, whole.round) > 0
     assert whole.read > whole.write, "a segment is read in one pass"
     assert config.num_hidden_layers == 8
     assert measured_speed(config, torch.float32, CPU, EPISODES, 4, None, free=10**9).learn == 0
@@ -188,14 +215,14 @@ def test_a_folder_that_is_not_there_yet_has_its_disks_space(tmp_path: Path) -> N
 
 
 def test_the_agent_wins_as_often_as_is_said() -> None:
-    sure, bad = (works(RECIPE, replace(assumed(), success=success))["trajectories"] for success in (1.0, 0.0))
+    sure, bad = (works(RECIPE, MODEL, replace(assumed(), success=success))["trajectories"] for success in (1.0, 0.0))
     assert sure.steps / 3 == pytest.approx(bad.steps / 4)
 
 
 def test_swapped_steps_are_played_on() -> None:
-    plain = works(RECIPE, assumed())["sensitivity_dataset"]
+    plain = works(RECIPE, MODEL, assumed())["sensitivity_dataset"]
     section = Consequences(games=2, share=0.5)
     sensitivity = RECIPE.sensitivity.model_copy(update={"consequences": section})
-    found = works(RECIPE.model_copy(update={"sensitivity": sensitivity}), assumed())["sensitivity_dataset"]
+    found = works(RECIPE.model_copy(update={"sensitivity": sensitivity}), MODEL, assumed())["sensitivity_dataset"]
     # Three behaviours on two games of 3.5 steps; 40% differ, half of them are drawn; two branches, each half known.
     assert found.steps - plain.steps == pytest.approx(3 * 2 * 3.5 * 0.4 * 0.5 * 3.5)
