@@ -99,18 +99,20 @@ def _show(results: "Results") -> None:
             f"{100 * point.gain:+.1f} {points(point.gain_ci95)}",
         )
     console.print(table)
-    ends = [
+    references = [
         (
-            end.policy,
-            f"{end.budget:g}",
-            end.rung,
-            f"{100 * end.difference:+.1f} {points(end.difference_ci95)}",
-            f"{end.p_value:.3f}",
-            f"{100 * end.saved:.0f}% {points(end.saved_ci95)}",
+            one.policy,
+            f"{one.budget:g}",
+            one.against,
+            f"{100 * one.difference:+.1f} {points(one.difference_ci95)}",
+            f"{one.p_value:.3f}",
+            f"{100 * one.smallest_difference:.1f}",
+            f"{100 * one.saved:.0f}% {points(one.saved_ci95)}",
         )
-        for end in results.ends
+        for one in results.references
     ]
-    _show_rows("Against the route's ends", ("policy", "budget", "against", "better by", "p", "cost saved"), ends)
+    of_references = ("policy", "budget", "against", "better by", "p", "could have seen", "cost saved")
+    _show_rows("Against the route's ends and the oracle", of_references, references)
     if not results.compared:
         return
     compared = [

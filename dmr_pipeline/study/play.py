@@ -26,6 +26,7 @@ from dmr_pipeline.router.budgets import Bar
 from dmr_pipeline.router.kl import ROUTER_FOLDER
 from dmr_pipeline.router.model import load_router
 from dmr_pipeline.study.design import Study
+from dmr_pipeline.study.results import ORACLE
 
 EPISODES = pl.Schema({**CURVES, **SETTINGS, "seed": pl.Int64()})
 """Rows of `CURVES` with those of `SETTINGS` beside them, null of what was not tuned; `seed` of the training, null of what was
@@ -123,5 +124,5 @@ def _untuned(
         entries += [
             replace(entry, variant_of="") for entry in speculative_entries(route, recipe.precisions.speculative)
         ]
-    entries.append(Entry("disagreement", "oracle", Disagreement(route)))
+    entries.append(Entry(ORACLE, "oracle", Disagreement(route)))
     return list(evaluate(entries, arena, games, progress, " on fresh games", kept, known).values())

@@ -27,7 +27,7 @@ from dmr_pipeline.evaluation.metrics import (
     rounded,
 )
 from dmr_pipeline.evaluation.results import STATIC, Interval
-from dmr_pipeline.evaluation.statistics import games_needed, holm
+from dmr_pipeline.evaluation.statistics import games_needed, holm, smallest_difference
 from dmr_pipeline.frozen_model import FrozenModel
 from dmr_pipeline.precision.hull import Floats, best_mixture
 from dmr_pipeline.recipe import Evaluation
@@ -35,6 +35,8 @@ from dmr_pipeline.study.design import Study
 
 ROUNDS = 9_999
 """Of a permutation test."""
+ORACLE = "disagreement"
+"""What the policy is called that asks for the dearest rung just where the actions differ, and knows it for nothing."""
 
 
 class Place(NamedTuple):
@@ -76,19 +78,23 @@ class Curve(FrozenModel):
     """Mean success between the costs of the cheapest and the dearest rung; None where the dearest costs no more."""
 
 
-class BesideAnEnd(FrozenModel):
-    """A tuned policy at one budget against one end of the route alone. Not among the planned comparisons: p is not corrected."""
+class BesideReference(FrozenModel):
+    """A tuned policy at one budget against one end of the route alone, or against the oracle that has the dearest rung act just
+    where the rungs' actions differ: what is left to win. Not among the planned comparisons: p is not corrected."""
 
     policy: str
     budget: float
-    rung: str
+    against: str
+    """A rung, or ORACLE."""
     difference: float
-    """In success, policy minus rung; means over seeds."""
+    """In success, policy minus reference; means over seeds."""
     difference_ci95: Interval
     p_value: float
     """As `Compared.p_value`."""
+    smallest_difference: float
+    """That as many games show with a chance of 80%."""
     saved: float
-    """Of the rung's cost; below 0 where the policy costs more."""
+    """Of the reference's cost; below 0 where the policy costs more."""
     saved_ci95: Interval
 
 
@@ -122,7 +128,7 @@ class Results(FrozenModel):
     margin: float
     points: list[Point]
     curves: list[Curve]
-    ends: list[BesideAnEnd]
+    references: list[BesideReference]
     compared: list[Compared]
 
 
@@ -165,6 +171,9 @@ def study_results(
     weights = game_weights(games, section.bootstrap, section.seed)
     static = [one for one in played.values() if one.kind in STATIC]
     high, low = played[f"always_{route[0]}", None], played[f"always_{route[-1]}", None]
+    references = {route[0]: high, route[-1]: low}
+    if (ORACLE, None) in played:
+        references[ORACLE] = played[ORACLE, None]
     points = [
         _point(policy, budget, one, static, weights, section.confidence) for (policy, budget), one in played.items()
     ]
@@ -185,12 +194,12 @@ def study_results(
         margin=margin,
         points=points,
         curves=[_curve(name, curve, high, low) for name, curve in of.items()],
-        ends=[
-            _beside(name, budget, one, rung, played[f"always_{rung}", None], weights, section)
+        references=[
+            _beside(name, budget, one, against, reference, weights, section)
             for name, curve in of.items()
             for budget, one in curve.items()
             if budget is not None
-            for rung in (route[0], route[-1])
+            for against, reference in references.items()
         ],
         compared=[one.model_copy(update={"p_holm": p}) for one, p in zip(compared, adjusted, strict=True)],
     )
@@ -260,18 +269,19 @@ def _curve(name: str, curve: Mapping[float | None, _Played], high: _Played, low:
 
 
 def _beside(
-    name: str, budget: float, one: _Played, rung: str, alone: _Played, weights: Floats, section: Evaluation
-) -> BesideAnEnd:
-    difference = one.success - alone.success
-    saved = 1 - (weights @ one.cost) / (weights @ alone.cost)
-    return BesideAnEnd(
+    name: str, budget: float, one: _Played, against: str, reference: _Played, weights: Floats, section: Evaluation
+) -> BesideReference:
+    difference = one.success - reference.success
+    saved = 1 - (weights @ one.cost) / (weights @ reference.cost)
+    return BesideReference(
         policy=name,
         budget=budget,
-        rung=rung,
+        against=against,
         difference=float(difference.mean()),
         difference_ci95=percentiles(weights @ difference, section.confidence),
         p_value=sign_flip(difference, section.seed),
-        saved=float(1 - one.cost.mean() / alone.cost.mean()),
+        smallest_difference=smallest_difference(difference, 1 - section.confidence),
+        saved=float(1 - one.cost.mean() / reference.cost.mean()),
         saved_ci95=percentiles(saved, section.confidence),
     )
 

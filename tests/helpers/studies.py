@@ -46,6 +46,7 @@ def made_up() -> Results:
         episodes("always_float", "rung", 0.9, 1.0, 1.0),
         episodes("always_int2", "rung", 0.5, 0.2),
         episodes("always_int4", "rung", 0.6, 0.8),  # below the line between the two
+        episodes("disagreement", "oracle", 0.9, 0.5, 0.3),
     ]
     for budget, cost in ((0.2, 0.4), (0.4, 0.6)):
         # On validation games the rule "fair" is the better one, on the fresh games "lucky" would have been.

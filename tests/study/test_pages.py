@@ -3,10 +3,12 @@
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.evaluation import places
+from dmr_pipeline.evaluation.statistics import smallest_difference
 from dmr_pipeline.study import pages
 from dmr_pipeline.study.design import load_study
 from dmr_pipeline.study.results import Results
@@ -41,8 +43,8 @@ def test_committed_pages_are_made_from_the_committed_results(study: str) -> None
 def test_what_is_said_of_the_rule_on_the_real_llm_is_what_its_results_say() -> None:
     found = pages.read_results("alfworld-smollm2-rules", REPOSITORY / places.RESULTS)
     points = {point.policy: point for point in found.points}
-    rule, (to_high, to_low) = points["rule:margin"], found.ends
-    assert (to_high.rung, to_low.rung) == ("int8", "int4-gptq")
+    rule, (to_high, to_low, to_oracle) = points["rule:margin"], found.references
+    assert (to_high.against, to_low.against, to_oracle.against) == ("int8", "int4-gptq", "disagreement")
     low_end, high_end = (f"{100 * end:.1f}" for end in to_low.difference_ci95)
     high, low = points["always_int8"], points["always_int4-gptq"]
     readme, page, concept = (
@@ -59,6 +61,13 @@ def test_what_is_said_of_the_rule_on_the_real_llm_is_what_its_results_say() -> N
     )
     saved = [100 * end for end in to_high.saved_ci95]
     assert f"for {to_high.saved:.0%} less ({saved[0]:.1f} to {saved[1]:.1f})" in page
+    left, dearer = -100 * to_oracle.difference, -100 * to_oracle.saved
+    left_low, left_high = (-100 * end for end in reversed(to_oracle.difference_ci95))
+    assert f"would win {left:.1f} points more ({left_low:.1f} to {left_high:.1f}) for {dearer:.0f}% less" in page
+    seen = 100 * to_oracle.smallest_difference
+    assert f"{found.games} games show {seen:.1f} points; {left:.1f} take some 5,000 games" in page
+    assert round(found.games * (seen / left) ** 2, -3) == 5000
+    assert f"is [{left:.1f} points better and {dearer:.0f}% cheaper]" in concept
     gain = [100 * end for end in rule.gain_ci95]
     assert (
         f"{100 * rule.gain:.1f} points, is the first here whose interval lies above 0 ({gain[0]:.1f} to {gain[1]:.1f})"
@@ -91,9 +100,12 @@ def test_the_tables_say_what_the_results_say(found: Results) -> None:
         assert (row[3] == "") == (len(point.by_seed) == 1)
     assert "200 games" in table
     assert "seeds 0, 1" in table
-    ends = [line for line in parts["ends"](Path("page.md")).splitlines() if line.startswith("| rule:fair | 0.4")]
-    assert ends[0] == "| rule:fair | 0.4 | float alone | +0.0 [0.0, 0.0] | 1.000 | 40% [40.0, 40.0] |"
+    ends = [line for line in parts["references"](Path("page.md")).splitlines() if line.startswith("| rule:fair | 0.4")]
+    # Of 200 games that end alike, with half a game in each of the four cells: 1/202 of them differ.
+    seen = 100 * smallest_difference(np.zeros(200), 0.05)
+    assert ends[0] == f"| rule:fair | 0.4 | float alone | +0.0 [0.0, 0.0] | 1.000 | {seen:.1f} | 40% [40.0, 40.0] |"
     assert ends[1].startswith("| rule:fair | 0.4 | int2 alone | +40.0 [")
+    assert ends[2].startswith("| rule:fair | 0.4 | the oracle | +0.0 [")
     (good, poor) = (one for one in found.compared)
     lines = [line for line in comparisons.splitlines() if line.startswith(("| good", "| poor"))]
     assert [f"| {one.rule} |" in line for one, line in zip((good, poor), lines, strict=True)] == [True, True]
@@ -120,5 +132,5 @@ def test_a_study_is_kept_and_written(found: Results, tmp_path: Path) -> None:
     assert text.endswith("<!-- end -->\n\n<!-- dmr report x: table -->\n<!-- end -->\n")
     assert pages.write_pages("x", tmp_path) == {page: False}
     page.write_text("<!-- dmr study x: picture -->\n<!-- end -->\n")
-    with pytest.raises(UserError, match="there are table, ends, comparisons"):
+    with pytest.raises(UserError, match="there are table, references, comparisons"):
         pages.write_pages("x", tmp_path)

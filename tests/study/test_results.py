@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
+from dmr_pipeline.evaluation.statistics import smallest_difference
 from dmr_pipeline.recipe import Evaluation
 from dmr_pipeline.study.design import Study
 from dmr_pipeline.study.results import Place, Results, mixed_at, sign_flip, study_results
@@ -59,10 +60,10 @@ def test_rules_alone_have_points_and_nothing_to_compare() -> None:
     assert [curve.policy for curve in found.curves] == ["rule:fair"]
 
 
-def test_tuned_policies_beside_the_ends_of_the_route(found: Results) -> None:
-    ends = {(one.policy, one.budget, one.rung): one for one in found.ends}
+def test_tuned_policies_beside_the_ends_of_the_route_and_the_oracle(found: Results) -> None:
+    ends = {(one.policy, one.budget, one.against): one for one in found.references}
     tuned = {(point.policy, point.budget) for point in found.points if point.budget is not None}
-    assert ends.keys() == {(*policy, rung) for policy in tuned for rung in ROUTE}
+    assert ends.keys() == {(*policy, against) for policy in tuned for against in (*ROUTE, "disagreement")}
     fair = ends["rule:fair", 0.4, "float"]  # wins 90% as float does, game for game, for .6 in place of 1
     assert (fair.difference, fair.difference_ci95, fair.p_value) == (0, [0, 0], 1)
     assert (fair.saved, *fair.saved_ci95) == pytest.approx((0.4, 0.4, 0.4))
@@ -73,6 +74,11 @@ def test_tuned_policies_beside_the_ends_of_the_route(found: Results) -> None:
     assert 0.28 < low < high < 0.42
     assert good.p_value < 0.001
     assert good.saved == pytest.approx(-1.5)
+    left = ends["rule:fair", 0.2, "disagreement"]  # wins 70%, the oracle 90%, for .4 in place of .5
+    assert (left.difference, left.saved) == (pytest.approx(-0.2), pytest.approx(0.2))
+    differences = np.array([-1.0] * 40 + [0.0] * 160)
+    assert left.smallest_difference == pytest.approx(smallest_difference(differences, 0.05), abs=1e-6)
+    assert 0.08 < left.smallest_difference < 0.1
 
 
 def test_curves(found: Results) -> None:
