@@ -61,7 +61,7 @@ def test_what_is_said_of_the_rule_on_the_real_llm_is_what_its_results_say() -> N
     )
     saved = [100 * end for end in to_high.saved_ci95]
     assert f"for {to_high.saved:.0%} less ({saved[0]:.1f} to {saved[1]:.1f})" in page
-    left, dearer = -100 * to_oracle.difference, -100 * to_oracle.saved
+    left, dearer = -100 * to_oracle.difference, 100 * (1 - 1 / (1 - to_oracle.saved))
     left_low, left_high = (-100 * end for end in reversed(to_oracle.difference_ci95))
     assert f"would win {left:.1f} points more ({left_low:.1f} to {left_high:.1f}) for {dearer:.0f}% less" in page
     seen = 100 * to_oracle.smallest_difference
