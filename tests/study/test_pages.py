@@ -84,6 +84,32 @@ def test_what_is_said_of_the_rule_on_the_real_llm_is_what_its_results_say() -> N
     assert to_low.saved_ci95[0] < 0 < to_low.saved_ci95[1]  # "not told from int4's"
 
 
+def test_what_is_said_of_the_official_games_is_what_their_results_say() -> None:
+    found = pages.read_results("alfworld-smollm2-seen", REPOSITORY / places.RESULTS)
+    elsewhere = pages.read_results("alfworld-smollm2-rules", REPOSITORY / places.RESULTS)
+    points, others = ({point.policy: point for point in results.points} for results in (found, elsewhere))
+    rule, high, full = (points[name] for name in ("rule:margin", "always_int8", "always_float"))
+    assert rule.thresholds == others["rule:margin"].thresholds, "the same rule"
+    to_high, to_low, _ = found.references
+    readme, page, concept = (
+        " ".join((REPOSITORY / name).read_text(encoding="utf-8").split())
+        for name in ("README.md", "docs/results/alfworld-smollm2.md", "docs/concepts/when-routing-pays.md")
+    )
+    assert f"valid_seen {rule.success:.1%} at {rule.cost:.2f} ({found.games} games; int8 {high.success:.1%}" in readme
+    assert f"at {high.cost:.2f}, bfloat16 {full.success:.1%} at {full.cost:.2f})" in readme
+    assert f"{full.success:.1%} in bfloat16, {others['always_float'].success:.1%} there" in page
+    low, up = (100 * end for end in to_high.difference_ci95)
+    saved = [100 * end for end in to_high.saved_ci95]
+    assert rule.success == high.success
+    assert (
+        f"what int8 wins ({low:.1f} to {up:.1f}) for {to_high.saved:.0%} less ({saved[0]:.1f} to {saved[1]:.1f})"
+        in page
+    )
+    difference, seen = 100 * to_low.difference, 100 * to_low.smallest_difference
+    assert f"{found.games} games cannot tell: {difference:.1f} points, where they could have seen {seen:.1f}" in page
+    assert f"on the {found.games} official valid_seen games [what int8 wins for {to_high.saved:.0%} less]" in concept
+
+
 def test_the_tables_say_what_the_results_say(found: Results) -> None:
     parts = pages.parts_of(found)
     table, comparisons = (parts[part](Path("page.md")) for part in ("table", "comparisons"))
