@@ -10,7 +10,7 @@ from rich.progress import Progress
 
 from dmr_pipeline.artifacts.folders import artifact_folder
 from dmr_pipeline.environments.base import Task
-from dmr_pipeline.environments.benchmark import benchmark_of
+from dmr_pipeline.environments.benchmark import Benchmark, benchmark_of
 from dmr_pipeline.environments.reworded import RewordedTask
 from dmr_pipeline.evaluation.curves import CURVES, RULE, SETTINGS, oracles, play_curves, tunables
 from dmr_pipeline.evaluation.kept import KeptTables
@@ -18,7 +18,7 @@ from dmr_pipeline.evaluation.play import Arena, Entry, acting_facts, content, ev
 from dmr_pipeline.evaluation.policies import speculative_entries
 from dmr_pipeline.evaluation.tuning import Range
 from dmr_pipeline.precision.ladder import read_ladder
-from dmr_pipeline.recipe import Recipe
+from dmr_pipeline.recipe import Games, Recipe
 from dmr_pipeline.rollout.engine import SinglePrecision
 from dmr_pipeline.rollout.known import Known
 from dmr_pipeline.router.baselines import Disagreement
@@ -56,13 +56,13 @@ def play_study(
     checkpoints = artifact_folder("quantized_checkpoints", recipe.name, data_root)
     benchmark, ladder = benchmark_of(recipe.benchmark), read_ladder(checkpoints)
     validation = benchmark.read_tasks(tasks, "validation", study.validation_games)
-    fresh = _games(study, recipe, tasks, games)
+    fresh = _games(study, benchmark, tasks, games)
     on_validation = KeptTables(folder, {"games": content(tasks)}).under(split="validation", count=len(validation))
     on_fresh = KeptTables(folder, {"games": content(games or tasks)}).under(split="study", count=len(fresh))
     if study.reworded is not None:
         fresh = [RewordedTask(game, study.reworded) for game in fresh]
         on_fresh = on_fresh.under(reworded=study.reworded)
-    at_work = recipe.with_step_limit(step_limit(study, recipe))
+    at_work = recipe.with_step_limit(study.step_limit or (study.benchmark or recipe.benchmark).step_limit)
     others = static_beside_the_route(checkpoints, at_work, fresh, on_fresh)
     on_validation = on_validation.under(**acting_facts(checkpoints, recipe, ladder.route))
     on_fresh = on_fresh.under(**acting_facts(checkpoints, at_work, ladder.route))
@@ -97,21 +97,15 @@ def play_study(
     )
 
 
-def step_limit(study: Study, recipe: Recipe) -> int:
-    """Of the games that are played at the end."""
-    return study.step_limit or (study.benchmark or recipe.benchmark).step_limit
-
-
-def _games(study: Study, recipe: Recipe, tasks: Path, games: Path | None) -> list[Task]:
+def _games(study: Study, own: Benchmark[Games], tasks: Path, games: Path | None) -> list[Task]:
     """Those that are played at the end.
 
     Args:
-        tasks: artifact of the recipe's benchmark.
-        games: of the study's, where it names one.
+        own: the recipe's benchmark, and `tasks` its artifact.
+        games: artifact of the study's, where it names one.
     """
     if study.benchmark is not None and games is not None:
         return list(benchmark_of(study.benchmark).read_tasks(games, "test", study.games))
-    own = benchmark_of(recipe.benchmark)
     return list(own.fresh_tasks(study.games)) or list(own.read_tasks(tasks, "test", study.games))
 
 
