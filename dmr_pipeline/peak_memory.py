@@ -1,6 +1,7 @@
 """The most memory that a process has held."""
 
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,6 +10,8 @@ from pathlib import Path
 import psutil
 
 _SECONDS = 0.5
+_SHARE = 0.02
+"""Of the time, to look in: Linux goes through all pages, which takes a third of a second for the processes of a small LLM."""
 _OWN = ("Pss_Anon:", "Pss_Shmem:")
 
 
@@ -28,21 +31,22 @@ class Peak:
 
 @contextmanager
 def watched_memory() -> Iterator[Peak]:
-    """Look twice a second at what this process and its children hold together, pages of files aside, which the system takes back
-    where it needs them. What children share with it counts once."""
+    """Look at what this process and its children hold together, pages of files aside, which the system takes back where it needs
+    them: twice a second, or less often where looking takes long. What children share with it counts once."""
     peak, ended = Peak(), threading.Event()
 
-    def look() -> None:
+    def look() -> float:
+        started = time.monotonic()
         held = own_bytes()
         if held is not None:
             peak.bytes = max(peak.bytes or 0, held)
+        return time.monotonic() - started
 
-    def watch() -> None:
-        while not ended.wait(_SECONDS):
-            look()
+    def watch(took: float) -> None:
+        while not ended.wait(max(_SECONDS, took / _SHARE)):
+            took = look()
 
-    look()
-    watcher = threading.Thread(target=watch, daemon=True)
+    watcher = threading.Thread(target=watch, args=(look(),), daemon=True)
     watcher.start()
     try:
         yield peak

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from dmr_pipeline import peak_memory
 from dmr_pipeline.peak_memory import own_bytes, watched_memory
 
 MB = 1 << 20
@@ -21,6 +22,21 @@ def test_what_was_held_for_a_while_is_found() -> None:
         del held
     assert peak.bytes is not None
     assert 190 * MB < peak.bytes - before < 260 * MB
+
+
+def test_looking_takes_little_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = []
+
+    def slow() -> int:
+        looks.append(time.monotonic())
+        time.sleep(0.1)
+        return MB
+
+    monkeypatch.setattr(peak_memory, "own_bytes", slow)
+    with watched_memory() as peak:
+        time.sleep(3)
+    assert peak.bytes == MB
+    assert len(looks) == 2, "at the start and at the end"
 
 
 def test_what_a_child_shares_counts_once_and_its_own_counts_too() -> None:

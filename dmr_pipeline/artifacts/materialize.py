@@ -195,9 +195,14 @@ def _scratch_folder(data_root: Path, wanted: Provenance) -> Path:
     return scratch
 
 
+def kept_folder(stage: str, recipe: str, data_root: Path) -> Path:
+    """Of what runs of a stage keep for later ones, a folder in it for each code version. It need not exist."""
+    return data_root / "scratch" / recipe / f"{stage}.kept"
+
+
 def _kept_folder(data_root: Path, wanted: Provenance) -> Path:
     """What runs of this code version have kept; what others have is dropped."""
-    stage_kept = data_root / "scratch" / wanted.recipe / f"{wanted.stage}.kept"
+    stage_kept = kept_folder(wanted.stage, wanted.recipe, data_root)
     kept = stage_kept / wanted.code_version
     for other in stage_kept.glob("*"):
         if other != kept:

@@ -11,7 +11,6 @@ from rich.table import Column, Table
 
 from dmr_pipeline.cli.common import console, progress_lines, user_errors_exit_2, write_record
 from dmr_pipeline.progress import Bars
-from dmr_pipeline.recipe import load_recipe
 
 if TYPE_CHECKING:  # `dmr --help` needs none of it
     from dmr_pipeline.study.results import Results
@@ -46,23 +45,22 @@ def run(
     from dmr_pipeline.cli.stages import verify_current
     from dmr_pipeline.precision.ladder import read_ladder
     from dmr_pipeline.study.design import load_study
+    from dmr_pipeline.study.made import make
     from dmr_pipeline.study.pages import results_file, write_pages
     from dmr_pipeline.study.play import play_study
     from dmr_pipeline.study.results import Place, study_results
-    from dmr_pipeline.study.routers import make_games, train
 
     plan = load_study(file)
-    recipe = load_recipe(plan.recipe)
-    ladder = read_ladder(verify_current("quantized_checkpoints", plan.recipe).path)
+    verify_current("agent" if plan.precisions else "quantized_checkpoints", plan.recipe)
     studies = DATA_ROOT / "scratch" / "studies"
     folder = studies / file.stem
     with nullcontext() if as_json else progress_lines():
-        games = make_games(plan, folder / "artifacts")
-        routers = train(plan, DATA_ROOT, folder / "artifacts")
+        made = make(plan, DATA_ROOT, folder / "artifacts")
         with Bars(console=console, disable=as_json) as progress:
-            episodes = play_study(plan, recipe, routers, games, DATA_ROOT, studies / ".kept", progress)
+            episodes = play_study(plan, made, studies / ".kept", progress)
     folder.mkdir(parents=True, exist_ok=True)
     episodes.write_parquet(folder / "episodes.parquet")
+    recipe, ladder = made.recipe, read_ladder(made.checkpoints)
     (last,) = (rung for rung in ladder.rungs if rung.name == ladder.route[-1])
     cheapest = Place(last.cost, last.validation_success)
     results = study_results(episodes, plan, recipe.evaluation, recipe.precisions.margin, ladder.route, cheapest)

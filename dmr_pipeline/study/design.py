@@ -1,5 +1,5 @@
 """A study: routers of one recipe, each trained in several ways and with several seeds, and played at several budgets on games
-that nothing was chosen on. One YAML file says all of it."""
+that nothing was chosen on; on its precisions or on others. One YAML file says all of it."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +17,8 @@ CHANGEABLE = ("trajectories", "sensitivity", "kl_router", "grpo_router")
 SEEDED = ("kl_router", "grpo_router")
 GAMES = "games"
 """What the recipe is called whose benchmark is a study's own."""
+LADDER = "ladder"
+"""What the recipe is called whose precisions are."""
 
 
 class Variant(Section):
@@ -45,6 +47,11 @@ class Study(Section):
     routers: dict[Name, Variant] = Field(
         default_factory=dict,
         description="name -> how it is trained; without any the study is of rules, and trains nothing",
+    )
+    precisions: dict[str, JsonValue] = Field(
+        default_factory=dict,
+        description="keys of that section that differ from the recipe's: the study makes and measures that ladder of the"
+        " recipe's agent first",
     )
     rules: tuple[RuleName, ...] = Field((), description="that play (router/rules.py); all of them by default")
     seeds: tuple[Seed, ...] = Field((0, 1, 2), min_length=1, description="of each router's training")
@@ -95,15 +102,30 @@ class Study(Section):
 def load_study(path: Path) -> Study:
     """
     Raises:
-        UserError: it is malformed, or the recipe does not take a variant's changes.
+        UserError: it is malformed, or the recipe does not take its precisions or a variant's changes.
     """
     try:
         study = Study.model_validate(read_mapping(path))
     except ValidationError as error:
         raise UserError(f"{path}: {'; '.join(problems_of(error))}") from error
+    ladder_recipe(study)
     for name in study.routers:
         variant_recipe(study, name, study.seeds[0])
     return study
+
+
+def ladder_recipe(study: Study) -> Recipe:
+    """The study's recipe, with the study's precisions and under a name of its own where it has any.
+
+    Raises:
+        UserError: it does not take them.
+    """
+    base = load_recipe(study.recipe)
+    if not study.precisions:
+        return base
+    content = base.model_dump(mode="json")
+    content["precisions"] = _merged(content["precisions"], study.precisions)
+    return _recipe(content | {"name": LADDER})
 
 
 def games_recipe(study: Study) -> Recipe | None:
@@ -119,16 +141,24 @@ def variant_recipe(study: Study, name: str, seed: int) -> Recipe:
     Raises:
         UserError: it does not take the changes.
     """
-    variant, base = study.routers[name], load_recipe(study.recipe)
+    variant, base = study.routers[name], ladder_recipe(study)
     content = base.model_dump(mode="json")
     for section, changes in variant.changes.items():
         content[section] = _merged(content[section], changes)
     for section in SEEDED:
         content[section]["seed"] = seed
+    return _recipe(content | {"name": f"{name}-{seed}"}, f"routers.{name}.changes: ")
+
+
+def _recipe(content: dict[str, JsonValue], where: str = "") -> Recipe:
+    """
+    Args:
+        where: what was changed stands in the study's file, if not where the recipe has it.
+    """
     try:
-        return Recipe.model_validate(content | {"name": f"{name}-{seed}"})
+        return Recipe.model_validate(content)
     except ValidationError as error:
-        raise UserError(f"routers.{name}.changes: {'; '.join(problems_of(error))}") from error
+        raise UserError(f"{where}{'; '.join(problems_of(error))}") from error
 
 
 def _merged(old: JsonValue, new: JsonValue) -> JsonValue:

@@ -1,14 +1,13 @@
 """What a study plays: each router and each rule at each budget, tuned on validation games, once on games that nothing was chosen
 on; and what needs no tuning: the rungs alone, speculative acting, the oracle."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import polars as pl
 from rich.progress import Progress
 
-from dmr_pipeline.artifacts.folders import artifact_folder
 from dmr_pipeline.environments.base import Task
 from dmr_pipeline.environments.benchmark import Benchmark, benchmark_of
 from dmr_pipeline.environments.reworded import RewordedTask
@@ -26,6 +25,7 @@ from dmr_pipeline.router.budgets import Bar
 from dmr_pipeline.router.kl import ROUTER_FOLDER
 from dmr_pipeline.router.model import load_router
 from dmr_pipeline.study.design import Study
+from dmr_pipeline.study.made import Made
 from dmr_pipeline.study.results import ORACLE
 
 EPISODES = pl.Schema({**CURVES, **SETTINGS, "seed": pl.Int64()})
@@ -35,10 +35,7 @@ not trained. Names of rules begin with `rule:`."""
 
 def play_study(
     study: Study,
-    recipe: Recipe,
-    routers: Mapping[tuple[str, int], Path],
-    games: Path | None,
-    data_root: Path,
+    made: Made,
     folder: Path,
     progress: Progress,
 ) -> pl.DataFrame:
@@ -46,14 +43,9 @@ def play_study(
     not play it again.
 
     Args:
-        recipe: the study's.
-        routers: (name, seed) -> artifact.
-        games: artifact of the study's benchmark, where it names one.
-        data_root: with the recipe's artifacts.
         folder: where episodes are kept; it need not exist.
     """
-    tasks = artifact_folder("benchmark_tasks", recipe.name, data_root)
-    checkpoints = artifact_folder("quantized_checkpoints", recipe.name, data_root)
+    recipe, tasks, checkpoints, games, routers = made.recipe, made.tasks, made.checkpoints, made.games, made.routers
     benchmark, ladder = benchmark_of(recipe.benchmark), read_ladder(checkpoints)
     validation = benchmark.read_tasks(tasks, "validation", study.validation_games)
     fresh = _games(study, benchmark, tasks, games)

@@ -13,6 +13,7 @@ from dmr_pipeline.artifacts.folders import artifact_folder, sidecar_path
 from dmr_pipeline.artifacts.manifest import verify
 from dmr_pipeline.environments.benchmark import benchmark_of, split_seeds
 from dmr_pipeline.evaluation.results import POLICIES
+from dmr_pipeline.precision.ladder import read_ladder
 from dmr_pipeline.recipe import load_recipe
 from dmr_pipeline.rollout.engine import RolloutRequest, SinglePrecision
 from dmr_pipeline.rollout.playing import Rollouts
@@ -139,6 +140,7 @@ def assert_a_study_trains_what_differs_and_plays_all_of_it(kl_router: str) -> No
     assert short.filter(policy="rule:margin").height == 6
     assert short["steps"].max() == 2
     assert_other_games_are_played_at_what_was_tuned_before()
+    assert_another_ladder_is_made_for_a_study()
 
 
 def assert_other_games_are_played_at_what_was_tuned_before() -> None:
@@ -156,6 +158,32 @@ def assert_other_games_are_played_at_what_was_tuned_before() -> None:
     assert played["steps"].max() == 9
     # Three rungs, checking, the oracle, and the rule at its bar: what tuned it on validation games was kept by the other study.
     assert len(set(kept.iterdir()) - before) == 6
+
+
+def assert_another_ladder_is_made_for_a_study() -> None:
+    """Of the recipe's agent; the rung that both ladders have is not measured again, and the recipe's own ladder stays."""
+    ladder = "[{name: float, weights: float}, {name: int8, weights: int8}]"
+    text = f"recipe: micro\ngames: 4\nbudgets: [0.5]\nrules: [margin]\nprecisions: {{ladder: {ladder}, route: [float, int8]}}\n"
+    Path("ladder.yaml").write_text(text)
+    before = verify(artifact_folder("quantized_checkpoints", "micro")).hash
+    done = dmr("study", "run", "ladder.yaml")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "rung float: measured before" in done.stdout + done.stderr
+    assert "rung int8: measured before" not in done.stdout + done.stderr
+    assert verify(artifact_folder("quantized_checkpoints", "micro")).hash == before
+    folder = Path("data/scratch/studies/ladder")
+    own = artifact_folder("quantized_checkpoints", "ladder", folder / "artifacts")
+    assert read_ladder(own).route == ("float", "int8")
+    agent = artifact_folder("agent", "ladder", folder / "artifacts") / "manifest.json"
+    assert agent.samefile(artifact_folder("agent", "micro") / "manifest.json")
+    played = pl.read_parquet(folder / "episodes.parquet")
+    assert set(played["policy"]) == {
+        "always_float",
+        "always_int8",
+        "speculative:float<int8",
+        "disagreement",
+        "rule:margin",
+    }
 
 
 def assert_three_rungs_were_compared(report: dict[str, Any]) -> None:

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from dmr_pipeline.errors import UserError
-from dmr_pipeline.study.design import load_study, variant_recipe
+from dmr_pipeline.recipe import Rung, load_recipe
+from dmr_pipeline.study.design import ladder_recipe, load_study, variant_recipe
 from tests.helpers.fake_project import REPOSITORY
 
 
@@ -40,6 +41,20 @@ def test_rules_alone_are_a_study(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("in_repository")
+def test_a_ladder_of_its_own_is_that_of_all_its_routers(tmp_path: Path) -> None:
+    ladder = "[{name: float, weights: float}, {name: small, weights: int4, head: int4}]"
+    text = f"recipe: alfworld-tiny\nprecisions: {{ladder: {ladder}, pair: [float, small]}}\nrouters: {{a: {{}}}}\n"
+    study = load_study(written(tmp_path, text))
+    base, own = load_recipe("alfworld-tiny"), ladder_recipe(study)
+    assert own.precisions.ladder == (Rung(name="float", weights="float"), Rung(name="small", weights="int4", head="int4"))
+    assert own.precisions.pair == ("float", "small")
+    assert own.precisions.margin == base.precisions.margin
+    assert own.model_dump(exclude={"name", "precisions"}) == base.model_dump(exclude={"name", "precisions"})
+    assert variant_recipe(study, "a", 0).precisions == own.precisions
+    assert ladder_recipe(study.model_copy(update={"precisions": {}})) == base
+
+
+@pytest.mark.usefixtures("in_repository")
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "studies").glob("*.yaml")), ids=lambda path: path.stem)
 def test_committed_studies_are_right(path: Path) -> None:
     study = load_study(path)
@@ -58,6 +73,8 @@ def test_committed_studies_are_right(path: Path) -> None:
         ("routers: {a: {}}\nbudgets: [0.3]", "0.2 is none of the budgets, 0.3"),
         ("routers: {a: {}}\nseeds: [1, 1]", "[1, 1] are not all different"),
         ("routers: {a: {stage: agent}}", "stage"),
+        ("precisions: {pair: [float, int5]}", "precisions: pair: 'int5'"),
+        ("precisions: {bits: 4}", "precisions.bits: Extra inputs"),
     ],
 )
 def test_what_is_wrong_is_one_line(tmp_path: Path, text: str, said: str) -> None:

@@ -1,0 +1,132 @@
+"""What a study makes before it plays: its ladder, where it has precisions of its own; its games, where they are another
+benchmark's; and its routers. Each stage runs once for all that it is the same for, and not where the recipe's own artifact is
+what it would make."""
+
+import logging
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from os import link
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from dmr_pipeline.artifacts.folders import artifact_folder
+from dmr_pipeline.artifacts.manifest import MANIFEST, Manifest, verify
+from dmr_pipeline.artifacts.materialize import kept_folder, materialize_stage
+from dmr_pipeline.artifacts.provenance import provenance
+from dmr_pipeline.artifacts.stage import Stage
+from dmr_pipeline.pipeline import STAGES, find_stage
+from dmr_pipeline.recipe import Recipe
+from dmr_pipeline.study.design import Study, games_recipe, ladder_recipe, variant_recipe
+
+log = logging.getLogger(__name__)
+
+CHECKPOINTS = "quantized_checkpoints"
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a study plays with."""
+
+    recipe: Recipe
+    """With the study's precisions."""
+    checkpoints: Path
+    """The artifact of its ladder."""
+    tasks: Path
+    """The artifact of the recipe's games."""
+    games: Path | None
+    """The artifact of the benchmark that the study names; None where it names none."""
+    routers: Mapping[tuple[str, int], Path]
+    """(Router, training seed) -> artifact."""
+
+
+def make(study: Study, data_root: Path, folder: Path) -> Made:
+    """Make what is missing.
+
+    Args:
+        data_root: with the recipe's own artifacts.
+        folder: of the study's.
+
+    Raises:
+        UserError: as `materialize_stage`.
+    """
+    recipe = ladder_recipe(study)
+    own = folder if study.precisions else data_root
+    if study.precisions:
+        _make_ladder(study, recipe, data_root, folder)
+    return Made(
+        recipe,
+        artifact_folder(CHECKPOINTS, recipe.name, own),
+        artifact_folder("benchmark_tasks", recipe.name, own),
+        _make_games(study, folder),
+        _train(study, data_root, folder),
+    )
+
+
+def _make_ladder(study: Study, recipe: Recipe, data_root: Path, folder: Path) -> None:
+    """Rungs that the recipe's own ladder has are not measured again."""
+    kept = kept_folder(CHECKPOINTS, recipe.name, folder)
+    measured = kept_folder(CHECKPOINTS, study.recipe, data_root)
+    if measured.is_dir() and not kept.is_dir():
+        shutil.copytree(measured, kept, copy_function=link)
+    _make(CHECKPOINTS, recipe, study, data_root, folder)
+
+
+def _make_games(study: Study, folder: Path) -> Path | None:
+    recipe = games_recipe(study)
+    if recipe is None:
+        return None
+    return materialize_stage(find_stage("benchmark_tasks", STAGES), recipe, folder).artifact.path
+
+
+def _train(study: Study, data_root: Path, folder: Path) -> dict[tuple[str, int], Path]:
+    return {
+        (name, seed): _make(variant.stage, variant_recipe(study, name, seed), study, data_root, folder)
+        for name, variant in study.routers.items()
+        for seed in study.seeds
+    }
+
+
+def _make(wanted: str, recipe: Recipe, study: Study, data_root: Path, folder: Path) -> Path:
+    """The artifact of a stage; the stages that it needs are made too."""
+    for stage in _up_to(wanted):
+        _adopt(stage, recipe, artifact_folder(stage.name, study.recipe, data_root), folder)
+        artifact = materialize_stage(stage, recipe, folder).artifact
+    return artifact.path
+
+
+def _up_to(wanted: str) -> list[Stage]:
+    """The stages that this one needs, and itself, in the pipeline's order."""
+    stages = {stage.name: stage for stage in STAGES}
+    needed = {wanted}
+    for stage in reversed(STAGES):
+        if stage.name in needed:
+            needed |= set(stage.inputs)
+    return [stages[name] for name in stages if name in needed]
+
+
+def _adopt(stage: Stage, recipe: Recipe, base: Path, folder: Path) -> None:
+    """Let the study's folder have an artifact that is already what the stage would make there: the same files, which nobody
+    changes in place."""
+    wanted_at = artifact_folder(stage.name, recipe.name, folder)
+    if wanted_at.is_dir():
+        return
+    inputs = {name: verify(artifact_folder(name, recipe.name, folder)).hash for name in stage.inputs}
+    wanted = provenance(stage, recipe, inputs)
+    for candidate in [base, *sorted(folder.glob(f"*/{stage.name}"))]:
+        manifest = _manifest(candidate)
+        if manifest is not None and wanted.difference(manifest) is None:
+            log.info("%s of %s: that of %s", stage.name, recipe.name, candidate.parent.name)
+            new = wanted_at.with_name(f".{stage.name}.linked")
+            shutil.rmtree(new, ignore_errors=True)
+            shutil.copytree(verify(candidate).path, new, copy_function=link)
+            new.rename(wanted_at)
+            return
+
+
+def _manifest(folder: Path) -> Manifest | None:
+    try:
+        return Manifest.model_validate_json((folder / MANIFEST).read_bytes())
+    except (FileNotFoundError, ValidationError):
+        return None
