@@ -82,8 +82,8 @@ def curves(result: Result, page: Path) -> str:
 
 
 def brief(result: Result, page: Path) -> str:
-    """At most six policies and three columns: both ends of the route, the dear one checking what the cheap one drafts, the chosen
-    router, random routing at its ratio, and the best static policy that costs no more."""
+    """At most seven policies and three columns: both ends of the route, the dear one checking what the cheap one drafts, the
+    chosen router, random routing at its ratio, the best rule at its cost, and the best static policy that costs no more."""
     metrics, name = result.metrics, result.metrics["headline"]
     high = metrics["route"][0]
     static = (metrics["high"], checking_name(high, metrics["route"][-1]), metrics["low"])
@@ -92,6 +92,8 @@ def brief(result: Result, page: Path) -> str:
         f"random@{name}": "random, as often as the router",
         name: "**the router that validation games chose**",
     }
+    if name in metrics.get("best_rules", {}):
+        rows[f"rule@{name}"] = f"the best rule that nobody trained, `{metrics['best_rules'][name]['rule']}`"
     for pair in metrics["paired"]:
         if (
             pair["policy"] == name
@@ -147,6 +149,9 @@ def shown_name(name: str, metrics: Metrics) -> str:
         return f"random, as often as {name.removeprefix('random@')}"
     if kind == "oracle":
         return f"{name} (oracle)"
+    best = metrics.get("best_rules", {}).get(name.removeprefix("rule@"))
+    if best is not None and name.startswith("rule@"):
+        return f"{best['rule']} rule at {best['budget']:g}"
     return f"{name}, the chosen router" if name == metrics["headline"] else name
 
 

@@ -41,7 +41,7 @@ def draw(metrics: Metrics, path: Path) -> None:
         metrics: of an evaluation.
         path: of the SVG.
     """
-    policies = metrics["policies"]
+    policies = _drawn(metrics)
     with matplotlib.rc_context({"svg.hashsalt": "dmr", "svg.fonttype": "path", "font.size": 10}):
         figure = Figure(figsize=(8.4, 4.6), layout="constrained")
         FigureCanvasAgg(figure)
@@ -64,6 +64,12 @@ def draw(metrics: Metrics, path: Path) -> None:
         figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None})
 
 
+def _drawn(metrics: Metrics) -> dict[str, PolicyMetrics]:
+    """All policies, a rule once that is the best beside several routers."""
+    by_name = {shown_name(name, metrics): name for name in metrics["policies"]}
+    return {name: metrics["policies"][name] for name in by_name.values()}
+
+
 def _look(name: str, metrics: Metrics) -> tuple[str, str]:
     colour, mark = LOOKS[metrics["policies"][name]["kind"]]
     return (ORANGE if name == metrics["headline"] else colour), mark
@@ -72,7 +78,7 @@ def _look(name: str, metrics: Metrics) -> tuple[str, str]:
 def _name_points(axes: Axes, metrics: Metrics) -> None:
     """Each name goes where it covers least of what is there (points, other names, the picture's edge) and is near; one that is
     not beside its point is joined to it by a thin line."""
-    policies = metrics["policies"]
+    policies = _drawn(metrics)
     whole = axes.get_window_extent()
     taken = [_around(axes, policies[name], _look(name, metrics)[1]) for name in policies]
     for name in sorted(policies, key=lambda name: (-policies[name]["success"], policies[name]["cost"])):

@@ -11,7 +11,7 @@ from dmr_pipeline.artifacts.folders import artifact_folder
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.evaluation import pages
 from dmr_pipeline.evaluation.picture import draw
-from dmr_pipeline.evaluation.results import Metrics, PairedComparison
+from dmr_pipeline.evaluation.results import Metrics, PairedComparison, PolicyMetrics
 from dmr_pipeline.recipe import Recipe
 from tests.helpers.commands import dmr
 from tests.helpers.fake_project import REPOSITORY
@@ -83,6 +83,7 @@ def test_the_short_table_says_what_the_metrics_say(front: Metrics) -> None:
     section = text.partition(f"<!-- dmr report {FRONT}: brief -->")[2].partition("<!-- end -->")[0]
     rows = re.findall(r"^\| (.+?) \| ([\d.]+)% \[([\d.]+), ([\d.]+)\] \| ([\d.]+) \| (\d+)% \|$", section, re.M)
     names = ["always_high", "speculative:int8<int4-gptq", "always_low", "random@grpo_router", "grpo_router"]
+    names.append("rule@grpo_router")
     assert len(rows) == len(names)
     for name, (_, *shown) in zip(names, rows, strict=True):
         found = front["policies"][name]
@@ -136,46 +137,57 @@ def test_the_text_beside_the_tables_says_what_they_say(demo: Metrics) -> None:
 
 
 def test_what_is_said_of_the_real_llm_is_what_its_metrics_say(front: Metrics) -> None:
-    policies, router = front["policies"], front["policies"]["grpo_router"]
+    policies, router, rule = front["policies"], front["policies"]["grpo_router"], front["policies"]["rule@grpo_router"]
     high, low, kl = policies["always_high"], policies["always_low"], policies["kl_router"]
     checks, oracle = policies["speculative:int8<int4-gptq"], policies["disagreement"]
-    to_high, to_low, to_random = (
-        pair(front, "grpo_router", name) for name in ("always_high", "always_low", "random@grpo_router")
-    )
     readme, page = words("README.md"), words(f"{pages.RESULTS}/{FRONT}.md")
 
-    def span(found: PairedComparison) -> tuple[str, str]:
-        low_end, high_end = found["ci95"]
-        return f"{100 * low_end:.1f}", f"{100 * high_end:.1f}"
+    def saved(policy: PolicyMetrics) -> str:
+        return f"{1 - policy['cost'] / high['cost']:.0%}"
 
-    low_end, high_end = span(to_high)
-    assert f"saves {1 - router['cost'] / high['cost']:.0%} of int8's cost" in readme
-    assert f"(difference to int8: {low_end} to +{high_end} points)" in readme
-    assert f"int4 alone costs {1 - low['cost'] / router['cost']:.0%} less than the router" in readme
-    assert f"({100 * to_low['difference']:.1f} points, {' to '.join(span(to_low))})" in readme
+    def span(policy: str, against: str) -> str:
+        low_end, high_end = pair(front, policy, against)["ci95"]
+        return f"{100 * low_end:.1f} to {'+' if low_end < 0 < high_end else ''}{100 * high_end:.1f}"
+
+    assert rule["success"] == high["success"] == kl["success"] == oracle["success"]
+    assert f"what int8 wins for {saved(rule)} less" in readme
+    assert f"It saves {saved(router)}; " in readme
+    assert f"({span('grpo_router', 'always_high')} points)" in readme
+    assert f"wins what int8 wins ({high['success']:.1%}) for {saved(rule)} less. `kl_router`" in page
+    assert f"for {saved(kl)} less (difference to int8: {span('kl_router', 'always_high')} points)" in page
+    assert f"{router['success']:.1%} for {saved(router)} less" in page
+    difference = 100 * pair(front, "grpo_router", "always_high")["difference"]
+    assert f"is {difference:.1f} points, with an interval of {span('grpo_router', 'always_high')}" in page
+    (at_budget,) = front["curves"]["grpo_router"]["points"]
     assert (
-        f"acts in int8 at {router['high_ratio']:.0%} of the steps and wins what int8 wins ({high['success']:.1%}"
+        f"Set to {at_budget['budget']:.0%} of the steps it wins {at_budget['success']:.1%} at {at_budget['cost']:.3f}"
         in page
     )
-    assert router["success"] == high["success"] == checks["success"] == oracle["success"]
-    cost = router["cost"] / policies["always_float"]["cost"]
-    assert f"at {router['cost'] / high['cost']:.0%} of its cost and {cost:.0%} of bfloat16's" in page
-    assert f"{kl['success']:.1%}, {1 - kl['cost'] / high['cost']:.0%} less than int8 as well" in page
-    assert f"{100 * to_random['difference']:.1f} points less ({' to '.join(span(to_random))})" in page
-    assert (to_random["wins"], to_random["losses"]) == (6, 0)
-    assert f"costs {checks['cost']:.3f} at the same success" in page
-    gain = f"gains {100 * router['gain_at_equal_cost']:.1f} points at its cost"
-    assert f"{gain} ({100 * router['gain_ci95'][0]:.1f} to +{100 * router['gain_ci95'][1]:.1f})" in page
-    assert f"for {router['cost'] / low['cost'] - 1:.0%} more cost" in page
-    cascade = policies["confidence"]
-    assert f"({cascade['success']:.1%}) for {cascade['cost'] / router['cost'] - 1:.0%} more" in page
-    assert min(row["p_holm"] for row in front["paired"] if row["p_holm"] is not None) > 0.05
-    assert f"({oracle['high_ratio']:.1%} of the steps), wins {oracle['success']:.1%} at {oracle['cost']:.3f}" in page
+    second = pair(front, "grpo_router", "kl_router")
+    assert f"{-100 * second['difference']:.1f} points less than stage 1 here (-3.5 to 0.0)" in page
+    assert second["ci95"] == pytest.approx([-0.035, 0.0])
+    mixed = pair(front, "kl_router", "random@kl_router")
+    assert f"{100 * mixed['difference']:.1f} points less ({span('kl_router', 'random@kl_router')})" in page
+    assert (mixed["wins"], mixed["losses"]) == (5, 0)
+    assert f"all of int4's drafts costs {checks['cost']:.3f}" in page
+    planned = [row["p_holm"] for row in front["paired"] if row["p_holm"] is not None]
+    assert "all five planned tests are at 1.000" in page
+    assert planned == [1.0] * 5
+    assert f"({100 * (high['success'] - low['success']):.1f} points at most)" in page
+    more = f"{oracle['cost'] / low['cost'] - 1:.0%} more than what int4 alone costs"
+    assert (
+        f"({oracle['high_ratio']:.1%} of the steps), wins {oracle['success']:.1%} at {oracle['cost']:.3f}, {more}"
+        in page
+    )
+    for name in ("always_high", "always_low", "confidence", "random@grpo_router", "grpo_router", "kl_router"):
+        (row,) = re.findall(rf"\| {name} \| [\d.]+% at [\d.]+ \| ([\d.]+)% at ([\d.]+) \|", page)
+        found = policies[name]
+        assert row == (f"{100 * found['success']:.1f}", f"{found['cost']:.3f}")
+    costs = " and ".join(f"{one['cost']:.3f}" for one in (kl, router))
+    assert f"it costs {rule['cost']:.3f} (the first table), these {costs}" in page
 
 
-@pytest.mark.parametrize(
-    ("recipe", "without"), [(FRONT, "speculative:int8<int4-gptq"), (DEMO, "always_int4")], ids=[FRONT, DEMO]
-)
+@pytest.mark.parametrize(("recipe", "without"), [(FRONT, "rule@grpo_router"), (DEMO, "always_int4")], ids=[FRONT, DEMO])
 def test_the_page_on_what_routing_buys_says_what_the_metrics_say(recipe: str, without: str) -> None:
     metrics = pages.read_result(recipe, REPOSITORY / pages.RESULTS).metrics
     text = (REPOSITORY / "docs/concepts/when-routing-pays.md").read_text(encoding="utf-8")
@@ -193,16 +205,19 @@ def test_the_picture_is_of_the_committed_metrics(front: Metrics, tmp_path: Path)
         for file in (tmp_path / "new.svg", REPOSITORY / pages.RESULTS / f"{FRONT}.svg")
     )
     assert len(new) > len(front["policies"])
+    assert {"rule@grpo_router", "rule@kl_router"} < front["policies"].keys()
+    assert (tmp_path / "new.svg").read_text().count("<!-- margin rule at 0.2 -->") == 1, "the best beside both routers"
     assert new == pytest.approx(committed, abs=0.5)
 
 
-def test_policies_are_named_in_words(demo: Metrics) -> None:
+def test_policies_are_named_in_words(demo: Metrics, front: Metrics) -> None:
     named = {name: pages.shown_name(name, demo) for name in demo["policies"]}
     assert named["always_high"] == "float alone"
     assert named["always_low"] == "int2 alone"
     assert named["speculative:float<int2"] == "int2 drafts, float checks"
     assert named["kl_router"] == "kl_router, the chosen router"
     assert len(set(named.values())) == len(named)
+    assert pages.shown_name("rule@kl_router", front) == "margin rule at 0.2"
 
 
 @pytest.mark.parametrize(
