@@ -12,7 +12,7 @@ from dmr_pipeline.agent.memory import free_memory
 from dmr_pipeline.environments.benchmark import benchmark_of
 from dmr_pipeline.peak_memory import own_bytes
 from dmr_pipeline.plan.episodes import tried_episodes
-from dmr_pipeline.plan.machine import cores, free_disk
+from dmr_pipeline.plan.machine import free_disk
 from dmr_pipeline.plan.shapes import (
     brought_config,
     cached_numbers,
@@ -25,7 +25,7 @@ from dmr_pipeline.plan.speed import Speed, measured_speed
 from dmr_pipeline.plan.stages import Assumptions, Model, Need, disk, memory, seconds, works
 from dmr_pipeline.recipe import Recipe
 from dmr_pipeline.rollout.kv_cache.choice import transcript_capacity
-from dmr_pipeline.rollout.parallel import processes_on
+from dmr_pipeline.rollout.parallel import cores, processes_on
 from dmr_pipeline.training.finetuning import COMPUTE
 from dmr_pipeline.training.vocabulary import exact_word_tokenizer, word_tokenizer
 

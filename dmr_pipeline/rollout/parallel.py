@@ -29,6 +29,11 @@ Result = TypeVar("Result")
 Work = Callable[[Sequence[Item], Callable[[Message], None]], Result]
 
 
+def cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def processes_on(device: torch.device, runtime: Runtime) -> int:
     """How many to use: one on a GPU, which does not survive a fork, and where the system cannot fork (Windows)."""
     can_fork = "fork" in multiprocessing.get_all_start_methods()

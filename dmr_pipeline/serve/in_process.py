@@ -1,10 +1,13 @@
 """The ladder in this process, behind a server: one thread acts, on all sessions that wait, together."""
 
 import asyncio
+import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
+
+import torch
 
 from dmr_pipeline.artifacts.folders import artifact_folder
 from dmr_pipeline.artifacts.manifest import verify
@@ -12,6 +15,7 @@ from dmr_pipeline.errors import UserError
 from dmr_pipeline.precision.ladder import deployed, read_ladder
 from dmr_pipeline.recipe import Recipe
 from dmr_pipeline.rollout.engine import RolloutRequest, rungs_of
+from dmr_pipeline.rollout.parallel import cores
 from dmr_pipeline.rollout.playing import Rollouts
 from dmr_pipeline.router.rules import is_rule_at_bar
 from dmr_pipeline.serve import release
@@ -51,7 +55,7 @@ class InProcess:
             None if static is None else (static, self.agents.untrained(static)),
         )
         self._metrics = metrics
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="acting")
+        self._thread = ThreadPoolExecutor(1, "acting", leave_a_core)
         self._waiting: list[tuple[Ask, asyncio.Future[Action]]] = []
         self._lock = threading.Lock()
 
@@ -116,6 +120,13 @@ class InProcess:
                 future.set_exception(outcome)
             else:
                 future.set_result(outcome)
+
+
+def leave_a_core() -> None:
+    """For who answers, unless OMP_NUM_THREADS says how many threads torch has: while these wait for each other they keep their
+    cores, and what answers clients waits for a core in turn. Of the thread that calls it: MKL has a number for each."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, cores() - 1))
 
 
 def refuse_other_wishes(tools: bool, n: int) -> None:
