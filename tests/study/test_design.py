@@ -46,7 +46,10 @@ def test_a_ladder_of_its_own_is_that_of_all_its_routers(tmp_path: Path) -> None:
     text = f"recipe: alfworld-tiny\nprecisions: {{ladder: {ladder}, pair: [float, small]}}\nrouters: {{a: {{}}}}\n"
     study = load_study(written(tmp_path, text))
     base, own = load_recipe("alfworld-tiny"), ladder_recipe(study)
-    assert own.precisions.ladder == (Rung(name="float", weights="float"), Rung(name="small", weights="int4", head="int4"))
+    assert own.precisions.ladder == (
+        Rung(name="float", weights="float"),
+        Rung(name="small", weights="int4", head="int4"),
+    )
     assert own.precisions.pair == ("float", "small")
     assert own.precisions.margin == base.precisions.margin
     assert own.model_dump(exclude={"name", "precisions"}) == base.model_dump(exclude={"name", "precisions"})
