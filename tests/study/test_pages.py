@@ -84,6 +84,34 @@ def test_what_is_said_of_the_rule_on_the_real_llm_is_what_its_results_say() -> N
     assert to_low.saved_ci95[0] < 0 < to_low.saved_ci95[1]  # "not told from int4's"
 
 
+def test_what_is_said_of_a_head_of_int4_is_what_its_results_say() -> None:
+    found = pages.read_results("alfworld-smollm2-head4", REPOSITORY / places.RESULTS)
+    before = pages.read_results("alfworld-smollm2-rules", REPOSITORY / places.RESULTS)
+    points, others = ({point.policy: point for point in results.points} for results in (found, before))
+    rule, low, old = points["rule:margin"], points["always_int4-gptq"], others["always_int4-gptq"]
+    readme, page, concept = (
+        " ".join((REPOSITORY / name).read_text(encoding="utf-8").split())
+        for name in ("README.md", "docs/results/alfworld-smollm2.md", "docs/concepts/when-routing-pays.md")
+    )
+    assert found.games == before.games
+    assert low.success == old.success
+    assert f"({low.success:.1%} both times), for {1 - low.cost / old.cost:.0%} less" in page
+    to_high, to_low, _ = found.references
+
+    def span(ends: list[float]) -> str:
+        return " to ".join(f"{100 * end:.1f}" for end in ends)
+
+    assert f"{to_high.saved:.0%} ({span(to_high.saved_ci95)}), against {before.references[0].saved:.0%} above" in page
+    assert f"less than int8, {-100 * to_high.difference:.1f} points, 300 games" in page
+    assert f"from nothing ({span(to_high.difference_ci95)})" in page
+    more = f"{100 * to_low.difference:.1f} points ({span(to_low.difference_ci95)}), for {-to_low.saved:.0%} more"
+    assert more in page
+    ladders = (f"{one.success:.1%} at {one.cost:.3f}" for one in (rule, others["rule:margin"]))
+    assert f"tell either: {' here, '.join(ladders)} there" in page
+    assert f"{rule.success:.1%} at {rule.cost:.2f};" in readme
+    assert f"it saves {to_high.saved:.0%}" in concept
+
+
 def test_what_is_said_of_the_official_games_is_what_their_results_say() -> None:
     found = pages.read_results("alfworld-smollm2-seen", REPOSITORY / places.RESULTS)
     elsewhere = pages.read_results("alfworld-smollm2-rules", REPOSITORY / places.RESULTS)
