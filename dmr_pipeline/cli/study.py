@@ -78,7 +78,7 @@ def run(
 
 
 def _show(results: "Results") -> None:
-    from dmr_pipeline.study.pages import points
+    from dmr_pipeline.study.pages import named_reference, points
 
     table = Table(box=box.SIMPLE, pad_edge=False, collapse_padding=True)
     table.add_column("policy", overflow="fold")
@@ -99,17 +99,15 @@ def _show(results: "Results") -> None:
     console.print(table)
     references = [
         (
-            one.policy,
-            f"{one.budget:g}",
-            one.against,
+            f"{one.policy} at {one.budget:g}",
+            named_reference(one.against),
             f"{100 * one.difference:+.1f} {points(one.difference_ci95)}",
-            f"{one.p_value:.3f}",
             f"{100 * one.smallest_difference:.1f}",
             f"{100 * one.saved:.0f}% {points(one.saved_ci95)}",
         )
         for one in results.references
     ]
-    of_references = ("policy", "budget", "against", "better by", "p", "could have seen", "cost saved")
+    of_references = ("policy", "against", "better by, points", "could see", "cost saved")
     _show_rows("Against the route's ends and the oracle", of_references, references)
     if not results.compared:
         return
@@ -129,8 +127,12 @@ def _show(results: "Results") -> None:
 
 
 def _show_rows(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    table = Table(*(Column(name, overflow="fold") for name in columns), title=title, box=box.SIMPLE, pad_edge=False)
+    first, *others = columns
+    headers = [Column(first, overflow="fold"), *(Column(name, no_wrap=True) for name in others)]
+    table = Table(*headers, title=title, box=box.SIMPLE, pad_edge=False, collapse_padding=True)
     table.title_justify = "left"
-    for row in rows:
-        table.add_row(*row)
+    named = None
+    for name, *cells in rows:
+        table.add_row("" if name == named else name, *cells)
+        named = name
     console.print(table)

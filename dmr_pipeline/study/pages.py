@@ -82,7 +82,7 @@ def _references(results: Results, page: Path) -> str:
         [
             one.policy,
             f"{one.budget:g}",
-            "the oracle" if one.against == ORACLE else f"{one.against} alone",
+            named_reference(one.against),
             f"{100 * one.difference:+.1f} {points(one.difference_ci95)}",
             f"{one.p_value:.3f}",
             f"{100 * one.smallest_difference:.1f}",
@@ -95,6 +95,11 @@ def _references(results: Results, page: Path) -> str:
         " show with a chance of 80%. The oracle: the dearest precision acts just where the precisions' actions differ."
     )
     return "\n".join([*_lines(columns, rows, 3), "", note])
+
+
+def named_reference(against: str) -> str:
+    """What a policy is compared with, in words."""
+    return "the oracle" if against == ORACLE else f"{against} alone"
 
 
 def _comparisons(results: Results, page: Path) -> str:
