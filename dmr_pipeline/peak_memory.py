@@ -3,7 +3,7 @@
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +11,10 @@ import psutil
 
 _SECONDS = 0.5
 _SHARE = 0.02
-"""Of the time, to look in: Linux goes through all pages, which takes a third of a second for the processes of a small LLM."""
+"""Of the time, to look in where nothing grows: Linux goes through all pages, which takes a third of a second for the processes of
+a small LLM."""
+_GROWN = 1.01
+"""Times what was resident at most, that is looked at at once."""
 _OWN = ("Pss_Anon:", "Pss_Shmem:")
 
 
@@ -32,7 +35,8 @@ class Peak:
 @contextmanager
 def watched_memory() -> Iterator[Peak]:
     """Look at what this process and its children hold together, pages of files aside, which the system takes back where it needs
-    them: twice a second, or less often where looking takes long. What children share with it counts once."""
+    them. What children share with it counts once. Twice a second where what is resident has grown, which costs nothing to see;
+    else less often where looking takes long."""
     peak, ended = Peak(), threading.Event()
 
     def look() -> float:
@@ -42,11 +46,15 @@ def watched_memory() -> Iterator[Peak]:
             peak.bytes = max(peak.bytes or 0, held)
         return time.monotonic() - started
 
-    def watch(took: float) -> None:
-        while not ended.wait(max(_SECONDS, took / _SHARE)):
-            took = look()
+    def watch(resident: int, took: float) -> None:
+        due = time.monotonic() + took / _SHARE
+        while not ended.wait(_SECONDS):
+            now = _resident()
+            if now > _GROWN * resident or time.monotonic() > due:
+                resident, took = max(resident, now), look()
+                due = time.monotonic() + took / _SHARE
 
-    watcher = threading.Thread(target=watch, args=(look(),), daemon=True)
+    watcher = threading.Thread(target=watch, args=(_resident(), look()), daemon=True)
     watcher.start()
     try:
         yield peak
@@ -56,12 +64,25 @@ def watched_memory() -> Iterator[Peak]:
         watcher.join()
 
 
+def _resident() -> int:
+    """Bytes in memory of this process and its children, what they share once for each."""
+    total = 0
+    for process in _processes():
+        with suppress(psutil.Error):  # it has ended, or is another user's
+            total += process.memory_info().rss
+    return total
+
+
+def _processes() -> list[psutil.Process]:
+    this = psutil.Process()
+    return [this, *this.children(recursive=True)]
+
+
 def own_bytes() -> int | None:
     """What this process and its children hold now, as `watched_memory` counts it."""
     if not Path("/proc/self/smaps_rollup").is_file():
         return None
-    this = psutil.Process()
-    return sum(_held(process.pid) for process in [this, *this.children(recursive=True)])
+    return sum(_held(process.pid) for process in _processes())
 
 
 def _held(pid: int) -> int:

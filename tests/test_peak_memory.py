@@ -39,6 +39,25 @@ def test_looking_takes_little_of_the_time(monkeypatch: pytest.MonkeyPatch) -> No
     assert len(looks) == 2, "at the start and at the end"
 
 
+def test_what_grows_is_looked_at_however_long_looking_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    look = peak_memory.own_bytes
+
+    def slow() -> int | None:
+        time.sleep(0.1)
+        return look()
+
+    monkeypatch.setattr(peak_memory, "own_bytes", slow)
+    before = own_bytes()
+    assert before is not None
+    with watched_memory() as peak:
+        time.sleep(0.5)
+        held = bytearray(200 * MB)
+        time.sleep(1.2)
+        del held
+    assert peak.bytes is not None
+    assert peak.bytes - before > 190 * MB
+
+
 def test_what_a_child_shares_counts_once_and_its_own_counts_too() -> None:
     shared = bytearray(200 * MB)
     before = own_bytes()
