@@ -1,6 +1,7 @@
 """Accuracy against cost in one picture for a page, as SVG: every policy with its interval, named beside its point."""
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import matplotlib
@@ -60,7 +61,7 @@ def draw(metrics: Metrics, path: Path) -> None:
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         figure.draw_without_rendering()
-        _name_points(axes, metrics)
+        _name_points(axes, policies, metrics)
         figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None})
 
 
@@ -75,10 +76,9 @@ def _look(name: str, metrics: Metrics) -> tuple[str, str]:
     return (ORANGE if name == metrics["headline"] else colour), mark
 
 
-def _name_points(axes: Axes, metrics: Metrics) -> None:
+def _name_points(axes: Axes, policies: Mapping[str, PolicyMetrics], metrics: Metrics) -> None:
     """Each name goes where it covers least of what is there (points, other names, the picture's edge) and is near; one that is
     not beside its point is joined to it by a thin line."""
-    policies = _drawn(metrics)
     whole = axes.get_window_extent()
     taken = [_around(axes, policies[name], _look(name, metrics)[1]) for name in policies]
     for name in sorted(policies, key=lambda name: (-policies[name]["success"], policies[name]["cost"])):

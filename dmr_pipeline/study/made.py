@@ -16,7 +16,7 @@ from dmr_pipeline.artifacts.manifest import MANIFEST, Manifest, verify
 from dmr_pipeline.artifacts.materialize import kept_folder, materialize_stage
 from dmr_pipeline.artifacts.provenance import provenance
 from dmr_pipeline.artifacts.stage import Stage
-from dmr_pipeline.pipeline import STAGES, find_stage
+from dmr_pipeline.pipeline import STAGES
 from dmr_pipeline.recipe import Recipe
 from dmr_pipeline.study.design import Study, games_recipe, ladder_recipe, variant_recipe
 
@@ -55,11 +55,12 @@ def make(study: Study, data_root: Path, folder: Path) -> Made:
     own = folder if study.precisions else data_root
     if study.precisions:
         _make_ladder(study, recipe, data_root, folder)
+    of_games = games_recipe(study)
     return Made(
         recipe,
         artifact_folder(CHECKPOINTS, recipe.name, own),
         artifact_folder("benchmark_tasks", recipe.name, own),
-        _make_games(study, folder),
+        None if of_games is None else _make("benchmark_tasks", of_games, study, data_root, folder),
         _train(study, data_root, folder),
     )
 
@@ -71,13 +72,6 @@ def _make_ladder(study: Study, recipe: Recipe, data_root: Path, folder: Path) ->
     if measured.is_dir() and not kept.is_dir():
         shutil.copytree(measured, kept, copy_function=link)
     _make(CHECKPOINTS, recipe, study, data_root, folder)
-
-
-def _make_games(study: Study, folder: Path) -> Path | None:
-    recipe = games_recipe(study)
-    if recipe is None:
-        return None
-    return materialize_stage(find_stage("benchmark_tasks", STAGES), recipe, folder).artifact.path
 
 
 def _train(study: Study, data_root: Path, folder: Path) -> dict[tuple[str, int], Path]:

@@ -15,6 +15,7 @@ from dmr_pipeline.evaluation.results import Metrics, PairedComparison, PolicyMet
 from dmr_pipeline.recipe import Recipe
 from tests.helpers.commands import dmr
 from tests.helpers.fake_project import REPOSITORY
+from tests.helpers.pages import words
 
 DEMO = "alfworld-tiny"
 FRONT = "alfworld-smollm2"
@@ -99,10 +100,6 @@ def test_the_short_table_says_what_the_metrics_say(front: Metrics) -> None:
 def pair(metrics: Metrics, policy: str, against: str) -> PairedComparison:
     (found,) = [one for one in metrics["paired"] if (one["policy"], one["against"]) == (policy, against)]
     return found
-
-
-def words(page: str) -> str:
-    return " ".join((REPOSITORY / page).read_text(encoding="utf-8").split())
 
 
 def test_the_text_beside_the_tables_says_what_they_say(demo: Metrics) -> None:

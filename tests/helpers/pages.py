@@ -26,6 +26,15 @@ def blocks(page: Path, *languages: str) -> list[Block]:
     return [block for block in found if block.language in languages]
 
 
+def words(page: str) -> str:
+    """All of a page on one line.
+
+    Args:
+        page: its path in the repository.
+    """
+    return " ".join((REPOSITORY / page).read_text(encoding="utf-8").split())
+
+
 def prose(page: Path) -> str:
     """Without its fenced blocks."""
     return _FENCE.sub("", page.read_text(encoding="utf-8"))

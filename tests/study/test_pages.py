@@ -13,10 +13,13 @@ from dmr_pipeline.study import pages
 from dmr_pipeline.study.design import load_study
 from dmr_pipeline.study.results import Results
 from tests.helpers.fake_project import REPOSITORY
+from tests.helpers.pages import words
 from tests.helpers.studies import made_up
 
 KEPT = sorted(file.name.removesuffix(".study.json") for file in (REPOSITORY / places.RESULTS).glob("*.study.json"))
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
+PLACES = ("README.md", "docs/results/alfworld-smollm2.md", "docs/concepts/when-routing-pays.md")
+"""Where it is told in words what studies of the real LLM have found."""
 
 
 @pytest.fixture(scope="module")
@@ -47,10 +50,7 @@ def test_what_is_said_of_the_rule_on_the_real_llm_is_what_its_results_say() -> N
     assert (to_high.against, to_low.against, to_oracle.against) == ("int8", "int4-gptq", "disagreement")
     low_end, high_end = (f"{100 * end:.1f}" for end in to_low.difference_ci95)
     high, low = points["always_int8"], points["always_int4-gptq"]
-    readme, page, concept = (
-        " ".join((REPOSITORY / name).read_text(encoding="utf-8").split())
-        for name in ("README.md", "docs/results/alfworld-smollm2.md", "docs/concepts/when-routing-pays.md")
-    )
+    readme, page, concept = map(words, PLACES)
     more = f"{100 * to_low.difference:.1f} points more than int4"
     assert f"{found.games} fresh games {rule.success:.1%} at {rule.cost:.2f}" in readme
     assert f"(int8 {high.success:.1%} at {high.cost:.2f}, int4 {low.success:.1%} at {low.cost:.2f}): {more}" in readme
@@ -89,10 +89,7 @@ def test_what_is_said_of_a_head_of_int4_is_what_its_results_say() -> None:
     before = pages.read_results("alfworld-smollm2-rules", REPOSITORY / places.RESULTS)
     points, others = ({point.policy: point for point in results.points} for results in (found, before))
     rule, low, old = points["rule:margin"], points["always_int4-gptq"], others["always_int4-gptq"]
-    readme, page, concept = (
-        " ".join((REPOSITORY / name).read_text(encoding="utf-8").split())
-        for name in ("README.md", "docs/results/alfworld-smollm2.md", "docs/concepts/when-routing-pays.md")
-    )
+    readme, page, concept = map(words, PLACES)
     assert found.games == before.games
     assert low.success == old.success
     assert f"({low.success:.1%} both times), for {1 - low.cost / old.cost:.0%} less" in page
@@ -119,10 +116,7 @@ def test_what_is_said_of_the_official_games_is_what_their_results_say() -> None:
     rule, high, full = (points[name] for name in ("rule:margin", "always_int8", "always_float"))
     assert rule.thresholds == others["rule:margin"].thresholds, "the same rule"
     to_high, to_low, _ = found.references
-    readme, page, concept = (
-        " ".join((REPOSITORY / name).read_text(encoding="utf-8").split())
-        for name in ("README.md", "docs/results/alfworld-smollm2.md", "docs/concepts/when-routing-pays.md")
-    )
+    readme, page, concept = map(words, PLACES)
     assert f"valid_seen {rule.success:.1%} at {rule.cost:.2f} ({found.games} games; int8 {high.success:.1%}" in readme
     assert f"at {high.cost:.2f}, bfloat16 {full.success:.1%} at {full.cost:.2f})" in readme
     assert f"{full.success:.1%} in bfloat16, {others['always_float'].success:.1%} there" in page
