@@ -56,8 +56,13 @@ _FACTS: Mapping[str, str] = {
 
 
 def headline(metrics: Metrics) -> list[str]:
-    """The result in plain words: what the chosen router does, whether it beats single rungs at its cost, what of the gap it
-    recovers, whether it is no worse than always-high by the margin, and the planned tests."""
+    """The result in plain words: the findings, then the planned tests."""
+    return [*_findings(metrics), *_planned_tests(metrics)]
+
+
+def _findings(metrics: Metrics) -> list[str]:
+    """What the chosen router does, whether it beats static policies at its cost, what of the gap it recovers, and whether it
+    is no worse than always-high by the margin."""
     policies, name = metrics["policies"], metrics["headline"]
     router, high, low = policies[name], policies[metrics["high"]], policies[metrics["low"]]
     sentences = [
@@ -85,7 +90,7 @@ def headline(metrics: Metrics) -> list[str]:
         sentences.append(
             f"It saves nothing: an episode costs {router['cost'] / high['cost']:.2f} times {metrics['high']}'s."
         )
-    return [*sentences, f"{_no_worse(metrics)}.", *_planned_tests(metrics)]
+    return [*sentences, f"{_no_worse(metrics)}."]
 
 
 def markdown_table(metrics: Metrics) -> str:
@@ -243,7 +248,8 @@ def render_html(folder: Path, sidecar: Path | None, html: Path) -> None:
         .get_template("report.html.j2")
         .render(
             metrics=metrics,
-            headline=headline(metrics),
+            findings=_findings(metrics),
+            tests=_planned_tests(metrics),
             standing=_standing(metrics),
             scores=has_scores(metrics),
             draws=max(policy["episodes"] // policy["n"] for policy in policies.values()),
