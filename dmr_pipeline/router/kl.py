@@ -238,8 +238,11 @@ def fit(
         logits = routing_logits(model, [sequences[i] for i in batch], router.settings)
         return loss_of(logits, torch.cat([targets[i] for i in batch]).to(device))
 
+    def recent_loss() -> float:
+        return float(np.mean(losses[-20:])) if losses else math.nan
+
     with training_bars("loss {task.fields[loss]:.3f}") as progress:
-        bar = progress.add_task("training the router", total=total, completed=len(losses), loss=float("nan"))
+        bar = progress.add_task("training the router", total=total, completed=len(losses), loss=recent_loss())
         while epoch < section.epochs:
             model.train()
             rng = random.Random(f"kl-router-{section.seed}-{epoch}")
@@ -252,7 +255,7 @@ def fit(
                 torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
                 optimizer.step()
                 losses.append(loss.item())
-                progress.update(bar, completed=len(losses), loss=float(np.mean(losses[-20:])))
+                progress.update(bar, completed=len(losses), loss=recent_loss())
             epoch += 1
             values = {name: parameter.detach() for name, parameter in trained.items()}
             if held:
