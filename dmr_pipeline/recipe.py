@@ -531,6 +531,18 @@ class Speculative(Section):
     )
 
 
+class PromptLookup(Section):
+    """Acting in fewer passes: what followed the transcript's last tokens when they stood in it before is read along, and kept as
+    far as it is what the model writes itself (Saxena, 2023, "prompt lookup decoding"). Greedy actions stay the same, drawn ones
+    keep their distribution. Of several such places the last counts, and the pass that reads an observation reads nothing along:
+    both ours."""
+
+    ngram: Count = Field(
+        5, description="last tokens that are looked for, at most; fewer, down to one, where those are not found"
+    )
+    tokens: Count = Field(6, description="tokens that are read along in a pass, at most")
+
+
 class Precisions(Section):
     """The precision ladder, highest first, and the rungs that the router chooses from."""
 
@@ -585,6 +597,12 @@ class Precisions(Section):
         None,
         exclude_if=_unset,
         description="how a cheaper precision drafts where a dearer one checks; by default as its keys have it",
+    )
+    prompt_lookup: PromptLookup | None = Field(
+        None,
+        exclude_if=_unset,
+        description="what every precision writes is looked up in the transcript first, and costs as many passes as it then takes;"
+        " without it, a pass a token. The unit of cost is an episode at a pass a token all the same",
     )
     kernels: Literal["low_bit"] | None = Field(
         None,
@@ -1252,8 +1270,10 @@ def _probe_layers(agent: Agent, kl_router: KlRouter) -> Iterator[str]:
 
 
 def _drafts_of_commands(agent: Agent, precisions: Precisions) -> Iterator[str]:
-    if precisions.speculative is not None and agent.action == "score":
-        yield "precisions.speculative: with agent.action: score nothing is written, so nothing is drafted; leave it out"
+    if agent.action == "score":
+        for name, section in (("speculative", precisions.speculative), ("prompt_lookup", precisions.prompt_lookup)):
+            if section is not None:
+                yield f"precisions.{name}: with agent.action: score nothing is written, so nothing is drafted; leave it out"
 
 
 def _kernels_of_bfloat16(agent: Agent, precisions: Precisions) -> Iterator[str]:

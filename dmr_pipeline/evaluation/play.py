@@ -217,12 +217,16 @@ def acting_facts(checkpoints: Path, recipe: Recipe, rungs: Sequence[str]) -> dic
         checkpoints: artifact of the stage `quantized_checkpoints`.
         rungs: that act, dearest first.
     """
-    shared: dict[str, JsonValue] = {"cache": "shared"} if recipe.precisions.cache == "shared" and len(rungs) > 1 else {}
-    return shared | {
+    precisions, added = recipe.precisions, dict[str, JsonValue]()
+    if precisions.cache == "shared" and len(rungs) > 1:
+        added["cache"] = "shared"
+    if precisions.prompt_lookup is not None:
+        added["prompt_lookup"] = precisions.prompt_lookup.model_dump(mode="json")
+    return added | {
         "rungs": [[rung, content(checkpoints, f"{rung}/")] for rung in rungs],
         "tokenizer": content(checkpoints, "tokenizer/"),
         "unit_bytes": read_ladder(checkpoints).unit_bytes,
-        "cache_bits": recipe.precisions.cache_bits,
+        "cache_bits": precisions.cache_bits,
         "step_limit": recipe.benchmark.step_limit,
         "agent": recipe.agent.model_dump(mode="json", exclude={"pretrained", "training"}),
         "seed": recipe.evaluation.seed,

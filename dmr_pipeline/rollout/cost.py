@@ -3,21 +3,23 @@
 Our definition, since the paper gives none: the sum, over an episode's forward passes at batch 1, of the bytes that the pass
 reads, weights and keys and values (precision/pass_bytes.py). Generating an action of n tokens takes n passes of the acting
 precision: one reads the new segment, together with whatever this precision has not seen yet (catch-up after a switch), and n - 1
-read one token each. Choosing among commands takes one pass for the segment and one a command. The router's decision takes one
-pass of the router, unless the step is forced. A policy that lets a precision draft, or read, before it decides pays for what is
-thrown away where another one then acts. Catch-up makes a pass read more tokens, not more weights: what a switch costs is compute,
-which reports show beside the bytes as the tokens that were read.
+read one token each; where it is looked up in the transcript (recipe: `precisions.prompt_lookup`), as many as it then takes.
+Choosing among commands takes one pass for the segment and one a command. The router's decision takes one pass of the router,
+unless the step is forced. A policy that lets a precision draft, or read, before it decides pays for what is thrown away where
+another one then acts. Catch-up makes a pass read more tokens, not more weights: what a switch costs is compute, which reports
+show beside the bytes as the tokens that were read.
 
-The unit is the mean episode of the ladder's dearest rung on validation games, with 16-bit weights.
+The unit is the mean episode of the ladder's dearest rung on validation games, with 16-bit weights, at a pass a token.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
 from dmr_pipeline.precision.pass_bytes import PassBytes
 from dmr_pipeline.recipe import GrpoRouter
 from dmr_pipeline.rollout.engine import Trajectory
-from dmr_pipeline.rollout.reading import Reading
+from dmr_pipeline.rollout.reading import Reading, one_by_one
 
 
 class Cost(NamedTuple):
@@ -57,6 +59,17 @@ def episode_cost(
     if router is not None:
         read += [bytes_read(step.router, router, cache_bits) for step in trajectory.steps]
     return Cost(sum(cost.weights for cost in read), sum(cost.cache for cost in read))
+
+
+def a_pass_a_token(trajectory: Trajectory) -> Trajectory:
+    """As if each token of its actions had taken a pass of who acted, who has written all there is: nothing was looked up."""
+    held, steps = 0, []
+    for step in trajectory.steps:
+        unread = len(step.segment) + (held > 0)  # the last action's last token
+        held += len(step.segment)
+        steps.append(replace(step, reading=Reading(tokens=unread) + one_by_one(held, len(step.action))))
+        held += len(step.action)
+    return replace(trajectory, steps=steps)
 
 
 def reward(success: bool, cost: float, section: GrpoRouter, price: float | None = None) -> float:

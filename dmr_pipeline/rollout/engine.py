@@ -32,7 +32,7 @@ from transformers import PreTrainedModel
 from dmr_pipeline.agent.memory import halving
 from dmr_pipeline.environments.base import Episode, Task
 from dmr_pipeline.errors import UserError
-from dmr_pipeline.recipe import Speculative
+from dmr_pipeline.recipe import PromptLookup, Speculative
 from dmr_pipeline.rollout.choosing import drawn, entropies, leads
 from dmr_pipeline.rollout.failures import PARSE_FAILURES, Failure
 from dmr_pipeline.rollout.known import Drafting, Known, KnownAction, Transcript
@@ -44,7 +44,7 @@ from dmr_pipeline.rollout.prompts import Moment, Prompter
 from dmr_pipeline.rollout.reading import NOTHING, Reading, checking, drafting, each_in_full, one_by_one
 from dmr_pipeline.rollout.speculation import write_checked
 from dmr_pipeline.rollout.trail import Trail, digest
-from dmr_pipeline.rollout.writing import Guess, NgramGuesses, write
+from dmr_pipeline.rollout.writing import Guess, NgramGuesses, looked_up, write
 
 log = logging.getLogger(__name__)
 
@@ -397,6 +397,7 @@ def play(
     done: dict[int, Trajectory] | None = None,
     known: Known | None = None,
     speculative: Speculative | None = None,
+    prompt_lookup: PromptLookup | None = None,
 ) -> list[Trajectory]:
     """Play all runs, each until it ends, has taken `step_limit` steps or has no room for another; results are in the order of
     `runs` and do not depend on how many slots there are (but for rounding).
@@ -413,13 +414,16 @@ def play(
         known: greedy actions of these agents, which are looked up, and those that are found are added. Without it everything
             is computed.
         speculative: how long drafts are, where a policy lets one precision draft and another check.
+        prompt_lookup: how actions are looked up in the transcript; what they read is then of the passes that they take. Without
+            it of one a token, whatever spares some.
 
     Raises:
-        UserError: a step is to be checked where commands are scored, or by a model whose cache cannot be cut.
+        UserError: a step is to be checked where commands are scored, or by a model whose cache cannot be cut; or actions are to
+            be looked up there.
     """
     clock = clock if clock is not None else Timings()
     known, speculative = known if temperature == 0 else None, speculative or Speculative()
-    batch = Batch(agents, prompter, policy, action, temperature, seed, clock, known, speculative)
+    batch = Batch(agents, prompter, policy, action, temperature, seed, clock, known, speculative, prompt_lookup)
     playing: dict[int, _Played] = {}
     done = done if done is not None else {}
     queue = [(index, run) for index, run in enumerate(runs) if index not in done][::-1]
@@ -506,6 +510,7 @@ def play_alone(
     temperature: float = 0.0,
     max_tokens: int | None = None,
     on_progress: Callable[[int], None] = lambda _: None,
+    prompt_lookup: PromptLookup | None = None,
 ) -> list[Trajectory]:
     """One episode of each task, in which one model acts at every step; arguments as in `play`.
 
@@ -521,7 +526,18 @@ def play_alone(
 
     def attempt(slots: int) -> list[Trajectory]:
         agents, policy = {ALONE: token_streams(model, slots, capacity)}, SinglePrecision(ALONE)
-        return play(runs, agents, prompter, policy, step_limit, action, temperature, on_progress=on_progress, done=done)
+        return play(
+            runs,
+            agents,
+            prompter,
+            policy,
+            step_limit,
+            action,
+            temperature,
+            on_progress=on_progress,
+            done=done,
+            prompt_lookup=prompt_lookup,
+        )
 
     return halving(min(slots, len(tasks)), "episodes", attempt)
 
@@ -573,9 +589,16 @@ class Batch:
         clock: Timings,
         known: Known | None,
         speculative: Speculative,
+        prompt_lookup: PromptLookup | None = None,
     ) -> None:
+        """
+        Raises:
+            UserError: actions are to be looked up where commands are scored, or by a model whose cache cannot be cut.
+        """
         self.agents, self.prompter, self.policy, self.known = agents, prompter, policy, known
-        self.speculative = speculative
+        self.speculative, self.prompt_lookup = speculative, prompt_lookup
+        if prompt_lookup is not None:
+            _refuse_lookup(agents, action)
         self._cheapest = list(agents)[-1]
         self._readers = {rung: reader for reader, rung in enumerate(agents)}
         """By which `SharedStreams` know them."""
@@ -884,7 +907,7 @@ class Batch:
         for transcript, action in zip(transcripts, written, strict=True):
             self._guesses.learn(transcript, action.tokens)
             count = len(action.tokens)
-            reading = one_by_one(len(transcript), count)
+            reading = action.reading if self.prompt_lookup else one_by_one(len(transcript), count)
             lead, entropy = zip(*action.facts, strict=True)
             actions.append(
                 KnownAction(action.tokens, min(lead), fmean(lead), reading, kept=count - 1, entropy=max(entropy))
@@ -917,13 +940,14 @@ class Batch:
             lambda i, index, *purpose: self._draw(slots[i], index, *purpose),
             self._share,
             ready,
+            guesses_count=self.prompt_lookup is not None,
         )
         actions = []
         for transcript, action in zip(transcripts, checked, strict=True):
             self._guesses.learn(transcript, action.tokens)
             held, rounds = len(transcript), action.rounds
             drafted, accepted = sum(r.drafted for r in rounds), sum(r.agreed for r in rounds)
-            took = Drafting(drafted, accepted, drafting(held, rounds, self._share, bool(ready)), rounds[-1].kept)
+            took = Drafting(drafted, accepted, drafting(rounds, self._share, bool(ready)), rounds[-1].kept)
             kept = len(action.tokens) - 1
             margins = min(action.leads), fmean(action.leads)
             actions.append(KnownAction(action.tokens, *margins, checking(held, rounds), kept, took))
@@ -931,9 +955,15 @@ class Batch:
 
     def _guess_after(self, transcripts: Sequence[list[int]]) -> Guess:
         most = self.prompter.prompt.max_action_tokens
-        return lambda waiting: {
-            i: self._guesses.guess(transcripts[i], tokens, most - len(tokens) - 1) for i, tokens in waiting.items()
-        }
+
+        def guess(before: list[int], written: list[int]) -> list[int]:
+            room = most - len(written) - 1
+            if self.prompt_lookup is None:
+                return self._guesses.guess(before, written, room)
+            # None in the pass that reads an observation: it may be over before it is known who acts.
+            return looked_up([*before, *written], self.prompt_lookup)[:room] if written else []
+
+        return lambda waiting: {i: guess(transcripts[i], tokens) for i, tokens in waiting.items()}
 
     def _logits_after(self, precision: str, slots: Sequence[int]) -> dict[int, Tensor]:
         """Place among `slots` -> logits [vocabulary] after the transcript, where it was read in this step."""
@@ -1016,6 +1046,16 @@ class _BatchPeek:
     @property
     def can_check(self) -> bool:
         return not self._batch.scores and all(streams.cuts for streams in self._batch.agents.values())
+
+
+def _refuse_lookup(agents: Mapping[str, TokenStreams], action: Literal["generate", "score"]) -> None:
+    if action == "score":
+        raise UserError("precisions.prompt_lookup: with agent.action: score nothing is written; leave it out")
+    for rung, streams in agents.items():
+        if not streams.cuts:
+            raise UserError(
+                f"precisions.prompt_lookup: the cache of {rung!r} cannot be cut where a guess was wrong; leave it out"
+            )
 
 
 def seeded_generator(*key: object) -> np.random.Generator:

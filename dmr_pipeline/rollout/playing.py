@@ -15,7 +15,7 @@ from dmr_pipeline.agent.memory import halving
 from dmr_pipeline.precision.acting import ActingModels
 from dmr_pipeline.precision.ladder import read_ladder
 from dmr_pipeline.precision.pass_bytes import PassBytes
-from dmr_pipeline.recipe import Recipe, Speculative
+from dmr_pipeline.recipe import PromptLookup, Recipe, Speculative
 from dmr_pipeline.rollout.cost import Cost, episode_cost
 from dmr_pipeline.rollout.engine import RolloutRequest, RoutingPolicy, Timings, Trajectory, play, warn_of_outgrown
 from dmr_pipeline.rollout.known import Known
@@ -83,6 +83,8 @@ class Rollouts:
     """As of `engine.play`."""
     shared_cache: bool = False
     """Whether the rungs have one KV cache."""
+    prompt_lookup: PromptLookup | None = None
+    """As of `engine.play`."""
 
     @classmethod
     def load(cls, checkpoints: Path, recipe: Recipe, rungs: Sequence[str] | None = None) -> "Rollouts":
@@ -108,6 +110,7 @@ class Rollouts:
             recipe.runtime.reuse_actions,
             recipe.precisions.speculative,
             recipe.precisions.cache == "shared",
+            recipe.precisions.prompt_lookup,
         )
 
     @property
@@ -254,6 +257,7 @@ class Rollouts:
                 done,
                 known if self.reuse_actions else None,
                 self.speculative,
+                self.prompt_lookup,
             )
 
         played = halving(min(rows, len(mine)), "episodes", attempt) if mine else []

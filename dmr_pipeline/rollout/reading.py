@@ -57,6 +57,8 @@ class Round(NamedTuple):
     """Those of them that who checks has to read: what would complete the action need not be."""
     agreed: int
     """The first ones, which were taken."""
+    writing: Reading
+    """What writing it read, without the tokens that its first pass is given."""
 
     @property
     def kept(self) -> int:
@@ -75,15 +77,14 @@ def checking(held: int, rounds: Sequence[Round]) -> Reading:
     return sum(passes, NOTHING)
 
 
-def drafting(held: int, rounds: Sequence[Round], shared: bool = False, ready: bool = False) -> Reading:
-    """Of writing these drafts, without the transcript's tokens that the first pass is given: as `one_by_one`, the first pass of
-    each later draft reads what it has not read of the action.
+def drafting(rounds: Sequence[Round], shared: bool = False, ready: bool = False) -> Reading:
+    """Of writing these drafts, without the transcript's tokens that the first pass is given: the first pass of each later draft
+    reads what it has not read of the action.
 
     Args:
-        held: tokens of the transcript.
         shared: it goes on from what who checks has read of the action, all but its last token.
         ready: the first draft was there already.
     """
-    written = sum((one_by_one(held + r.written, r.drafted) for r in rounds[ready:]), NOTHING)
+    written = sum((r.writing for r in rounds[ready:]), NOTHING)
     unread = (1 if shared else later.written - earlier.kept for earlier, later in pairwise(rounds))
     return written + Reading(tokens=sum(unread))

@@ -17,7 +17,7 @@ from dmr_pipeline.recipe import Speculative
 from dmr_pipeline.rollout.choosing import checked, drawn, leads
 from dmr_pipeline.rollout.kv_cache.catching_up import catch_up
 from dmr_pipeline.rollout.kv_cache.padded import TokenStreams
-from dmr_pipeline.rollout.reading import Round
+from dmr_pipeline.rollout.reading import NOTHING, Reading, Round, one_by_one
 from dmr_pipeline.rollout.writing import Guess, write
 
 
@@ -46,6 +46,8 @@ class _Draft:
     """That each was drawn from; not kept where acting is greedy."""
     read: int
     """As `Round.read`."""
+    writing: Reading
+    """As `Round.writing`."""
 
 
 def write_checked(
@@ -63,6 +65,7 @@ def write_checked(
     draw: Draw,
     shared: bool = False,
     ready: Sequence[list[int]] = (),
+    guesses_count: bool = False,
 ) -> list[Checked]:
     """After each text an action of the dear precision, drafted by the cheap one. The dear streams end before the action's last
     token, the cheap ones where the last draft did.
@@ -77,6 +80,7 @@ def write_checked(
         shared: both are streams of one cache (`SharedStreams`), from which each draft is cut before it is checked. The dear
             precision's keys and values take the place of what the cheap one has written of `unread`, and of the drafts.
         ready: of each text the cheap precision's greedy action, if it is there already: the first draft, however long.
+        guesses_count: whether a draft costs the passes that it took, or one a token.
     """
     drafts: list[list[_Draft]] = [[] for _ in slots]
 
@@ -111,7 +115,8 @@ def write_checked(
             tokens = action.tokens[start:]
             read[i] = tokens[:-1] if complete else tokens
             logits = [row for _, row in action.facts] if temperature else []
-            drafts[i].append(_Draft(start, tokens, logits, len(read[i])))
+            writing = action.reading if guesses_count else one_by_one(len(texts[i]) + start, len(tokens))
+            drafts[i].append(_Draft(start, tokens, logits, len(read[i]), writing))
             if shared:
                 dear.truncate(slots[i], len(texts[i]) + start - (1 if start else len(unread[i])))
         return read
@@ -146,7 +151,7 @@ def write_checked(
     # The first ones now: where there is one cache, `unread` is what it then lacks.
     if ready:
         for i, action in enumerate(ready):
-            drafts[i].append(_Draft(0, action, [], len(action) - 1))
+            drafts[i].append(_Draft(0, action, [], len(action) - 1, NOTHING))
         first_drafts = {i: action[:-1] for i, action in enumerate(ready)}
     else:
         first_drafts = draft({i: [] for i in range(len(slots))})
@@ -169,4 +174,4 @@ def _round(draft: _Draft, action: Sequence[int]) -> Round:
     """A draft that an action came of."""
     pairs = zip(draft.tokens, action[draft.start :], strict=False)
     agreed = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-    return Round(draft.start, len(draft.tokens), draft.read, agreed)
+    return Round(draft.start, len(draft.tokens), draft.read, agreed, draft.writing)

@@ -9,10 +9,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
+import numpy as np
 import torch
+from numpy.lib.stride_tricks import sliding_window_view
 from torch import Tensor
 
+from dmr_pipeline.recipe import PromptLookup
 from dmr_pipeline.rollout.kv_cache.padded import TokenStreams
+from dmr_pipeline.rollout.reading import NOTHING, Reading
 
 T = TypeVar("T")
 
@@ -71,11 +75,24 @@ class NgramGuesses:
                     self._next[key] = token, _RENEWED
 
 
+def looked_up(text: Sequence[int], settings: PromptLookup) -> list[int]:
+    """What followed the text's last tokens where they stood in it before, the longest such run and its last place."""
+    tokens = np.asarray(text, np.int64)
+    for n in range(min(settings.ngram, len(tokens) - 1), 0, -1):
+        found = np.flatnonzero((sliding_window_view(tokens[:-1], n) == tokens[-n:]).all(axis=1))
+        if found.size:
+            after = int(found[-1]) + n
+            return list(tokens[after : after + settings.tokens].tolist())
+    return []
+
+
 @dataclass
 class Written(Generic[T]):
     tokens: list[int] = field(default_factory=list)
     facts: list[T] = field(default_factory=list)
     """One for each token that was chosen, about the logits that it was chosen from."""
+    reading: Reading = NOTHING
+    """Of the passes that it took, without the chunk that the first one is given; known logits are those of a first pass."""
 
 
 def write(
@@ -130,6 +147,8 @@ def write(
         parts = zip(first, choose(rows, [(i, len(written[i].tokens)) for i in first]), observe(rows), strict=True)
         done = {i for i, token, fact in parts if accept(i, [token], [fact], [])}
         waiting = [i for i in waiting if i not in done]
+        for i in first:
+            written[i].reading = Reading(1, 0, ends[i])
     while waiting:
         guessed = guess({i: list(written[i].tokens) for i in waiting}) if streams.cuts else {}
         guesses: dict[int, list[int]] = {}
@@ -138,6 +157,9 @@ def write(
             complete = next((n for n in range(1, len(tokens) + 1) if is_complete(written[i].tokens + tokens[:n])), None)
             guesses[i] = tokens[: complete - 1] if complete else tokens
         counts = [len(guesses[i]) + 1 for i in waiting]
+        for i, read in zip(waiting, counts, strict=True):
+            its = written[i]
+            its.reading += Reading(1, read - (its.reading.passes == 0), ends[i] + len(its.tokens) + read - 1)
         rows = streams.extend([slots[i] for i in waiting], [[*unread[i], *guesses[i]] for i in waiting], counts)
         places = [
             (i, len(written[i].tokens) + n) for i, count in zip(waiting, counts, strict=True) for n in range(count)

@@ -89,6 +89,7 @@ class LocalAgents:
             Timings(),
             None,
             rollouts.speculative or Speculative(),
+            rollouts.prompt_lookup,
         )
         self._aside = slots
         """The slot of what is decided and not played."""

@@ -41,8 +41,8 @@ from dmr_pipeline.precision.pass_bytes import PassBytes, pass_bytes, stored_pass
 from dmr_pipeline.precision.quantization import RungSize, load_rung, quantize_rung, save_rung, stored_size
 from dmr_pipeline.pretrained import adapter_config, pretrained_hashes
 from dmr_pipeline.progress import Bars
-from dmr_pipeline.recipe import Gptq, Recipe, Rung
-from dmr_pipeline.rollout.cost import episode_cost
+from dmr_pipeline.recipe import Gptq, Precisions, Recipe, Rung
+from dmr_pipeline.rollout.cost import a_pass_a_token, episode_cost
 from dmr_pipeline.rollout.engine import (
     ALONE,
     Trajectory,
@@ -175,7 +175,7 @@ def _play_rung(
     columns of their own: divergence and disagreement."""
     played = _play_validation(acting, games, prompter, recipe, device, on_progress)
     warn_of_parse_failures(played, f"rung {rung.name}")
-    rows = measured_rows(played, read, read_by_float, recipe.precisions.cache_bits)
+    rows = measured_rows(played, read, read_by_float, recipe.precisions)
     divergence, disagreement = map(pl.lit, to_float)
     return rows.with_columns(divergence=divergence, disagreement=disagreement)
 
@@ -243,7 +243,9 @@ def _all_rungs_facts(context: StageContext, device: torch.device) -> dict[str, J
     """What all that is measured of any rung depends on."""
     recipe, adapter = context.recipe, adapter_config(context.inputs["agent"] / "model")
     base = None if adapter is None else adapter.base_model_name_or_path
-    return {
+    lookup = recipe.precisions.prompt_lookup
+    added: dict[str, JsonValue] = {} if lookup is None else {"prompt_lookup": lookup.model_dump(mode="json")}
+    return added | {
         "agent": content(context.inputs["agent"]),
         "base": {} if base is None else dict(pretrained_hashes(base)),
         "games": content(context.inputs["benchmark_tasks"]),
@@ -265,13 +267,15 @@ def _rung_facts(rung: Rung, recipe: Recipe) -> dict[str, JsonValue]:
 
 
 def measured_rows(
-    played: Sequence[Trajectory], read: PassBytes, read_by_float: PassBytes, cache_bits: int
+    played: Sequence[Trajectory], read: PassBytes, read_by_float: PassBytes, precisions: Precisions
 ) -> pl.DataFrame:
     """An episode a row: task_id, success, steps, the bytes that it read (`bytes`), those of them that are keys and values
-    (`cache_bytes`), and what it would have read with float weights (`float_bytes`)."""
+    (`cache_bytes`), and what it would have read with float weights at a pass a token (`float_bytes`)."""
     rows = []
     for trajectory in played:
-        cost, by_float = (episode_cost(trajectory, {ALONE: weights}, cache_bits) for weights in (read, read_by_float))
+        cost = episode_cost(trajectory, {ALONE: read}, precisions.cache_bits)
+        plain = trajectory if precisions.prompt_lookup is None else a_pass_a_token(trajectory)
+        by_float = episode_cost(plain, {ALONE: read_by_float}, precisions.cache_bits)
         rows.append(
             {
                 "task_id": trajectory.run.task.task_id,
@@ -386,6 +390,7 @@ def _play_validation(
             recipe.agent.temperature,
             capacity,
             on_progress,
+            recipe.precisions.prompt_lookup,
         )
 
     played = gather(in_processes(play_part, scatter(games, processes), on_progress))

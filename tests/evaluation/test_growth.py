@@ -19,7 +19,7 @@ from dmr_pipeline.environments.alfworld.generator import generate_game
 from dmr_pipeline.environments.alfworld.store import write_games
 from dmr_pipeline.evaluation.play import acting_facts
 from dmr_pipeline.precision.ladder import LADDER_FILE, read_ladder
-from dmr_pipeline.recipe import Recipe, Speculative, load_recipe
+from dmr_pipeline.recipe import PromptLookup, Recipe, Speculative, load_recipe
 from dmr_pipeline.rollout.engine import SinglePrecision, Timings, Trajectory
 from dmr_pipeline.rollout.known import Known
 from dmr_pipeline.rollout.playing import PolicyRuns, Rollouts
@@ -487,6 +487,9 @@ def test_all_that_acting_reads_of_the_recipe_is_among_the_facts(artifacts: Path)
         ),
         recipe.model_copy(update={"benchmark": recipe.benchmark.model_copy(update={"step_limit": 4})}),
         recipe.model_copy(update={"evaluation": recipe.evaluation.model_copy(update={"seed": 5})}),
+        recipe.model_copy(
+            update={"precisions": recipe.precisions.model_copy(update={"prompt_lookup": PromptLookup()})}
+        ),
     ]
     facts = [json.dumps(acting_facts(checkpoints, other, ("float", "int2"))) for other in [recipe, *changed]]
     other_rungs = (("int4", "int2"), ("float", "int4"), ("float", "int4", "int2"), ("float",), ("int2",))

@@ -69,6 +69,7 @@ def roll_shared(
     kind=PackedStreams,
     models: Mapping[str, PreTrainedModel] = MODELS,
     speculative=None,
+    prompt_lookup=None,
 ) -> list[Trajectory]:
     """As `helpers.rollouts.roll`, with one cache."""
     agents = SharedStreams(kind, {rung: models[rung] for rung in route}, slots, 2048)
@@ -83,4 +84,5 @@ def roll_shared(
         seed,
         known=known,
         speculative=speculative,
+        prompt_lookup=prompt_lookup,
     )

@@ -185,6 +185,22 @@ def test_nothing_is_checked_where_commands_are_scored(context: StageContext) -> 
 
 
 @pytest.mark.usefixtures("deploys_float")
+def test_what_is_looked_up_costs_less_in_the_same_unit(context: StageContext, tmp_path: Path) -> None:
+    context = replace(context, kept=tmp_path / "kept")
+    plain = quantized_checkpoints(context).summary
+    recipe = ladder_recipe(LADDER, prompt_lookup={"ngram": 2})
+    looked = quantized_checkpoints(replace(context, recipe=recipe, output=tmp_path / "looked")).summary
+    assert looked["unit_bytes"] == plain["unit_bytes"]
+    for mine, its in zip(looked["rungs"] + looked["checked"], plain["rungs"] + plain["checked"], strict=True):
+        assert mine["cost"] < its["cost"]
+        assert mine.get("success") == its.get("success")
+    rollouts = Rollouts.load(tmp_path / "looked", recipe, ("float", "int2"))
+    (played,) = rollouts.play([RUNS[0]], SinglePrecision("float", rollouts.route), 0)
+    assert looked["rungs"][0]["cost"] == pytest.approx(rollouts.cost(played).total, abs=1e-6)
+    assert quantized_checkpoints(replace(context, output=tmp_path / "again")).summary == plain
+
+
+@pytest.mark.usefixtures("deploys_float")
 def test_a_rung_that_was_measured_before_does_not_play_again(
     context: StageContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -24,7 +24,7 @@ from dmr_pipeline.rollout.kv_cache.catching_up import catch_up
 from dmr_pipeline.rollout.kv_cache.packed import PackedStreams
 from dmr_pipeline.rollout.kv_cache.padded import Streams
 from dmr_pipeline.rollout.kv_cache.plain import PlainStreams
-from dmr_pipeline.rollout.reading import NOTHING, Reading, Round, checking, drafting
+from dmr_pipeline.rollout.reading import NOTHING, Reading, Round, checking, drafting, one_by_one
 from dmr_pipeline.rollout.speculation import Checked, write_checked
 from dmr_pipeline.rollout.writing import NgramGuesses
 from tests.helpers.causal_lms import uncached
@@ -113,7 +113,7 @@ def test_what_is_counted_is_what_passes_over_one_sequence_read(
     (action,) = check(dear, cheap, [0], [text], drafts)
     grown = Reading(tokens=len(text))
     assert grown + checking(len(text), action.rounds) == dear.reading
-    assert grown + drafting(len(text), action.rounds) == cheap.reading
+    assert grown + drafting(action.rounds) == cheap.reading
     assert cheap.lengths[0] >= len(text) + action.rounds[-1].kept
     assert (
         cheap.texts[0][: len(text) + action.rounds[-1].kept]
@@ -123,12 +123,13 @@ def test_what_is_counted_is_what_passes_over_one_sequence_read(
 
 def test_readings_by_hand() -> None:
     """Ten tokens are held. Three are drafted, one is right; then four, the last of which would end the action, all right."""
-    rounds = [Round(0, 3, 3, 1), Round(2, 4, 3, 4)]
+    rounds = [Round(0, 3, 3, 1, one_by_one(10, 3)), Round(2, 4, 3, 4, one_by_one(12, 4))]
     assert checking(10, rounds) == Reading(2, 3 + (1 + 3), 13 + 15)
     # passes over 10, 11, 12, and, cut back to 11, over 12, 13, 14, 15: one token each but for the first pass's transcript
-    assert drafting(10, rounds) == Reading(7, 2 + 4, 10 + 11 + 12 + 12 + 13 + 14 + 15)
+    assert drafting(rounds) == Reading(7, 2 + 4, 10 + 11 + 12 + 12 + 13 + 14 + 15)
     # Where all of a draft was right, the drafter has not read its last token either.
-    assert drafting(10, [Round(0, 2, 2, 2), Round(3, 1, 0, 1)]) == Reading(3, 1 + 2, 10 + 11 + 13)
+    all_right = [Round(0, 2, 2, 2, one_by_one(10, 2)), Round(3, 1, 0, 1, one_by_one(13, 1))]
+    assert drafting(all_right) == Reading(3, 1 + 2, 10 + 11 + 13)
 
 
 def test_drafts_end_where_the_recipe_says() -> None:
