@@ -61,7 +61,8 @@ class PolicyMetrics(TypedDict):
     steps: float
     """Mean over games."""
     acting_passes: float
-    """Forward passes of the acting precision a step: one a token that it writes, one a draft that it checks."""
+    """Forward passes of the acting precision a step: one a token that it writes, fewer where it looks up what it writes,
+    one a draft that it checks."""
     accepted: NotRequired[float]
     """Of the tokens that a cheaper precision drafted, the share that the acting one took. Absent where nothing was drafted."""
     switches: float

@@ -40,6 +40,7 @@ from dmr_pipeline.evaluation.tuning import Range
 from dmr_pipeline.precision.frontier import clearly_beaten
 from dmr_pipeline.precision.ladder import LadderFacts, read_ladder
 from dmr_pipeline.progress import Bars
+from dmr_pipeline.recipe import Recipe
 from dmr_pipeline.rollout.engine import RoutingPolicy, SinglePrecision
 from dmr_pipeline.rollout.known import Known
 from dmr_pipeline.rollout.prompts import truncation_policy
@@ -135,7 +136,9 @@ def evaluation_report(context: StageContext) -> StageResult:
     _write_json(context.output / "metrics.json", metrics)
     _write_json(
         context.output / "context.json",
-        report_context(context, choice, [*beaten_notes(ladder), *outgrown_notes(episodes), *differences]),
+        report_context(
+            context, choice, [*lookup_notes(recipe), *beaten_notes(ladder), *outgrown_notes(episodes), *differences]
+        ),
     )
     tables_shown = "\n".join(filter(None, (markdown_table(metrics), curves_table(metrics))))
     (context.output / "table.md").write_text(tables_shown + "\n", encoding="utf-8")
@@ -233,6 +236,16 @@ def _label_facts(table: pl.DataFrame, route: Sequence[str]) -> dict[str, JsonVal
         facts[f"share of steps that are sensitive{of_rung}"] = rows["sensitive"].mean()  # type: ignore[assignment]
         facts[f"share of steps whose greedy actions differ{of_rung}"] = 1 - rows["greedy_agree"].mean()  # type: ignore[assignment, operator]
     return facts
+
+
+def lookup_notes(recipe: Recipe) -> list[str]:
+    """How what is written is looked up, if it is."""
+    if recipe.precisions.prompt_lookup is None:
+        return []
+    return [
+        "What every precision writes is looked up in the transcript (precisions.prompt_lookup) and costs the passes that it then"
+        " takes; the unit of cost is an episode at a pass a token."
+    ]
 
 
 def beaten_notes(ladder: LadderFacts) -> list[str]:

@@ -46,10 +46,12 @@ def _table(results: Results, page: Path) -> str:
     rows = [_row(point, seeds) for point in results.points]
     trained = f"; routers are means of the training seeds {_list(results.study.seeds)}" if results.study.routers else ""
     tuned = f", tuned on {results.study.validation_games} validation games" if results.study.validation_games else ""
+    looked = results.study.precisions.get("prompt_lookup") is not None
+    lookup = " Prompt lookup at every precision; the unit of cost is an episode at a pass a token." if looked else ""
     note = (
         f"{results.games} {_which(results.study)}{tuned}; brackets: {results.confidence:.0%} intervals, by"
         f" game{trained}. Budget: spend at most, on validation games. Gain: points of success over static policies (single"
-        " precisions, checked drafts) and mixtures of their episodes at equal cost."
+        f" precisions, checked drafts) and mixtures of their episodes at equal cost.{lookup}"
     )
     return "\n".join([*_lines(columns, rows, 2), "", note])
 

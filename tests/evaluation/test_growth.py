@@ -414,6 +414,22 @@ def test_other_drafts_are_drafted_anew_and_end_alike(bench: Bench) -> None:
     assert short["passes"].sum() > whole["passes"].sum()
 
 
+def test_what_is_looked_up_is_played_anew_and_ends_alike_for_less(bench: Bench) -> None:
+    def single() -> pl.DataFrame:
+        return pl.read_parquet(bench.output / "episodes.parquet").filter(kind="single").sort("policy", "task_id")
+
+    plain = single()
+    precisions = bench.recipe.precisions.model_copy(update={"prompt_lookup": PromptLookup(ngram=2)})
+    bench.recipe = bench.recipe.model_copy(update={"precisions": precisions})
+    assert len(bench.run()) > 5
+    looked = single()
+    assert looked["steps"].to_list() == plain["steps"].to_list()
+    for spent in ("passes", "cost"):
+        assert looked[spent].sum() < plain[spent].sum()
+    notes = json.loads((bench.output / "context.json").read_text())["notes"]
+    assert any("looked up in the transcript (precisions.prompt_lookup)" in note for note in notes)
+
+
 CURVED = {"budgets": (0.3, 0.6), "rules": ("first", "margin")}
 
 
