@@ -10,6 +10,7 @@ import pytest
 from dmr_pipeline.environments.alfworld.generator import generate_game
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.precision.acting import ActingModels
+from dmr_pipeline.recipe import PromptLookup
 from dmr_pipeline.rollout.engine import RolloutRequest, SinglePrecision, Trajectory
 from dmr_pipeline.router.policies import routing_policy
 from dmr_pipeline.serve.agent import Budget, Goal, RoutedAgent, Turn
@@ -64,6 +65,17 @@ def test_a_precision_that_checks_drafts_does_what_it_does_alone_for_other_readin
         RoutedAgent(rollouts, "float<int3")
     with pytest.raises(UserError, match="drafts cannot be checked here"):
         RoutedAgent(babbling(action="score"), "float<int2")
+
+
+def test_what_is_looked_up_is_so_in_a_session_too() -> None:
+    looking, plain = babbling(prompt_lookup=PromptLookup()), babbling()
+    played = looking.play(RUNS, SinglePrecision("int2", ROUTE), 0)
+    by_hand = [play_by_hand(RoutedAgent(looking, "int2"), run, looking.step_limit) for run in RUNS]
+    assert as_told(by_hand) == as_told(played)
+    alone = [play_by_hand(RoutedAgent(plain, "int2"), run, plain.step_limit) for run in RUNS]
+    assert [[s.action for s in t.steps] for t in by_hand] == [[s.action for s in t.steps] for t in alone]
+    passes = [sum(s.reading.passes for t in episodes for s in t.steps) for episodes in (by_hand, alone)]
+    assert passes[0] < 0.95 * passes[1]
 
 
 def test_one_rung_that_is_loaded_alone_is_an_agent() -> None:
