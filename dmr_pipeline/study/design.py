@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, JsonValue, SerializeAsAny, ValidationError
 
+from dmr_pipeline.environments.benchmark import benchmark_of
 from dmr_pipeline.errors import UserError, problems_of
 from dmr_pipeline.recipe import Games, OracleName, Recipe, RuleName, games_of_a_benchmark, load_recipe
 from dmr_pipeline.recipe_fields import Count, Name, Ratio, Section, Seed
@@ -72,6 +73,12 @@ class Study(Section):
         1000,
         description="of seeds that no split uses; of benchmarks whose tasks are a list, the test split's, as many as it has",
     )
+    first_game: Annotated[int, Field(ge=0)] = Field(
+        0,
+        exclude_if=lambda first: first == 0,
+        description="of the fresh games; those before it are passed over, since another study has played them: what was found on"
+        " some games is confirmed on others",
+    )
     benchmark: Annotated[SerializeAsAny[Games] | None, BeforeValidator(_games_or_none)] = Field(
         None,
         description="whose test games these are, where nothing was trained or tuned on its like: as a recipe's section of that"
@@ -92,6 +99,11 @@ class Study(Section):
             values = getattr(self, field)
             if len(set(values)) != len(values):
                 yield field, f"{list(values)} are not all different"
+        if self.benchmark is not None and self.first_game:
+            yield (
+                "first_game",
+                "is of fresh games, and those of the benchmark that is named here are played; leave it out",
+            )
         if self.benchmark is not None and self.step_limit is not None:
             yield "step_limit", "the benchmark that is named here has its own"
         for budget in self.planned if self.routers else ():
@@ -102,13 +114,18 @@ class Study(Section):
 def load_study(path: Path) -> Study:
     """
     Raises:
-        UserError: it is malformed, or the recipe does not take its precisions or a variant's changes.
+        UserError: it is malformed, or the recipe does not take its precisions or a variant's changes; or games are to be passed
+            over that the recipe's benchmark has not.
     """
     try:
         study = Study.model_validate(read_mapping(path))
     except ValidationError as error:
         raise UserError(f"{path}: {'; '.join(problems_of(error))}") from error
-    ladder_recipe(study)
+    recipe = ladder_recipe(study)
+    if study.first_game and not benchmark_of(recipe.benchmark).fresh_tasks(1):
+        raise UserError(
+            f"{path}: first_game: the tasks of {recipe.benchmark.environment} are a list, and none is fresh; leave it out"
+        )
     for name in study.routers:
         variant_recipe(study, name, study.seeds[0])
     return study

@@ -44,7 +44,8 @@ def _table(results: Results, page: Path) -> str:
     seeds = any(len(point.by_seed) > 1 for point in results.points)
     columns = ["policy", "budget", "success", *(["seeds ±"] if seeds else []), "ratio", "cost", "gain at equal cost"]
     rows = [_row(point, seeds) for point in results.points]
-    trained = f"; routers are means of the training seeds {_list(results.study.seeds)}" if results.study.routers else ""
+    seeds_said = f"means of the training seeds {_list(results.study.seeds)}" if seeds else "of one training"
+    trained = f"; routers are {seeds_said}" if results.study.routers else ""
     tuned = f", tuned on {results.study.validation_games} validation games" if results.study.validation_games else ""
     looked = results.study.precisions.get("prompt_lookup") is not None
     lookup = " Prompt lookup at every precision; the unit of cost is an episode at a pass a token." if looked else ""
@@ -59,7 +60,8 @@ def _table(results: Results, page: Path) -> str:
 def _which(study: Study) -> str:
     """Which games were played at the end."""
     if study.benchmark is None:
-        return "games of seeds that no split uses"
+        passed_over = f", after the first {study.first_game}" if study.first_game else ""
+        return f"games of seeds that no split uses{passed_over}"
     said = study.benchmark.model_dump(exclude={"splits", "seed", "step_limit"})
     return f"test games of another benchmark ({', '.join(f'{key}: {value}' for key, value in said.items())})"
 

@@ -51,6 +51,8 @@ def play_study(
     fresh = _games(study, benchmark, tasks, games)
     on_validation = KeptTables(folder, {"games": content(tasks)}).under(split="validation", count=len(validation))
     on_fresh = KeptTables(folder, {"games": content(games or tasks)}).under(split="study", count=len(fresh))
+    if study.first_game:
+        on_fresh = on_fresh.under(first_game=study.first_game)
     if study.reworded is not None:
         fresh = [RewordedTask(game, study.reworded) for game in fresh]
         on_fresh = on_fresh.under(reworded=study.reworded)
@@ -98,7 +100,8 @@ def _games(study: Study, own: Benchmark[Games], tasks: Path, games: Path | None)
     """
     if study.benchmark is not None and games is not None:
         return list(benchmark_of(study.benchmark).read_tasks(games, "test", study.games))
-    return list(own.fresh_tasks(study.games)) or list(own.read_tasks(tasks, "test", study.games))
+    fresh = own.fresh_tasks(study.first_game + study.games)[study.first_game :]
+    return list(fresh) or list(own.read_tasks(tasks, "test", study.games))
 
 
 def _untuned(

@@ -78,10 +78,17 @@ def test_committed_studies_are_right(path: Path) -> None:
         ("routers: {a: {stage: agent}}", "stage"),
         ("precisions: {pair: [float, int5]}", "precisions: pair: 'int5'"),
         ("precisions: {bits: 4}", "precisions.bits: Extra inputs"),
+        ("first_game: -1", "first_game: Input should be greater than or equal to 0"),
+        (
+            "first_game: 5\nbenchmark: {environment: alfworld, step_limit: 9, splits: "
+            "{agent_train: 1, router_train: 1, validation: 1, test: 1}}",
+            "first_game: is of fresh games",
+        ),
+        ("recipe: webshop-tiny\nfirst_game: 5", "the tasks of webshop are a list, and none is fresh"),
     ],
 )
 def test_what_is_wrong_is_one_line(tmp_path: Path, text: str, said: str) -> None:
     with pytest.raises(UserError) as caught:
-        load_study(written(tmp_path, f"recipe: alfworld-tiny\n{text}\n"))
+        load_study(written(tmp_path, text if "recipe:" in text else f"recipe: alfworld-tiny\n{text}\n"))
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
