@@ -84,6 +84,39 @@ def test_what_is_said_of_the_rule_on_the_real_llm_is_what_its_results_say() -> N
     assert to_low.saved_ci95[0] < 0 < to_low.saved_ci95[1]  # "not told from int4's"
 
 
+def test_what_is_said_of_the_trained_routers_is_what_their_results_say() -> None:
+    found = pages.read_results("alfworld-smollm2", REPOSITORY / places.RESULTS)
+    points = {point.policy: point for point in found.points}
+    beside = {(one.policy, one.against): one for one in found.references}
+    compared = {one.router: one for one in found.compared}
+    kl, both, planned = points["kl"], points["both"], compared["kl"]
+    readme, page, concept = map(words, PLACES)
+
+    def span(ends: list[float]) -> str:
+        return " to ".join(f"{100 * end:.1f}" for end in ends)
+
+    to_high, to_low, to_oracle = (beside["kl", against] for against in ("int8", "int4-gptq", "disagreement"))
+    more = f"{100 * to_low.difference:.1f} points more than int4 ({span(to_low.difference_ci95)})"
+    assert f"that of stage 1 wins {kl.success:.1%} at {kl.cost:.3f}, {more}" in page
+    assert to_low.saved_ci95[0] < 0 < to_low.saved_ci95[1]  # "not told from int4's"
+    cheaper = f"{to_high.saved:.0%} less ({span(to_high.saved_ci95)})"
+    assert (
+        f"{100 * to_high.difference:.1f} points more than int8 ({span(to_high.difference_ci95)}) for {cheaper}" in page
+    )
+    assert to_oracle.difference == 0
+    gain = f"{100 * planned.difference:.1f} points more"
+    assert f"{gain} at equal cost ({span(planned.difference_ci95)}), p = {planned.p_holm:.3f}" in page
+    for text in (readme, concept):
+        assert f"[{kl.success:.1%} at {kl.cost:.2f}]" in text
+        assert f"{gain} than the rule at equal cost ({span(planned.difference_ci95)}" in text
+        assert f"p = {planned.p_holm:.3f}" in text
+    after = " and ".join(f"{-100 * compared[name].difference:.1f}" for name in ("kl-after", "advantage-after"))
+    assert f"win {after} points less than the rule" in page
+    assert f"{both.success:.1%} too, at {both.cost:.3f}" in page
+    assert f"asks for int8 at {kl.ratio:.0%} of these steps, and costs {kl.cost:.3f}" in page
+    assert len(found.compared) == 4  # "corrected for four"
+
+
 def test_what_is_said_of_a_head_of_int4_is_what_its_results_say() -> None:
     found = pages.read_results("alfworld-smollm2-head4", REPOSITORY / places.RESULTS)
     before = pages.read_results("alfworld-smollm2-rules", REPOSITORY / places.RESULTS)
