@@ -142,6 +142,44 @@ def test_what_is_said_of_a_head_of_int4_is_what_its_results_say() -> None:
     assert f"it saves {to_high.saved:.0%}" in concept
 
 
+def test_what_is_said_of_prompt_lookup_is_what_its_results_say() -> None:
+    found, before = (
+        pages.read_results(f"alfworld-smollm2-{name}", REPOSITORY / places.RESULTS) for name in ("lookup", "head4")
+    )
+    points, others = ({point.policy: point for point in results.points} for results in (found, before))
+    rule, high, low = (points[name] for name in ("rule:margin", "always_int8", "always_int4-gptq"))
+    to_high, to_low, _ = found.references
+    readme, page, concept = map(words, PLACES)
+
+    def span(ends: list[float]) -> str:
+        return " to ".join(f"{100 * end:.1f}" for end in ends)
+
+    less = [f"{1 - points[name].cost / others[name].cost:.0%}" for name in (high.policy, low.policy, "always_float")]
+    assert (
+        f"int8 alone costs {less[0]} less than [without it](#a-head-of-int4), int4 {less[1]} less, bfloat16 {less[2]} less"
+        in page
+    )
+    assert f"int8 with it, {high.success:.1%} at {high.cost:.3f}, costs less than int4" in page
+    without = [*others.values(), *pages.read_results("alfworld-smollm2", REPOSITORY / places.RESULTS).points]
+    assert high.cost < min(point.cost for point in without if point.kind != "oracle")
+    assert f"{to_high.saved:.0%} of int8's cost ({span(to_high.saved_ci95)}), against" in page
+    assert f"against {before.references[0].saved:.0%}. What it wins less" in page
+    lost = f"less than int8, {-100 * to_high.difference:.1f} points, 300 games cannot tell"
+    assert f"{lost} from nothing ({span(to_high.difference_ci95)})" in page
+    dearer = [f"{-results.references[1].saved:.0%}" for results in (found, before)]
+    assert f"The rule costs {dearer[0]} more than int4 alone, against {dearer[1]}," in page
+    assert f"equal cost, {100 * rule.gain:.1f} points ({span(rule.gain_ci95)}), is not told from 0" in page
+    assert others["rule:margin"].gain_ci95[0] < 0 < others["rule:margin"].gain_ci95[1]
+    assert f"drafts costs {points['speculative:int8<int4-gptq'].cost:.3f}, hardly less" in page
+    assert f"int8 wins {high.success:.1%} here and {others['always_int8'].success:.1%} there" in page
+    assert f"int8 alone wins {high.success:.1%} of {found.games} fresh games at {high.cost:.2f}" in readme
+    assert f"for {others['always_int8'].cost:.2f} without" in readme
+    assert f"with both, {rule.success:.1%} at {rule.cost:.2f}" in readme
+    assert f"[{high.success:.1%} at {high.cost:.2f}](../results/alfworld-smollm2.md#prompt-lookup)" in concept
+    assert f"prompt-lookup), for {others['always_int8'].cost:.2f} without: less than int4" in concept
+    assert f"saves {to_high.saved:.0%} of int8's cost, but {-to_low.saved:.0%} is what it then costs more" in concept
+
+
 def test_what_is_said_of_the_official_games_is_what_their_results_say() -> None:
     found = pages.read_results("alfworld-smollm2-seen", REPOSITORY / places.RESULTS)
     elsewhere = pages.read_results("alfworld-smollm2-rules", REPOSITORY / places.RESULTS)
