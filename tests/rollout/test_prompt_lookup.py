@@ -17,9 +17,9 @@ from dmr_pipeline.rollout.kv_cache.plain import PlainStreams
 from dmr_pipeline.rollout.reading import NOTHING
 from dmr_pipeline.rollout.writing import looked_up
 from dmr_pipeline.router.baselines import Disagreement, RandomMixing
+from tests.helpers.asking import Asking, Counted
 from tests.helpers.one_cache import roll_shared
 from tests.helpers.rollouts import HALF, MODELS, PROMPTER, ROUTE, RUNS, STEPS, roll, streams_of, taken
-from tests.rollout.test_speculation import Asking, Counted
 
 LOOKUP = PromptLookup()
 ALONE = SinglePrecision("int2", ROUTE)

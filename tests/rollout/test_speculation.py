@@ -27,6 +27,7 @@ from dmr_pipeline.rollout.kv_cache.plain import PlainStreams
 from dmr_pipeline.rollout.reading import NOTHING, Reading, Round, checking, drafting, one_by_one
 from dmr_pipeline.rollout.speculation import Checked, write_checked
 from dmr_pipeline.rollout.writing import NgramGuesses
+from tests.helpers.asking import Asking, Counted
 from tests.helpers.causal_lms import uncached
 from tests.helpers.kinds import model_of
 from tests.helpers.one_cache import roll_shared
@@ -53,19 +54,6 @@ DRAFTS = st.builds(
     Speculative, draft_tokens=st.none() | st.integers(1, 5), stop_margin=st.sampled_from([0.0, 0.1, 1.0])
 )
 TOKENS = st.lists(st.integers(0, len(PROMPTER.tokenizer) - 1), min_size=1, max_size=12)
-
-
-class Counted(Streams):
-    """Counts what its forward passes read, of all slots."""
-
-    def __init__(self, *args) -> None:
-        super().__init__(*args)
-        self.reading = NOTHING
-
-    def _hidden(self, slots, chunks, layers=()):
-        for slot, chunk in zip(slots, chunks, strict=True):
-            self.reading += Reading(1, len(chunk), len(self.texts[slot]) + len(chunk))
-        return super()._hidden(slots, chunks, layers)
 
 
 def no_guesses(waiting: Mapping[int, list[int]]) -> dict[int, list[int]]:
@@ -163,26 +151,6 @@ def test_episodes_are_those_of_the_precision_that_checks(dear: str, cheap: str, 
     assert all(step.besides.keys() == {cheap} and 0 <= step.accepted <= step.drafted for step in steps)
     assert sum(step.reading.passes for step in steps) < sum(len(step.action) for step in steps)
     assert 0.3 < sum(step.accepted for step in steps) / sum(step.drafted for step in steps) < 1
-
-
-class Asking:
-    """Every other step is checked, after the cheapest precision was asked for states, for its draft, or for nothing."""
-
-    def __init__(self, *asked: str) -> None:
-        self.asked, self.turns = asked, Counter[int]()
-
-    def begin(self, slot, run) -> None:
-        self.turns[slot] = 0
-
-    def decide(self, slots, segments, peek) -> list[Decision]:
-        if "states" in self.asked:
-            peek.states(slots, [1])
-        if "draft" in self.asked:
-            peek.drafts("int2", slots)
-        return [Decision("float", (), drafter="int2") if self.turns[s] % 2 else Decision("int2", ()) for s in slots]
-
-    def acted(self, slot, segment, precision, action) -> None:
-        self.turns[slot] += 1
 
 
 @pytest.mark.parametrize("asked", [("states",), ("draft",), ("states", "draft")])
