@@ -217,12 +217,9 @@ def acting_facts(checkpoints: Path, recipe: Recipe, rungs: Sequence[str]) -> dic
         checkpoints: artifact of the stage `quantized_checkpoints`.
         rungs: that act, dearest first.
     """
-    precisions, added = recipe.precisions, dict[str, JsonValue]()
-    if precisions.cache == "shared" and len(rungs) > 1:
-        added["cache"] = "shared"
-    if precisions.prompt_lookup is not None:
-        added["prompt_lookup"] = precisions.prompt_lookup.model_dump(mode="json")
-    return added | {
+    precisions, counted = recipe.precisions, {"prompt_lookup", "cache"} if len(rungs) > 1 else {"prompt_lookup"}
+    return {
+        **precisions.model_dump(mode="json", include=counted),  # nothing, by their defaults
         "rungs": [[rung, content(checkpoints, f"{rung}/")] for rung in rungs],
         "tokenizer": content(checkpoints, "tokenizer/"),
         "unit_bytes": read_ladder(checkpoints).unit_bytes,

@@ -243,9 +243,8 @@ def _all_rungs_facts(context: StageContext, device: torch.device) -> dict[str, J
     """What all that is measured of any rung depends on."""
     recipe, adapter = context.recipe, adapter_config(context.inputs["agent"] / "model")
     base = None if adapter is None else adapter.base_model_name_or_path
-    lookup = recipe.precisions.prompt_lookup
-    added: dict[str, JsonValue] = {} if lookup is None else {"prompt_lookup": lookup.model_dump(mode="json")}
-    return added | {
+    return {
+        **recipe.precisions.model_dump(mode="json", include={"prompt_lookup"}),  # nothing, by default
         "agent": content(context.inputs["agent"]),
         "base": {} if base is None else dict(pretrained_hashes(base)),
         "games": content(context.inputs["benchmark_tasks"]),

@@ -21,7 +21,8 @@ class Counted(Streams):
 
 
 class Asking:
-    """Every other step is checked, after the cheapest precision was asked for states, for its draft, or for nothing."""
+    """Every other step is checked, after the cheapest precision was asked for states or a draft, the dearest for a draft, or
+    nobody for anything."""
 
     def __init__(self, *asked: str) -> None:
         self.asked, self.turns = asked, Counter[int]()
@@ -34,7 +35,12 @@ class Asking:
             peek.states(slots, [1])
         if "draft" in self.asked:
             peek.drafts("int2", slots)
-        return [Decision("float", (), drafter="int2") if self.turns[s] % 2 else Decision("int2", ()) for s in slots]
+        if "dear" in self.asked:
+            peek.drafts("float", slots)
+        return [self.decided(slot) for slot in slots]
+
+    def decided(self, slot: int) -> Decision:
+        return Decision("float", (), drafter="int2") if self.turns[slot] % 2 else Decision("int2", ())
 
     def acted(self, slot, segment, precision, action) -> None:
         self.turns[slot] += 1

@@ -193,7 +193,7 @@ def test_what_is_looked_up_costs_less_in_the_same_unit(context: StageContext, tm
     assert looked["unit_bytes"] == plain["unit_bytes"]
     for mine, its in zip(looked["rungs"] + looked["checked"], plain["rungs"] + plain["checked"], strict=True):
         assert mine["cost"] < its["cost"]
-        assert mine.get("success") == its.get("success")
+        assert mine["validation_success"] == its["validation_success"]
     rollouts = Rollouts.load(tmp_path / "looked", recipe, ("float", "int2"))
     (played,) = rollouts.play([RUNS[0]], SinglePrecision("float", rollouts.route), 0)
     assert looked["rungs"][0]["cost"] == pytest.approx(rollouts.cost(played).total, abs=1e-6)

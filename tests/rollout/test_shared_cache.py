@@ -22,6 +22,7 @@ from dmr_pipeline.rollout.reading import NOTHING, Reading
 from dmr_pipeline.rollout.speculation import write_checked
 from dmr_pipeline.rollout.writing import NgramGuesses
 from dmr_pipeline.router.baselines import Confidence, Disagreement, RandomMixing
+from tests.helpers.asking import Asking
 from tests.helpers.causal_lms import SHAPE, VOCABULARY, assert_close, causal_lm
 from tests.helpers.kinds import model_of
 from tests.helpers.one_cache import OneCache, roll_shared
@@ -130,31 +131,12 @@ def test_what_any_slot_has_read_alike_is_copied() -> None:
 MIXING = RandomMixing(dict.fromkeys(THREE, 1 / 3), seed=3)
 
 
-class Asking:
-    """The precisions in turn, a checked step among them, after the cheapest was asked for states or a draft, the dearest for a
-    draft, or nobody for anything."""
-
-    def __init__(self, *asked: str) -> None:
-        self.asked, self.turns = asked, Counter[int]()
-
-    def begin(self, slot, run) -> None:
-        self.turns[slot] = 0
-
-    def decide(self, slots, segments, peek) -> list[Decision]:
-        if "states" in self.asked:
-            peek.states(slots, [1])
-        if "draft" in self.asked:
-            peek.drafts("int2", slots)
-        if "dear" in self.asked:
-            peek.drafts("float", slots)
-        return [self.decided(slot) for slot in slots]
+class InTurn(Asking):
+    """The precisions in turn, a checked step among them."""
 
     def decided(self, slot: int) -> Decision:
         drafter = [None, None, "int2"][self.turns[slot] % 3]
         return Decision(["int2", "float", "float"][self.turns[slot] % 3], (), drafter=drafter)
-
-    def acted(self, slot, segment, precision, action) -> None:
-        self.turns[slot] += 1
 
 
 def assert_acts(played: list[Trajectory], act) -> None:
@@ -247,10 +229,10 @@ def test_what_was_asked_for_is_gone_on_from_but_for_a_check(asked: tuple[str, ..
             cache.see(LOW, text)
         return cache.act(MODELS[step.precision], text)
 
-    played = roll_shared(Asking(*asked), slots)
+    played = roll_shared(InTurn(*asked), slots)
     assert_acts(played, act)
     assert any(step.drafted for trajectory in played for step in trajectory.steps)
-    assert differ(played, Asking(*asked), ROUTE)
+    assert differ(played, InTurn(*asked), ROUTE)
 
 
 @pytest.mark.parametrize("asked", [("dear",), ("states", "dear"), ("draft", "dear")])
@@ -265,9 +247,9 @@ def test_who_acts_reads_the_last_token_again_where_another_has(asked: tuple[str,
         cache.cut(len(text))  # what is written there is not what is done
         return draft or cache.act(LOW, text)
 
-    played = roll_shared(Asking(*asked), 3)
+    played = roll_shared(InTurn(*asked), 3)
     assert_acts(played, act)
-    assert differ(played, Asking(*asked), ROUTE)
+    assert differ(played, InTurn(*asked), ROUTE)
 
 
 @pytest.mark.parametrize("drafts", [None, Speculative(draft_tokens=2), Speculative(stop_margin=0.1)])
@@ -319,11 +301,11 @@ POLICIES = [
     Confidence(ROUTE, 0.9),
     Disagreement(ROUTE),
     SinglePrecision("float", ROUTE, "int2"),
-    Asking("states"),
-    Asking("draft"),
-    Asking("states", "draft"),
-    Asking("states", "dear"),
-    Asking("draft", "dear"),
+    InTurn("states"),
+    InTurn("draft"),
+    InTurn("states", "draft"),
+    InTurn("states", "dear"),
+    InTurn("draft", "dear"),
 ]
 
 

@@ -1,6 +1,7 @@
 """A study's results on pages: the committed ones are what the committed results make."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,11 @@ KEPT = sorted(file.name.removesuffix(".study.json") for file in (REPOSITORY / pl
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
 PLACES = ("README.md", "docs/results/alfworld-smollm2.md", "docs/concepts/when-routing-pays.md")
 """Where it is told in words what studies of the real LLM have found."""
+
+
+def span(ends: Sequence[float]) -> str:
+    """An interval in points, as pages write it."""
+    return " to ".join(f"{100 * end:.1f}" for end in ends)
 
 
 @pytest.fixture(scope="module")
@@ -92,9 +98,6 @@ def test_what_is_said_of_the_trained_routers_is_what_their_results_say() -> None
     kl, both, planned = points["kl"], points["both"], compared["kl"]
     readme, page, concept = map(words, PLACES)
 
-    def span(ends: list[float]) -> str:
-        return " to ".join(f"{100 * end:.1f}" for end in ends)
-
     to_high, to_low, to_oracle = (beside["kl", against] for against in ("int8", "int4-gptq", "disagreement"))
     more = f"{100 * to_low.difference:.1f} points more than int4 ({span(to_low.difference_ci95)})"
     assert f"that of stage 1 wins {kl.success:.1%} at {kl.cost:.3f}, {more}" in page
@@ -128,9 +131,6 @@ def test_what_is_said_of_a_head_of_int4_is_what_its_results_say() -> None:
     assert f"({low.success:.1%} both times), for {1 - low.cost / old.cost:.0%} less" in page
     to_high, to_low, _ = found.references
 
-    def span(ends: list[float]) -> str:
-        return " to ".join(f"{100 * end:.1f}" for end in ends)
-
     assert f"{to_high.saved:.0%} ({span(to_high.saved_ci95)}), against {before.references[0].saved:.0%} above" in page
     assert f"less than int8, {-100 * to_high.difference:.1f} points, 300 games" in page
     assert f"from nothing ({span(to_high.difference_ci95)})" in page
@@ -150,9 +150,6 @@ def test_what_is_said_of_prompt_lookup_is_what_its_results_say() -> None:
     rule, high, low = (points[name] for name in ("rule:margin", "always_int8", "always_int4-gptq"))
     to_high, to_low, _ = found.references
     readme, page, concept = map(words, PLACES)
-
-    def span(ends: list[float]) -> str:
-        return " to ".join(f"{100 * end:.1f}" for end in ends)
 
     less = [f"{1 - points[name].cost / others[name].cost:.0%}" for name in (high.policy, low.policy, "always_float")]
     assert (
