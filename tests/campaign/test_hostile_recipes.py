@@ -98,7 +98,7 @@ RIGHT: dict[str, set[str]] = {
     **{f"trajectories.behaviour.{i}.shares.{rung}": {"1"} for i, rung in ((0, "float"), (1, "int2"))},
     "trajectories.seed": FROM_0,
     "sensitivity.tau": {"null"}, "sensitivity.won_only": {"true"},
-    "kl_router.model.probe.hidden": COUNTED, "kl_router.model.architecture": {"null"},
+    "kl_router.model.probe.hidden": FROM_0, "kl_router.model.architecture": {"null"},
     "kl_router.model.pretrained": {"null"}, "kl_router.model.lora": {"null"},
     "kl_router.epochs": COUNTED, "kl_router.batch_episodes": COUNTED, "kl_router.learning_rate": COUNTED,
     "kl_router.validation_games": COUNTED, "kl_router.seed": FROM_0,
