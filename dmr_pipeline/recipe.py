@@ -244,6 +244,12 @@ class PageView(Section):
         description="words of a whole observation that are shown; the rest is lost, with what stands last on a page, such as"
         " the title and 'Buy Now' below many options",
     )
+    separator: Text | None = Field(
+        None,
+        exclude_if=_unset,
+        description="what stands between the segments that are shown, a line break for instance; by default ' [SEP] ' as on the"
+        " page, which an LLM's own tokenizer may cut into four tokens each time",
+    )
 
 
 PLACEHOLDERS = ("task", "observation", "step", "steps_left", "admissible_commands")
@@ -416,6 +422,11 @@ class Agent(Section):
             )
         if self.training is not None and self.prompt.chat is not None:
             yield "prompt.chat", "the tokenizer of an agent that is trained here has no chat template: leave it out"
+        if self.training is not None and self.prompt.page is not None and self.prompt.page.separator is not None:
+            yield (
+                "prompt.page.separator",
+                "the tokenizer of an agent that is trained here knows pages with ' [SEP] ' alone: leave it out",
+            )
         if (self.pretrained is None) == (self.training is None):
             yield "", "give exactly one of 'pretrained' and 'training'"
         if self.finetune is not None and self.pretrained is None:

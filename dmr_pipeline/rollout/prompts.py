@@ -355,7 +355,7 @@ def shown(observation: str, task: str, page: PageView) -> str:
             left -= len(words)
         if words:
             kept.append(" ".join(words))
-    return SEPARATOR.join(kept)
+    return (page.separator or SEPARATOR).join(kept)
 
 
 def truncation_policy(page: PageView | None) -> str:
@@ -365,4 +365,5 @@ def truncation_policy(page: PageView | None) -> str:
     limits = [f"{page.segment_words} words a segment"] if page.segment_words else []
     limits += [f"{page.observation_words} words in all"] if page.observation_words else []
     policy = f"observations are cut to {' and '.join(limits)}" if limits else "observations are not cut"
-    return policy + (f"; hidden: {', '.join(map(repr, page.hide))}" if page.hide else "")
+    policy += f"; hidden: {', '.join(map(repr, page.hide))}" if page.hide else ""
+    return policy + (f"; {page.separator!r} between segments" if page.separator is not None else "")

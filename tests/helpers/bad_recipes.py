@@ -145,6 +145,8 @@ ALFWORLD: list[tuple[str, dict[str, object], str]] = [
      "agent.prompt.turn: expected '}' before end of string; write a brace that is meant as such twice"),
     ("chat-of-a-trained-agent", {"agent.prompt.chat": {}, "agent.prompt.opening": "{task}", "agent.prompt.turn": "{observation}"},
      "agent.prompt.chat: the tokenizer of an agent that is trained here has no chat template: leave it out"),
+    ("separator-of-a-trained-agent", {"agent.prompt.page": {"separator": "\n"}},
+     "agent.prompt.page.separator: the tokenizer of an agent that is trained here knows pages with ' [SEP] ' alone"),
     ("unknown-of-chat", {"agent.prompt.chat": {"sistem": "x"}}, "agent.prompt.chat.sistem: Extra inputs are not permitted"),
     ("empty-hide", {"agent.prompt.page": {"hide": [""]}},
      "agent.prompt.page.hide.0: String should have at least 1 character"),

@@ -95,6 +95,7 @@ TASK = "a red  mug, {please}"
             "Back to [SEP] B01 [SEP] Mug,",
         ),
         (PageView(hide=("{task}",), observation_words=4), "Instruction: [SEP] Back to Search"),
+        (PageView(hide=("Instruction:", "{task}"), segment_words=2, separator="\n"), "Back to\nB01\nMug, red\n$7.99"),
     ],
 )
 def test_pages_are_shown_as_the_recipe_says(page: PageView, wanted: str) -> None:
@@ -136,6 +137,7 @@ def test_a_prompt_shows_pages_through_its_view_in_every_segment() -> None:
             PageView(hide=("Search", "{task}"), segment_words=12, observation_words=200),
             "observations are cut to 12 words a segment and 200 words in all; hidden: 'Search', '{task}'",
         ),
+        (PageView(separator="\n"), "observations are not cut; '\\n' between segments"),
     ],
 )
 def test_the_truncation_policy_is_said_in_a_line(page: PageView | None, policy: str) -> None:
