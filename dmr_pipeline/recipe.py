@@ -1138,7 +1138,9 @@ class Runtime(Section):
     of threads and processes."""
 
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU where there is one")
-    threads: Workers = Field(1, description="torch threads a process")
+    threads: Workers = Field(
+        1, description="torch threads a process; an LLM is fine-tuned in one process with as many as all of them have"
+    )
     processes: Workers = Field(2, description="processes that play episodes at once on a CPU; one on a GPU")
     batch_episodes: Batch = Field(
         64, description="episodes acted on at once in a process; fewer where a GPU runs out of memory"
@@ -1148,6 +1150,11 @@ class Runtime(Section):
         description="look up what a precision does at a transcript that it has met before; false computes it again",
         exclude_if=bool,
     )
+
+    @property
+    def all_threads(self) -> int:
+        """Of all processes: what one has that works alone."""
+        return self.threads * self.processes
 
     def problems(self) -> Iterator[tuple[str, str]]:
         if self.threads > 1 and self.processes > 1:

@@ -86,8 +86,8 @@ def _show(found: "Plan") -> None:
         f"The agent wins {assumed.success:.0%} of the games (--success), as the expert does in {assumed.episodes.steps:.1f}"
         f" steps, and takes {assumed.episodes.step_limit} where it loses; a step reads {assumed.episodes.segment:.0f} tokens (the"
         f" first {assumed.episodes.opening:.0f}) and writes {assumed.episodes.action:.1f}.",
-        f"A process reads {speed.read:,.0f} tokens a second, writes {speed.write:,.0f} and learns from {speed.learn:,.0f}"
-        f" ({'measured with random weights' if speed.measured else 'as given'}); {assumed.processes} play at once.",
+        f"A process reads {speed.read:,.0f} tokens a second and writes {speed.write:,.0f}; {assumed.processes} play at once."
+        f" Training learns from {speed.learn:,.0f} ({'measured with random weights' if speed.measured else 'as given'}).",
     ]
     for line in lines:
         console.print(line, highlight=False, markup=False)

@@ -77,8 +77,9 @@ def plan(recipe: Recipe, data_root: Path, success: float, speed: Speed | None) -
     free = on_gpu if model.on_gpu else main
     if speed is None:
         learns_in = COMPUTE if agent.finetune is not None else torch.float32 if agent.training is not None else None
-        rows = recipe.runtime.batch_episodes
-        speed = measured_speed(config, dtype, device, episodes, rows, learns_in, free)
+        rows, runtime = recipe.runtime.batch_episodes, recipe.runtime
+        threads = min(runtime.all_threads, cores()) if agent.finetune is not None else runtime.threads
+        speed = measured_speed(config, dtype, device, episodes, rows, learns_in, threads, free)
     assumed = Assumptions(success, episodes, speed, min(processes_on(device, recipe.runtime), cores()), program)
     held, stored, work = memory(recipe, model, assumed), disk(recipe, model, assumed), works(recipe, model, assumed)
     needs = tuple(

@@ -52,6 +52,7 @@ def measured_speed(
     episodes: Episodes,
     rows: int,
     learns_in: torch.dtype | None,
+    threads: int,
     free: int,
 ) -> Speed:
     """Of a few forward passes in the middle of an episode, a backward pass, and a little of what else takes time.
@@ -63,6 +64,7 @@ def measured_speed(
         dtype: that it acts in.
         rows: episodes at once.
         learns_in: of the matrix products of training; None where nothing is trained.
+        threads: torch's when it learns.
         free: bytes of memory.
     """
     few, share = _few_layers(config, dtype, free)
@@ -79,7 +81,10 @@ def measured_speed(
     read = rows * segment / (min(reading) / share)
     write = rows / (min(writing) / share)
     vocabulary, width = model.get_output_embeddings().weight.shape
+    acting_threads = torch.get_num_threads()
+    torch.set_num_threads(threads)
     learn = _learning(model, episodes, device, learns_in, share)
+    torch.set_num_threads(acting_threads)
     return Speed(read, write, learn, True, _comparing(vocabulary, device), _rounding(width, device))
 
 

@@ -71,6 +71,7 @@ def _train(context: StageContext, training: Training, device: torch.device) -> S
 
 def _finetune(context: StageContext, source: Pretrained, finetune: Finetune, device: torch.device) -> StageResult:
     """From an LLM that exists; the artifact is an adapter, or a whole checkpoint."""
+    torch.set_num_threads(context.recipe.runtime.all_threads)  # its matrices are large enough to share among cores
     recipe, folder = context.recipe, context.output / "model"
     tasks = benchmark_of(recipe.benchmark).read_tasks(context.inputs["benchmark_tasks"], "agent_train")
     model, tokenizer = load_causal_lm(source.model, source.revision, torch.device("cpu"), stored_precision=True)

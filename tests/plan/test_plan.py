@@ -188,13 +188,27 @@ def test_speed_is_measured_with_random_weights() -> None:
         vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=8, num_attention_heads=2,
         num_key_value_heads=1,
     )  # fmt: skip
-    whole = measured_speed(config, torch.float32, CPU, EPISODES, 4, torch.float32, free=10**9)
+    whole = measured_speed(config, torch.float32, CPU, EPISODES, 4, torch.float32, threads=2, free=10**9)
     assert whole.compare is not None
     assert whole.round is not None
     assert min(whole.read, whole.write, whole.learn, whole.compare, whole.round) > 0
     assert whole.read > whole.write, "a segment is read in one pass"
     assert config.num_hidden_layers == 8
-    assert measured_speed(config, torch.float32, CPU, EPISODES, 4, None, free=10**9).learn == 0
+    assert measured_speed(config, torch.float32, CPU, EPISODES, 4, None, threads=1, free=10**9).learn == 0
+
+
+def test_learning_is_timed_with_its_own_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dmr_pipeline.plan import speed
+
+    monkeypatch.setattr(speed, "_learning", lambda *_: float(torch.get_num_threads()))
+    before = torch.get_num_threads()
+    config = LlamaConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1,
+    )  # fmt: skip
+    found = measured_speed(config, torch.float32, CPU, EPISODES, 4, torch.float32, threads=before + 1, free=10**9)
+    assert found.learn == before + 1
+    assert torch.get_num_threads() == before
 
 
 def test_a_model_that_is_too_large_is_tried_with_fewer_layers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """Fine-tuning: what is trained and stored, and a killed one ends as an unbroken one does."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,13 @@ CPU = torch.device("cpu")
 TOKENS = torch.arange(20)[None]
 
 
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
     """A checkpoint in bfloat16."""
@@ -53,13 +61,13 @@ def base(tmp_path: Path) -> Path:
     return folder
 
 
-def tuned(base: Path, folder: Path, finetune: Finetune = FINETUNE) -> Path:
+def tuned(base: Path, folder: Path, finetune: Finetune = FINETUNE, processes: int = 1) -> Path:
     """The artifact of the stage."""
     recipe = load_recipe("alfworld-tiny").model_copy(
         update={
             "benchmark": BENCHMARK,
             "agent": Agent(pretrained=Pretrained(model=str(base)), finetune=finetune, prompt=Prompt()),
-            "runtime": Runtime(batch_episodes=2, processes=1),
+            "runtime": Runtime(batch_episodes=2, processes=processes),
         }
     )
     tasks = folder / "tasks"
@@ -102,6 +110,21 @@ def test_a_killed_fine_tuning_ends_as_an_unbroken_one(
     assert files
     for file in files:
         assert (resumed / file).read_bytes() == (whole / file).read_bytes(), file
+
+
+def test_an_llm_learns_with_the_cores_of_all_processes(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+
+    def noted(update: int, training: Finetune) -> float:
+        seen.append(torch.get_num_threads())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "schedule", noted)
+    with pytest.raises(KeyboardInterrupt):
+        tuned(base, tmp_path, processes=2)
+    assert seen == [2]
 
 
 def test_smaller_pieces_go_through_where_memory_does_not_suffice(
