@@ -3,6 +3,7 @@ import shutil
 import signal
 import sys
 import types
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before torch is imported, here and in what tests start: its threads do not survive the fork in which episodes are played, and
@@ -53,6 +54,16 @@ def finished_project(finished_template: Path, tmp_path: Path, monkeypatch: pytes
     shutil.copytree(finished_template, tmp_path, dirs_exist_ok=True)
     enter_project(tmp_path, monkeypatch)
     return load_recipe(RECIPE)
+
+
+@pytest.fixture
+def torch_threads() -> Iterator[int]:
+    """How many torch has; those of the other tests are as they were again."""
+    import torch
+
+    before = torch.get_num_threads()
+    yield before
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

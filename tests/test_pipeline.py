@@ -1,6 +1,5 @@
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -33,22 +32,12 @@ def test_unknown_stage_lists_the_known_ones():
         find_stage("nope", pipeline.STAGES)
 
 
-@pytest.fixture
-def threads() -> Iterator[int]:
-    """Of torch; those of the other tests are as they were again."""
-    import torch
-
-    before = torch.get_num_threads()
-    yield before
-    torch.set_num_threads(before)
-
-
-def test_a_stage_computes_with_as_many_threads_as_its_recipe_says(threads: int, tmp_path: Path):
+def test_a_stage_computes_with_as_many_threads_as_its_recipe_says(torch_threads: int, tmp_path: Path):
     import torch
 
     from dmr_pipeline.stages import ingested_trajectories
 
-    asked, seen = threads + 1, list[int]()
+    asked, seen = torch_threads + 1, list[int]()
     runtime = SimpleNamespace(threads=asked)
     context = StageContext(SimpleNamespace(runtime=runtime), {}, tmp_path, tmp_path)
     with pytest.MonkeyPatch.context() as patch:

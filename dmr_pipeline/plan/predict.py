@@ -78,7 +78,7 @@ def plan(recipe: Recipe, data_root: Path, success: float, speed: Speed | None) -
     if speed is None:
         learns_in = COMPUTE if agent.finetune is not None else torch.float32 if agent.training is not None else None
         rows, runtime = recipe.runtime.batch_episodes, recipe.runtime
-        threads = min(runtime.all_threads, cores()) if agent.finetune is not None else runtime.threads
+        threads = runtime.all_threads if agent.finetune is not None else runtime.threads  # as stages/agent.py has them
         speed = measured_speed(config, dtype, device, episodes, rows, learns_in, threads, free)
     assumed = Assumptions(success, episodes, speed, min(processes_on(device, recipe.runtime), cores()), program)
     held, stored, work = memory(recipe, model, assumed), disk(recipe, model, assumed), works(recipe, model, assumed)

@@ -183,11 +183,15 @@ def test_what_cannot_fit_is_refused_in_one_line(tmp_path: Path, monkeypatch: pyt
     assert dmr("plan", "micro", "--read-speed", "1000").exit_code == 2
 
 
-def test_speed_is_measured_with_random_weights() -> None:
-    config = LlamaConfig(
-        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=8, num_attention_heads=2,
-        num_key_value_heads=1,
+def llama(layers: int, **others: bool) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=layers, num_attention_heads=2,
+        num_key_value_heads=1, **others,
     )  # fmt: skip
+
+
+def test_speed_is_measured_with_random_weights() -> None:
+    config = llama(8)
     whole = measured_speed(config, torch.float32, CPU, EPISODES, 4, torch.float32, threads=2, free=10**9)
     assert whole.compare is not None
     assert whole.round is not None
@@ -202,10 +206,7 @@ def test_learning_is_timed_with_its_own_threads(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(speed, "_learning", lambda *_: float(torch.get_num_threads()))
     before = torch.get_num_threads()
-    config = LlamaConfig(
-        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1,
-    )  # fmt: skip
+    config = llama(1)
     found = measured_speed(config, torch.float32, CPU, EPISODES, 4, torch.float32, threads=before + 1, free=10**9)
     assert found.learn == before + 1
     assert torch.get_num_threads() == before
@@ -214,10 +215,7 @@ def test_learning_is_timed_with_its_own_threads(monkeypatch: pytest.MonkeyPatch)
 def test_a_model_that_is_too_large_is_tried_with_fewer_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     from dmr_pipeline.plan import speed
 
-    config = LlamaConfig(
-        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=8, num_attention_heads=2,
-        num_key_value_heads=1, tie_word_embeddings=True,
-    )  # fmt: skip
+    config = llama(8, tie_word_embeddings=True)
     layer = (weights_gone_through(config, torch.float32) - 4 * (50 * 32 + 32)) // 8
     few, share = speed._few_layers(config, torch.float32, free=4 * (4 * (50 * 32 + 32) + 3 * layer))
     assert few.num_hidden_layers == 2

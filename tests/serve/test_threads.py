@@ -1,6 +1,5 @@
 """How many threads of torch act in a server."""
 
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -8,12 +7,7 @@ import torch
 
 from dmr_pipeline.serve import in_process
 
-
-@pytest.fixture(autouse=True)
-def threads_stay() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("torch_threads")
 
 
 def threads_of_a_server() -> int:

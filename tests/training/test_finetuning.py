@@ -1,7 +1,6 @@
 """Fine-tuning: what is trained and stored, and a killed one ends as an unbroken one does."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,15 +41,9 @@ FINETUNE = Finetune(
     mistake_rate=0.1,
 )
 BENCHMARK = GeneratedAlfWorld(step_limit=8, splits=Splits(agent_train=12, router_train=1, validation=2, test=1))
+pytestmark = pytest.mark.usefixtures("torch_threads")
 CPU = torch.device("cpu")
 TOKENS = torch.arange(20)[None]
-
-
-@pytest.fixture(autouse=True)
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
