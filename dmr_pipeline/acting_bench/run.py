@@ -35,16 +35,12 @@ from dmr_pipeline.errors import UserError
 from dmr_pipeline.precision.pass_bytes import PassBytes
 from dmr_pipeline.recipe import Runtime
 from dmr_pipeline.rollout.choosing import leads
-from dmr_pipeline.rollout.engine import (
-    Decision,
-    DecisionContext,
-    RolloutRequest,
-    SinglePrecision,
-    play,
-)
+from dmr_pipeline.rollout.engine import play
 from dmr_pipeline.rollout.kv_cache.catching_up import catch_up
 from dmr_pipeline.rollout.kv_cache.choice import positions_of, shared_streams, token_streams
 from dmr_pipeline.rollout.kv_cache.padded import TokenStreams
+from dmr_pipeline.rollout.policy import Decision, DecisionContext, SinglePrecision
+from dmr_pipeline.rollout.trajectory import RolloutRequest
 from dmr_pipeline.rollout.writing import write
 from dmr_pipeline.rollout_bench.generate import Generate
 from dmr_pipeline.rollout_bench.run import new_record

@@ -12,10 +12,12 @@ from numpy.typing import NDArray
 from dmr_pipeline.environments.base import Task
 from dmr_pipeline.frozen_model import FrozenModel
 from dmr_pipeline.intervals import paired_interval
-from dmr_pipeline.rollout.engine import RolloutRequest, RoutingPolicy, SinglePrecision, play
+from dmr_pipeline.rollout.engine import play
 from dmr_pipeline.rollout.kv_cache.packed import PackedStreams
 from dmr_pipeline.rollout.kv_cache.padded import Streams, TokenStreams
 from dmr_pipeline.rollout.playing import Rollouts
+from dmr_pipeline.rollout.policy import RoutingPolicy, SinglePrecision
+from dmr_pipeline.rollout.trajectory import RolloutRequest
 from dmr_pipeline.router.baselines import Confidence, Disagreement, RandomMixing, two_way_shares
 
 SHARE = 0.35

@@ -18,9 +18,10 @@ from dmr_pipeline.evaluation.kept import KeptTables
 from dmr_pipeline.evaluation.play import acting_facts, content
 from dmr_pipeline.frozen_model import FrozenModel
 from dmr_pipeline.recipe import Consequences, Recipe
-from dmr_pipeline.rollout.engine import SinglePrecision, seeded_generator
+from dmr_pipeline.rollout.choosing import seeded_generator
 from dmr_pipeline.rollout.known import Known
 from dmr_pipeline.rollout.playing import Rollouts
+from dmr_pipeline.rollout.policy import SinglePrecision
 from dmr_pipeline.router.baselines import RandomMixing
 from dmr_pipeline.router.consequence import CONSEQUENCES, Origin, Player, Recorded, branched, consequences
 from dmr_pipeline.router.kl import ROUTER_FOLDER

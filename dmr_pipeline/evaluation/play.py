@@ -23,10 +23,12 @@ from dmr_pipeline.precision.ladder import read_ladder
 from dmr_pipeline.precision.pass_bytes import PassBytes
 from dmr_pipeline.progress import Bars
 from dmr_pipeline.recipe import Recipe, Speculative
-from dmr_pipeline.rollout.engine import RolloutRequest, RoutingPolicy, SinglePrecision, Timings, Trajectory
+from dmr_pipeline.rollout.batch import Timings
 from dmr_pipeline.rollout.failures import FAILURES
 from dmr_pipeline.rollout.known import Known
 from dmr_pipeline.rollout.playing import PolicyRuns, Rollouts
+from dmr_pipeline.rollout.policy import RoutingPolicy, SinglePrecision
+from dmr_pipeline.rollout.trajectory import RolloutRequest, Trajectory
 
 log = logging.getLogger(__name__)
 

@@ -15,9 +15,11 @@ from dmr_pipeline.evaluation.kept import KeptTables
 from dmr_pipeline.evaluation.metrics import shares_of_steps
 from dmr_pipeline.evaluation.play import Arena, Entry, checking_entry, evaluate
 from dmr_pipeline.recipe import Evaluation, GrpoRouter, Speculative
+from dmr_pipeline.rollout.batch import Timings
 from dmr_pipeline.rollout.cost import reward
-from dmr_pipeline.rollout.engine import RolloutRequest, RoutingPolicy, SinglePrecision, Timings, Trajectory
 from dmr_pipeline.rollout.known import Known
+from dmr_pipeline.rollout.policy import RoutingPolicy, SinglePrecision
+from dmr_pipeline.rollout.trajectory import RolloutRequest, Trajectory
 from dmr_pipeline.router.baselines import Confidence, Disagreement, RandomMixing
 from dmr_pipeline.router.calibration import OperatingPoint, find_threshold
 from dmr_pipeline.router.model import Router

@@ -8,9 +8,9 @@ from pydantic import JsonValue
 
 from dmr_pipeline.environments.base import Task
 from dmr_pipeline.evaluation.kept import KeptTables
-from dmr_pipeline.rollout.engine import Trajectory
 from dmr_pipeline.rollout.playing import Rollouts
 from dmr_pipeline.rollout.tables import EPISODES, STEPS, to_frames
+from dmr_pipeline.rollout.trajectory import Trajectory
 from dmr_pipeline.router.labels import measure
 
 SHOWN = ("single", "router", "oracle")

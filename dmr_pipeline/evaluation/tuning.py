@@ -13,8 +13,9 @@ from dmr_pipeline.evaluation.kept import KeptTables
 from dmr_pipeline.evaluation.play import Arena, Entry, evaluate
 from dmr_pipeline.precision.hull import Floats
 from dmr_pipeline.precision.pass_bytes import PassBytes
-from dmr_pipeline.rollout.engine import RolloutRequest, RoutingPolicy
 from dmr_pipeline.rollout.known import Known
+from dmr_pipeline.rollout.policy import RoutingPolicy
+from dmr_pipeline.rollout.trajectory import RolloutRequest
 from dmr_pipeline.router.budgets import NOBODY, AtBar, Bar, Lot, bar_at, find_bars
 
 _SHARES = tuple(tenth / 10 for tenth in range(11))

@@ -25,10 +25,13 @@ from dmr_pipeline.gpu_check.sizes import Shape, Sizes
 from dmr_pipeline.precision.acting import acting_model
 from dmr_pipeline.precision.quantization import dequantize, load_rung, quantize_rung, rung_size, save_rung
 from dmr_pipeline.recipe import Recipe, Rung, load_recipe
-from dmr_pipeline.rollout.engine import RolloutRequest, SinglePrecision, Timings, Trajectory, play, play_alone
+from dmr_pipeline.rollout.batch import Timings
+from dmr_pipeline.rollout.engine import play, play_alone
 from dmr_pipeline.rollout.kv_cache.padded import Streams
 from dmr_pipeline.rollout.playing import Rollouts
+from dmr_pipeline.rollout.policy import SinglePrecision
 from dmr_pipeline.rollout.prompts import Prompter
+from dmr_pipeline.rollout.trajectory import RolloutRequest, Trajectory
 from dmr_pipeline.router.baselines import Disagreement, RandomMixing, two_way_shares
 from dmr_pipeline.router.kl import ROUTER_FOLDER
 from dmr_pipeline.router.model import new_router, save_router

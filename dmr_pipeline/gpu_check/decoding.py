@@ -15,9 +15,12 @@ from dmr_pipeline.gpu_check.record import Part
 from dmr_pipeline.gpu_check.sizes import Shape, Sizes
 from dmr_pipeline.precision.quantization import quantize_rung, rung_size
 from dmr_pipeline.recipe import Prompt, Rung
-from dmr_pipeline.rollout.engine import ALONE, RolloutRequest, SinglePrecision, Timings, play
+from dmr_pipeline.rollout.batch import Timings
+from dmr_pipeline.rollout.engine import ALONE, play
 from dmr_pipeline.rollout.kv_cache.padded import Streams
+from dmr_pipeline.rollout.policy import SinglePrecision
 from dmr_pipeline.rollout.prompts import Prompter
+from dmr_pipeline.rollout.trajectory import RolloutRequest
 from dmr_pipeline.training.vocabulary import word_tokenizer
 
 RUNGS = (

@@ -9,7 +9,7 @@ import polars as pl
 
 from dmr_pipeline.ingestion.schema import LoggedEpisode
 from dmr_pipeline.ingestion.stored import read_ingested
-from dmr_pipeline.rollout.engine import certain
+from dmr_pipeline.rollout.policy import certain
 from dmr_pipeline.rollout.prompts import Moment, Prompter
 from dmr_pipeline.rollout.tables import EPISODES, STEPS, read_trajectories
 

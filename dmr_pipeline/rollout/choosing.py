@@ -1,7 +1,9 @@
 """Choices from logits: how sure they are, and draws that follow their distribution."""
 
+import hashlib
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -45,6 +47,12 @@ def checked(
     taken = (taking * q[rows, x] < p[rows, x]).tolist()
     others = _falling_on(left, instead.tolist())
     return [draft if kept else other for draft, kept, other in zip(drafts, taken, others, strict=True)]
+
+
+def seeded_generator(*key: object) -> np.random.Generator:
+    """A generator that depends on the key alone, never on what was drawn before."""
+    digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
+    return np.random.default_rng(int.from_bytes(digest[:8], "little"))
 
 
 def _falling_on(weights: Tensor, draws: Sequence[float]) -> list[int]:

@@ -18,8 +18,8 @@ from typing import NamedTuple
 
 from dmr_pipeline.precision.pass_bytes import PassBytes
 from dmr_pipeline.recipe import GrpoRouter
-from dmr_pipeline.rollout.engine import Trajectory
 from dmr_pipeline.rollout.reading import Reading, one_by_one
+from dmr_pipeline.rollout.trajectory import Trajectory
 
 
 class Cost(NamedTuple):

@@ -23,7 +23,7 @@ _ENTRY_BYTES = 500
 """About what an action takes, its key included."""
 
 ActionKey = tuple[str, str | None, bytes]
-"""Precision, who drafts if any does, and the transcript's digest, with all else that counts (`engine.Batch._place`)."""
+"""Precision, who drafts if any does, and the transcript's digest, with all else that counts (`batch.Batch._place`)."""
 StatesKey = tuple[tuple[int, ...], bytes]
 """Layers, and the transcript's digest, as in `ActionKey`."""
 
@@ -46,9 +46,9 @@ class Drafting:
 class KnownAction:
     tokens: list[int]
     margin: float
-    """As `engine.Draft.margin`."""
+    """As `policy.Draft.margin`."""
     mean_margin: float
-    """As `engine.Draft.mean_margin`."""
+    """As `policy.Draft.mean_margin`."""
     reading: Reading
     """What its forward passes read, but for the tokens that the transcript has grown by."""
     kept: int
@@ -56,7 +56,7 @@ class KnownAction:
     drafting: Drafting | None = None
     """Where it was drafted by another precision."""
     entropy: float = 0.0
-    """As `engine.Draft.entropy`."""
+    """As `policy.Draft.entropy`."""
 
 
 class Transcript:

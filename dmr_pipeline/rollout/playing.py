@@ -16,8 +16,9 @@ from dmr_pipeline.precision.acting import ActingModels
 from dmr_pipeline.precision.ladder import read_ladder
 from dmr_pipeline.precision.pass_bytes import PassBytes
 from dmr_pipeline.recipe import PromptLookup, Recipe, Speculative
+from dmr_pipeline.rollout.batch import Timings
 from dmr_pipeline.rollout.cost import Cost, episode_cost
-from dmr_pipeline.rollout.engine import RolloutRequest, RoutingPolicy, Timings, Trajectory, play, warn_of_outgrown
+from dmr_pipeline.rollout.engine import play
 from dmr_pipeline.rollout.known import Known
 from dmr_pipeline.rollout.kv_cache.choice import (
     rows_that_fit,
@@ -28,7 +29,9 @@ from dmr_pipeline.rollout.kv_cache.choice import (
 )
 from dmr_pipeline.rollout.kv_cache.padded import TokenStreams
 from dmr_pipeline.rollout.parallel import in_processes, processes_on
+from dmr_pipeline.rollout.policy import RoutingPolicy
 from dmr_pipeline.rollout.prompts import Prompter
+from dmr_pipeline.rollout.trajectory import RolloutRequest, Trajectory, warn_of_outgrown
 
 
 @dataclass(frozen=True)

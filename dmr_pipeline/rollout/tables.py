@@ -7,7 +7,7 @@ from pathlib import Path
 import polars as pl
 
 from dmr_pipeline.errors import UserError
-from dmr_pipeline.rollout.engine import Trajectory
+from dmr_pipeline.rollout.trajectory import Trajectory
 
 log = logging.getLogger(__name__)
 

@@ -5,7 +5,9 @@ from itertools import accumulate
 
 import numpy as np
 
-from dmr_pipeline.rollout.engine import Decision, DecisionContext, RolloutRequest, certain, seeded_generator
+from dmr_pipeline.rollout.choosing import seeded_generator
+from dmr_pipeline.rollout.policy import Decision, DecisionContext, certain
+from dmr_pipeline.rollout.trajectory import RolloutRequest
 
 
 def two_way_shares(route: Sequence[str], dearest: float) -> dict[str, float]:

@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 from scipy.optimize import brentq
 from scipy.special import expit, logit
 
-from dmr_pipeline.rollout.engine import Decision, DecisionContext, RolloutRequest, RoutingPolicy, seeded_generator
+from dmr_pipeline.rollout.choosing import seeded_generator
+from dmr_pipeline.rollout.policy import Decision, DecisionContext, RoutingPolicy
+from dmr_pipeline.rollout.trajectory import RolloutRequest
 from dmr_pipeline.router.calibration import ROLLOUTS, FalsePosition
 
 Floats = NDArray[np.float64]

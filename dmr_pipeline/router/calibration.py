@@ -9,7 +9,7 @@ from scipy.optimize import minimize
 from scipy.special import expit
 from scipy.stats import mannwhitneyu
 
-from dmr_pipeline.rollout.engine import Trajectory
+from dmr_pipeline.rollout.trajectory import Trajectory
 
 Floats = NDArray[np.float64]
 Labels = NDArray[np.bool_]

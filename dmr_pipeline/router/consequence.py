@@ -22,18 +22,12 @@ import polars as pl
 
 from dmr_pipeline.environments.base import Task
 from dmr_pipeline.precision.pass_bytes import PassBytes
-from dmr_pipeline.rollout.engine import (
-    Decision,
-    DecisionContext,
-    RolloutRequest,
-    RoutingPolicy,
-    Timings,
-    Trajectory,
-    certain,
-)
+from dmr_pipeline.rollout.batch import Timings
 from dmr_pipeline.rollout.known import Known
 from dmr_pipeline.rollout.playing import PolicyRuns, Rollouts
+from dmr_pipeline.rollout.policy import Decision, DecisionContext, RoutingPolicy, certain
 from dmr_pipeline.rollout.tables import to_frames
+from dmr_pipeline.rollout.trajectory import RolloutRequest, Trajectory
 from dmr_pipeline.router.labels import measure
 
 log = logging.getLogger(__name__)

@@ -37,10 +37,11 @@ from dmr_pipeline.errors import UserError
 from dmr_pipeline.precision.pass_bytes import PassBytes
 from dmr_pipeline.progress import Bars, training_bars
 from dmr_pipeline.recipe import GrpoBudget, GrpoRouter
+from dmr_pipeline.rollout.choosing import seeded_generator
 from dmr_pipeline.rollout.cost import reward
-from dmr_pipeline.rollout.engine import RolloutRequest, Trajectory, seeded_generator
 from dmr_pipeline.rollout.known import Known
 from dmr_pipeline.rollout.playing import Rollouts
+from dmr_pipeline.rollout.trajectory import RolloutRequest, Trajectory
 from dmr_pipeline.router.baselines import RandomMixing, two_way_shares
 from dmr_pipeline.router.calibration import by_rung, chances, rest_of, shares
 from dmr_pipeline.router.grpo_groups import Group, play_groups, refilled

@@ -21,7 +21,8 @@ from itertools import islice
 import numpy as np
 
 from dmr_pipeline.environments.base import Task
-from dmr_pipeline.rollout.engine import RolloutRequest, Step, Trajectory, seeded_generator
+from dmr_pipeline.rollout.choosing import seeded_generator
+from dmr_pipeline.rollout.trajectory import RolloutRequest, Step, Trajectory
 from dmr_pipeline.router.calibration import chances
 from dmr_pipeline.router.policies import Resumed
 

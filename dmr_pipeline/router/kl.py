@@ -27,10 +27,12 @@ from dmr_pipeline.environments.webshop.benchmark import SEARCH
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.progress import Bars, training_bars
 from dmr_pipeline.recipe import KlRouter, Lora, Recipe, RouterModel
-from dmr_pipeline.rollout.engine import RolloutRequest, RoutingPolicy, Timings, Trajectory
+from dmr_pipeline.rollout.batch import Timings
 from dmr_pipeline.rollout.known import Known
 from dmr_pipeline.rollout.playing import Rollouts
+from dmr_pipeline.rollout.policy import RoutingPolicy
 from dmr_pipeline.rollout.tables import to_frames
+from dmr_pipeline.rollout.trajectory import RolloutRequest, Trajectory
 from dmr_pipeline.router.baselines import RandomMixing
 from dmr_pipeline.router.calibration import (
     Floats,

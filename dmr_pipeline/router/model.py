@@ -40,9 +40,9 @@ from dmr_pipeline.frozen_model import FrozenModel
 from dmr_pipeline.precision.pass_bytes import PassBytes, pass_bytes
 from dmr_pipeline.precision.quantization import stored_bytes
 from dmr_pipeline.recipe import RouterModel
-from dmr_pipeline.rollout.engine import Trajectory
 from dmr_pipeline.rollout.kv_cache.choice import positions_of, shared_streams
 from dmr_pipeline.rollout.parallel import gather, in_processes, scatter
+from dmr_pipeline.rollout.trajectory import Trajectory
 from dmr_pipeline.router.budgets import Bar
 from dmr_pipeline.router.encoder import TrajectoryEncoder, encoder_pass_bytes, new_encoder
 from dmr_pipeline.router.features import numbers_of_steps

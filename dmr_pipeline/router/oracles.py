@@ -12,8 +12,9 @@ from typing import Literal
 import numpy as np
 
 from dmr_pipeline.recipe import OracleName
-from dmr_pipeline.rollout.engine import Decision, DecisionContext, RolloutRequest
 from dmr_pipeline.rollout.playing import Rollouts
+from dmr_pipeline.rollout.policy import Decision, DecisionContext
+from dmr_pipeline.rollout.trajectory import RolloutRequest
 from dmr_pipeline.rollout.writing import NgramGuesses
 from dmr_pipeline.router.labels import Divergence, compare
 

@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from dmr_pipeline.recipe import DEFAULT_TRANSCRIPT_TOKENS
-from dmr_pipeline.rollout.engine import Decision, DecisionContext, RolloutRequest, RoutingPolicy, seeded_generator
+from dmr_pipeline.rollout.choosing import seeded_generator
 from dmr_pipeline.rollout.kv_cache.choice import positions_of, token_streams
+from dmr_pipeline.rollout.policy import Decision, DecisionContext, RoutingPolicy
 from dmr_pipeline.rollout.reading import Reading
+from dmr_pipeline.rollout.trajectory import RolloutRequest
 from dmr_pipeline.router.budgets import AtBar, Bar
 from dmr_pipeline.router.features import OF_DRAFTS, Drafted, Past
 from dmr_pipeline.router.model import Router

@@ -14,8 +14,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from dmr_pipeline.errors import UserError
-from dmr_pipeline.rollout.engine import Decision, DecisionContext, Draft, RolloutRequest, seeded_generator
+from dmr_pipeline.rollout.choosing import seeded_generator
+from dmr_pipeline.rollout.policy import Decision, DecisionContext, Draft
 from dmr_pipeline.rollout.prompts import Prompter
+from dmr_pipeline.rollout.trajectory import RolloutRequest
 from dmr_pipeline.router.budgets import AtBar, Bar
 
 CAP_TURN = 15

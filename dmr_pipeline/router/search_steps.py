@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from dmr_pipeline.environments.base import Task
 from dmr_pipeline.environments.webshop.benchmark import SEARCH
-from dmr_pipeline.rollout.engine import DecisionContext, Forced, RoutingPolicy
+from dmr_pipeline.rollout.policy import DecisionContext, Forced, RoutingPolicy
 
 
 def at_search_bar(slots: Sequence[int], peek: DecisionContext) -> list[bool]:

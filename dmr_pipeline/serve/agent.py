@@ -19,8 +19,9 @@ from dmr_pipeline.artifacts.manifest import verify
 from dmr_pipeline.environments.base import Task
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.recipe import load_recipe
-from dmr_pipeline.rollout.engine import Decision, RolloutRequest, Trajectory, rungs_of
 from dmr_pipeline.rollout.playing import Rollouts
+from dmr_pipeline.rollout.policy import Decision, rungs_of
+from dmr_pipeline.rollout.trajectory import RolloutRequest, Trajectory
 from dmr_pipeline.router.model import Router
 from dmr_pipeline.router.rules import is_rule_at_bar
 from dmr_pipeline.serve import release

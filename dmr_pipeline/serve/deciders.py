@@ -7,7 +7,7 @@ from itertools import combinations
 from pathlib import Path
 
 from dmr_pipeline.errors import UserError
-from dmr_pipeline.rollout.engine import static_policy
+from dmr_pipeline.rollout.policy import static_policy
 from dmr_pipeline.router.model import Router
 from dmr_pipeline.router.policies import routing_policy
 from dmr_pipeline.serve import release

@@ -4,13 +4,9 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from dmr_pipeline.rollout.engine import (
-    Decision,
-    DecisionContext,
-    RolloutRequest,
-    certain,
-    seeded_generator,
-)
+from dmr_pipeline.rollout.choosing import seeded_generator
+from dmr_pipeline.rollout.policy import Decision, DecisionContext, certain
+from dmr_pipeline.rollout.trajectory import RolloutRequest
 from dmr_pipeline.router.budgets import Bar
 from dmr_pipeline.router.off_policy import chances_at
 from dmr_pipeline.serve.sessions import Choice, Decider, Reason, Session

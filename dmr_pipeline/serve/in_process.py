@@ -14,9 +14,10 @@ from dmr_pipeline.artifacts.manifest import verify
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.precision.ladder import deployed, read_ladder
 from dmr_pipeline.recipe import Recipe
-from dmr_pipeline.rollout.engine import RolloutRequest, rungs_of
 from dmr_pipeline.rollout.parallel import cores
 from dmr_pipeline.rollout.playing import Rollouts
+from dmr_pipeline.rollout.policy import rungs_of
+from dmr_pipeline.rollout.trajectory import RolloutRequest
 from dmr_pipeline.router.rules import is_rule_at_bar
 from dmr_pipeline.serve import release
 from dmr_pipeline.serve.deciders import Deciders

@@ -10,21 +10,13 @@ from itertools import count
 
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.recipe import Speculative
+from dmr_pipeline.rollout.batch import Batch, OpenTranscript, Taken, Timings, unheard
 from dmr_pipeline.rollout.cost import bytes_read
-from dmr_pipeline.rollout.engine import (
-    Batch,
-    OpenTranscript,
-    RolloutRequest,
-    Step,
-    Taken,
-    Timings,
-    Trajectory,
-    static_policy,
-    unheard,
-)
 from dmr_pipeline.rollout.playing import Rollouts
+from dmr_pipeline.rollout.policy import static_policy
 from dmr_pipeline.rollout.prompts import Moment, Prompter
 from dmr_pipeline.rollout.reading import Reading, one_by_one
+from dmr_pipeline.rollout.trajectory import RolloutRequest, Step, Trajectory
 from dmr_pipeline.router.rules import is_rule_at_bar, rule_at_bar, rules
 from dmr_pipeline.serve.deciding import Deciding
 from dmr_pipeline.serve.sessions import UNLIMITED, Action, Budget, Choice, Decider, Session, was_asked

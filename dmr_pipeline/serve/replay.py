@@ -16,8 +16,8 @@ from dmr_pipeline.ingestion.rules import Rules
 from dmr_pipeline.ingestion.schema import LoggedEpisode
 from dmr_pipeline.ingestion.stored import STAGE, read_ingested
 from dmr_pipeline.recipe import Recipe
-from dmr_pipeline.rollout.engine import RolloutRequest
 from dmr_pipeline.rollout.playing import Rollouts
+from dmr_pipeline.rollout.trajectory import RolloutRequest
 from dmr_pipeline.router.features import OF_DRAFTS
 from dmr_pipeline.router.model import Router
 from dmr_pipeline.router.off_policy import Estimate, LoggedRun, chances_at, estimate

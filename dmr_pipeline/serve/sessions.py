@@ -7,7 +7,9 @@ from typing import Literal, NamedTuple, NoReturn
 from dmr_pipeline.environments.base import Demonstration, Episode, Expert, Task
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.precision.pass_bytes import PassBytes
-from dmr_pipeline.rollout.engine import Decision, OpenTranscript, RoutingPolicy, Trajectory
+from dmr_pipeline.rollout.batch import OpenTranscript
+from dmr_pipeline.rollout.policy import Decision, RoutingPolicy
+from dmr_pipeline.rollout.trajectory import Trajectory
 from dmr_pipeline.router.budgets import Bar
 
 DecidedBy = Literal["router", "rule", "fixed"]

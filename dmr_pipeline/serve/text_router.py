@@ -14,8 +14,9 @@ from torch import Tensor
 
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.recipe import Recipe
-from dmr_pipeline.rollout.engine import Decision, Draft, RolloutRequest, Step, Trajectory, certain
+from dmr_pipeline.rollout.policy import Decision, Draft, certain
 from dmr_pipeline.rollout.prompts import Moment, Prompter
+from dmr_pipeline.rollout.trajectory import RolloutRequest, Step, Trajectory
 from dmr_pipeline.router.model import SETTINGS_FILE, Router, RouterSettings, load_router
 from dmr_pipeline.serve.deciders import Deciders
 from dmr_pipeline.serve.deciding import Deciding

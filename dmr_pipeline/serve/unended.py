@@ -10,7 +10,8 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from dmr_pipeline.frozen_model import FrozenModel
-from dmr_pipeline.rollout.engine import RolloutRequest, SinglePrecision, Step, Trajectory
+from dmr_pipeline.rollout.policy import SinglePrecision
+from dmr_pipeline.rollout.trajectory import RolloutRequest, Step, Trajectory
 from dmr_pipeline.serve.journal import write_whole
 from dmr_pipeline.serve.sessions import Action, Asked, Decider, Goal, Session
 

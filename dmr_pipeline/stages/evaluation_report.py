@@ -41,8 +41,8 @@ from dmr_pipeline.precision.frontier import clearly_beaten
 from dmr_pipeline.precision.ladder import LadderFacts, read_ladder
 from dmr_pipeline.progress import Bars
 from dmr_pipeline.recipe import Recipe
-from dmr_pipeline.rollout.engine import RoutingPolicy, SinglePrecision
 from dmr_pipeline.rollout.known import Known
+from dmr_pipeline.rollout.policy import RoutingPolicy, SinglePrecision
 from dmr_pipeline.rollout.prompts import truncation_policy
 from dmr_pipeline.router.kl import ROUTER_FOLDER
 from dmr_pipeline.router.labels import read_sensitivity

@@ -12,7 +12,7 @@ from dmr_pipeline.artifacts.stage import StageContext, StageResult
 from dmr_pipeline.environments.benchmark import benchmark_of
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.recipe import Recipe
-from dmr_pipeline.rollout.engine import Timings
+from dmr_pipeline.rollout.batch import Timings
 from dmr_pipeline.rollout.known import Known
 from dmr_pipeline.rollout.playing import Rollouts
 from dmr_pipeline.router.grpo import Scorer, Session, settings_at_ratio, train

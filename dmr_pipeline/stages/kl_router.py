@@ -14,7 +14,7 @@ from dmr_pipeline.environments.benchmark import benchmark_of
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.ingestion.tables import INGESTED, read_all_trajectories
 from dmr_pipeline.progress import Bars
-from dmr_pipeline.rollout.engine import Timings
+from dmr_pipeline.rollout.batch import Timings
 from dmr_pipeline.rollout.known import Known
 from dmr_pipeline.rollout.playing import Rollouts
 from dmr_pipeline.router.advantage import advantage_loss, mixed, spread, targets

@@ -43,16 +43,11 @@ from dmr_pipeline.pretrained import adapter_config, pretrained_hashes
 from dmr_pipeline.progress import Bars
 from dmr_pipeline.recipe import Gptq, Precisions, Recipe, Rung
 from dmr_pipeline.rollout.cost import a_pass_a_token, episode_cost
-from dmr_pipeline.rollout.engine import (
-    ALONE,
-    Trajectory,
-    play_alone,
-    warn_of_outgrown,
-    warn_of_parse_failures,
-)
+from dmr_pipeline.rollout.engine import ALONE, play_alone
 from dmr_pipeline.rollout.kv_cache.choice import rows_that_fit, transcript_capacity
 from dmr_pipeline.rollout.parallel import gather, in_processes, processes_on, scatter
 from dmr_pipeline.rollout.prompts import Prompter
+from dmr_pipeline.rollout.trajectory import Trajectory, warn_of_outgrown, warn_of_parse_failures
 from dmr_pipeline.training.examples import Example, expert_example
 from dmr_pipeline.training.train import trained_logits
 

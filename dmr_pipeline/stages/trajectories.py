@@ -9,10 +9,12 @@ from dmr_pipeline.artifacts.stage import StageContext, StageResult
 from dmr_pipeline.environments.benchmark import benchmark_of
 from dmr_pipeline.progress import Bars
 from dmr_pipeline.recipe import BehaviourPolicy, Trajectories
-from dmr_pipeline.rollout.engine import RolloutRequest, RoutingPolicy, SinglePrecision, Timings, Trajectory
+from dmr_pipeline.rollout.batch import Timings
 from dmr_pipeline.rollout.known import Known
 from dmr_pipeline.rollout.playing import PolicyRuns, Rollouts
+from dmr_pipeline.rollout.policy import RoutingPolicy, SinglePrecision
 from dmr_pipeline.rollout.tables import to_frames
+from dmr_pipeline.rollout.trajectory import RolloutRequest, Trajectory
 from dmr_pipeline.router.baselines import RandomMixing
 
 

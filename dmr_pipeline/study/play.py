@@ -18,8 +18,8 @@ from dmr_pipeline.evaluation.policies import speculative_entries
 from dmr_pipeline.evaluation.tuning import Range
 from dmr_pipeline.precision.ladder import read_ladder
 from dmr_pipeline.recipe import Games, Recipe
-from dmr_pipeline.rollout.engine import SinglePrecision
 from dmr_pipeline.rollout.known import Known
+from dmr_pipeline.rollout.policy import SinglePrecision
 from dmr_pipeline.router.baselines import Disagreement
 from dmr_pipeline.router.budgets import Bar
 from dmr_pipeline.router.kl import ROUTER_FOLDER

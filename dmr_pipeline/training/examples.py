@@ -4,8 +4,8 @@ import random
 from dataclasses import dataclass
 
 from dmr_pipeline.environments.base import Task
-from dmr_pipeline.rollout.engine import Trajectory
 from dmr_pipeline.rollout.prompts import Moment, Prompter
+from dmr_pipeline.rollout.trajectory import Trajectory
 
 IGNORED = -100
 """Target of a token that is not trained on (the value that torch's cross-entropy skips)."""

@@ -12,9 +12,10 @@ from dmr_pipeline.agent import memory
 from dmr_pipeline.agent.memory import halving, in_pieces, out_of_memory_names
 from dmr_pipeline.environments.alfworld.game import Game
 from dmr_pipeline.errors import UserError
-from dmr_pipeline.rollout.engine import Trajectory, play_alone
+from dmr_pipeline.rollout.engine import play_alone
 from dmr_pipeline.rollout.kv_cache.packed import PackedStreams
 from dmr_pipeline.rollout.tables import to_frames
+from dmr_pipeline.rollout.trajectory import Trajectory
 from dmr_pipeline.router.baselines import RandomMixing
 from dmr_pipeline.router.labels import measure
 from tests.helpers.memory import fits

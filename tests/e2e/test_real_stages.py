@@ -15,8 +15,9 @@ from dmr_pipeline.environments.benchmark import benchmark_of, split_seeds
 from dmr_pipeline.evaluation.results import POLICIES
 from dmr_pipeline.precision.ladder import read_ladder
 from dmr_pipeline.recipe import load_recipe
-from dmr_pipeline.rollout.engine import RolloutRequest, SinglePrecision
 from dmr_pipeline.rollout.playing import Rollouts
+from dmr_pipeline.rollout.policy import SinglePrecision
+from dmr_pipeline.rollout.trajectory import RolloutRequest
 from dmr_pipeline.router.kl import ROUTER_FOLDER
 from tests.helpers.fake_project import REPOSITORY, make_project
 from tests.helpers.installed_dmr import dmr

@@ -15,8 +15,8 @@ from dmr_pipeline.environments.benchmark import benchmark_of
 from dmr_pipeline.ingestion.stored import read_ingested
 from dmr_pipeline.recipe import load_recipe
 from dmr_pipeline.release.history import read_releases
-from dmr_pipeline.rollout.engine import RolloutRequest
 from dmr_pipeline.rollout.playing import Rollouts
+from dmr_pipeline.rollout.trajectory import RolloutRequest
 from dmr_pipeline.router.policies import routing_policy
 from dmr_pipeline.serve import release
 from dmr_pipeline.serve.run import running

@@ -20,9 +20,11 @@ from dmr_pipeline.environments.alfworld.store import write_games
 from dmr_pipeline.evaluation.play import acting_facts
 from dmr_pipeline.precision.ladder import LADDER_FILE, read_ladder
 from dmr_pipeline.recipe import PromptLookup, Recipe, Speculative, load_recipe
-from dmr_pipeline.rollout.engine import SinglePrecision, Timings, Trajectory
+from dmr_pipeline.rollout.batch import Timings
 from dmr_pipeline.rollout.known import Known
 from dmr_pipeline.rollout.playing import PolicyRuns, Rollouts
+from dmr_pipeline.rollout.policy import SinglePrecision
+from dmr_pipeline.rollout.trajectory import Trajectory
 from dmr_pipeline.router.baselines import Confidence, Disagreement, RandomMixing
 from dmr_pipeline.router.budgets import AtBar
 from dmr_pipeline.router.kl import ROUTER_FOLDER

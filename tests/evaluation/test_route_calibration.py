@@ -19,8 +19,8 @@ from dmr_pipeline.evaluation.play import Arena
 from dmr_pipeline.evaluation.route_calibration import Calibration, RouteBudget, _rule, calibrate
 from dmr_pipeline.recipe import Recipe, load_recipe
 from dmr_pipeline.recipe_fields import MOST_SEED
-from dmr_pipeline.rollout.engine import RolloutRequest
 from dmr_pipeline.rollout.playing import PolicyRuns, Rollouts
+from dmr_pipeline.rollout.trajectory import RolloutRequest
 from dmr_pipeline.router.model import Router, load_router, save_router
 from dmr_pipeline.router.policies import routing_policy
 from dmr_pipeline.router.rules import named_at, rule_at_bar, rules
@@ -180,7 +180,7 @@ def test_a_router_without_a_fresh_game_says_so(settle: Settle, monkeypatch: pyte
 
 
 def test_forced_steps_beyond_the_budget_are_told(settle: Settle, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dmr_pipeline.rollout.engine import Forced
+    from dmr_pipeline.rollout.policy import Forced
 
     asking = route_calibration.asking_policy
 

@@ -2,8 +2,8 @@
 
 from collections import Counter
 
-from dmr_pipeline.rollout.engine import Decision
 from dmr_pipeline.rollout.kv_cache.padded import Streams
+from dmr_pipeline.rollout.policy import Decision
 from dmr_pipeline.rollout.reading import NOTHING, Reading
 
 

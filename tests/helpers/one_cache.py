@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from dmr_pipeline.rollout.engine import Trajectory, play
+from dmr_pipeline.rollout.engine import play
 from dmr_pipeline.rollout.kv_cache.packed import PackedStreams
 from dmr_pipeline.rollout.kv_cache.shared import SharedStreams
+from dmr_pipeline.rollout.trajectory import Trajectory
 from tests.helpers.rollouts import HIGH, MODELS, PROMPTER, ROUTE, RUNS, STEPS
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dmr_pipeline.recipe import Probe, Prompt, RouterModel
-from dmr_pipeline.rollout.engine import Trajectory
+from dmr_pipeline.rollout.trajectory import Trajectory
 from dmr_pipeline.router.kl import with_settings
 from dmr_pipeline.router.model import (
     Router,

@@ -11,15 +11,12 @@ from dmr_pipeline.environments.alfworld.words import alfworld_texts
 from dmr_pipeline.precision.acting import ActingModels
 from dmr_pipeline.precision.pass_bytes import PassBytes
 from dmr_pipeline.recipe import Architecture, Prompt
-from dmr_pipeline.rollout.engine import (
-    RolloutRequest,
-    SinglePrecision,
-    Trajectory,
-    play,
-)
+from dmr_pipeline.rollout.engine import play
 from dmr_pipeline.rollout.kv_cache.padded import Streams
 from dmr_pipeline.rollout.playing import Rollouts
+from dmr_pipeline.rollout.policy import SinglePrecision
 from dmr_pipeline.rollout.prompts import Prompter
+from dmr_pipeline.rollout.trajectory import RolloutRequest, Trajectory
 from dmr_pipeline.training.train import new_model
 from dmr_pipeline.training.vocabulary import word_tokenizer
 

@@ -12,9 +12,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrai
 from dmr_pipeline.environments.alfworld.generator import generate_game
 from dmr_pipeline.environments.alfworld.words import alfworld_texts
 from dmr_pipeline.recipe import Architecture, Prompt, RouterModel
-from dmr_pipeline.rollout.engine import RolloutRequest, Trajectory, play
+from dmr_pipeline.rollout.engine import play
 from dmr_pipeline.rollout.kv_cache.padded import Streams
 from dmr_pipeline.rollout.prompts import Prompter
+from dmr_pipeline.rollout.trajectory import RolloutRequest, Trajectory
 from dmr_pipeline.router.kl import with_settings
 from dmr_pipeline.router.model import Router, new_router
 from dmr_pipeline.router.policies import routing_policy

@@ -24,9 +24,9 @@ from dmr_pipeline.environments.base import Task
 from dmr_pipeline.environments.benchmark import benchmark_of
 from dmr_pipeline.precision.acting import ActingModels
 from dmr_pipeline.recipe import Prompt, Recipe, RouterModel
-from dmr_pipeline.rollout.engine import RolloutRequest, Trajectory
 from dmr_pipeline.rollout.playing import Rollouts
 from dmr_pipeline.rollout.prompts import Prompter
+from dmr_pipeline.rollout.trajectory import RolloutRequest, Trajectory
 from dmr_pipeline.router.model import Router, new_router, save_router
 from dmr_pipeline.router.policies import routing_policy
 from dmr_pipeline.serve.agent import RoutedAgent

@@ -43,9 +43,10 @@ from dmr_pipeline.ingestion.schema import EXAMPLE, LoggedEpisode
 from dmr_pipeline.ingestion.stored import read_ingested
 from dmr_pipeline.ingestion.tables import INGESTED, ingested_tables, read_all_trajectories, routed
 from dmr_pipeline.recipe import Prompt, Recipe
-from dmr_pipeline.rollout.engine import Trajectory, play
+from dmr_pipeline.rollout.engine import play
 from dmr_pipeline.rollout.prompts import Prompter
 from dmr_pipeline.rollout.tables import to_frames
+from dmr_pipeline.rollout.trajectory import Trajectory
 from dmr_pipeline.router.baselines import RandomMixing
 from dmr_pipeline.stages.ingested_trajectories import ingested_trajectories
 from dmr_pipeline.training.examples import expert_example

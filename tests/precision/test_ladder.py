@@ -25,9 +25,11 @@ from dmr_pipeline.precision.frontier import PLAYED_FILE
 from dmr_pipeline.precision.kernels import LowBitLinear
 from dmr_pipeline.precision.ladder import read_ladder
 from dmr_pipeline.precision.pass_bytes import PassBytes
-from dmr_pipeline.rollout.engine import RolloutRequest, SinglePrecision, Timings, Trajectory
+from dmr_pipeline.rollout.batch import Timings
 from dmr_pipeline.rollout.kv_cache.packed import PackedStreams
 from dmr_pipeline.rollout.playing import PolicyRuns, Rollouts, scatter_by_game
+from dmr_pipeline.rollout.policy import SinglePrecision
+from dmr_pipeline.rollout.trajectory import RolloutRequest, Trajectory
 from dmr_pipeline.router.baselines import Confidence, Disagreement, RandomMixing
 from dmr_pipeline.stages import quantized_checkpoints as stage
 from dmr_pipeline.stages.quantized_checkpoints import divergence_to_float, expert_steps, quantized_checkpoints

@@ -9,8 +9,8 @@ from dmr_pipeline.precision.pass_bytes import PassBytes, cached_numbers, pass_by
 from dmr_pipeline.precision.quantization import quantize_rung
 from dmr_pipeline.recipe import Rung
 from dmr_pipeline.rollout.cost import Cost, bytes_read, episode_cost
-from dmr_pipeline.rollout.engine import RolloutRequest, Step, Trajectory
 from dmr_pipeline.rollout.reading import NOTHING, Reading, each_in_full, one_by_one
+from dmr_pipeline.rollout.trajectory import RolloutRequest, Step, Trajectory
 from dmr_pipeline.router.baselines import Disagreement, RandomMixing
 from tests.helpers.rollouts import HALF, PROMPTER, ROUTE, RUNS, THREE, passes_over, roll, transcript
 

@@ -12,19 +12,12 @@ from transformers import GenerationConfig
 
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.rollout.choosing import drawn
-from dmr_pipeline.rollout.engine import (
-    Decision,
-    DecisionContext,
-    Forced,
-    RolloutRequest,
-    Trajectory,
-    play,
-    play_alone,
-    warn_of_outgrown,
-)
+from dmr_pipeline.rollout.engine import play, play_alone
 from dmr_pipeline.rollout.known import Known
 from dmr_pipeline.rollout.kv_cache.padded import Streams
+from dmr_pipeline.rollout.policy import Decision, DecisionContext, Forced
 from dmr_pipeline.rollout.prompts import Prompter
+from dmr_pipeline.rollout.trajectory import RolloutRequest, Trajectory, warn_of_outgrown
 from dmr_pipeline.router.baselines import Confidence, Disagreement, RandomMixing
 from tests.helpers.rollouts import (
     ALL_HIGH,

@@ -6,11 +6,12 @@ import pytest
 
 from dmr_pipeline.environments.alfworld.engine import NOTHING, AlfWorldEpisode
 from dmr_pipeline.recipe import Prompt
-from dmr_pipeline.rollout import engine
-from dmr_pipeline.rollout.engine import Draft, Trajectory, warn_of_parse_failures
+from dmr_pipeline.rollout.batch import Batch
 from dmr_pipeline.rollout.failures import FAILURES, PARSE_FAILURES, Failure
+from dmr_pipeline.rollout.policy import Draft
 from dmr_pipeline.rollout.prompts import Prompter
 from dmr_pipeline.rollout.reading import NOTHING as NO_READING
+from dmr_pipeline.rollout.trajectory import Trajectory, warn_of_parse_failures
 from tests.helpers.chat_templates import CHATML, templated
 from tests.helpers.rollouts import ALL_HIGH, PROMPTER, RUNS, roll
 from tests.helpers.texts import generated
@@ -59,7 +60,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch, actions: Sequence[list[int]]) -> T
     def act(_: object, precision: str, slots: list[int], drafter: str | None = None, ready: object = ()) -> list[Draft]:
         return [Draft(next(script), NO_READING, 1.0) for _ in slots]
 
-    monkeypatch.setattr(engine.Batch, "act", act)
+    monkeypatch.setattr(Batch, "act", act)
     (trajectory,) = roll(ALL_HIGH, runs=RUNS[:1])
     return trajectory
 

@@ -11,10 +11,12 @@ from transformers.generation.candidate_generator import PromptLookupCandidateGen
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.recipe import PromptLookup, Speculative
 from dmr_pipeline.rollout.cost import a_pass_a_token
-from dmr_pipeline.rollout.engine import SinglePrecision, Trajectory, play
+from dmr_pipeline.rollout.engine import play
 from dmr_pipeline.rollout.known import Known
 from dmr_pipeline.rollout.kv_cache.plain import PlainStreams
+from dmr_pipeline.rollout.policy import SinglePrecision
 from dmr_pipeline.rollout.reading import NOTHING
+from dmr_pipeline.rollout.trajectory import Trajectory
 from dmr_pipeline.rollout.writing import looked_up
 from dmr_pipeline.router.baselines import Disagreement, RandomMixing
 from tests.helpers.asking import Asking, Counted

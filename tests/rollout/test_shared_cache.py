@@ -12,14 +12,16 @@ from transformers import Qwen3Config
 
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.recipe import Speculative
-from dmr_pipeline.rollout.engine import Decision, RolloutRequest, SinglePrecision, Trajectory, play
+from dmr_pipeline.rollout.engine import play
 from dmr_pipeline.rollout.known import Known, Transcript
 from dmr_pipeline.rollout.kv_cache.choice import shared_streams, token_streams
 from dmr_pipeline.rollout.kv_cache.packed import PackedStreams
 from dmr_pipeline.rollout.kv_cache.padded import Streams
 from dmr_pipeline.rollout.kv_cache.shared import SharedStreams
+from dmr_pipeline.rollout.policy import Decision, SinglePrecision
 from dmr_pipeline.rollout.reading import NOTHING, Reading
 from dmr_pipeline.rollout.speculation import write_checked
+from dmr_pipeline.rollout.trajectory import RolloutRequest, Trajectory
 from dmr_pipeline.rollout.writing import NgramGuesses
 from dmr_pipeline.router.baselines import Confidence, Disagreement, RandomMixing
 from tests.helpers.asking import Asking

@@ -17,15 +17,17 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.recipe import Speculative
-from dmr_pipeline.rollout.choosing import checked
-from dmr_pipeline.rollout.engine import Decision, SinglePrecision, Trajectory, play, seeded_generator
+from dmr_pipeline.rollout.choosing import checked, seeded_generator
+from dmr_pipeline.rollout.engine import play
 from dmr_pipeline.rollout.known import Known
 from dmr_pipeline.rollout.kv_cache.catching_up import catch_up
 from dmr_pipeline.rollout.kv_cache.packed import PackedStreams
 from dmr_pipeline.rollout.kv_cache.padded import Streams
 from dmr_pipeline.rollout.kv_cache.plain import PlainStreams
+from dmr_pipeline.rollout.policy import Decision, SinglePrecision
 from dmr_pipeline.rollout.reading import NOTHING, Reading, Round, checking, drafting, one_by_one
 from dmr_pipeline.rollout.speculation import Checked, write_checked
+from dmr_pipeline.rollout.trajectory import Trajectory
 from dmr_pipeline.rollout.writing import NgramGuesses
 from tests.helpers.asking import Asking, Counted
 from tests.helpers.causal_lms import uncached

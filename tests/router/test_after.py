@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from dmr_pipeline.recipe import RouterModel
-from dmr_pipeline.rollout.engine import SinglePrecision, Trajectory
+from dmr_pipeline.rollout.policy import SinglePrecision
 from dmr_pipeline.rollout.reading import NOTHING, Reading
+from dmr_pipeline.rollout.trajectory import Trajectory
 from dmr_pipeline.router.kl import with_settings
 from dmr_pipeline.router.model import (
     Router,

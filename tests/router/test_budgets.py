@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dmr_pipeline.environments.alfworld.generator import generate_game
-from dmr_pipeline.rollout.engine import Decision, RolloutRequest
+from dmr_pipeline.rollout.policy import Decision
+from dmr_pipeline.rollout.trajectory import RolloutRequest
 from dmr_pipeline.router.budgets import NOBODY, AtBar, Bar, Lot, Tried, bar_at, find_bars
 from tests.helpers.rollouts import ROUTE, THREE
 

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from scipy.special import expit
 
 from dmr_pipeline.environments.alfworld.generator import generate_game
-from dmr_pipeline.rollout.engine import RolloutRequest, Step, Trajectory
+from dmr_pipeline.rollout.trajectory import RolloutRequest, Step, Trajectory
 from dmr_pipeline.router.calibration import (
     OperatingPoint,
     auprc,

@@ -10,10 +10,11 @@ import torch
 from transformers import PreTrainedModel
 
 from dmr_pipeline.precision.acting import ActingModels
-from dmr_pipeline.rollout.engine import RolloutRequest, SinglePrecision
 from dmr_pipeline.rollout.known import Known
 from dmr_pipeline.rollout.playing import Rollouts
+from dmr_pipeline.rollout.policy import SinglePrecision
 from dmr_pipeline.rollout.prompts import Moment
+from dmr_pipeline.rollout.trajectory import RolloutRequest
 from dmr_pipeline.router.baselines import RandomMixing
 from dmr_pipeline.router.consequence import CONSEQUENCES, Branch, Branching, Player, consequences
 from tests.helpers.rollouts import (

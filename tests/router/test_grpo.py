@@ -20,9 +20,9 @@ from dmr_pipeline.environments.benchmark import benchmark_of
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.precision.pass_bytes import PassBytes
 from dmr_pipeline.rollout.cost import episode_cost
-from dmr_pipeline.rollout.engine import RolloutRequest, Trajectory
 from dmr_pipeline.rollout.playing import Rollouts
 from dmr_pipeline.rollout.reading import Reading
+from dmr_pipeline.rollout.trajectory import RolloutRequest, Trajectory
 from dmr_pipeline.router import grpo
 from dmr_pipeline.router.baselines import RandomMixing
 from dmr_pipeline.router.grpo import LOG, Scorer, Session, divergence, game_order, tilt_for

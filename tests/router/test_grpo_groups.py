@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from dmr_pipeline.artifacts.stage import StageResult
 from dmr_pipeline.environments.alfworld.generator import generate_game
 from dmr_pipeline.recipe import GrpoBudget, GrpoRouter
-from dmr_pipeline.rollout.engine import RolloutRequest, Step, Trajectory
+from dmr_pipeline.rollout.trajectory import RolloutRequest, Step, Trajectory
 from dmr_pipeline.router import grpo
 from dmr_pipeline.router.grpo import Scorer, entropy, merit_within, next_price
 from dmr_pipeline.router.grpo_groups import Group, branch_advantages, play_groups, refilled

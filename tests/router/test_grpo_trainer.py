@@ -13,7 +13,8 @@ from transformers import TrainerCallback
 
 from dmr_pipeline.recipe import GrpoRouter
 from dmr_pipeline.rollout.cost import reward
-from dmr_pipeline.rollout.engine import Draft, RolloutRequest
+from dmr_pipeline.rollout.policy import Draft
+from dmr_pipeline.rollout.trajectory import RolloutRequest
 from dmr_pipeline.router.grpo_trainer import Rollout, RoutingTrainer, routing_log_probs
 from dmr_pipeline.router.model import (
     Router,

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch.distributions import Categorical, kl_divergence
 
 from dmr_pipeline.recipe import Prompt, Sensitivity
-from dmr_pipeline.rollout.engine import seeded_generator
+from dmr_pipeline.rollout.choosing import seeded_generator
 from dmr_pipeline.rollout.kv_cache.padded import Streams
 from dmr_pipeline.rollout.tables import to_frames
 from dmr_pipeline.router.baselines import RandomMixing

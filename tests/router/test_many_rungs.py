@@ -13,8 +13,9 @@ from scipy.optimize import minimize
 from scipy.special import expit, log_softmax, rel_entr, softmax
 
 from dmr_pipeline.environments.alfworld.generator import generate_game
-from dmr_pipeline.rollout.engine import Decision, Draft, Forced, RolloutRequest, SinglePrecision, certain
+from dmr_pipeline.rollout.policy import Decision, Draft, Forced, SinglePrecision, certain
 from dmr_pipeline.rollout.reading import Reading
+from dmr_pipeline.rollout.trajectory import RolloutRequest
 from dmr_pipeline.router.baselines import Confidence, Disagreement, RandomMixing, two_way_shares
 from dmr_pipeline.router.calibration import exceedances, platt
 from dmr_pipeline.router.grpo import divergence, tilt_for

@@ -104,7 +104,8 @@ def test_what_the_log_cannot_tell_is_refused() -> None:
     "bar", [Bar(0.5), Bar(0.4, ties=0.3), Bar(0.5, sample=True), Bar(0.3, sample=True, strict=0.4)]
 )
 def test_chances_are_how_often_a_bar_takes_each_rung(bar: Bar) -> None:
-    from dmr_pipeline.rollout.engine import Decision, RolloutRequest
+    from dmr_pipeline.rollout.policy import Decision
+    from dmr_pipeline.rollout.trajectory import RolloutRequest
     from dmr_pipeline.serve.sessions import Goal
 
     route, levels, counts = ("float", "int4", "int2"), (0.4, 0.7), dict.fromkeys(("float", "int4", "int2"), 0)

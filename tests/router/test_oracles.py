@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from dmr_pipeline.recipe import OracleName
-from dmr_pipeline.rollout.engine import Trajectory
 from dmr_pipeline.rollout.tables import to_frames
+from dmr_pipeline.rollout.trajectory import Trajectory
 from dmr_pipeline.router.budgets import AtBar, Bar, Lot
 from dmr_pipeline.router.labels import measure
 from dmr_pipeline.router.oracles import Oracle

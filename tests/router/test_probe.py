@@ -16,11 +16,12 @@ from dmr_pipeline.errors import UserError
 from dmr_pipeline.precision.pass_bytes import PassBytes
 from dmr_pipeline.recipe import KlRouter, Probe, Prompt, Recipe, RouterModel, load_recipe, problems_across
 from dmr_pipeline.rollout.cost import episode_cost
-from dmr_pipeline.rollout.engine import RolloutRequest, Trajectory, play
+from dmr_pipeline.rollout.engine import play
 from dmr_pipeline.rollout.kv_cache.packed import PackedStreams
 from dmr_pipeline.rollout.kv_cache.shared import SharedStreams
 from dmr_pipeline.rollout.prompts import Prompter
 from dmr_pipeline.rollout.reading import Reading
+from dmr_pipeline.rollout.trajectory import RolloutRequest, Trajectory
 from dmr_pipeline.router.calibration import auroc
 from dmr_pipeline.router.grpo_trainer import Rollout, RoutingTrainer
 from dmr_pipeline.router.kl import train

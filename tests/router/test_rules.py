@@ -11,8 +11,9 @@ import torch
 
 from dmr_pipeline.environments.alfworld.generator import generate_game
 from dmr_pipeline.errors import UserError
-from dmr_pipeline.rollout.engine import Draft, RolloutRequest
+from dmr_pipeline.rollout.policy import Draft
 from dmr_pipeline.rollout.reading import NOTHING
+from dmr_pipeline.rollout.trajectory import RolloutRequest
 from dmr_pipeline.router.budgets import NOBODY, AtBar, Bar
 from dmr_pipeline.router.rules import CAP_TURN, GOLDEN, Rule, named_at, rule_at_bar, rules
 from tests.helpers.rollouts import LOW, PROMPTER, ROUTE, THREE, roll, taken, transcript

@@ -20,11 +20,13 @@ from dmr_pipeline.evaluation.policies import search_entries
 from dmr_pipeline.precision.pass_bytes import PassBytes
 from dmr_pipeline.recipe import Prompt, Recipe
 from dmr_pipeline.rollout.cost import episode_cost
-from dmr_pipeline.rollout.engine import RolloutRequest, RoutingPolicy, Trajectory, play
+from dmr_pipeline.rollout.engine import play
 from dmr_pipeline.rollout.playing import Rollouts
+from dmr_pipeline.rollout.policy import RoutingPolicy
 from dmr_pipeline.rollout.prompts import Prompter
 from dmr_pipeline.rollout.reading import NOTHING
 from dmr_pipeline.rollout.tables import read_trajectories
+from dmr_pipeline.rollout.trajectory import RolloutRequest, Trajectory
 from dmr_pipeline.router.baselines import RandomMixing
 from dmr_pipeline.router.grpo import Scorer, Session, settings_at_ratio
 from dmr_pipeline.router.grpo_trainer import as_completions

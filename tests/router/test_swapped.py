@@ -11,9 +11,10 @@ from dmr_pipeline.artifacts.stage import StageContext
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.evaluation.consequence import SWAPPED, label_recorded, swap_chances
 from dmr_pipeline.recipe import Consequences, KlRouter, Probe, Recipe, RouterModel, load_recipe, problems_across
-from dmr_pipeline.rollout.engine import RolloutRequest, SinglePrecision
 from dmr_pipeline.rollout.known import Known
+from dmr_pipeline.rollout.policy import SinglePrecision
 from dmr_pipeline.rollout.tables import to_frames
+from dmr_pipeline.rollout.trajectory import RolloutRequest
 from dmr_pipeline.router.advantage import advantage_loss
 from dmr_pipeline.router.baselines import RandomMixing
 from dmr_pipeline.router.consequence import CONSEQUENCES, Player, consequences

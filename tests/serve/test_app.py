@@ -13,8 +13,9 @@ from dmr_pipeline.environments.benchmark import benchmark_of
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.ingestion.schema import LoggedEpisode
 from dmr_pipeline.recipe import load_recipe
-from dmr_pipeline.rollout.engine import RolloutRequest, SinglePrecision, Trajectory
 from dmr_pipeline.rollout.playing import Rollouts
+from dmr_pipeline.rollout.policy import SinglePrecision
+from dmr_pipeline.rollout.trajectory import RolloutRequest, Trajectory
 from dmr_pipeline.router.budgets import NOBODY, AtBar
 from dmr_pipeline.router.policies import routing_policy
 from dmr_pipeline.router.rules import rule_at_bar, rules

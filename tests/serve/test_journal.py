@@ -17,7 +17,7 @@ from dmr_pipeline.ingestion.incoming import look
 from dmr_pipeline.ingestion.rules import Rules, read_episodes
 from dmr_pipeline.ingestion.schema import EXAMPLE, LoggedEpisode
 from dmr_pipeline.ingestion.stored import read_stored, store_episodes
-from dmr_pipeline.rollout.engine import RolloutRequest
+from dmr_pipeline.rollout.trajectory import RolloutRequest
 from dmr_pipeline.serve.agent import RoutedAgent
 from dmr_pipeline.serve.conversation import read_conversation
 from dmr_pipeline.serve.journal import Journal, episode_of

@@ -12,8 +12,8 @@ from dmr_pipeline.cli.router import router as router_commands
 from dmr_pipeline.environments.alfworld.generator import generate_game
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.recipe import load_recipe
-from dmr_pipeline.rollout.engine import RolloutRequest
 from dmr_pipeline.rollout.playing import Rollouts
+from dmr_pipeline.rollout.trajectory import RolloutRequest
 from dmr_pipeline.serve import release as releases
 from dmr_pipeline.serve.deciders import decider_of
 from dmr_pipeline.serve.journal import episode_of

@@ -11,8 +11,8 @@ from dmr_pipeline.environments.base import Task
 from dmr_pipeline.environments.benchmark import benchmark_of
 from dmr_pipeline.ingestion.schema import LoggedEpisode
 from dmr_pipeline.recipe import load_recipe
-from dmr_pipeline.rollout.engine import RolloutRequest
 from dmr_pipeline.rollout.playing import Rollouts
+from dmr_pipeline.rollout.trajectory import RolloutRequest
 from dmr_pipeline.router.policies import routing_policy
 from dmr_pipeline.serve import release as releases
 from tests.helpers.serving import SERVED, chat, client_of

@@ -13,8 +13,9 @@ from dmr_pipeline.environments.alfworld.words import alfworld_texts
 from dmr_pipeline.environments.base import Demonstration
 from dmr_pipeline.environments.webshop.benchmark import GeneratedWebShop
 from dmr_pipeline.recipe import Prompt, Recipe, Splits, load_recipe, problems_across
-from dmr_pipeline.rollout.engine import ALONE, RolloutRequest, Step, Trajectory
+from dmr_pipeline.rollout.engine import ALONE
 from dmr_pipeline.rollout.prompts import Prompter
+from dmr_pipeline.rollout.trajectory import RolloutRequest, Step, Trajectory
 from dmr_pipeline.training.examples import (
     IGNORED,
     Example,
