@@ -11,7 +11,7 @@ from typing import Any
 
 from dmr_pipeline.artifacts.stage import Resources, Stage, StageContext, StageResult
 from dmr_pipeline.errors import UserError
-from dmr_pipeline.recipe import Pretrained
+from dmr_pipeline.recipe.model import Pretrained
 
 
 def _later(function: str) -> Callable[..., Any]:

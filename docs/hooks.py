@@ -20,8 +20,9 @@ from dmr_pipeline import benchmarks
 from dmr_pipeline.cli import app
 from dmr_pipeline.evaluation import results
 from dmr_pipeline.pipeline import STAGES
-from dmr_pipeline.recipe import Games, Recipe
-from dmr_pipeline.recipe_fields import Section
+from dmr_pipeline.recipe import Recipe
+from dmr_pipeline.recipe.benchmark import Games
+from dmr_pipeline.recipe.fields import Section
 
 REPOSITORY = Path(__file__).parents[1]
 ELSEWHERE = {

@@ -14,8 +14,8 @@ from pathlib import Path
 from dmr_pipeline.artifacts.folders import artifact_folder
 from dmr_pipeline.artifacts.manifest import verify
 from dmr_pipeline.environments.benchmark import benchmark_of
-from dmr_pipeline.recipe import load_recipe
-from dmr_pipeline.rollout.engine import RolloutRequest, Trajectory
+from dmr_pipeline.recipe.reading import load_recipe
+from dmr_pipeline.rollout.trajectory import RolloutRequest, Trajectory
 from dmr_pipeline.serve.agent import Goal, RoutedAgent
 
 

@@ -24,7 +24,7 @@ from pydantic import Field
 from dmr_pipeline.benchmarks import register
 from dmr_pipeline.environments.base import Demonstration
 from dmr_pipeline.environments.seeded import SeededBenchmark, TaskModel
-from dmr_pipeline.recipe import Games
+from dmr_pipeline.recipe.benchmark import Games
 
 
 class Corridor(Games):

@@ -14,7 +14,8 @@ import pytest
 from rich.table import Table
 
 from dmr_pipeline import pipeline
-from dmr_pipeline.recipe import Recipe, load_recipe
+from dmr_pipeline.recipe import Recipe
+from dmr_pipeline.recipe.reading import load_recipe
 from tests.helpers.fake_project import RECIPE, enter_project, fake_stages, make_project
 
 # Tests that run in the background, as under nohup, were started to ignore SIGINT; Dagster then makes SIGTERM ignored too, in

@@ -8,7 +8,7 @@ from dmr_pipeline import benchmarks
 from dmr_pipeline.environments.alfworld.benchmark import GeneratedGames
 from dmr_pipeline.environments.benchmark import Benchmark, benchmark_of
 from dmr_pipeline.errors import UserError
-from dmr_pipeline.recipe import load_recipe, recipe_names
+from dmr_pipeline.recipe.reading import load_recipe, recipe_names
 from tests.helpers.fake_project import REPOSITORY
 
 

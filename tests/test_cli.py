@@ -19,7 +19,8 @@ from dmr_pipeline.artifacts.manifest import verify
 from dmr_pipeline.artifacts.stage import StageContext, StageResult
 from dmr_pipeline.cli.stages import stage_states
 from dmr_pipeline.errors import UserError
-from dmr_pipeline.recipe import Recipe, load_recipe
+from dmr_pipeline.recipe import Recipe
+from dmr_pipeline.recipe.reading import load_recipe
 from tests.helpers.commands import dmr
 from tests.helpers.fake_project import RECIPE, REPOSITORY, SUMMARIES, commit_agent, dvc
 

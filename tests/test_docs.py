@@ -16,7 +16,7 @@ from dmr_pipeline.cli import app
 from dmr_pipeline.evaluation import consequence, play, transcripts
 from dmr_pipeline.ingestion.schema import LoggedEpisode
 from dmr_pipeline.precision import frontier
-from dmr_pipeline.recipe import check_recipe
+from dmr_pipeline.recipe.reading import check_recipe
 from dmr_pipeline.rollout import tables as rollout_tables
 from dmr_pipeline.router import grpo, labels
 from dmr_pipeline.study.design import load_study

@@ -21,7 +21,7 @@ from dmr_pipeline import pipeline
 from dmr_pipeline.cli import app
 from dmr_pipeline.evaluation import results
 from dmr_pipeline.recipe import Recipe
-from dmr_pipeline.recipe_fields import Section
+from dmr_pipeline.recipe.fields import Section
 from tests.helpers.fake_project import REPOSITORY
 from tests.helpers.pages import blocks
 

@@ -17,7 +17,7 @@ from dmr_pipeline.artifacts.folders import artifact_folder
 from dmr_pipeline.artifacts.manifest import verify
 from dmr_pipeline.environments.benchmark import SPLITS, benchmark_of
 from dmr_pipeline.errors import UserError
-from dmr_pipeline.recipe import load_recipe
+from dmr_pipeline.recipe.reading import load_recipe
 from tests.helpers.fake_project import REPOSITORY
 
 SCRIPT = REPOSITORY / "examples" / "own_environment.py"

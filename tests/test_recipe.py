@@ -16,16 +16,11 @@ from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
 from dmr_pipeline.errors import UserError
-from dmr_pipeline.recipe import (
-    RECIPE_FOLDER,
-    Agent,
-    Architecture,
-    check_recipe,
-    load_recipe,
-    recipe_names,
-)
-from dmr_pipeline.recipe_fields import Section
-from dmr_pipeline.recipe_text import read_mapping
+from dmr_pipeline.recipe.agent import Agent
+from dmr_pipeline.recipe.fields import Section
+from dmr_pipeline.recipe.model import Architecture
+from dmr_pipeline.recipe.reading import RECIPE_FOLDER, check_recipe, load_recipe, recipe_names
+from dmr_pipeline.recipe.text import read_mapping
 from tests.helpers.bad_recipes import (
     AGENT_ALONE,
     ALFWORLD,
@@ -209,7 +204,7 @@ def test_a_text_is_parsed_once_and_what_it_holds_is_not_changed(
     path = tmp_path / "x.yaml"
     path.write_text(RECIPE_YAML.replace("quantile: 0.5", "quantile: 0.25"))
     first, held = load_recipe("x", tmp_path), deepcopy(read_mapping(path))
-    monkeypatch.setattr("dmr_pipeline.recipe_text.YAML", lambda **options: pytest.fail("it is parsed again"))
+    monkeypatch.setattr("dmr_pipeline.recipe.text.YAML", lambda **options: pytest.fail("it is parsed again"))
     assert load_recipe("x", tmp_path) == first
     assert read_mapping(path) == held
     monkeypatch.undo()
@@ -221,7 +216,7 @@ def test_a_text_is_parsed_once_and_what_it_holds_is_not_changed(
 def test_names_are_checked_before_any_path_is_made_of_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    monkeypatch.setattr("dmr_pipeline.recipe.read_mapping", lambda path: pytest.fail(f"{path} was read"))
+    monkeypatch.setattr("dmr_pipeline.recipe.reading.read_mapping", lambda path: pytest.fail(f"{path} was read"))
     with pytest.raises(UserError, match="can be no recipe's name: small letters") as caught:
         load_recipe(name, tmp_path)
     assert str(caught.value).isprintable()

@@ -15,7 +15,8 @@ from dmr_pipeline import pipeline
 from dmr_pipeline.artifacts.folders import artifact_folder, sidecar_path
 from dmr_pipeline.artifacts.manifest import MANIFEST, verify
 from dmr_pipeline.cli.stages import stage_states
-from dmr_pipeline.recipe import Recipe, load_recipe
+from dmr_pipeline.recipe import Recipe
+from dmr_pipeline.recipe.reading import load_recipe
 from dmr_pipeline.versioning import lock_file
 from tests.helpers.commands import dmr
 from tests.helpers.fake_project import RECIPE, dvc

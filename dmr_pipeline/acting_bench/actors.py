@@ -17,7 +17,8 @@ from dmr_pipeline.precision.acting import acting_model
 from dmr_pipeline.precision.kernels import LowBitLinear
 from dmr_pipeline.precision.pass_bytes import PassBytes, cached_numbers
 from dmr_pipeline.precision.quantization import quantize_rung
-from dmr_pipeline.recipe import Prompt, Rung
+from dmr_pipeline.recipe.agent import Prompt
+from dmr_pipeline.recipe.precisions import Rung
 from dmr_pipeline.rollout.prompts import Prompter
 from dmr_pipeline.training.vocabulary import word_tokenizer
 

@@ -18,22 +18,14 @@ from typing import Literal
 import torch
 from transformers import PreTrainedModel
 
-from dmr_pipeline.acting_bench.actors import (
-    BFLOAT16,
-    CHEAP,
-    CHEAP_INT8,
-    Actor,
-    forms,
-    held_bytes,
-    read_bytes,
-)
+from dmr_pipeline.acting_bench.actors import BFLOAT16, CHEAP, CHEAP_INT8, Actor, forms, held_bytes, read_bytes
 from dmr_pipeline.acting_bench.reading import Reading, episodes, history
 from dmr_pipeline.acting_bench.record import ActingRecord, Row
 from dmr_pipeline.agent.memory import free_memory
 from dmr_pipeline.artifacts.run_record import git_state, this_device, this_machine
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.precision.pass_bytes import PassBytes
-from dmr_pipeline.recipe import Runtime
+from dmr_pipeline.recipe.runtime import Runtime
 from dmr_pipeline.rollout.choosing import leads
 from dmr_pipeline.rollout.engine import play
 from dmr_pipeline.rollout.kv_cache.catching_up import catch_up

@@ -16,7 +16,7 @@ from dmr_pipeline.artifacts.folders import sidecar_path
 from dmr_pipeline.artifacts.manifest import Artifact
 from dmr_pipeline.atomic import replaced
 from dmr_pipeline.frozen_model import FrozenModel
-from dmr_pipeline.recipe import Runtime
+from dmr_pipeline.recipe.runtime import Runtime
 
 log = logging.getLogger(__name__)
 

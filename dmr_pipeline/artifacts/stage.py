@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dmr_pipeline.recipe import Pretrained, Recipe
+from dmr_pipeline.recipe import Recipe
+from dmr_pipeline.recipe.model import Pretrained
 
 
 class DeclaredSections(Recipe):

@@ -217,7 +217,7 @@ def experts_webshop(
     from dmr_pipeline.environments.webshop.expert import shop_as_expert
     from dmr_pipeline.environments.webshop.goals import PUBLISHED_SPLITS, ShoppingTask
     from dmr_pipeline.environments.webshop.tasks import SHOP_FOLDER
-    from dmr_pipeline.recipe import load_recipe
+    from dmr_pipeline.recipe.reading import load_recipe
 
     settings = load_recipe(recipe).benchmark
     match benchmark_of(settings):

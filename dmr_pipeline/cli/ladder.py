@@ -11,7 +11,7 @@ from dmr_pipeline import pipeline
 from dmr_pipeline.cli.common import RecipeArgument, console, progress_lines, user_errors_exit_2
 from dmr_pipeline.cli.stages import up_to_date, verify_current
 from dmr_pipeline.precision.ladder import LadderFacts, RungPlayed, deployed
-from dmr_pipeline.recipe import load_recipe
+from dmr_pipeline.recipe.reading import load_recipe
 
 STAGE = "quantized_checkpoints"
 MADE_FOR_IT = ["benchmark_tasks", "agent", STAGE]

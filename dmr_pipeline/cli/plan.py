@@ -11,7 +11,7 @@ from rich.table import Table
 from dmr_pipeline.artifacts.folders import DATA_ROOT
 from dmr_pipeline.cli.common import RecipeArgument, console, progress_lines, user_errors_exit_2
 from dmr_pipeline.errors import UserError
-from dmr_pipeline.recipe import load_recipe
+from dmr_pipeline.recipe.reading import load_recipe
 
 if TYPE_CHECKING:
     from dmr_pipeline.plan.predict import Plan

@@ -6,7 +6,7 @@ import typer
 
 from dmr_pipeline.cli.common import console, print_error, user_errors_exit_2
 from dmr_pipeline.errors import UserError
-from dmr_pipeline.recipe import check_recipe, recipe_names
+from dmr_pipeline.recipe.reading import check_recipe, recipe_names
 
 recipe = typer.Typer(help="Check recipes, the files in recipes/.", no_args_is_help=True)
 

@@ -10,7 +10,7 @@ import typer
 from dmr_pipeline.cli.common import DEFAULT_RECIPE, RecipeOption, console, progress_lines, user_errors_exit_2
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.progress import Bars
-from dmr_pipeline.recipe import load_recipe
+from dmr_pipeline.recipe.reading import load_recipe
 
 if TYPE_CHECKING:
     from dmr_pipeline.evaluation.route_calibration import Played

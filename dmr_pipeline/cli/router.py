@@ -15,7 +15,7 @@ from dmr_pipeline.artifacts.folders import artifact_folder
 from dmr_pipeline.artifacts.manifest import verify
 from dmr_pipeline.artifacts.stage import StageContext, StageResult
 from dmr_pipeline.cli.common import DEFAULT_RECIPE, RecipeOption, console, progress_lines, user_errors_exit_2
-from dmr_pipeline.recipe import load_recipe
+from dmr_pipeline.recipe.reading import load_recipe
 
 if TYPE_CHECKING:
     from dmr_pipeline.release.history import Decision, Releases

@@ -12,7 +12,7 @@ from rich.table import Table
 from dmr_pipeline.cli.common import RecipeArgument, console, progress_lines, user_errors_exit_2
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.progress import Bars
-from dmr_pipeline.recipe import load_recipe
+from dmr_pipeline.recipe.reading import load_recipe
 
 if TYPE_CHECKING:  # `dmr --help` needs none of it
     from dmr_pipeline.evaluation.consequence import Spent

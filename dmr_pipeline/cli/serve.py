@@ -8,7 +8,7 @@ from pydantic import SecretStr, ValidationError
 
 from dmr_pipeline.cli.common import RecipeArgument, console, progress_lines, user_errors_exit_2
 from dmr_pipeline.errors import UserError, problems_of
-from dmr_pipeline.recipe import load_recipe
+from dmr_pipeline.recipe.reading import load_recipe
 
 KEY_VARIABLE = "DMR_API_KEY"
 UPSTREAM_KEY_VARIABLE = "DMR_UPSTREAM_KEY"

@@ -8,7 +8,7 @@ from rich import box
 from rich.table import Table
 
 from dmr_pipeline.cli.common import RecipeArgument, console, user_errors_exit_2, write_record
-from dmr_pipeline.recipe import load_recipe
+from dmr_pipeline.recipe.reading import load_recipe
 
 
 @user_errors_exit_2

@@ -27,7 +27,8 @@ from dmr_pipeline.cli.common import (
 )
 from dmr_pipeline.errors import UserError, printable
 from dmr_pipeline.precision.ladder import LadderFacts, deployed
-from dmr_pipeline.recipe import Recipe, load_recipe, recipe_names
+from dmr_pipeline.recipe import Recipe
+from dmr_pipeline.recipe.reading import load_recipe, recipe_names
 from dmr_pipeline.versioning import dvc_objects, dvc_stages, lock_file
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from dmr_pipeline.artifacts.folders import artifact_folder
 from dmr_pipeline.artifacts.manifest import verify
 from dmr_pipeline.cli.common import DEFAULT_RECIPE, RecipeOption, console, errors, print_error, user_errors_exit_2
 from dmr_pipeline.errors import UserError, printable
-from dmr_pipeline.recipe import load_recipe
+from dmr_pipeline.recipe.reading import load_recipe
 
 if TYPE_CHECKING:
     from dmr_pipeline.ingestion.schema import LoggedEpisode

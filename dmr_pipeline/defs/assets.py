@@ -15,7 +15,8 @@ from dmr_pipeline.defs.describe import describe
 from dmr_pipeline.defs.faults import RETRIES, as_dagster_failures
 from dmr_pipeline.defs.sections import build_sections, observe, section_key
 from dmr_pipeline.pipeline import find_stage
-from dmr_pipeline.recipe import Recipe, load_recipe, recipe_names
+from dmr_pipeline.recipe import Recipe
+from dmr_pipeline.recipe.reading import load_recipe, recipe_names
 from dmr_pipeline.versioning import dvc_objects, dvc_stages
 from dmr_pipeline.versioning.git_branch import commit_lock
 

@@ -8,7 +8,8 @@ import dagster as dg
 from dmr_pipeline.artifacts.folders import DATA_ROOT, artifact_folder
 from dmr_pipeline.artifacts.manifest import MANIFEST, Manifest
 from dmr_pipeline.errors import UserError
-from dmr_pipeline.recipe import Recipe, load_recipe, recipe_names
+from dmr_pipeline.recipe import Recipe
+from dmr_pipeline.recipe.reading import load_recipe, recipe_names
 from dmr_pipeline.summaries import IngestedSummary, SensitivitySummary
 
 INGEST_TAG = "dmr/incoming"

@@ -22,7 +22,8 @@ from dmr_pipeline.environments.benchmark import benchmark_of
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.pipeline import STAGES, find_stage
 from dmr_pipeline.precision.ladder import LadderFacts
-from dmr_pipeline.recipe import Recipe, load_recipe
+from dmr_pipeline.recipe import Recipe
+from dmr_pipeline.recipe.reading import load_recipe
 from dmr_pipeline.summaries import GrpoSummary, KlSummary
 
 if TYPE_CHECKING:

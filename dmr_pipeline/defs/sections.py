@@ -8,7 +8,8 @@ import dagster as dg
 
 from dmr_pipeline.defs.versions import DATA_VERSION_TAG, recorded_version
 from dmr_pipeline.errors import UserError
-from dmr_pipeline.recipe import UNHASHED_SECTIONS, Recipe, load_recipe, recipe_names
+from dmr_pipeline.recipe import UNHASHED_SECTIONS, Recipe
+from dmr_pipeline.recipe.reading import load_recipe, recipe_names
 
 
 def section_key(section: str) -> dg.AssetKey:

@@ -10,8 +10,8 @@ from pydantic import JsonValue
 
 from dmr_pipeline import benchmarks
 from dmr_pipeline.environments.base import Task
-from dmr_pipeline.recipe import Games
-from dmr_pipeline.recipe_fields import MOST_SEED
+from dmr_pipeline.recipe.benchmark import Games
+from dmr_pipeline.recipe.fields import MOST_SEED
 
 SPLITS = ("agent_train", "router_train", "validation", "test")
 _SEEDS_A_SPLIT = 10_000_000

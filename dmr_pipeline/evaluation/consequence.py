@@ -17,7 +17,8 @@ from dmr_pipeline.errors import UserError
 from dmr_pipeline.evaluation.kept import KeptTables
 from dmr_pipeline.evaluation.play import acting_facts, content
 from dmr_pipeline.frozen_model import FrozenModel
-from dmr_pipeline.recipe import Consequences, Recipe
+from dmr_pipeline.recipe import Recipe
+from dmr_pipeline.recipe.sensitivity import Consequences
 from dmr_pipeline.rollout.choosing import seeded_generator
 from dmr_pipeline.rollout.known import Known
 from dmr_pipeline.rollout.playing import Rollouts

@@ -17,7 +17,7 @@ from dmr_pipeline.evaluation.metrics import rounded
 from dmr_pipeline.evaluation.play import PLAYED, Arena, evaluate
 from dmr_pipeline.evaluation.results import BestRule
 from dmr_pipeline.evaluation.tuning import Range, Tunable, mean_of, spend_of, tune_to_ratios
-from dmr_pipeline.recipe import Evaluation, OracleName
+from dmr_pipeline.recipe.evaluation import Evaluation, OracleName
 from dmr_pipeline.rollout.known import Known
 from dmr_pipeline.router.model import Router
 from dmr_pipeline.router.oracles import Oracle

@@ -22,7 +22,8 @@ from dmr_pipeline.precision.frontier import clearly_beaten
 from dmr_pipeline.precision.ladder import read_ladder
 from dmr_pipeline.precision.pass_bytes import PassBytes
 from dmr_pipeline.progress import Bars
-from dmr_pipeline.recipe import Recipe, Speculative
+from dmr_pipeline.recipe import Recipe
+from dmr_pipeline.recipe.precisions import Speculative
 from dmr_pipeline.rollout.batch import Timings
 from dmr_pipeline.rollout.failures import FAILURES
 from dmr_pipeline.rollout.known import Known

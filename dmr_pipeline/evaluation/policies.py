@@ -14,7 +14,9 @@ from dmr_pipeline.environments.base import Task
 from dmr_pipeline.evaluation.kept import KeptTables
 from dmr_pipeline.evaluation.metrics import shares_of_steps
 from dmr_pipeline.evaluation.play import Arena, Entry, checking_entry, evaluate
-from dmr_pipeline.recipe import Evaluation, GrpoRouter, Speculative
+from dmr_pipeline.recipe.evaluation import Evaluation
+from dmr_pipeline.recipe.grpo_router import GrpoRouter
+from dmr_pipeline.recipe.precisions import Speculative
 from dmr_pipeline.rollout.batch import Timings
 from dmr_pipeline.rollout.cost import reward
 from dmr_pipeline.rollout.known import Known

@@ -19,7 +19,8 @@ from dmr_pipeline.evaluation.play import Arena, acting_facts, content, evaluate
 from dmr_pipeline.evaluation.results import Interval
 from dmr_pipeline.evaluation.tuning import Range, Tunable, mean_of, spend_of, tune_to_cost, tune_to_ratios
 from dmr_pipeline.frozen_model import FrozenModel
-from dmr_pipeline.recipe import Evaluation, Recipe, RuleName
+from dmr_pipeline.recipe import Recipe
+from dmr_pipeline.recipe.evaluation import Evaluation, RuleName
 from dmr_pipeline.rollout.known import Known
 from dmr_pipeline.router.budgets import Bar
 from dmr_pipeline.router.kl import ROUTER_FOLDER, with_settings

@@ -24,7 +24,9 @@ from dmr_pipeline.gpu_check.record import Part, Skipped
 from dmr_pipeline.gpu_check.sizes import Shape, Sizes
 from dmr_pipeline.precision.acting import acting_model
 from dmr_pipeline.precision.quantization import dequantize, load_rung, quantize_rung, rung_size, save_rung
-from dmr_pipeline.recipe import Recipe, Rung, load_recipe
+from dmr_pipeline.recipe import Recipe
+from dmr_pipeline.recipe.precisions import Rung
+from dmr_pipeline.recipe.reading import load_recipe
 from dmr_pipeline.rollout.batch import Timings
 from dmr_pipeline.rollout.engine import play, play_alone
 from dmr_pipeline.rollout.kv_cache.padded import Streams

@@ -14,7 +14,8 @@ from dmr_pipeline.gpu_check.kernels import bandwidth
 from dmr_pipeline.gpu_check.record import Part
 from dmr_pipeline.gpu_check.sizes import Shape, Sizes
 from dmr_pipeline.precision.quantization import quantize_rung, rung_size
-from dmr_pipeline.recipe import Prompt, Rung
+from dmr_pipeline.recipe.agent import Prompt
+from dmr_pipeline.recipe.precisions import Rung
 from dmr_pipeline.rollout.batch import Timings
 from dmr_pipeline.rollout.engine import ALONE, play
 from dmr_pipeline.rollout.kv_cache.padded import Streams

@@ -8,12 +8,11 @@ from typing import Any
 from dmr_pipeline.environments.benchmark import benchmark_of
 from dmr_pipeline.environments.task_ids import KnownGames
 from dmr_pipeline.errors import UserError, printable
-from dmr_pipeline.ingestion.incoming import (
-    FILE_LIMIT,
-)
+from dmr_pipeline.ingestion.incoming import FILE_LIMIT
 from dmr_pipeline.ingestion.rows import json_lines, parquet_rows
 from dmr_pipeline.ingestion.schema import LoggedEpisode, NoEpisode, parse_episode
-from dmr_pipeline.recipe import Recipe, Splits
+from dmr_pipeline.recipe import Recipe
+from dmr_pipeline.recipe.benchmark import Splits
 
 
 @dataclass(frozen=True)

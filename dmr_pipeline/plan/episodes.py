@@ -10,7 +10,8 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from dmr_pipeline.environments.benchmark import benchmark_of
-from dmr_pipeline.recipe import Games, Prompt, Splits
+from dmr_pipeline.recipe.agent import Prompt
+from dmr_pipeline.recipe.benchmark import Games, Splits
 from dmr_pipeline.rollout.prompts import Prompter
 from dmr_pipeline.training.examples import expert_example
 

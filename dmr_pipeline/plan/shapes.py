@@ -14,7 +14,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from dmr_pipeline.agent.checkpoint import load_tokenizer, local_folder, unusable_files
 from dmr_pipeline.precision.quantization import quantize_rung
 from dmr_pipeline.pretrained import adapter_config
-from dmr_pipeline.recipe import Pretrained, Rung, Training
+from dmr_pipeline.recipe.agent import Training
+from dmr_pipeline.recipe.model import Pretrained
+from dmr_pipeline.recipe.precisions import Rung
 from dmr_pipeline.training.train import new_model
 
 

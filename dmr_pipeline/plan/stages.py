@@ -9,7 +9,10 @@ import torch
 from dmr_pipeline.plan.episodes import Episodes
 from dmr_pipeline.plan.shapes import RungShape, weights_held
 from dmr_pipeline.plan.speed import Speed
-from dmr_pipeline.recipe import GROUPED, Finetune, Gptq, Recipe, RuleName
+from dmr_pipeline.recipe import Recipe
+from dmr_pipeline.recipe.agent import Finetune
+from dmr_pipeline.recipe.evaluation import RuleName
+from dmr_pipeline.recipe.precisions import GROUPED, Gptq
 from dmr_pipeline.stages.quantized_checkpoints import KL_EPISODES_AT_ONCE
 from dmr_pipeline.training.train import TOKENS_AT_ONCE
 

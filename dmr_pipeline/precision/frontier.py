@@ -17,7 +17,7 @@ import polars as pl
 from dmr_pipeline.intervals import paired_interval, wilson
 from dmr_pipeline.precision.hull import dominators
 from dmr_pipeline.precision.ladder import Checked, LadderFacts, RungFacts, RungPlayed, Verdict
-from dmr_pipeline.recipe import Precisions
+from dmr_pipeline.recipe.precisions import Precisions
 
 K = TypeVar("K", str, int)
 

@@ -27,7 +27,8 @@ from dmr_pipeline.precision.packed_folder import (
     read_layout,
     source_files,
 )
-from dmr_pipeline.recipe import Pretrained, Rung
+from dmr_pipeline.recipe.model import Pretrained
+from dmr_pipeline.recipe.precisions import Rung
 
 log = logging.getLogger(__name__)
 

@@ -51,7 +51,7 @@ from dmr_pipeline.precision.gptq import GptqHead, GptqRun, rounded_by_gptq
 from dmr_pipeline.precision.imported import load_imported
 from dmr_pipeline.precision.imported_bytes import IMPORTED_FILE, imported_bytes
 from dmr_pipeline.precision.packing import group_size, qint3, round_to_nearest
-from dmr_pipeline.recipe import GROUPED, Rung
+from dmr_pipeline.recipe.precisions import GROUPED, Rung
 
 WEIGHTS_FILE = "model.safetensors"
 MAP_FILE = "quantization_map.json"

@@ -7,7 +7,7 @@ from pydantic import JsonValue
 from dmr_pipeline.evaluation.metrics import compare_policies
 from dmr_pipeline.evaluation.statistics import games_needed
 from dmr_pipeline.frozen_model import FrozenModel
-from dmr_pipeline.recipe import Release
+from dmr_pipeline.recipe.release import Release
 
 CANDIDATE, RELEASED = "candidate", "released"
 

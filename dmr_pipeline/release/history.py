@@ -21,7 +21,7 @@ from pydantic import Field, ValidationError, model_validator
 from dmr_pipeline.artifacts.manifest import MANIFEST, Manifest, folder_hash, hash_files
 from dmr_pipeline.errors import UserError, problems_of
 from dmr_pipeline.frozen_model import FrozenModel
-from dmr_pipeline.recipe import Release
+from dmr_pipeline.recipe.release import Release
 from dmr_pipeline.release.comparison import (
     Comparison,
     _cost_limit,

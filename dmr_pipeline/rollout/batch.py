@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dmr_pipeline.errors import UserError
-from dmr_pipeline.recipe import PromptLookup, Speculative
+from dmr_pipeline.recipe.precisions import PromptLookup, Speculative
 from dmr_pipeline.rollout.choosing import drawn, entropies, leads, seeded_generator
 from dmr_pipeline.rollout.failures import Failure
 from dmr_pipeline.rollout.known import Drafting, Known, KnownAction, Transcript

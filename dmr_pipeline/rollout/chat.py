@@ -12,7 +12,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from dmr_pipeline.errors import UserError, printable
-from dmr_pipeline.recipe import Chat, Prompt
+from dmr_pipeline.recipe.agent import Chat, Prompt
 
 BY_HAND = "leave chat out, and write the turns out in opening, turn and action_end"
 _WITHOUT = {

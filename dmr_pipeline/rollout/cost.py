@@ -17,7 +17,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from dmr_pipeline.precision.pass_bytes import PassBytes
-from dmr_pipeline.recipe import GrpoRouter
+from dmr_pipeline.recipe.grpo_router import GrpoRouter
 from dmr_pipeline.rollout.reading import Reading, one_by_one
 from dmr_pipeline.rollout.trajectory import Trajectory
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from dmr_pipeline.agent.memory import halving
 from dmr_pipeline.environments.base import Episode, Task
-from dmr_pipeline.recipe import PromptLookup, Speculative
+from dmr_pipeline.recipe.precisions import PromptLookup, Speculative
 from dmr_pipeline.rollout.batch import Batch, Timings
 from dmr_pipeline.rollout.failures import Failure
 from dmr_pipeline.rollout.known import Known

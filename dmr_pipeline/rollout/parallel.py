@@ -18,7 +18,7 @@ from typing import Any, TypeVar, cast
 import torch
 
 from dmr_pipeline.interrupts import SIGNALS
-from dmr_pipeline.recipe import Runtime
+from dmr_pipeline.recipe.runtime import Runtime
 
 WATCH_SECONDS = 0.5
 

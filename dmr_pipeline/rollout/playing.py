@@ -15,7 +15,8 @@ from dmr_pipeline.agent.memory import halving
 from dmr_pipeline.precision.acting import ActingModels
 from dmr_pipeline.precision.ladder import read_ladder
 from dmr_pipeline.precision.pass_bytes import PassBytes
-from dmr_pipeline.recipe import PromptLookup, Recipe, Speculative
+from dmr_pipeline.recipe import Recipe
+from dmr_pipeline.recipe.precisions import PromptLookup, Speculative
 from dmr_pipeline.rollout.batch import Timings
 from dmr_pipeline.rollout.cost import Cost, episode_cost
 from dmr_pipeline.rollout.engine import play

@@ -20,7 +20,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from dmr_pipeline.environments.base import SEPARATOR
 from dmr_pipeline.errors import UserError
-from dmr_pipeline.recipe import Chat, PageView, Prompt, placeholders
+from dmr_pipeline.recipe.agent import Chat, PageView, Prompt, placeholders
 from dmr_pipeline.rollout.chat import BY_HAND, rendered, written_out
 from dmr_pipeline.rollout.failures import ParseFailure
 

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from dmr_pipeline.recipe import Speculative
+from dmr_pipeline.recipe.precisions import Speculative
 from dmr_pipeline.rollout.choosing import checked, drawn, leads
 from dmr_pipeline.rollout.kv_cache.catching_up import catch_up
 from dmr_pipeline.rollout.kv_cache.padded import TokenStreams

@@ -14,7 +14,7 @@ import torch
 from numpy.lib.stride_tricks import sliding_window_view
 from torch import Tensor
 
-from dmr_pipeline.recipe import PromptLookup
+from dmr_pipeline.recipe.precisions import PromptLookup
 from dmr_pipeline.rollout.kv_cache.padded import TokenStreams
 from dmr_pipeline.rollout.reading import NOTHING, Reading
 

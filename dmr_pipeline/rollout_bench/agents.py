@@ -12,7 +12,7 @@ from transformers import LlamaConfig, PreTrainedModel
 from dmr_pipeline.agent.checkpoint import load_causal_lm, load_tokenizer, random_causal_lm
 from dmr_pipeline.environments.base import Task
 from dmr_pipeline.environments.benchmark import benchmark_of
-from dmr_pipeline.recipe import load_recipe
+from dmr_pipeline.recipe.reading import load_recipe
 from dmr_pipeline.rollout.engine import play_alone
 from dmr_pipeline.rollout.kv_cache.choice import token_streams, transcript_capacity
 from dmr_pipeline.rollout.prompts import Moment, Prompter

@@ -22,7 +22,8 @@ from dmr_pipeline.artifacts.stage import StageContext
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.interrupts import SIGNALS
 from dmr_pipeline.peak_memory import peak_bytes
-from dmr_pipeline.recipe import Splits, load_recipe
+from dmr_pipeline.recipe.benchmark import Splits
+from dmr_pipeline.recipe.reading import load_recipe
 from dmr_pipeline.rollout_bench.agents import Actions, Agent, RandomLlama, TinyAgent, Way
 from dmr_pipeline.rollout_bench.record import Figure, RolloutRecord
 from dmr_pipeline.stages.benchmark_tasks import benchmark_tasks

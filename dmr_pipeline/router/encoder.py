@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from dmr_pipeline.precision.pass_bytes import PassBytes
-from dmr_pipeline.recipe import Encoder
+from dmr_pipeline.recipe.kl_router import Encoder
 
 
 class EncoderConfig(PreTrainedConfig):

@@ -22,7 +22,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from dmr_pipeline.recipe import Feature
+from dmr_pipeline.recipe.kl_router import Feature
 
 OF_DRAFTS = frozenset({"draft", "draft_repeats"})
 """Features that there are only after the draft."""

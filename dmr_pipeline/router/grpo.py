@@ -36,7 +36,7 @@ from dmr_pipeline.environments.base import Task
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.precision.pass_bytes import PassBytes
 from dmr_pipeline.progress import Bars, training_bars
-from dmr_pipeline.recipe import GrpoBudget, GrpoRouter
+from dmr_pipeline.recipe.grpo_router import GrpoBudget, GrpoRouter
 from dmr_pipeline.rollout.choosing import seeded_generator
 from dmr_pipeline.rollout.cost import reward
 from dmr_pipeline.rollout.known import Known
@@ -46,13 +46,7 @@ from dmr_pipeline.router.baselines import RandomMixing, two_way_shares
 from dmr_pipeline.router.calibration import by_rung, chances, rest_of, shares
 from dmr_pipeline.router.grpo_groups import Group, play_groups, refilled
 from dmr_pipeline.router.grpo_trainer import Rollout, RoutingTrainer
-from dmr_pipeline.router.model import (
-    Router,
-    RouterSettings,
-    routing_margins,
-    sequence_of_trajectory,
-    with_features,
-)
+from dmr_pipeline.router.model import Router, RouterSettings, routing_margins, sequence_of_trajectory, with_features
 from dmr_pipeline.router.policies import Observed, by_the_rules_of, in_the_order_of, routing_policy
 from dmr_pipeline.router.probe import ProbeHead
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from dmr_pipeline.recipe import GrpoRouter
+from dmr_pipeline.recipe.grpo_router import GrpoRouter
 from dmr_pipeline.router.model import Router, RouterSettings, RoutingSequence, log_probabilities, routing_logits
 
 

@@ -26,7 +26,9 @@ from dmr_pipeline.environments.base import Task
 from dmr_pipeline.environments.webshop.benchmark import SEARCH
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.progress import Bars, training_bars
-from dmr_pipeline.recipe import KlRouter, Lora, Recipe, RouterModel
+from dmr_pipeline.recipe import Recipe
+from dmr_pipeline.recipe.kl_router import KlRouter, RouterModel
+from dmr_pipeline.recipe.model import Lora
 from dmr_pipeline.rollout.batch import Timings
 from dmr_pipeline.rollout.known import Known
 from dmr_pipeline.rollout.playing import Rollouts
@@ -34,11 +36,7 @@ from dmr_pipeline.rollout.policy import RoutingPolicy
 from dmr_pipeline.rollout.tables import to_frames
 from dmr_pipeline.rollout.trajectory import RolloutRequest, Trajectory
 from dmr_pipeline.router.baselines import RandomMixing
-from dmr_pipeline.router.calibration import (
-    Floats,
-    OperatingPoint,
-    find_threshold,
-)
+from dmr_pipeline.router.calibration import Floats, OperatingPoint, find_threshold
 from dmr_pipeline.router.labels import divergence_column, label, measure, step_classes
 from dmr_pipeline.router.model import (
     Router,

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from dmr_pipeline.agent.memory import in_pieces
 from dmr_pipeline.errors import UserError
-from dmr_pipeline.recipe import Sensitivity
+from dmr_pipeline.recipe.sensitivity import Sensitivity
 from dmr_pipeline.rollout.choosing import leads
 from dmr_pipeline.rollout.kv_cache.catching_up import catch_up
 from dmr_pipeline.rollout.kv_cache.padded import TokenStreams

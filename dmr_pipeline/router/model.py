@@ -39,7 +39,7 @@ from dmr_pipeline.errors import UserError, problems_of
 from dmr_pipeline.frozen_model import FrozenModel
 from dmr_pipeline.precision.pass_bytes import PassBytes, pass_bytes
 from dmr_pipeline.precision.quantization import stored_bytes
-from dmr_pipeline.recipe import RouterModel
+from dmr_pipeline.recipe.kl_router import RouterModel
 from dmr_pipeline.rollout.kv_cache.choice import positions_of, shared_streams
 from dmr_pipeline.rollout.parallel import gather, in_processes, scatter
 from dmr_pipeline.rollout.trajectory import Trajectory

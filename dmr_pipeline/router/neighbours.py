@@ -14,7 +14,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from dmr_pipeline.recipe import Target
+from dmr_pipeline.recipe.kl_router import Target
 from dmr_pipeline.router.model import Router, RoutingSequence
 from dmr_pipeline.router.probe import NeighboursHead, ProbeConfig
 

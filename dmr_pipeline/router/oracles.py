@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from dmr_pipeline.recipe import OracleName
+from dmr_pipeline.recipe.evaluation import OracleName
 from dmr_pipeline.rollout.playing import Rollouts
 from dmr_pipeline.rollout.policy import Decision, DecisionContext
 from dmr_pipeline.rollout.trajectory import RolloutRequest

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from dmr_pipeline.recipe import DEFAULT_TRANSCRIPT_TOKENS
+from dmr_pipeline.recipe.agent import DEFAULT_TRANSCRIPT_TOKENS
 from dmr_pipeline.rollout.choosing import seeded_generator
 from dmr_pipeline.rollout.kv_cache.choice import positions_of, token_streams
 from dmr_pipeline.rollout.policy import Decision, DecisionContext, RoutingPolicy

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from dmr_pipeline.errors import UserError
-from dmr_pipeline.recipe import Feature, Probe
+from dmr_pipeline.recipe.kl_router import Feature, Probe
 from dmr_pipeline.router.features import width_of
 
 _TURN_FEATURES = 2

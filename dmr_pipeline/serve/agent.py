@@ -18,7 +18,7 @@ from dmr_pipeline.artifacts.folders import DATA_ROOT, artifact_folder
 from dmr_pipeline.artifacts.manifest import verify
 from dmr_pipeline.environments.base import Task
 from dmr_pipeline.errors import UserError
-from dmr_pipeline.recipe import load_recipe
+from dmr_pipeline.recipe.reading import load_recipe
 from dmr_pipeline.rollout.playing import Rollouts
 from dmr_pipeline.rollout.policy import Decision, rungs_of
 from dmr_pipeline.rollout.trajectory import RolloutRequest, Trajectory

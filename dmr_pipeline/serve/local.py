@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from itertools import count
 
 from dmr_pipeline.errors import UserError
-from dmr_pipeline.recipe import Speculative
+from dmr_pipeline.recipe.precisions import Speculative
 from dmr_pipeline.rollout.batch import Batch, OpenTranscript, Taken, Timings, unheard
 from dmr_pipeline.rollout.cost import bytes_read
 from dmr_pipeline.rollout.playing import Rollouts

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from dmr_pipeline.artifacts.folders import artifact_folder
 from dmr_pipeline.errors import UserError, problems_of
 from dmr_pipeline.ingestion.rules import Rules
-from dmr_pipeline.recipe import load_recipe
+from dmr_pipeline.recipe.reading import load_recipe
 from dmr_pipeline.rollout.trajectory import RolloutRequest
 from dmr_pipeline.serve.conversation import Conversation, read_conversation
 from dmr_pipeline.serve.in_process import InProcess, refuse_other_wishes

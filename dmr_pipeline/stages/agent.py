@@ -9,7 +9,8 @@ from dmr_pipeline.agent.checkpoint import float_dtype, load_causal_lm, resolve_d
 from dmr_pipeline.agent.memory import out_of_memory_names
 from dmr_pipeline.artifacts.stage import StageContext, StageResult
 from dmr_pipeline.environments.benchmark import benchmark_of
-from dmr_pipeline.recipe import Finetune, Imitation, Pretrained, Training
+from dmr_pipeline.recipe.agent import Finetune, Imitation, Training
+from dmr_pipeline.recipe.model import Pretrained
 from dmr_pipeline.rollout.kv_cache.choice import transcript_capacity, way_of
 from dmr_pipeline.rollout.prompts import Prompter
 from dmr_pipeline.training.finetuning import COMPUTE, adam, add_adapter, merged_copy, save_adapter

@@ -41,7 +41,8 @@ from dmr_pipeline.precision.pass_bytes import PassBytes, pass_bytes, stored_pass
 from dmr_pipeline.precision.quantization import RungSize, load_rung, quantize_rung, save_rung, stored_size
 from dmr_pipeline.pretrained import adapter_config, pretrained_hashes
 from dmr_pipeline.progress import Bars
-from dmr_pipeline.recipe import Gptq, Precisions, Recipe, Rung
+from dmr_pipeline.recipe import Recipe
+from dmr_pipeline.recipe.precisions import Gptq, Precisions, Rung
 from dmr_pipeline.rollout.cost import a_pass_a_token, episode_cost
 from dmr_pipeline.rollout.engine import ALONE, play_alone
 from dmr_pipeline.rollout.kv_cache.choice import rows_that_fit, transcript_capacity

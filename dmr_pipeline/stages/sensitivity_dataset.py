@@ -8,7 +8,7 @@ from dmr_pipeline.environments.benchmark import benchmark_of
 from dmr_pipeline.evaluation.consequence import Spent, label_recorded
 from dmr_pipeline.ingestion.tables import INGESTED, AllTrajectories, read_all_trajectories
 from dmr_pipeline.progress import Bars
-from dmr_pipeline.recipe import Consequences
+from dmr_pipeline.recipe.sensitivity import Consequences
 from dmr_pipeline.rollout.playing import Rollouts
 from dmr_pipeline.router.labels import label, measure, threshold
 from dmr_pipeline.summaries import SensitivitySummary

@@ -8,7 +8,7 @@ import polars as pl
 from dmr_pipeline.artifacts.stage import StageContext, StageResult
 from dmr_pipeline.environments.benchmark import benchmark_of
 from dmr_pipeline.progress import Bars
-from dmr_pipeline.recipe import BehaviourPolicy, Trajectories
+from dmr_pipeline.recipe.trajectories import BehaviourPolicy, Trajectories
 from dmr_pipeline.rollout.batch import Timings
 from dmr_pipeline.rollout.known import Known
 from dmr_pipeline.rollout.playing import PolicyRuns, Rollouts

@@ -9,9 +9,12 @@ from pydantic import BeforeValidator, Field, JsonValue, SerializeAsAny, Validati
 
 from dmr_pipeline.environments.benchmark import benchmark_of
 from dmr_pipeline.errors import UserError, problems_of
-from dmr_pipeline.recipe import Games, OracleName, Recipe, RuleName, games_of_a_benchmark, load_recipe
-from dmr_pipeline.recipe_fields import Count, Name, Ratio, Section, Seed
-from dmr_pipeline.recipe_text import read_mapping
+from dmr_pipeline.recipe import Recipe
+from dmr_pipeline.recipe.benchmark import Games, games_of_a_benchmark
+from dmr_pipeline.recipe.evaluation import OracleName, RuleName
+from dmr_pipeline.recipe.fields import Count, Name, Ratio, Section, Seed
+from dmr_pipeline.recipe.reading import load_recipe
+from dmr_pipeline.recipe.text import read_mapping
 
 CHANGEABLE = ("trajectories", "sensitivity", "kl_router", "grpo_router")
 """Sections that variants may change: with the others they would play other games, or other precisions."""

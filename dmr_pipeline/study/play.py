@@ -17,7 +17,8 @@ from dmr_pipeline.evaluation.play import Arena, Entry, acting_facts, content, ev
 from dmr_pipeline.evaluation.policies import speculative_entries
 from dmr_pipeline.evaluation.tuning import Range
 from dmr_pipeline.precision.ladder import read_ladder
-from dmr_pipeline.recipe import Games, Recipe
+from dmr_pipeline.recipe import Recipe
+from dmr_pipeline.recipe.benchmark import Games
 from dmr_pipeline.rollout.known import Known
 from dmr_pipeline.rollout.policy import SinglePrecision
 from dmr_pipeline.router.baselines import Disagreement

@@ -30,7 +30,7 @@ from dmr_pipeline.evaluation.results import STATIC, Interval
 from dmr_pipeline.evaluation.statistics import games_needed, holm, smallest_difference
 from dmr_pipeline.frozen_model import FrozenModel
 from dmr_pipeline.precision.hull import Floats, best_mixture
-from dmr_pipeline.recipe import Evaluation
+from dmr_pipeline.recipe.evaluation import Evaluation
 from dmr_pipeline.study.design import Study
 
 ROUNDS = 9_999

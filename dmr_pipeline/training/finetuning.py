@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.pretrained import ADAPTER_CONFIG
-from dmr_pipeline.recipe import Finetune, Lora, Pretrained
+from dmr_pipeline.recipe.agent import Finetune
+from dmr_pipeline.recipe.model import Lora, Pretrained
 from dmr_pipeline.training.train import trained_weights
 
 COMPUTE = torch.bfloat16

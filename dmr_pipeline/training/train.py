@@ -23,7 +23,10 @@ from dmr_pipeline.artifacts.resume import load_state, save_state
 from dmr_pipeline.environments.base import Task
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.progress import training_bars
-from dmr_pipeline.recipe import TRAINED_TRANSCRIPT_TOKENS, Architecture, Games, Imitation, Runtime
+from dmr_pipeline.recipe.agent import TRAINED_TRANSCRIPT_TOKENS, Imitation
+from dmr_pipeline.recipe.benchmark import Games
+from dmr_pipeline.recipe.model import Architecture
+from dmr_pipeline.recipe.runtime import Runtime
 from dmr_pipeline.rollout.engine import play_alone
 from dmr_pipeline.rollout.prompts import Prompter
 from dmr_pipeline.training.examples import IGNORED, Example, demonstration_example, expert_example, relabelled_example

@@ -19,8 +19,8 @@ from dmr_pipeline.artifacts.manifest import MANIFEST, Artifact
 from dmr_pipeline.artifacts.stage import Stage
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.hashing import file_md5
-from dmr_pipeline.recipe import RECIPE_FOLDER
-from dmr_pipeline.recipe_text import read_mapping
+from dmr_pipeline.recipe.reading import RECIPE_FOLDER
+from dmr_pipeline.recipe.text import read_mapping
 from dmr_pipeline.versioning import lock_file
 from dmr_pipeline.versioning.dvc_project import dvc_at_rest, repository
 from dmr_pipeline.versioning.lock_file import LOCK_FILE as LOCK_FILE

@@ -17,7 +17,8 @@ from dmr_pipeline.agent.checkpoint import random_causal_lm
 from dmr_pipeline.cli import app
 from dmr_pipeline.environments.alfworld.words import alfworld_texts
 from dmr_pipeline.precision.quantization import quantize_rung
-from dmr_pipeline.recipe import Prompt, Rung
+from dmr_pipeline.recipe.agent import Prompt
+from dmr_pipeline.recipe.precisions import Rung
 from dmr_pipeline.rollout.prompts import Prompter
 from dmr_pipeline.training.vocabulary import word_tokenizer
 

@@ -123,7 +123,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from dmr_pipeline.artifacts.materialize import materialize_stage
-from dmr_pipeline.recipe import load_recipe
+from dmr_pipeline.recipe.reading import load_recipe
 from tests.helpers.text_stages import stage, write
 
 moment = int(sys.argv[1])

@@ -7,7 +7,8 @@ from dmr_pipeline import pipeline
 from dmr_pipeline.artifacts.materialize import materialize_stage
 from dmr_pipeline.artifacts.provenance import provenance
 from dmr_pipeline.artifacts.stage import DeclaredSections, Stage, StageContext, StageResult
-from dmr_pipeline.recipe import UNHASHED_SECTIONS, Evaluation, Recipe
+from dmr_pipeline.recipe import UNHASHED_SECTIONS, Recipe
+from dmr_pipeline.recipe.evaluation import Evaluation
 
 SECTIONS = Recipe.model_fields.keys() - {"name"}
 

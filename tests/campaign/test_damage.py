@@ -19,7 +19,8 @@ from dmr_pipeline.artifacts.manifest import MANIFEST, Artifact, hash_files, veri
 from dmr_pipeline.artifacts.materialize import materialize_stage
 from dmr_pipeline.artifacts.resume import load_state, save_state
 from dmr_pipeline.errors import UserError
-from dmr_pipeline.recipe import Recipe, load_recipe
+from dmr_pipeline.recipe import Recipe
+from dmr_pipeline.recipe.reading import load_recipe
 from dmr_pipeline.versioning import dvc_objects, dvc_stages, lock_file
 from tests.helpers.commands import dmr
 from tests.helpers.deadline import Hang, at_most_seconds

@@ -11,7 +11,8 @@ import yaml
 from typer.testing import CliRunner, Result
 
 from dmr_pipeline.cli import app
-from dmr_pipeline.recipe import RECIPE_FOLDER, Recipe, load_recipe
+from dmr_pipeline.recipe import Recipe
+from dmr_pipeline.recipe.reading import RECIPE_FOLDER, load_recipe
 from tests.helpers.bad_recipes import ALFWORLD, OTHERS
 from tests.helpers.deadline import Hang, at_most_seconds
 from tests.helpers.fake_project import RECIPE, RECIPE_YAML, REPOSITORY, dvc

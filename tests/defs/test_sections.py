@@ -12,7 +12,8 @@ from dmr_pipeline import pipeline
 from dmr_pipeline.definitions import defs
 from dmr_pipeline.defs import runs
 from dmr_pipeline.defs.sections import build_section_sensor, observe, section_version
-from dmr_pipeline.recipe import UNHASHED_SECTIONS, Recipe, load_recipe
+from dmr_pipeline.recipe import UNHASHED_SECTIONS, Recipe
+from dmr_pipeline.recipe.reading import load_recipe
 from dmr_pipeline.versioning import dvc_stages
 from tests.helpers.fake_project import RECIPE, dvc, make_recipe
 

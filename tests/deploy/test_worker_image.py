@@ -16,7 +16,7 @@ import pytest
 from dmr_pipeline import pipeline
 from dmr_pipeline.artifacts.materialize import materialize_stage
 from dmr_pipeline.pipeline import find_stage
-from dmr_pipeline.recipe import load_recipe, recipe_names
+from dmr_pipeline.recipe.reading import load_recipe, recipe_names
 from dmr_pipeline.versioning import dvc_stages
 from tests.helpers.fake_project import REPOSITORY, fake_stages
 

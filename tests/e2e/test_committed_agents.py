@@ -12,7 +12,7 @@ from dmr_pipeline.artifacts.manifest import verify
 from dmr_pipeline.artifacts.materialize import materialize_stage
 from dmr_pipeline.artifacts.provenance import provenance
 from dmr_pipeline.environments.benchmark import benchmark_of
-from dmr_pipeline.recipe import load_recipe
+from dmr_pipeline.recipe.reading import load_recipe
 from dmr_pipeline.rollout.engine import play_alone
 from dmr_pipeline.rollout.prompts import Prompter
 

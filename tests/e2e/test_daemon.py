@@ -20,7 +20,7 @@ from dmr_pipeline.defs import runs
 from dmr_pipeline.defs.automation import UNFINISHED
 from dmr_pipeline.ingestion.schema import EXAMPLE
 from dmr_pipeline.ingestion.stored import STAGE
-from dmr_pipeline.recipe import RECIPE_FOLDER
+from dmr_pipeline.recipe.reading import RECIPE_FOLDER
 from dmr_pipeline.versioning import dvc_stages
 from tests.helpers.dagster_processes import SCRIPTS, enter_dagster_project, running, wait_until
 from tests.helpers.fake_project import RECIPE

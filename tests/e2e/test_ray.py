@@ -20,7 +20,7 @@ from dmr_pipeline.artifacts.folders import artifact_folder
 from dmr_pipeline.artifacts.manifest import verify
 from dmr_pipeline.artifacts.materialize import materialize_stage
 from dmr_pipeline.defs.versions import recorded_version
-from dmr_pipeline.recipe import load_recipe
+from dmr_pipeline.recipe.reading import load_recipe
 from dmr_pipeline.versioning import dvc_stages
 from tests.helpers.fake_project import RECIPE, RECIPE_YAML, REPOSITORY, fake_stages, make_project
 from tests.helpers.ray_worker import NODE_VARIABLE, SHARED_VARIABLE, SLEEPER

@@ -13,7 +13,8 @@ from dmr_pipeline.agent.checkpoint import save_causal_lm
 from dmr_pipeline.artifacts.folders import artifact_folder
 from dmr_pipeline.artifacts.manifest import verify
 from dmr_pipeline.model_cache import fetched
-from dmr_pipeline.recipe import RECIPE_FOLDER, Architecture, load_recipe
+from dmr_pipeline.recipe.model import Architecture
+from dmr_pipeline.recipe.reading import RECIPE_FOLDER, load_recipe
 from dmr_pipeline.training.train import new_model
 from tests.helpers.chat_templates import CHATML, templated
 from tests.helpers.fake_project import REPOSITORY, make_project

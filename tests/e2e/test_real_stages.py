@@ -14,7 +14,7 @@ from dmr_pipeline.artifacts.manifest import verify
 from dmr_pipeline.environments.benchmark import benchmark_of, split_seeds
 from dmr_pipeline.evaluation.results import POLICIES
 from dmr_pipeline.precision.ladder import read_ladder
-from dmr_pipeline.recipe import load_recipe
+from dmr_pipeline.recipe.reading import load_recipe
 from dmr_pipeline.rollout.playing import Rollouts
 from dmr_pipeline.rollout.policy import SinglePrecision
 from dmr_pipeline.rollout.trajectory import RolloutRequest

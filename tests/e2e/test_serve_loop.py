@@ -13,7 +13,7 @@ from dmr_pipeline.defs import runs
 from dmr_pipeline.defs.automation import new_trajectories
 from dmr_pipeline.environments.benchmark import benchmark_of
 from dmr_pipeline.ingestion.stored import read_ingested
-from dmr_pipeline.recipe import load_recipe
+from dmr_pipeline.recipe.reading import load_recipe
 from dmr_pipeline.release.history import read_releases
 from dmr_pipeline.rollout.playing import Rollouts
 from dmr_pipeline.rollout.trajectory import RolloutRequest

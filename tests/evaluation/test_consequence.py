@@ -10,7 +10,8 @@ from polars.testing import assert_frame_equal
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.evaluation import consequence
 from dmr_pipeline.evaluation.consequence import Spent, label_games
-from dmr_pipeline.recipe import Recipe, load_recipe
+from dmr_pipeline.recipe import Recipe
+from dmr_pipeline.recipe.reading import load_recipe
 from tests.helpers.rollouts import ROUTE, RUNS, rollouts_of
 
 RECIPE = load_recipe("alfworld-tiny")

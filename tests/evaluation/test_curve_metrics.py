@@ -131,7 +131,7 @@ def test_a_router_s_rule_is_the_best_on_validation_that_costs_no_more_and_its_te
 def test_recipes_name_the_rules_that_there_are() -> None:
     from typing import get_args
 
-    from dmr_pipeline.recipe import RuleName
+    from dmr_pipeline.recipe.evaluation import RuleName
 
     assert set(get_args(RuleName)) == set(rules(ROUTE, 50, PROMPTER, True, 0))
     assert PolicyCurve.__required_keys__ >= {"points", "apgr", "cpt50", "cpt80", "aiq", "mean_gain"}

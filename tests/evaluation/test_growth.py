@@ -19,7 +19,9 @@ from dmr_pipeline.environments.alfworld.generator import generate_game
 from dmr_pipeline.environments.alfworld.store import write_games
 from dmr_pipeline.evaluation.play import acting_facts
 from dmr_pipeline.precision.ladder import LADDER_FILE, read_ladder
-from dmr_pipeline.recipe import PromptLookup, Recipe, Speculative, load_recipe
+from dmr_pipeline.recipe import Recipe
+from dmr_pipeline.recipe.precisions import PromptLookup, Speculative
+from dmr_pipeline.recipe.reading import load_recipe
 from dmr_pipeline.rollout.batch import Timings
 from dmr_pipeline.rollout.known import Known
 from dmr_pipeline.rollout.playing import PolicyRuns, Rollouts

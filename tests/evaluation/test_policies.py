@@ -1,7 +1,7 @@
 import polars as pl
 
 from dmr_pipeline.evaluation.policies import choose_headline, speculative_differences
-from dmr_pipeline.recipe import load_recipe
+from dmr_pipeline.recipe.reading import load_recipe
 from dmr_pipeline.stages.evaluation_report import outgrown_notes
 from tests.helpers.evaluations import with_checked
 

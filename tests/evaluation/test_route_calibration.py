@@ -17,8 +17,9 @@ from dmr_pipeline.errors import UserError
 from dmr_pipeline.evaluation import route_calibration
 from dmr_pipeline.evaluation.play import Arena
 from dmr_pipeline.evaluation.route_calibration import Calibration, RouteBudget, _rule, calibrate
-from dmr_pipeline.recipe import Recipe, load_recipe
-from dmr_pipeline.recipe_fields import MOST_SEED
+from dmr_pipeline.recipe import Recipe
+from dmr_pipeline.recipe.fields import MOST_SEED
+from dmr_pipeline.recipe.reading import load_recipe
 from dmr_pipeline.rollout.playing import PolicyRuns, Rollouts
 from dmr_pipeline.rollout.trajectory import RolloutRequest
 from dmr_pipeline.router.model import Router, load_router, save_router

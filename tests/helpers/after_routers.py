@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import get_args
 
-from dmr_pipeline.recipe import Feature, Probe, RouterModel
+from dmr_pipeline.recipe.kl_router import Feature, Probe, RouterModel
 from dmr_pipeline.router.kl import with_settings
 from dmr_pipeline.router.model import Router, new_router
 from tests.helpers.rollouts import LOW, PROMPTER, ROUTE

@@ -17,7 +17,9 @@ from dmr_pipeline.artifacts.manifest import hash_files
 from dmr_pipeline.artifacts.stage import Stage, StageContext, StageResult
 from dmr_pipeline.evaluation.results import POLICIES
 from dmr_pipeline.precision.ladder import RungPlayed
-from dmr_pipeline.recipe import RECIPE_FOLDER, Recipe, Splits, load_recipe, recipe_names
+from dmr_pipeline.recipe import Recipe
+from dmr_pipeline.recipe.benchmark import Splits
+from dmr_pipeline.recipe.reading import RECIPE_FOLDER, load_recipe, recipe_names
 from dmr_pipeline.versioning import dvc_stages
 
 REPOSITORY = Path(__file__).parents[2]

@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 from dmr_pipeline.artifacts.stage import StageContext, StageResult
-from dmr_pipeline.recipe import Recipe, load_recipe
+from dmr_pipeline.recipe import Recipe
+from dmr_pipeline.recipe.reading import load_recipe
 from dmr_pipeline.router.grpo import Session
 from dmr_pipeline.router.grpo_trainer import Rollout
 from dmr_pipeline.stages.grpo_router import grpo_router

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from dmr_pipeline.recipe import GrpoRouter
+from dmr_pipeline.recipe.grpo_router import GrpoRouter
 from dmr_pipeline.router.model import Router, RoutingSequence, routing_sequence
 
 EPISODES = [

@@ -10,13 +10,11 @@ from dmr_pipeline.artifacts.stage import StageContext
 from dmr_pipeline.environments.alfworld.engine import AlfWorldEpisode
 from dmr_pipeline.environments.alfworld.expert import ExploringExpert
 from dmr_pipeline.environments.alfworld.generator import generate_game
-from dmr_pipeline.recipe import KlRouter, Prompt, Recipe, RouterModel
+from dmr_pipeline.recipe import Recipe
+from dmr_pipeline.recipe.agent import Prompt
+from dmr_pipeline.recipe.kl_router import KlRouter, RouterModel
 from dmr_pipeline.rollout.prompts import Prompter
-from dmr_pipeline.router.model import (
-    Router,
-    RoutingSequence,
-    routing_sequence,
-)
+from dmr_pipeline.router.model import Router, RoutingSequence, routing_sequence
 from dmr_pipeline.stages.kl_router import kl_router
 from tests.helpers.routers import ARCHITECTURE, TOKENIZER
 

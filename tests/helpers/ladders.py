@@ -9,7 +9,9 @@ from dmr_pipeline.agent.checkpoint import save_causal_lm
 from dmr_pipeline.artifacts.manifest import write_manifest
 from dmr_pipeline.environments.alfworld.store import write_games
 from dmr_pipeline.environments.base import Task
-from dmr_pipeline.recipe import Architecture, Recipe, load_recipe
+from dmr_pipeline.recipe import Recipe
+from dmr_pipeline.recipe.model import Architecture
+from dmr_pipeline.recipe.reading import load_recipe
 from dmr_pipeline.training.train import new_model
 from tests.helpers.fake_project import REPOSITORY
 from tests.helpers.rollouts import PROMPTER

@@ -7,13 +7,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dmr_pipeline.recipe import Probe, Prompt, RouterModel
+from dmr_pipeline.recipe.agent import Prompt
+from dmr_pipeline.recipe.kl_router import Probe, RouterModel
 from dmr_pipeline.rollout.trajectory import Trajectory
 from dmr_pipeline.router.kl import with_settings
-from dmr_pipeline.router.model import (
-    Router,
-    new_router,
-)
+from dmr_pipeline.router.model import Router, new_router
 from tests.helpers.routers import AGENTS, CPU, ROUTE, TOKENIZER
 
 PROBE = RouterModel(probe=Probe(layers=(1, 2), hidden=8))

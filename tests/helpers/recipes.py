@@ -4,9 +4,7 @@ from typing import Any
 
 import yaml
 
-from dmr_pipeline.recipe import (
-    RECIPE_FOLDER,
-)
+from dmr_pipeline.recipe.reading import RECIPE_FOLDER
 from tests.helpers.fake_project import RECIPE_YAML, REPOSITORY
 
 LEFT_OUT = object()

@@ -10,7 +10,8 @@ from dmr_pipeline.environments.alfworld.generator import generate_game
 from dmr_pipeline.environments.alfworld.words import alfworld_texts
 from dmr_pipeline.precision.acting import ActingModels
 from dmr_pipeline.precision.pass_bytes import PassBytes
-from dmr_pipeline.recipe import Architecture, Prompt
+from dmr_pipeline.recipe.agent import Prompt
+from dmr_pipeline.recipe.model import Architecture
 from dmr_pipeline.rollout.engine import play
 from dmr_pipeline.rollout.kv_cache.padded import Streams
 from dmr_pipeline.rollout.playing import Rollouts

@@ -11,7 +11,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrai
 
 from dmr_pipeline.environments.alfworld.generator import generate_game
 from dmr_pipeline.environments.alfworld.words import alfworld_texts
-from dmr_pipeline.recipe import Architecture, Prompt, RouterModel
+from dmr_pipeline.recipe.agent import Prompt
+from dmr_pipeline.recipe.kl_router import RouterModel
+from dmr_pipeline.recipe.model import Architecture
 from dmr_pipeline.rollout.engine import play
 from dmr_pipeline.rollout.kv_cache.padded import Streams
 from dmr_pipeline.rollout.prompts import Prompter

@@ -23,7 +23,9 @@ from dmr_pipeline.environments.alfworld.generator import generate_game
 from dmr_pipeline.environments.base import Task
 from dmr_pipeline.environments.benchmark import benchmark_of
 from dmr_pipeline.precision.acting import ActingModels
-from dmr_pipeline.recipe import Prompt, Recipe, RouterModel
+from dmr_pipeline.recipe import Recipe
+from dmr_pipeline.recipe.agent import Prompt
+from dmr_pipeline.recipe.kl_router import RouterModel
 from dmr_pipeline.rollout.playing import Rollouts
 from dmr_pipeline.rollout.prompts import Prompter
 from dmr_pipeline.rollout.trajectory import RolloutRequest, Trajectory

@@ -3,7 +3,7 @@
 import numpy as np
 import polars as pl
 
-from dmr_pipeline.recipe import Evaluation
+from dmr_pipeline.recipe.evaluation import Evaluation
 from dmr_pipeline.study.design import Study
 from dmr_pipeline.study.results import Place, Results, study_results
 

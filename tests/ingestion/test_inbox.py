@@ -42,7 +42,8 @@ from dmr_pipeline.ingestion.rules import Rules, read_episodes
 from dmr_pipeline.ingestion.schema import EXAMPLE, LoggedEpisode
 from dmr_pipeline.ingestion.stored import read_ingested
 from dmr_pipeline.ingestion.tables import INGESTED, ingested_tables, read_all_trajectories, routed
-from dmr_pipeline.recipe import Prompt, Recipe
+from dmr_pipeline.recipe import Recipe
+from dmr_pipeline.recipe.agent import Prompt
 from dmr_pipeline.rollout.engine import play
 from dmr_pipeline.rollout.prompts import Prompter
 from dmr_pipeline.rollout.tables import to_frames
@@ -739,7 +740,7 @@ import os, signal, sys
 from pathlib import Path
 from dmr_pipeline import pipeline
 from dmr_pipeline.artifacts.materialize import materialize_stage
-from dmr_pipeline.recipe import load_recipe
+from dmr_pipeline.recipe.reading import load_recipe
 
 moment, renames, rename = int(sys.argv[1]), 0, Path.rename
 def counted(self, target):

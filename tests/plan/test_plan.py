@@ -16,7 +16,9 @@ from dmr_pipeline.plan.episodes import Episodes, tried_episodes
 from dmr_pipeline.plan.predict import Plan, plan
 from dmr_pipeline.plan.speed import Speed, measured_speed, weights_gone_through
 from dmr_pipeline.plan.stages import Assumptions, Model, Need, Work, seconds, works
-from dmr_pipeline.recipe import Consequences, Recipe, Rung
+from dmr_pipeline.recipe import Recipe
+from dmr_pipeline.recipe.precisions import Rung
+from dmr_pipeline.recipe.sensitivity import Consequences
 from dmr_pipeline.rollout.prompts import Prompter
 from dmr_pipeline.training.examples import expert_example
 from dmr_pipeline.training.vocabulary import word_tokenizer

@@ -11,7 +11,9 @@ from dmr_pipeline.plan.shapes import cached_numbers, rung_shape, trained_config,
 from dmr_pipeline.precision import pass_bytes
 from dmr_pipeline.precision.acting import ActingModels
 from dmr_pipeline.precision.quantization import quantize_rung, save_rung
-from dmr_pipeline.recipe import Architecture, Rung, Training
+from dmr_pipeline.recipe.agent import Training
+from dmr_pipeline.recipe.model import Architecture
+from dmr_pipeline.recipe.precisions import Rung
 
 CPU = torch.device("cpu")
 SIZES = {

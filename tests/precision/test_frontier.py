@@ -19,7 +19,7 @@ from dmr_pipeline.precision.frontier import (
     to_deploy,
 )
 from dmr_pipeline.precision.ladder import Checked, LadderFacts, RungFacts, deployed
-from dmr_pipeline.recipe import Precisions, Rung
+from dmr_pipeline.recipe.precisions import Precisions, Rung
 
 GAMES = 100
 BITS = {"float": 16, "int8": 8, "int4": 4, "int2": 2}

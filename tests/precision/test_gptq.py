@@ -30,7 +30,7 @@ from dmr_pipeline.precision import gptq
 from dmr_pipeline.precision.gptq import GptqRun, output_error, round_by_gptq
 from dmr_pipeline.precision.packing import group_size, qint3, round_to_nearest
 from dmr_pipeline.precision.quantization import MseRanges, load_rung, quantize_rung, rung_size, save_rung
-from dmr_pipeline.recipe import Rung
+from dmr_pipeline.recipe.precisions import Rung
 
 CPU = torch.device("cpu")
 KINDS = [qint2, qint3, qint4]

@@ -10,7 +10,8 @@ from dmr_pipeline.artifacts.stage import StageContext
 from dmr_pipeline.environments.alfworld.store import write_games
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.precision import gptq
-from dmr_pipeline.recipe import Precisions, Recipe, Rung
+from dmr_pipeline.recipe import Recipe
+from dmr_pipeline.recipe.precisions import Precisions, Rung
 from dmr_pipeline.stages import quantized_checkpoints as stage
 from dmr_pipeline.stages.quantized_checkpoints import expert_steps, quantized_checkpoints
 from tests.helpers.ladders import ladder_recipe, write_inputs

@@ -22,7 +22,8 @@ from dmr_pipeline.precision.imported import import_rung, inspect
 from dmr_pipeline.precision.imported_bytes import ImportedBytes, imported_bytes
 from dmr_pipeline.precision.packed_weights import Layout, dequantize_layer, unpack
 from dmr_pipeline.precision.quantization import load_rung, stored_size
-from dmr_pipeline.recipe import Recipe, Rung
+from dmr_pipeline.recipe import Recipe
+from dmr_pipeline.recipe.precisions import Rung
 from tests.helpers.checkpoints import word_tokenizer
 from tests.helpers.quantized_files import AWQ_PLACES, write_gguf, write_packed
 

@@ -16,7 +16,7 @@ from dmr_pipeline.precision.acting import acting_model
 from dmr_pipeline.precision.kernels import LowBitLinear, with_kernels
 from dmr_pipeline.precision.packing import round_to_nearest
 from dmr_pipeline.precision.quantization import MseRanges, load_rung, quantize_rung, save_rung
-from dmr_pipeline.recipe import Rung
+from dmr_pipeline.recipe.precisions import Rung
 from dmr_pipeline.rollout.kv_cache.choice import token_streams
 from dmr_pipeline.rollout.kv_cache.packed import PackedStreams
 

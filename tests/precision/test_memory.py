@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from dmr_pipeline.precision import quantization
 from dmr_pipeline.precision.acting import ActingModels, acting_model
 from dmr_pipeline.precision.quantization import load_rung, quantize_rung, save_rung
-from dmr_pipeline.recipe import Rung
+from dmr_pipeline.recipe.precisions import Rung
 
 CPU = torch.device("cpu")
 TOKENS = torch.arange(30).reshape(2, 15)
@@ -120,7 +120,7 @@ from dmr_pipeline.agent.checkpoint import random_causal_lm
 from dmr_pipeline.peak_memory import peak_bytes
 from dmr_pipeline.precision.acting import ActingModels
 from dmr_pipeline.precision.quantization import load_rung, quantize_rung, save_rung
-from dmr_pipeline.recipe import Rung
+from dmr_pipeline.recipe.precisions import Rung
 
 CPU, folder, part = torch.device("cpu"), Path(sys.argv[1]), sys.argv[2]
 

@@ -25,7 +25,7 @@ from transformers import (
 from dmr_pipeline.agent.logits import decoder_of, logits_of
 from dmr_pipeline.precision.packing import group_size, qint3, round_to_nearest
 from dmr_pipeline.precision.quantization import dequantize, load_rung, quantize_rung, rung_size, save_rung
-from dmr_pipeline.recipe import Rung
+from dmr_pipeline.recipe.precisions import Rung
 
 CPU = torch.device("cpu")
 VOCABULARY = 40

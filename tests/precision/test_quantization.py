@@ -28,7 +28,7 @@ from transformers import (
 
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.precision.quantization import MseRanges, dequantize, load_rung, quantize_rung, rung_size, save_rung
-from dmr_pipeline.recipe import Rung
+from dmr_pipeline.recipe.precisions import Rung
 
 CPU = torch.device("cpu")
 VOCABULARY, WIDTH, FEED_FORWARD, LAYERS = 40, 160, 192, 2

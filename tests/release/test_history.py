@@ -22,16 +22,11 @@ from dmr_pipeline.artifacts.stage import StageContext, StageResult
 from dmr_pipeline.environments.base import Task
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.evaluation.play import Arena, Entry
-from dmr_pipeline.recipe import Recipe, Release, load_recipe
+from dmr_pipeline.recipe import Recipe
+from dmr_pipeline.recipe.reading import load_recipe
+from dmr_pipeline.recipe.release import Release
 from dmr_pipeline.release.comparison import CANDIDATE, RELEASED, Comparison, compare_routers, games_of
-from dmr_pipeline.release.history import (
-    Candidate,
-    Decision,
-    decide,
-    earlier_release,
-    in_use,
-    read_releases,
-)
+from dmr_pipeline.release.history import Candidate, Decision, decide, earlier_release, in_use, read_releases
 from dmr_pipeline.router.model import save_router
 from dmr_pipeline.stages import released_router as the_stage
 from dmr_pipeline.stages.benchmark_tasks import benchmark_tasks
@@ -528,7 +523,8 @@ def real_inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def real_router(folder: Path, checkpoints: Path, threshold: float, note: str = "") -> Path:
     """An artifact `grpo_router` with a router of random weights, which acts in high precision from its threshold on."""
     from dmr_pipeline.agent.checkpoint import load_tokenizer
-    from dmr_pipeline.recipe import Architecture, RouterModel
+    from dmr_pipeline.recipe.kl_router import RouterModel
+    from dmr_pipeline.recipe.model import Architecture
     from dmr_pipeline.router.model import new_router
 
     tokenizer = load_tokenizer(checkpoints / "tokenizer")

@@ -9,7 +9,8 @@ from transformers import PreTrainedTokenizerBase
 
 from dmr_pipeline.agent.checkpoint import load_tokenizer
 from dmr_pipeline.errors import UserError
-from dmr_pipeline.recipe import Agent, Chat, Prompt, load_recipe
+from dmr_pipeline.recipe.agent import Agent, Chat, Prompt
+from dmr_pipeline.recipe.reading import load_recipe
 from dmr_pipeline.rollout.prompts import Prompter
 from tests.helpers.chat_templates import (
     CHATML,

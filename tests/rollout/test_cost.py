@@ -7,7 +7,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from dmr_pipeline.precision.pass_bytes import PassBytes, cached_numbers, pass_bytes
 from dmr_pipeline.precision.quantization import quantize_rung
-from dmr_pipeline.recipe import Rung
+from dmr_pipeline.recipe.precisions import Rung
 from dmr_pipeline.rollout.cost import Cost, bytes_read, episode_cost
 from dmr_pipeline.rollout.reading import NOTHING, Reading, each_in_full, one_by_one
 from dmr_pipeline.rollout.trajectory import RolloutRequest, Step, Trajectory

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import pytest
 
 from dmr_pipeline.environments.alfworld.engine import NOTHING, AlfWorldEpisode
-from dmr_pipeline.recipe import Prompt
+from dmr_pipeline.recipe.agent import Prompt
 from dmr_pipeline.rollout.batch import Batch
 from dmr_pipeline.rollout.failures import FAILURES, PARSE_FAILURES, Failure
 from dmr_pipeline.rollout.policy import Draft

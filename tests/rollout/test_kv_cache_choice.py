@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import MistralConfig, PreTrainedModel, Qwen3Config
 
 from dmr_pipeline.errors import UserError
-from dmr_pipeline.recipe import DEFAULT_TRANSCRIPT_TOKENS
+from dmr_pipeline.recipe.agent import DEFAULT_TRANSCRIPT_TOKENS
 from dmr_pipeline.rollout.kv_cache import choice as caching
 from dmr_pipeline.rollout.kv_cache.choice import positions_of, rows_that_fit, token_streams, transcript_capacity, way_of
 from dmr_pipeline.rollout.kv_cache.packed import PackedStreams

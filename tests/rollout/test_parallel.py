@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dmr_pipeline.errors import UserError
-from dmr_pipeline.recipe import Runtime
+from dmr_pipeline.recipe.runtime import Runtime
 from dmr_pipeline.rollout.parallel import gather, in_processes, processes_on, scatter
 
 

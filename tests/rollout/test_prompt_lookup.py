@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
 
 from dmr_pipeline.errors import UserError
-from dmr_pipeline.recipe import PromptLookup, Speculative
+from dmr_pipeline.recipe.precisions import PromptLookup, Speculative
 from dmr_pipeline.rollout.cost import a_pass_a_token
 from dmr_pipeline.rollout.engine import play
 from dmr_pipeline.rollout.known import Known

@@ -15,7 +15,8 @@ from dmr_pipeline.environments.alfworld.words import alfworld_texts
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.ingestion.schema import LoggedEpisode
 from dmr_pipeline.ingestion.tables import ingested_tables
-from dmr_pipeline.recipe import Agent, PageView, Prompt, load_recipe
+from dmr_pipeline.recipe.agent import Agent, PageView, Prompt
+from dmr_pipeline.recipe.reading import load_recipe
 from dmr_pipeline.rollout import prompts
 from dmr_pipeline.rollout.prompts import Moment, Prompter, shown, truncation_policy
 from dmr_pipeline.training.vocabulary import word_tokenizer

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from transformers import Qwen3Config
 
 from dmr_pipeline.errors import UserError
-from dmr_pipeline.recipe import Speculative
+from dmr_pipeline.recipe.precisions import Speculative
 from dmr_pipeline.rollout.engine import play
 from dmr_pipeline.rollout.known import Known, Transcript
 from dmr_pipeline.rollout.kv_cache.choice import shared_streams, token_streams

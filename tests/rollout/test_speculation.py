@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dmr_pipeline.errors import UserError
-from dmr_pipeline.recipe import Speculative
+from dmr_pipeline.recipe.precisions import Speculative
 from dmr_pipeline.rollout.choosing import checked, seeded_generator
 from dmr_pipeline.rollout.engine import play
 from dmr_pipeline.rollout.known import Known

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dmr_pipeline.recipe import Architecture
+from dmr_pipeline.recipe.model import Architecture
 from dmr_pipeline.rollout_bench.agents import RandomLlama, Way
 from dmr_pipeline.rollout_bench.generate import Generate
 from dmr_pipeline.rollout_bench.run import FULL, QUICK, make_tasks, measurements

@@ -8,7 +8,8 @@ import torch
 from dmr_pipeline.agent.checkpoint import save_causal_lm
 from dmr_pipeline.artifacts.manifest import write_manifest
 from dmr_pipeline.artifacts.stage import StageContext, StageResult
-from dmr_pipeline.recipe import Recipe, load_recipe
+from dmr_pipeline.recipe import Recipe
+from dmr_pipeline.recipe.reading import load_recipe
 from dmr_pipeline.router.kl import ROUTER_FOLDER
 from dmr_pipeline.router.model import save_router
 from dmr_pipeline.stages.benchmark_tasks import benchmark_tasks

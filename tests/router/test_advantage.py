@@ -11,7 +11,8 @@ import torch
 from pydantic import ValidationError
 
 from dmr_pipeline.errors import UserError
-from dmr_pipeline.recipe import KlRouter, Probe, Recipe, RouterModel
+from dmr_pipeline.recipe import Recipe
+from dmr_pipeline.recipe.kl_router import KlRouter, Probe, RouterModel
 from dmr_pipeline.rollout.tables import EPISODES, STEPS
 from dmr_pipeline.router.advantage import (
     Estimator,

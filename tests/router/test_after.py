@@ -9,18 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from dmr_pipeline.recipe import RouterModel
+from dmr_pipeline.recipe.kl_router import RouterModel
 from dmr_pipeline.rollout.policy import SinglePrecision
 from dmr_pipeline.rollout.reading import NOTHING, Reading
 from dmr_pipeline.rollout.trajectory import Trajectory
 from dmr_pipeline.router.kl import with_settings
-from dmr_pipeline.router.model import (
-    Router,
-    load_router,
-    save_router,
-    sequence_of_trajectory,
-    with_features,
-)
+from dmr_pipeline.router.model import Router, load_router, save_router, sequence_of_trajectory, with_features
 from dmr_pipeline.router.policies import routing_policy
 from tests.helpers.after_routers import PROBE, counting, informed, lm, probe
 from tests.helpers.one_cache import roll_shared

@@ -12,7 +12,10 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from dmr_pipeline.precision.pass_bytes import PassBytes
-from dmr_pipeline.recipe import Encoder, KlRouter, Recipe, RouterModel, load_recipe, problems_across
+from dmr_pipeline.recipe import Recipe
+from dmr_pipeline.recipe.across import problems_across
+from dmr_pipeline.recipe.kl_router import Encoder, KlRouter, RouterModel
+from dmr_pipeline.recipe.reading import load_recipe
 from dmr_pipeline.rollout.reading import Reading
 from dmr_pipeline.router.calibration import auroc
 from dmr_pipeline.router.encoder import TrajectoryEncoder

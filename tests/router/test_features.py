@@ -13,7 +13,9 @@ import torch
 
 from dmr_pipeline.artifacts.stage import StageContext
 from dmr_pipeline.precision.pass_bytes import PassBytes
-from dmr_pipeline.recipe import Feature, Probe, Recipe, RouterModel, problems_across
+from dmr_pipeline.recipe import Recipe
+from dmr_pipeline.recipe.across import problems_across
+from dmr_pipeline.recipe.kl_router import Feature, Probe, RouterModel
 from dmr_pipeline.rollout.tables import to_frames
 from dmr_pipeline.router.features import Drafted, Past, width_of
 from dmr_pipeline.router.kl import ROUTER_FOLDER

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from dmr_pipeline.artifacts.stage import StageResult
 from dmr_pipeline.environments.alfworld.generator import generate_game
-from dmr_pipeline.recipe import GrpoBudget, GrpoRouter
+from dmr_pipeline.recipe.grpo_router import GrpoBudget, GrpoRouter
 from dmr_pipeline.rollout.trajectory import RolloutRequest, Step, Trajectory
 from dmr_pipeline.router import grpo
 from dmr_pipeline.router.grpo import Scorer, entropy, merit_within, next_price

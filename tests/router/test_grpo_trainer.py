@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from dmr_pipeline.recipe import GrpoRouter
+from dmr_pipeline.recipe.grpo_router import GrpoRouter
 from dmr_pipeline.rollout.cost import reward
 from dmr_pipeline.rollout.policy import Draft
 from dmr_pipeline.rollout.trajectory import RolloutRequest

@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from dmr_pipeline.artifacts.stage import StageContext
 from dmr_pipeline.environments.benchmark import benchmark_of
 from dmr_pipeline.errors import UserError
-from dmr_pipeline.recipe import Lora, Pretrained, Recipe, RouterModel
+from dmr_pipeline.recipe import Recipe
+from dmr_pipeline.recipe.kl_router import RouterModel
+from dmr_pipeline.recipe.model import Lora, Pretrained
 from dmr_pipeline.rollout.playing import Rollouts
 from dmr_pipeline.rollout.tables import read_trajectories
 from dmr_pipeline.router import kl

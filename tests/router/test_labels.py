@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributions import Categorical, kl_divergence
 
-from dmr_pipeline.recipe import Prompt, Sensitivity
+from dmr_pipeline.recipe.agent import Prompt
+from dmr_pipeline.recipe.sensitivity import Sensitivity
 from dmr_pipeline.rollout.choosing import seeded_generator
 from dmr_pipeline.rollout.kv_cache.padded import Streams
 from dmr_pipeline.rollout.tables import to_frames

@@ -7,7 +7,8 @@ import torch
 from scipy.special import softmax
 
 from dmr_pipeline.errors import UserError
-from dmr_pipeline.recipe import Pretrained, RouterModel
+from dmr_pipeline.recipe.kl_router import RouterModel
+from dmr_pipeline.recipe.model import Pretrained
 from dmr_pipeline.rollout.tables import to_frames
 from dmr_pipeline.router.kl import with_settings
 from dmr_pipeline.router.model import (

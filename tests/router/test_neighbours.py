@@ -8,7 +8,9 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from dmr_pipeline.recipe import Probe, Recipe, RouterModel, load_recipe
+from dmr_pipeline.recipe import Recipe
+from dmr_pipeline.recipe.kl_router import Probe, RouterModel
+from dmr_pipeline.recipe.reading import load_recipe
 from dmr_pipeline.router.kl import with_settings
 from dmr_pipeline.router.model import Router, RoutingSequence, load_router, new_router, routing_margins, save_router
 from dmr_pipeline.router.neighbours import remember

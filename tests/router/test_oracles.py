@@ -6,7 +6,7 @@ from typing import get_args
 import numpy as np
 import pytest
 
-from dmr_pipeline.recipe import OracleName
+from dmr_pipeline.recipe.evaluation import OracleName
 from dmr_pipeline.rollout.tables import to_frames
 from dmr_pipeline.rollout.trajectory import Trajectory
 from dmr_pipeline.router.budgets import AtBar, Bar, Lot

@@ -14,7 +14,11 @@ from torch import Tensor
 from dmr_pipeline.environments.alfworld.generator import generate_game
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.precision.pass_bytes import PassBytes
-from dmr_pipeline.recipe import KlRouter, Probe, Prompt, Recipe, RouterModel, load_recipe, problems_across
+from dmr_pipeline.recipe import Recipe
+from dmr_pipeline.recipe.across import problems_across
+from dmr_pipeline.recipe.agent import Prompt
+from dmr_pipeline.recipe.kl_router import KlRouter, Probe, RouterModel
+from dmr_pipeline.recipe.reading import load_recipe
 from dmr_pipeline.rollout.cost import episode_cost
 from dmr_pipeline.rollout.engine import play
 from dmr_pipeline.rollout.kv_cache.packed import PackedStreams

@@ -18,7 +18,8 @@ from dmr_pipeline.environments.benchmark import benchmark_of
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.evaluation.policies import search_entries
 from dmr_pipeline.precision.pass_bytes import PassBytes
-from dmr_pipeline.recipe import Prompt, Recipe
+from dmr_pipeline.recipe import Recipe
+from dmr_pipeline.recipe.agent import Prompt
 from dmr_pipeline.rollout.cost import episode_cost
 from dmr_pipeline.rollout.engine import play
 from dmr_pipeline.rollout.playing import Rollouts

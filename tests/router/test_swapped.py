@@ -10,7 +10,11 @@ from polars.testing import assert_frame_equal
 from dmr_pipeline.artifacts.stage import StageContext
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.evaluation.consequence import SWAPPED, label_recorded, swap_chances
-from dmr_pipeline.recipe import Consequences, KlRouter, Probe, Recipe, RouterModel, load_recipe, problems_across
+from dmr_pipeline.recipe import Recipe
+from dmr_pipeline.recipe.across import problems_across
+from dmr_pipeline.recipe.kl_router import KlRouter, Probe, RouterModel
+from dmr_pipeline.recipe.reading import load_recipe
+from dmr_pipeline.recipe.sensitivity import Consequences
 from dmr_pipeline.rollout.known import Known
 from dmr_pipeline.rollout.policy import SinglePrecision
 from dmr_pipeline.rollout.tables import to_frames

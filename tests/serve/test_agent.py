@@ -10,7 +10,7 @@ import pytest
 from dmr_pipeline.environments.alfworld.generator import generate_game
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.precision.acting import ActingModels
-from dmr_pipeline.recipe import PromptLookup
+from dmr_pipeline.recipe.precisions import PromptLookup
 from dmr_pipeline.rollout.policy import SinglePrecision
 from dmr_pipeline.rollout.trajectory import RolloutRequest, Trajectory
 from dmr_pipeline.router.policies import routing_policy

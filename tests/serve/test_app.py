@@ -12,7 +12,7 @@ from pydantic import SecretStr
 from dmr_pipeline.environments.benchmark import benchmark_of
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.ingestion.schema import LoggedEpisode
-from dmr_pipeline.recipe import load_recipe
+from dmr_pipeline.recipe.reading import load_recipe
 from dmr_pipeline.rollout.playing import Rollouts
 from dmr_pipeline.rollout.policy import SinglePrecision
 from dmr_pipeline.rollout.trajectory import RolloutRequest, Trajectory

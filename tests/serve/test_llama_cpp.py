@@ -13,7 +13,7 @@ from pydantic import SecretStr
 
 from dmr_pipeline.environments.benchmark import benchmark_of
 from dmr_pipeline.ingestion.schema import LoggedEpisode
-from dmr_pipeline.recipe import load_recipe
+from dmr_pipeline.recipe.reading import load_recipe
 from dmr_pipeline.serve.metrics import Metrics
 from dmr_pipeline.serve.settings import ServeSettings
 from dmr_pipeline.serve.upstreams import Upstreams

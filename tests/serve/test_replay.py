@@ -11,7 +11,7 @@ from dmr_pipeline.cli.common import console
 from dmr_pipeline.cli.router import router as router_commands
 from dmr_pipeline.environments.alfworld.generator import generate_game
 from dmr_pipeline.errors import UserError
-from dmr_pipeline.recipe import load_recipe
+from dmr_pipeline.recipe.reading import load_recipe
 from dmr_pipeline.rollout.playing import Rollouts
 from dmr_pipeline.rollout.trajectory import RolloutRequest
 from dmr_pipeline.serve import release as releases

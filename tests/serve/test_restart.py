@@ -10,7 +10,7 @@ import pytest
 from dmr_pipeline.environments.base import Task
 from dmr_pipeline.environments.benchmark import benchmark_of
 from dmr_pipeline.ingestion.schema import LoggedEpisode
-from dmr_pipeline.recipe import load_recipe
+from dmr_pipeline.recipe.reading import load_recipe
 from dmr_pipeline.rollout.playing import Rollouts
 from dmr_pipeline.rollout.trajectory import RolloutRequest
 from dmr_pipeline.router.policies import routing_policy

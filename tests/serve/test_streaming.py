@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from dmr_pipeline.recipe import Prompt
+from dmr_pipeline.recipe.agent import Prompt
 from dmr_pipeline.rollout.prompts import Prompter
 from dmr_pipeline.serve.run import running
 from dmr_pipeline.serve.service import Service

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from dmr_pipeline.errors import UserError
-from dmr_pipeline.recipe import Rung, load_recipe
+from dmr_pipeline.recipe.precisions import Rung
+from dmr_pipeline.recipe.reading import load_recipe
 from dmr_pipeline.study.design import ladder_recipe, load_study, variant_recipe
 from tests.helpers.fake_project import REPOSITORY
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from dmr_pipeline.environments.benchmark import benchmark_of
-from dmr_pipeline.recipe import load_recipe
+from dmr_pipeline.recipe.reading import load_recipe
 from dmr_pipeline.study import pages
 from dmr_pipeline.study.design import Study
 from dmr_pipeline.study.play import _games

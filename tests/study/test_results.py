@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest
 
 from dmr_pipeline.evaluation.statistics import smallest_difference
-from dmr_pipeline.recipe import Evaluation
+from dmr_pipeline.recipe.evaluation import Evaluation
 from dmr_pipeline.study.design import Study
 from dmr_pipeline.study.results import Place, Results, mixed_at, sign_flip, study_results
 from tests.helpers.studies import GAMES, ROUTE, episodes, made_up

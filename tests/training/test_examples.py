@@ -12,7 +12,11 @@ from dmr_pipeline.environments.alfworld.generator import generate_game
 from dmr_pipeline.environments.alfworld.words import alfworld_texts
 from dmr_pipeline.environments.base import Demonstration
 from dmr_pipeline.environments.webshop.benchmark import GeneratedWebShop
-from dmr_pipeline.recipe import Prompt, Recipe, Splits, load_recipe, problems_across
+from dmr_pipeline.recipe import Recipe
+from dmr_pipeline.recipe.across import problems_across
+from dmr_pipeline.recipe.agent import Prompt
+from dmr_pipeline.recipe.benchmark import Splits
+from dmr_pipeline.recipe.reading import load_recipe
 from dmr_pipeline.rollout.engine import ALONE
 from dmr_pipeline.rollout.prompts import Prompter
 from dmr_pipeline.rollout.trajectory import RolloutRequest, Step, Trajectory

@@ -16,7 +16,11 @@ from dmr_pipeline.artifacts.stage import StageContext
 from dmr_pipeline.environments.alfworld.benchmark import GeneratedAlfWorld, GeneratedGames
 from dmr_pipeline.environments.alfworld.words import alfworld_texts
 from dmr_pipeline.errors import UserError
-from dmr_pipeline.recipe import Agent, Architecture, Finetune, Lora, Pretrained, Prompt, Runtime, Splits, load_recipe
+from dmr_pipeline.recipe.agent import Agent, Finetune, Prompt
+from dmr_pipeline.recipe.benchmark import Splits
+from dmr_pipeline.recipe.model import Architecture, Lora, Pretrained
+from dmr_pipeline.recipe.reading import load_recipe
+from dmr_pipeline.recipe.runtime import Runtime
 from dmr_pipeline.stages import agent as stage
 from dmr_pipeline.training import train as module
 from dmr_pipeline.training.examples import Example

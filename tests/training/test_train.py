@@ -11,7 +11,11 @@ from dmr_pipeline.environments.alfworld.benchmark import GeneratedAlfWorld, Gene
 from dmr_pipeline.environments.alfworld.generator import generate_game
 from dmr_pipeline.environments.alfworld.words import alfworld_texts
 from dmr_pipeline.errors import UserError
-from dmr_pipeline.recipe import Architecture, Prompt, Runtime, Splits, Training, load_recipe
+from dmr_pipeline.recipe.agent import Prompt, Training
+from dmr_pipeline.recipe.benchmark import Splits
+from dmr_pipeline.recipe.model import Architecture
+from dmr_pipeline.recipe.reading import load_recipe
+from dmr_pipeline.recipe.runtime import Runtime
 from dmr_pipeline.rollout.prompts import Prompter
 from dmr_pipeline.stages import agent as stage
 from dmr_pipeline.training import train as module

@@ -12,7 +12,8 @@ from dmr_pipeline import pipeline
 from dmr_pipeline.artifacts.folders import artifact_folder
 from dmr_pipeline.artifacts.manifest import verify
 from dmr_pipeline.defs import runs
-from dmr_pipeline.recipe import Recipe, recipe_names
+from dmr_pipeline.recipe import Recipe
+from dmr_pipeline.recipe.reading import recipe_names
 from dmr_pipeline.versioning import dvc_stages
 from tests.helpers.fake_project import RECIPE, REPOSITORY, dvc, enter_project, make_recipe, write_fake_dmr
 

@@ -17,7 +17,8 @@ from dmr_pipeline.artifacts.manifest import verify
 from dmr_pipeline.artifacts.materialize import materialize_stage
 from dmr_pipeline.definitions import defs
 from dmr_pipeline.errors import UserError
-from dmr_pipeline.recipe import RECIPE_FOLDER, Recipe, is_recipe_name, recipe_names
+from dmr_pipeline.recipe import Recipe
+from dmr_pipeline.recipe.reading import RECIPE_FOLDER, is_recipe_name, recipe_names
 from dmr_pipeline.versioning import dvc_stages
 from tests.helpers.fake_project import RECIPE, REPOSITORY, dvc, write_fake_dmr
 

@@ -2,7 +2,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from dmr_pipeline.recipe import RECIPE_FOLDER, recipe_names
+from dmr_pipeline.recipe.reading import RECIPE_FOLDER, recipe_names
 from tests.helpers.fake_project import REPOSITORY
 
 

@@ -18,7 +18,8 @@ from dmr_pipeline.artifacts.manifest import MANIFEST, verify
 from dmr_pipeline.artifacts.materialize import materialize_stage
 from dmr_pipeline.artifacts.run_record import read_run_record
 from dmr_pipeline.errors import UserError
-from dmr_pipeline.recipe import Recipe, Runtime
+from dmr_pipeline.recipe import Recipe
+from dmr_pipeline.recipe.runtime import Runtime
 from dmr_pipeline.versioning.provenance import trace
 from tests.helpers.fake_project import RECIPE
 

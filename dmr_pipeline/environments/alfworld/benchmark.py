@@ -10,8 +10,8 @@ from pydantic import Field
 
 from dmr_pipeline.environments.alfworld.game import Game, TaskType
 from dmr_pipeline.environments.benchmark import Benchmark, fresh_seeds, split_summary
-from dmr_pipeline.recipe import Games
-from dmr_pipeline.recipe_fields import StepLimit
+from dmr_pipeline.recipe.benchmark import Games
+from dmr_pipeline.recipe.fields import StepLimit
 
 if TYPE_CHECKING:
     from dmr_pipeline.environments.alfworld.tasks import Dealt

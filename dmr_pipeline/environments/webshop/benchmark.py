@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 from pydantic import Field, JsonValue
 
 from dmr_pipeline.environments.benchmark import Benchmark, split_summary
-from dmr_pipeline.recipe import Games
-from dmr_pipeline.recipe_fields import Seed, StepLimit, at_most
+from dmr_pipeline.recipe.benchmark import Games
+from dmr_pipeline.recipe.fields import Seed, StepLimit, at_most
 
 if TYPE_CHECKING:
     from dmr_pipeline.environments.webshop.goals import Goals, ShoppingTask

@@ -17,7 +17,7 @@ from dmr_pipeline.agent.logits import MODEL_ERRORS, alike, some_tokens
 from dmr_pipeline.agent.memory import free_memory
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.precision.pass_bytes import cached_numbers
-from dmr_pipeline.recipe import DEFAULT_TRANSCRIPT_TOKENS
+from dmr_pipeline.recipe.agent import DEFAULT_TRANSCRIPT_TOKENS
 from dmr_pipeline.rollout.kv_cache.packed import PackedStreams
 from dmr_pipeline.rollout.kv_cache.padded import Streams, TokenStreams, attention_windows
 from dmr_pipeline.rollout.kv_cache.plain import PlainStreams

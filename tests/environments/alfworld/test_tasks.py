@@ -10,7 +10,8 @@ from dmr_pipeline.environments.alfworld.benchmark import OfficialAlfWorld
 from dmr_pipeline.environments.alfworld.generator import generate_game
 from dmr_pipeline.environments.benchmark import SPLITS, benchmark_of
 from dmr_pipeline.errors import UserError
-from dmr_pipeline.recipe import Splits, load_recipe
+from dmr_pipeline.recipe.benchmark import Splits
+from dmr_pipeline.recipe.reading import load_recipe
 from dmr_pipeline.stages.benchmark_tasks import benchmark_tasks
 
 GAMES = {"train": [generate_game(seed)[0] for seed in range(12)], "valid_seen": [generate_game(99)[0]]}

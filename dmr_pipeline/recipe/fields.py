@@ -1,5 +1,6 @@
 """What the sections of recipes are made of: kinds of numbers and texts, each with its bounds, and what a section is."""
 
+import math
 from collections.abc import Iterator
 from typing import Annotated, Any, Self, TypeVar
 
@@ -44,6 +45,21 @@ EndText = Annotated[str, Field(min_length=1, max_length=200)]
 Workers = Annotated[int, Field(gt=0), at_most(1024, "no machine has more cores")]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=100)]
 """Names become parts of file names and of the report's policies."""
+
+
+def unset(value: object) -> bool:
+    """Of a field that came after artifacts had been published: where it is not used it stays out of their provenance."""
+    return not value
+
+
+def resamples(confidence: float, bootstrap: int) -> Iterator[tuple[str, str]]:
+    """What is wrong where the resamples are too few for the interval: `Section.problems` of sections that have both."""
+    needed = math.ceil(round(2 / (1 - confidence), 6))
+    if bootstrap < needed:
+        yield (
+            "bootstrap",
+            f"{bootstrap} resamples, but an interval of {confidence} has one beyond its ends from {needed} on",
+        )
 
 
 class Section(FrozenModel):

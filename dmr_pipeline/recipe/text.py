@@ -6,6 +6,7 @@ proportion to a recipe.
 
 import functools
 import re
+import reprlib
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,11 @@ def short(text: object) -> str:
     """What a file says, or an error says of it, as a part of one line."""
     shown = printable(text)
     return shown if len(shown) <= _LONGEST else f"{shown[:_LONGEST]}..."
+
+
+def shown(value: object) -> str:
+    """A value from a file in a few characters."""
+    return printable(reprlib.repr(value))
 
 
 def read_mapping(path: Path) -> dict[Any, Any]:
