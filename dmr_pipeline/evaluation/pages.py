@@ -22,7 +22,7 @@ from dmr_pipeline.errors import UserError
 from dmr_pipeline.evaluation import places
 from dmr_pipeline.evaluation.places import RESULTS
 from dmr_pipeline.evaluation.report import curves_table, markdown_table
-from dmr_pipeline.evaluation.results import STATIC, Metrics, checking_name
+from dmr_pipeline.evaluation.results import STATIC, Metrics, checking_name, shown_name
 from dmr_pipeline.frozen_model import FrozenModel
 
 
@@ -134,25 +134,6 @@ def picture(result: Result, page: Path) -> str:
     draw(result.metrics, file)
     target = Path(os.path.relpath(file, page.parent)).as_posix()
     return f"![Games won against the cost of an episode, for each policy of {recipe}]({target})"
-
-
-def shown_name(name: str, metrics: Metrics) -> str:
-    """A policy's name in words."""
-    rungs = {metrics["high"]: metrics["route"][0], metrics["low"]: metrics["route"][-1]}
-    kind = metrics["policies"][name]["kind"]
-    if kind in ("single", "rung"):
-        return f"{rungs.get(name, name.removeprefix('always_'))} alone"
-    if kind == "speculative":
-        checks, _, drafts = name.partition(":")[2].partition("<")
-        return f"{drafts} drafts, {checks} checks"
-    if kind == "random":
-        return f"random, as often as {name.removeprefix('random@')}"
-    if kind == "oracle":
-        return f"{name} (oracle)"
-    best = metrics.get("best_rules", {}).get(name.removeprefix("rule@"))
-    if best is not None and name.startswith("rule@"):
-        return f"{best['rule']} rule at {best['budget']:g}"
-    return f"{name}, the chosen router" if name == metrics["headline"] else name
 
 
 PARTS: Mapping[str, Callable[[Result, Path], str]] = {

@@ -11,8 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Annotation
 from matplotlib.transforms import Bbox
 
-from dmr_pipeline.evaluation.pages import shown_name
-from dmr_pipeline.evaluation.results import Kind, Metrics, PolicyMetrics
+from dmr_pipeline.evaluation.results import Kind, Metrics, PolicyMetrics, shown_name
 
 BLACK, BLUE, ORANGE, GREEN, PURPLE, GREY = "#000000", "#0072b2", "#d55e00", "#009e73", "#aa4499", "#777777"
 """Okabe and Ito's colours, the purple darkened, which people with a colour vision deficiency tell apart; the marks differ too."""

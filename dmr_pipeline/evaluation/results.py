@@ -244,6 +244,25 @@ POLICIES = frozenset(
 """What every evaluation compares."""
 
 
+def shown_name(name: str, metrics: Metrics) -> str:
+    """A policy's name in words."""
+    rungs = {metrics["high"]: metrics["route"][0], metrics["low"]: metrics["route"][-1]}
+    kind = metrics["policies"][name]["kind"]
+    if kind in ("single", "rung"):
+        return f"{rungs.get(name, name.removeprefix('always_'))} alone"
+    if kind == "speculative":
+        checks, _, drafts = name.partition(":")[2].partition("<")
+        return f"{drafts} drafts, {checks} checks"
+    if kind == "random":
+        return f"random, as often as {name.removeprefix('random@')}"
+    if kind == "oracle":
+        return f"{name} (oracle)"
+    best = metrics.get("best_rules", {}).get(name.removeprefix("rule@"))
+    if best is not None and name.startswith("rule@"):
+        return f"{best['rule']} rule at {best['budget']:g}"
+    return f"{name}, the chosen router" if name == metrics["headline"] else name
+
+
 def read_metrics(folder: Path) -> Metrics:
     """Of the artifact in `folder`."""
     metrics: Metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))

@@ -11,7 +11,7 @@ from dmr_pipeline.artifacts.folders import artifact_folder
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.evaluation import pages
 from dmr_pipeline.evaluation.picture import draw
-from dmr_pipeline.evaluation.results import Metrics, PairedComparison, PolicyMetrics
+from dmr_pipeline.evaluation.results import Metrics, PairedComparison, PolicyMetrics, shown_name
 from dmr_pipeline.recipe import Recipe
 from tests.helpers.commands import dmr
 from tests.helpers.fake_project import REPOSITORY
@@ -208,13 +208,13 @@ def test_the_picture_is_of_the_committed_metrics(front: Metrics, tmp_path: Path)
 
 
 def test_policies_are_named_in_words(demo: Metrics, front: Metrics) -> None:
-    named = {name: pages.shown_name(name, demo) for name in demo["policies"]}
+    named = {name: shown_name(name, demo) for name in demo["policies"]}
     assert named["always_high"] == "float alone"
     assert named["always_low"] == "int2 alone"
     assert named["speculative:float<int2"] == "int2 drafts, float checks"
     assert named["kl_router"] == "kl_router, the chosen router"
     assert len(set(named.values())) == len(named)
-    assert pages.shown_name("rule@kl_router", front) == "margin rule at 0.2"
+    assert shown_name("rule@kl_router", front) == "margin rule at 0.2"
 
 
 @pytest.mark.parametrize(
