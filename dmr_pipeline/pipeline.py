@@ -70,7 +70,7 @@ STAGES: tuple[Stage, ...] = (
             "`model/` is a Hugging Face checkpoint. `training.parquet` shows whether it has learned: the success of "
             "its own episodes should have levelled off."
         ),
-        committed_recipes=("alfworld-smollm2", "alfworld-tiny", "webshop-tiny"),
+        committed_recipes=("alfworld-smollm2", "alfworld-tiny", "webshop-smollm2", "webshop-tiny"),
         pool="gpu",
         resources=ONE_GPU,
         pretrained=lambda recipe: _brought(recipe.agent.pretrained),

@@ -103,6 +103,7 @@ DUMPS = {
     "alfworld-smollm2": "ac65ada41a6d",
     "alfworld-tiny": "8a444d343dff",
     "alfworld-tiny-official": "fccd760a556b",
+    "webshop-smollm2": "9dc2f90888fc",
     "webshop-tiny": "e07b5225508d",
     "webshop-tiny-official": "181ecb0c3389",
 }

@@ -21,6 +21,6 @@ def test_of_all_data_git_takes_the_agents_that_the_project_commits(tmp_path: Pat
     added = subprocess.run(["git", "-C", str(tmp_path), "ls-files"], capture_output=True, text=True, check=True)
     agents = [
         f"data/{recipe}/agent/model/model.safetensors"
-        for recipe in ("alfworld-smollm2", "alfworld-tiny", "webshop-tiny")
+        for recipe in ("alfworld-smollm2", "alfworld-tiny", "webshop-smollm2", "webshop-tiny")
     ]
     assert added.stdout.split() == ["data/.gitignore", *agents]
