@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from dmr_pipeline.artifacts.folders import artifact_folder
+from dmr_pipeline.artifacts.manifest import verify
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.evaluation import pages
 from dmr_pipeline.evaluation.picture import draw
@@ -267,3 +268,33 @@ def test_without_metrics_the_command_says_how_to_get_them(project: Recipe) -> No
     result = dmr("report", project.name, "--markdown")
     assert result.exit_code == 2
     assert re.fullmatch(r".*fake\.metrics\.json.*`dmr run fake`.*\n", result.stderr)
+
+
+def test_what_is_said_of_the_real_llm_in_webshop_is_what_its_ladder_and_its_agent_say() -> None:
+    page, readme, concept = map(
+        words, (f"{pages.RESULTS}/webshop-smollm2.md", "README.md", "docs/concepts/when-routing-pays.md")
+    )
+    agent = verify(REPOSITORY / "data" / "webshop-smollm2" / "agent").manifest.summary
+    assert f"Of the {agent['validation_games']} validation goals it won {agent['validation_success']:.1%}" in page
+    row = r"\| (\w[\w-]*) \|(?: [\d.%]+ \|){4} ([\d.]+)% \[[^]]+\] \| ([\d.]+) \(([\d.]+) \+ ([\d.]+)\) \| [\d.]+ \| ([-\d.]+)"
+    ladder = {name: tuple(map(float, rest)) for name, *rest in re.findall(row, page) if rest[-1] != "-"}
+    whole = re.search(r"\| float \|(?: [\d.%]+ \|){4} ([\d.]+)% \[[^]]+\] \| ([\d.]+) ", page)
+    assert whole is not None
+    success, cost = map(float, whole.groups())
+    assert set(ladder) == {"int8", "int4-gptq", "int3-gptq"}
+    for name, (won, price, weights, cache, lost) in ladder.items():
+        assert price == pytest.approx(weights + cache, abs=0.0011)
+        if name != "int3-gptq":  # which stopped: what float has won on as many goals is not on the page
+            assert lost == pytest.approx(success - won, abs=0.051)
+    won, price, *_ = ladder["int4-gptq"]
+    assert (
+        f"int4-gptq ({won}% at a cost of {price}) is at most 5 points worse than float ({success}% at a cost of {cost})"
+        in page
+    )
+    assert (
+        f"int4 with prompt lookup costs {price:.0%} of a bfloat16 episode at a pass a token, bfloat16 with it {cost:.0%}"
+        in page
+    )
+    assert won == success
+    assert f"wins {won}% at int4 as in bfloat16" in readme
+    assert f"{won}% of 200 validation goals at both, for {price:.2f} and {cost:.2f} with prompt lookup" in concept
