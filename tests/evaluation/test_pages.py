@@ -296,5 +296,8 @@ def test_what_is_said_of_the_real_llm_in_webshop_is_what_its_ladder_and_its_agen
         in page
     )
     assert won == success
-    assert f"wins {won}% at int4 as in bfloat16" in readme
+    tested = dict(re.findall(r"\| (float|int4-gptq) \| ([\d.]+%) \| [\d.]+ \|", page))
+    low, high = tested["int4-gptq"], tested["float"]
+    assert f"wins {low} of 300 test goals at int4, {high} in bfloat16 for three times the cost" in readme
+    assert f"with prompt lookup; {low} and {high} of 300 test goals" in concept
     assert f"{won}% of 200 validation goals at both, for {price:.2f} and {cost:.2f} with prompt lookup" in concept
