@@ -6,7 +6,17 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from dmr_pipeline.recipe.fields import Bootstrap, Confidence, Count, Ratio, Section, Seed, at_most, resamples, unset
+from dmr_pipeline.recipe.fields import (
+    Bootstrap,
+    Confidence,
+    Count,
+    Ratio,
+    Section,
+    Seed,
+    at_most,
+    too_few_resamples,
+    unset,
+)
 
 RuleName = Literal[
     "random",
@@ -24,8 +34,6 @@ RuleName = Literal[
     "inadmissible",
 ]
 """Rules that nobody trained (router/rules.py)."""
-
-
 OracleName = Literal["disagreement", "divergence"]
 """Oracles that a bar decides for (router/oracles.py)."""
 
@@ -67,4 +75,4 @@ class Evaluation(Section):
                 yield field, "is for curves: name 'budgets', or leave this out"
         if len(set(self.rules)) != len(self.rules):
             yield "rules", f"{list(self.rules)} are not all different"
-        yield from resamples(self.confidence, self.bootstrap)
+        yield from too_few_resamples(self.confidence, self.bootstrap)

@@ -52,7 +52,7 @@ def unset(value: object) -> bool:
     return not value
 
 
-def resamples(confidence: float, bootstrap: int) -> Iterator[tuple[str, str]]:
+def too_few_resamples(confidence: float, bootstrap: int) -> Iterator[tuple[str, str]]:
     """What is wrong where the resamples are too few for the interval: `Section.problems` of sections that have both."""
     needed = math.ceil(round(2 / (1 - confidence), 6))
     if bootstrap < needed:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from dmr_pipeline.recipe.fields import Bootstrap, Confidence, Count, Section, Seed, Share, at_most, resamples
+from dmr_pipeline.recipe.fields import Bootstrap, Confidence, Count, Section, Seed, Share, at_most, too_few_resamples
 
 
 class Release(Section):
@@ -29,4 +29,4 @@ class Release(Section):
     seed: Seed = Field(0, description="of the resamples, of the games' order, and of actions drawn at a temperature")
 
     def problems(self) -> Iterator[tuple[str, str]]:
-        yield from resamples(self.confidence, self.bootstrap)
+        yield from too_few_resamples(self.confidence, self.bootstrap)

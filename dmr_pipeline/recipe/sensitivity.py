@@ -60,9 +60,5 @@ class Sensitivity(Section):
     def problems(self) -> Iterator[tuple[str, str]]:
         if (self.tau is None) == (self.quantile is None):
             yield "", "give exactly one of 'tau' and 'quantile'"
-        yield from _in_order("label_share", self.label_share)
-
-
-def _in_order(field: str, bounds: tuple[float, float]) -> Iterator[tuple[str, str]]:
-    if not bounds[0] < bounds[1]:
-        yield field, f"{list(bounds)}: the first is the lower bound, the second the upper one"
+        if not self.label_share[0] < self.label_share[1]:
+            yield "label_share", f"{list(self.label_share)}: the first is the lower bound, the second the upper one"

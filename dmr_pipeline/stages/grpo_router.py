@@ -17,12 +17,7 @@ from dmr_pipeline.rollout.known import Known
 from dmr_pipeline.rollout.playing import Rollouts
 from dmr_pipeline.router.grpo import Scorer, Session, settings_at_ratio, train
 from dmr_pipeline.router.kl import ROUTER_FOLDER, calibrate_threshold, play_games, untrained
-from dmr_pipeline.router.model import (
-    Router,
-    RouterSettings,
-    load_router,
-    save_router,
-)
+from dmr_pipeline.router.model import Router, RouterSettings, load_router, save_router
 from dmr_pipeline.router.policies import routing_policy
 from dmr_pipeline.router.probe import NeighboursHead, ProbeHead
 from dmr_pipeline.summaries import GrpoSummary

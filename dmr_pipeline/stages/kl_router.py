@@ -18,14 +18,7 @@ from dmr_pipeline.rollout.batch import Timings
 from dmr_pipeline.rollout.known import Known
 from dmr_pipeline.rollout.playing import Rollouts
 from dmr_pipeline.router.advantage import advantage_loss, mixed, spread, targets
-from dmr_pipeline.router.calibration import (
-    auprc,
-    auroc,
-    brier,
-    exceedances,
-    expected_calibration_error,
-    platt,
-)
+from dmr_pipeline.router.calibration import auprc, auroc, brier, exceedances, expected_calibration_error, platt
 from dmr_pipeline.router.kl import (
     ROUTER_FOLDER,
     calibrate_threshold,
@@ -40,12 +33,7 @@ from dmr_pipeline.router.kl import (
     with_settings,
 )
 from dmr_pipeline.router.labels import read_drafts, read_sensitivity, threshold
-from dmr_pipeline.router.model import (
-    save_router,
-    sequences_of_steps,
-    with_features,
-    with_numbers,
-)
+from dmr_pipeline.router.model import save_router, sequences_of_steps, with_features, with_numbers
 from dmr_pipeline.router.neighbours import remember
 from dmr_pipeline.router.probe import NeighboursHead, ProbeHead
 from dmr_pipeline.router.swapped import read_swapped, steps_of

@@ -21,17 +21,7 @@ from dmr_pipeline.rollout.tables import to_frames
 from dmr_pipeline.router.baselines import RandomMixing
 from dmr_pipeline.router.labels import compare, label, measure, own_numbers, threshold, token_divergences
 from tests.helpers.one_cache import OneCache
-from tests.helpers.rollouts import (
-    HIGH,
-    LOW,
-    MODELS,
-    PROMPTER,
-    RUNS,
-    THREE,
-    greedy_uncached,
-    rollouts_of,
-    transcript,
-)
+from tests.helpers.rollouts import HIGH, LOW, MODELS, PROMPTER, RUNS, THREE, greedy_uncached, rollouts_of, transcript
 
 
 def logits(*probabilities: list[float]) -> torch.Tensor:

@@ -23,17 +23,7 @@ from dmr_pipeline.router.model import (
     sequence_of_trajectory,
     sequences_of_steps,
 )
-from tests.helpers.routers import (
-    ARCHITECTURE,
-    CPU,
-    ROUTE,
-    ROUTES,
-    TOKENIZER,
-    Llm,
-    make_llm,
-    play_with,
-    random_router,
-)
+from tests.helpers.routers import ARCHITECTURE, CPU, ROUTE, ROUTES, TOKENIZER, Llm, make_llm, play_with, random_router
 
 
 def test_routing_sequence_interleaves_the_precision_that_acted() -> None:
