@@ -78,7 +78,7 @@ def run(
 
 
 def _show(results: "Results") -> None:
-    from dmr_pipeline.study.pages import named_reference, points
+    from dmr_pipeline.study.pages import by_seed, named_reference, points
 
     table = Table(box=box.SIMPLE, pad_edge=False, collapse_padding=True)
     table.add_column("policy", overflow="fold")
@@ -111,18 +111,19 @@ def _show(results: "Results") -> None:
     _show_rows("Against the route's ends and the oracle", of_references, references)
     if not results.compared:
         return
+    trainings = ["seeds"] if any(len(one.difference_by_seed) > 1 for one in results.compared) else []
     compared = [
         (
-            one.router,
-            f"{one.budget:g}",
+            f"{one.router} at {one.budget:g}",
             one.rule,
             f"{100 * one.difference:+.1f} {points(one.difference_ci95)}",
+            *([by_seed(one.difference_by_seed, "\n")] if trainings else []),
             f"{one.p_holm:.3f}",
             f"{100 * one.lost:.1f} {points(one.lost_ci95)}",
         )
         for one in results.compared
     ]
-    columns = ("router", "budget", "rule", "better by", "p, Holm", "lost to the dearest")
+    columns = ("router", "rule", "better by, points", *trainings, "p, Holm", "lost to the dearest")
     _show_rows("Routers against the best rule at equal cost", columns, compared)
 
 

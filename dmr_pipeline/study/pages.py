@@ -108,18 +108,22 @@ def named_reference(against: str) -> str:
 
 def _comparisons(results: Results, page: Path) -> str:
     """Routers against the best rule at equal cost."""
-    columns = ["router", "budget", "against", "better by, points", "p (Holm)", "lost to the dearest rung", "not worse"]
+    seeds = any(len(one.difference_by_seed) > 1 for one in results.compared)
+    by, lost = "better by, points", "lost to the dearest rung"
+    trainings = ["of each training"] if seeds else []
+    columns = ["router", "budget", "against", by, *trainings, "p (Holm)", lost, "not worse"]
     margin = f"{100 * results.margin:.0f} points"
     note = f"Planned before the run. Not worse: the upper end of what it loses is below {margin}."
-    return "\n".join([*_lines(columns, [_compared(one) for one in results.compared], 3), "", note])
+    return "\n".join([*_lines(columns, [_compared(one, seeds) for one in results.compared], 3), "", note])
 
 
-def _compared(one: Compared) -> list[str]:
+def _compared(one: Compared, seeds: bool) -> list[str]:
     return [
         one.router,
         f"{one.budget:g}",
         one.rule,
         f"{100 * one.difference:+.1f} {points(one.difference_ci95)}",
+        *([by_seed(one.difference_by_seed)] if seeds else []),
         f"{one.p_holm:.3f}",
         f"{100 * one.lost:.1f} {points(one.lost_ci95)}",
         "shown" if one.not_worse else "not shown",
@@ -138,6 +142,11 @@ def _lines(columns: list[str], rows: list[list[str]], left: int) -> list[str]:
 def points(interval: list[float]) -> str:
     """An interval of shares, in percent."""
     return f"[{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
+
+
+def by_seed(differences: list[float], between: str = ", ") -> str:
+    """Of each training seed, in points."""
+    return between.join(f"{100 * difference:+.1f}" for difference in differences)
 
 
 def _list(seeds: tuple[int, ...]) -> str:

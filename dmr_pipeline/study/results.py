@@ -111,6 +111,8 @@ class Compared(FrozenModel):
     difference: float
     """In success, router minus rule."""
     difference_ci95: Interval
+    difference_by_seed: list[float]
+    """Of each training seed, at its own cost; one number where one was trained."""
     p_value: float
     """Two-sided sign-flip test over games."""
     p_holm: float
@@ -143,6 +145,7 @@ class _Played:
     steps: Floats
     by_seed: Floats
     """Success, [seeds]."""
+    cost_by_seed: Floats
     thresholds: list[float]
     """[seeds], none where nothing was tuned."""
     validation: Place | None
@@ -212,7 +215,7 @@ def _by_game(rows: pl.DataFrame) -> _Played:
         .agg(pl.col("success", "cost", "spend", "steps").cast(pl.Float64).mean())
         .sort("task_id")
     )
-    seeds = rows.group_by("seed").agg(pl.col("success").mean(), pl.col("threshold").first()).sort("seed")
+    seeds = rows.group_by("seed").agg(pl.col("success", "cost").mean(), pl.col("threshold").first()).sort("seed")
     validation = rows.select(pl.col("validation_cost", "validation_success").mean()).row(0)
     return _Played(
         kind=rows["kind"][0],
@@ -221,6 +224,7 @@ def _by_game(rows: pl.DataFrame) -> _Played:
         spend=games["spend"].to_numpy(),
         steps=games["steps"].to_numpy(),
         by_seed=seeds["success"].to_numpy(),
+        cost_by_seed=seeds["cost"].to_numpy(),
         thresholds=seeds["threshold"].drop_nulls().to_list(),
         validation=None if validation[0] is None else Place(*validation),
     )
@@ -308,9 +312,10 @@ def _compare(
 
     best = max(rules, key=on_validation)
     offered = [low, *rules[best].values()]
-    shares = mixed_at(np.array([one.cost.mean() for one in offered]), float(router.cost.mean()))
-    rule_success = shares @ np.stack([one.success for one in offered])
-    rule_cost = shares @ np.array([one.cost.mean() for one in offered])
+    costs, successes = np.array([one.cost.mean() for one in offered]), np.stack([one.success for one in offered])
+    shares = mixed_at(costs, float(router.cost.mean()))
+    rule_success, rule_cost = shares @ successes, shares @ costs
+    by_seed = zip(router.by_seed, router.cost_by_seed, strict=True)
     difference, lost = router.success - rule_success, high.success - router.success
     lost_interval = percentiles(weights @ lost, section.confidence)
     return Compared(
@@ -321,6 +326,7 @@ def _compare(
         rule_cost=float(rule_cost),
         difference=float(difference.mean()),
         difference_ci95=percentiles(weights @ difference, section.confidence),
+        difference_by_seed=[float(won - mixed_at(costs, cost) @ successes.mean(1)) for won, cost in by_seed],
         p_value=sign_flip(difference, section.seed),
         p_holm=1.0,
         lost=float(lost.mean()),

@@ -56,6 +56,6 @@ def made_up() -> Results:
         for seed in (0, 1):
             at = {"seed": seed, "budget": budget, "validation": (0.5, 0.9)}
             frames.append(episodes("good", "router", 0.8 + 0.1 * seed, 0.5, budget, **at))
-            frames.append(episodes("poor", "router", 0.8, 0.5, budget, **at))
+            frames.append(episodes("poor", "router", 0.8, 0.4 + 0.2 * seed, budget, **at))
     section = Evaluation(random_draws=1, bootstrap=400, confidence_ratio=0.3)
     return study_results(pl.concat(frames), STUDY, section, 0.06, ROUTE, Place(0.2, 0.5))

@@ -277,6 +277,11 @@ def test_the_tables_say_what_the_results_say(found: Results) -> None:
     lines = [line for line in comparisons.splitlines() if line.startswith(("| good", "| poor"))]
     assert [f"| {one.rule} |" in line for one, line in zip((good, poor), lines, strict=True)] == [True, True]
     assert ["not shown" in line for line in lines] == [not good.not_worse, not poor.not_worse]
+    assert ["| +0.0, +10.0 |" in lines[0], "| +10.0, -10.0 |" in lines[1]] == [True, True]  # of each training
+    one_training = [one.model_copy(update={"difference_by_seed": [0.1]}) for one in found.compared]
+    alone = pages.parts_of(found.model_copy(update={"compared": one_training}))["comparisons"](Path("page.md"))
+    assert "of each training" in comparisons
+    assert "of each training" not in alone
 
 
 def test_a_study_is_kept_and_written(found: Results, tmp_path: Path) -> None:

@@ -98,6 +98,8 @@ def test_a_router_is_compared_with_the_rule_of_validation_games_at_its_own_cost(
     # Half of the fair rule's games at .2, which wins 70%, and half at .4, which wins 90%.
     assert good.difference == pytest.approx(0.85 - 0.8)
     assert poor.difference == pytest.approx(0.8 - 0.8, abs=1e-9)
+    assert good.difference_by_seed == pytest.approx([0.8 - 0.8, 0.9 - 0.8])
+    assert poor.difference_by_seed == pytest.approx([0.8 - 0.7, 0.8 - 0.9])  # its trainings cost .4 and .6
     assert good.p_holm == pytest.approx(2 * good.p_value)
     assert poor.p_value == poor.p_holm
     assert (good.lost, poor.lost) == (pytest.approx(0.05), pytest.approx(0.1))
