@@ -157,7 +157,10 @@ def gpu_pool(database: Finding) -> Finding:
     if limit == max(gpus, 1):
         return Finding("pool gpu", True, detail)
     return Finding(
-        "pool gpu", False, detail, f"dagster instance concurrency set gpu {max(gpus, 1)} (or the GPUs of all workers)"
+        "pool gpu",
+        False,
+        detail,
+        f"DAGSTER_HOME={home.resolve()} dagster instance concurrency set gpu {max(gpus, 1)} (or the GPUs of all workers)",
     )
 
 

@@ -65,6 +65,8 @@ def check_causal_lm(model: PreTrainedModel) -> None:
     except MODEL_ERRORS as error:
         reason = f"a forward pass over {_TRIED} tokens fails ({type(error).__name__}: {' '.join(str(error).split())})"
         raise UserError(_refusal(model, reason)) from error
+    if not whole.isfinite().all():
+        raise UserError(_refusal(model, f"its logits are not finite in {str(model.dtype).removeprefix('torch.')}"))
     if not alike(begun, whole[: len(begun)], model.dtype):
         raise UserError(_refusal(model, "its logits depend on later tokens, as those of an encoder do"))
     if not alike(halves, whole, model.dtype):

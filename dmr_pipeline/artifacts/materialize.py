@@ -148,8 +148,14 @@ def _build(
     log.info("%s: started", stage.name)
     started, clock = datetime.now(UTC), time.perf_counter()
     reset_gpu_peak()
+    before = {path: (path / MANIFEST).read_bytes() for path in context.inputs.values()}
     with recorded_log() as lines, watched_memory() as peak:
         result = stage.run(context)
+    for path, described in before.items():
+        if not (path / MANIFEST).is_file() or (path / MANIFEST).read_bytes() != described:
+            raise UserError(
+                f"{path} was made again while {stage.name} read it, by another process: run the same command again"
+            )
     seconds = time.perf_counter() - clock
     manifest = write_manifest(output, **vars(wanted), summary=result.summary)
     pickles = [relpath for relpath in manifest.files if Path(relpath).suffix in PICKLE_SUFFIXES]

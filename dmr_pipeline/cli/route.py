@@ -55,13 +55,13 @@ def calibrate(
 
     What was played is kept in data/scratch: the same command goes on where it broke off.
     """
-    from dmr_pipeline.artifacts.folders import DATA_ROOT
+    from dmr_pipeline.artifacts.folders import DATA_ROOT, published
     from dmr_pipeline.cli.stages import verify_current
     from dmr_pipeline.environments.benchmark import benchmark_of
     from dmr_pipeline.evaluation.route_calibration import NAMES, RouteBudget, RouterName
     from dmr_pipeline.evaluation.route_calibration import calibrate as calibrated
     from dmr_pipeline.router.model import SETTINGS_FILE, save_router
-    from dmr_pipeline.router.rules import named_at
+    from dmr_pipeline.router.rules import UNDEPLOYABLE, named_at
 
     if router not in NAMES:
         raise UserError(f"--router {router!r}: name one of {', '.join(NAMES)}")
@@ -76,12 +76,12 @@ def calibrate(
     benchmark = benchmark_of(loaded.benchmark)
     validation = benchmark.read_tasks(artifacts["benchmark_tasks"], "validation")
     fresh = benchmark.fresh_tasks(fresh_games) if fresh_games else []
-    folder = DATA_ROOT / "scratch" / recipe / "route"
+    kept = DATA_ROOT / "scratch" / recipe / "route"
     with nullcontext() if as_json else progress_lines(), Bars(console=console, disable=as_json) as progress:
-        found, settled = calibrated(loaded, router, budget, artifacts, validation, fresh, folder, progress)
+        found, settled = calibrated(loaded, router, budget, artifacts, validation, fresh, kept, progress)
     settings = None if settled is None else settled.settings.model_dump(mode="json")
-    # Lots at the threshold, samples and strict budgets are no part of a name.
-    simple = is_rule and not (0 < found.ties < 1 or sample or strict)
+    # Lots at the threshold, samples and strict budgets are no part of a name; and not every rule can be deployed.
+    simple = is_rule and router not in UNDEPLOYABLE and not (0 < found.ties < 1 or sample or strict)
     named = named_at(router, found.threshold) if simple else None
     told: dict[str, Any] = {
         "recipe": recipe,
@@ -97,7 +97,9 @@ def calibrate(
         "static": named,
     }
     if write is not None and settled is not None:
-        save_router(settled, write)
+        write.parent.mkdir(parents=True, exist_ok=True)
+        with published(write) as folder:
+            save_router(settled, folder)
     if as_json:
         typer.echo(json.dumps(told, indent=2, allow_nan=False))
         return
@@ -109,7 +111,9 @@ def calibrate(
         lines += [f"  {loaded.benchmark.environment} has no fresh games: its tasks are a list that ends"]
     lines += [f"  brackets: {loaded.evaluation.confidence:.0%} intervals, by game"]
     if settings is not None:
-        lines += [f"{SETTINGS_FILE}: {json.dumps(settings)}", *([f"written to {write}"] if write is not None else [])]
+        lines += [f"{SETTINGS_FILE}: {json.dumps(settings)}"]
+    if write is not None:
+        lines += [f"written to {write}; to deploy it: dmr serve {recipe} --router {write}"]
     if named is not None:
         lines += [f"to deploy it: dmr serve {recipe} --static '{named}'"]
     for line in lines:

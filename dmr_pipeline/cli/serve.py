@@ -1,6 +1,7 @@
 """`dmr serve`: the released router at work, behind OpenAI's interface."""
 
 import os
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -42,6 +43,13 @@ def serve(
         ),
     ] = None,
     retries: Annotated[int, typer.Option(help="further tries of an upstream, before its answer begins")] = 2,
+    router: Annotated[
+        Path | None,
+        typer.Option(
+            help="folder of the router that decides, in place of the released one: data/RECIPE/kl_router/router, or what dmr"
+            " route calibrate --write has written"
+        ),
+    ] = None,
     static: Annotated[
         str | None,
         typer.Option(
@@ -55,8 +63,9 @@ def serve(
 ) -> None:
     """Serve a recipe's agent: POST /v1/chat/completions, and what docs/serve.md describes.
 
-    Its released router decides at each turn which precision acts; with --static none does. Episodes whose outcome is posted
-    become files in data/incoming/RECIPE/, which the pipeline takes in; a router that is released meanwhile is taken up.
+    Its released router decides at each turn which precision acts, and one that is released meanwhile is taken up; with --router
+    another one decides, with --static none. Episodes whose outcome is posted become files in data/incoming/RECIPE/, which the
+    pipeline takes in.
     """
     load_recipe(recipe)
     named = [_upstream(text) for text in upstream or []]
@@ -64,6 +73,8 @@ def serve(
         raise UserError(
             f"--static is for models in this process: ask an upstream by the model's name, dmr/{recipe}:RUNG"
         )
+    if static is not None and router is not None:
+        raise UserError("--static is for serving without a router, and --router names one: leave one of them out")
     from dmr_pipeline.serve.settings import ServeSettings
 
     try:
@@ -79,6 +90,7 @@ def serve(
             request_seconds=request_seconds,
             epsilon=epsilon,
             low_on_failure=low_on_failure,
+            router=router,
             static=static,
             upstreams={rung: address for rung, address, _ in named},
             upstream_models={rung: model for rung, _, model in named if model},

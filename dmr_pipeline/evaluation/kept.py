@@ -6,6 +6,7 @@ They spare work and are no artifact: where one is missing or damaged, what it ho
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -47,7 +48,7 @@ class KeptTables:
     def write(self, table: pl.DataFrame, **facts: JsonValue) -> None:
         key = self._key(facts)
         self.folder.mkdir(parents=True, exist_ok=True)
-        part = self.folder / f"{key}.part"
+        part = self.folder / f"{key}.{os.getpid()}.part"
         table.write_parquet(part)
         part.replace(self.folder / f"{key}.{file_md5(part)}.parquet")
 

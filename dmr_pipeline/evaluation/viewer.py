@@ -45,13 +45,7 @@ def seen_in(folder: Path, metrics: Metrics, most_bytes: int = MOST_BYTES) -> See
     names = [name for name in metrics["policies"] if name in set(steps["policy"])]
     episodes = pl.read_parquet(folder / "episodes.parquet").filter(pl.col("policy").is_in(names), draw=0)
     choices = pl.read_parquet(folder / "choices.parquet")
-    games = _games(
-        steps,
-        episodes,
-        pl.read_parquet(folder / "openings.parquet"),
-        pl.read_parquet(folder / "choices.parquet"),
-        metrics,
-    )
+    games = _games(steps, episodes, pl.read_parquet(folder / "openings.parquet"), choices, metrics)
     outcomes = episodes.group_by("task_id").agg(pl.col("success").n_unique())
     differing = set(outcomes.filter(pl.col("success") > 1)["task_id"])
     chosen: list[dict[str, Any]] = []

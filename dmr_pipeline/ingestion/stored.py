@@ -11,11 +11,7 @@ from dmr_pipeline.ingestion.rows import parquet_rows
 from dmr_pipeline.ingestion.schema import LoggedEpisode, LoggedStep, NoEpisode, parse_episode
 
 STAGE = "ingested_trajectories"
-
-
 EPISODES_FOLDER = "episodes"
-
-
 LEFT_OUT_FILE = "left_out.json"
 
 

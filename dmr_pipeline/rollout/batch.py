@@ -205,12 +205,13 @@ class Batch:
         been told of it again."""
         self.slots[slot] = transcript
 
-    def follow(self, slot: int, action: list[int]) -> None:
-        """A step of this transcript was taken elsewhere. The policy is not told."""
+    def follow(self, slot: int, action: list[int], margin: float) -> None:
+        """A step of this transcript was taken elsewhere, or is read again. The policy is not told."""
         state = self.slots[slot]
         state.begin_step()
         state.transcript.append(action)
         state.turn += 1
+        state.margin = margin
 
     def decide(self, slots: Sequence[int]) -> list[Decision]:
         """What the policy decides at these transcripts, with nothing written. They are of no further use."""
@@ -231,7 +232,7 @@ class Batch:
         longest = self.prompter.prompt.max_action_tokens
         if self.scores:
             commands = state.admissible_commands()
-            longest = max(longest, *(len(self.prompter.action(command)) for command in commands))
+            longest = max([longest, *(len(self.prompter.action(command)) for command in commands)])
         return len(state.transcript.tokens) + len(state.segment) + longest
 
     def step(self, slots: Sequence[int]) -> list[Taken]:

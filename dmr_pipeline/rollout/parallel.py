@@ -76,18 +76,18 @@ def in_processes(
         return [work(parts[0], told)]
     context = multiprocessing.get_context("fork")
     running: dict[Connection, tuple[int, Any]] = {}
-    for index, part in enumerate(parts):
-        receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=_child, args=(work, part, sender, os.getpid()), daemon=True)
-        earlier = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until the child ignores them
-        try:
-            process.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, earlier)
-        sender.close()
-        running[receiver] = index, process
     results: dict[int, Result] = {}
     try:
+        for index, part in enumerate(parts):
+            receiver, sender = context.Pipe(duplex=False)
+            process = context.Process(target=_child, args=(work, part, sender, os.getpid()), daemon=True)
+            earlier = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until the child ignores them
+            try:
+                process.start()
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, earlier)
+            sender.close()
+            running[receiver] = index, process
         while running:
             for receiver in cast(list[Connection], wait(list(running))):
                 index, process = running[receiver]

@@ -207,8 +207,9 @@ class Prompter:
             text = self._after_thought(action) if thought else _decoded(self.tokenizer, action)
             if self.action_end.token is None:
                 text = text.partition(self.action_end.text)[0]
-            marks = map(re.escape, self._mark_texts)
-            text = next(filter(str.strip, re.split("|".join(marks), text)), "")
+            if self._mark_texts:
+                marks = map(re.escape, self._mark_texts)
+                text = next(filter(str.strip, re.split("|".join(marks), text)), "")
         return re.split(r"[\r\n]", text.strip(), maxsplit=1)[0].strip()
 
     def command_so_far(self, action: list[int]) -> str:

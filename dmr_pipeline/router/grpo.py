@@ -234,7 +234,9 @@ def merit_within(means: Mapping[str, float], budget: GrpoBudget) -> float:
 
 
 def game_order(task_ids: Sequence[str], number: int, seed: int) -> list[str]:
-    """`number` tasks: all of them in random order, then all in another one, and so on."""
+    """`number` tasks: all of them in random order, then all in another one, and so on; none where there is none."""
+    if not task_ids:
+        return []
     passes = (seeded_generator("grpo-games", seed, i).permutation(len(task_ids)) for i in count())
     return [task_ids[i] for i in islice((i for order in passes for i in order), number)]
 

@@ -319,11 +319,19 @@ def held_out(games: Sequence[str], share: float, seed: int) -> frozenset[int]:
 
     Args:
         games: of each episode, its task.
+
+    Raises:
+        UserError: nothing would be left to train on.
     """
     if not share:
         return frozenset()
     names = sorted(set(games))
-    count = max(1, round(share * len(names)))
+    if len(names) < 2:
+        raise UserError(
+            f"kl_router.held_out: {share:g} of the games are to be held out, and the labels have {len(names)}: play more games"
+            " (benchmark.splits.router_train), or leave held_out out"
+        )
+    count = min(max(1, round(share * len(names))), len(names) - 1)
     chosen = {names[i] for i in np.random.default_rng(seed).permutation(len(names))[:count]}
     return frozenset(i for i, game in enumerate(games) if game in chosen)
 

@@ -91,7 +91,7 @@ def estimate(runs: Sequence[LoggedRun], confidence: float = 0.95, seed: int = 0)
     Raises:
         UserError: the log does not tell.
     """
-    if not runs:
+    if not any(run.taken.size for run in runs):
         raise UserError("no logged episode tells its propensities: serve with --epsilon, and post outcomes")
     _refuse_what_was_never_tried(runs)
     weights = np.array([run.ratios.prod() for run in runs])

@@ -22,6 +22,8 @@ from dmr_pipeline.router.budgets import AtBar, Bar
 
 CAP_TURN = 15
 """Rules that are capped ask for nothing from this turn on: an episode that lasts so long is mostly lost. Ours."""
+UNDEPLOYABLE = frozenset({"episode_margin"})
+"""Rules that cannot be told from a transcript alone: what its first draft was is not in it."""
 GOLDEN = (math.sqrt(5) - 1) / 2
 
 
@@ -208,7 +210,7 @@ def rule_at_bar(text: str, there: Mapping[str, Rule], route: Sequence[str]) -> A
         UserError: there is no such rule, its level is no number from 0 to 1, or it cannot be told from a transcript alone.
     """
     name, _, said = text.partition(">")
-    deployable = [rule for rule in there if rule != "episode_margin"]  # what its first draft was is not in a transcript
+    deployable = [rule for rule in there if rule not in UNDEPLOYABLE]
     if name not in deployable:
         raise UserError(f"{text!r}: {name!r} is no rule that can be deployed ({', '.join(deployable)})")
     try:

@@ -103,7 +103,7 @@ class RoutedAgent:
                 they are needed.
         """
         (action,) = self._agents.act([Ask(self.session, observation, admissible_commands)])
-        if isinstance(action, UserError):
+        if isinstance(action, Exception):
             raise action
         return action
 

@@ -96,8 +96,10 @@ class _Http:
             if self.running >= self.settings.requests:
                 return _error(429, "too many requests at once", "rate_limit_exceeded", {"retry-after": "1"})
             self.running += 1
+            response: Response | None = None
             try:
-                return await handler(request)
+                response = await handler(request)
+                return response
             except Refused as error:
                 return Response(error.content, error.status, media_type="application/json")
             except Down as error:
@@ -111,9 +113,15 @@ class _Http:
             except TimeoutError:
                 return _error(504, f"no answer within {self.settings.request_seconds:g} s: ask again", "timeout")
             finally:
-                self.running -= 1
+                if isinstance(response, _Closing):
+                    response.stack.callback(self._ended)  # its answer is yet to be written
+                else:
+                    self._ended()
 
         return checked
+
+    def _ended(self) -> None:
+        self.running -= 1
 
     async def chat(self, request: Request) -> Response:
         started, body = time.perf_counter(), await self._body(request)
@@ -267,13 +275,13 @@ class _Closing(StreamingResponse):
 
     def __init__(self, stack: AsyncExitStack, content: AsyncIterator[str], **rest: Any) -> None:  # noqa: ANN401 - as above
         super().__init__(content, **rest)
-        self._stack = stack
+        self.stack = stack
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
-            await self._stack.aclose()
+            await self.stack.aclose()
 
 
 async def _gone(request: Request) -> None:

@@ -99,7 +99,16 @@ def text_of(message: Mapping[str, Any]) -> str:
 
 
 def command_of(message: Mapping[str, Any]) -> str:
-    """What an assistant's message does: its text, or the tools that it calls."""
-    calls = message.get("tool_calls") or []
-    written = [f"{call['function']['name']}({call['function']['arguments']})" for call in calls]
+    """What an assistant's message does: its text, or the tools that it calls.
+
+    Raises:
+        UserError: it does something else.
+    """
+    try:
+        called = [call["function"] for call in message.get("tool_calls") or []]
+        written = [f"{function['name']}({function['arguments']})" for function in called]
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            'messages: tool_calls is to be a list of {"function": {"name": ..., "arguments": ...}}'
+        ) from error
     return "\n".join(filter(None, [text_of(message), *written]))

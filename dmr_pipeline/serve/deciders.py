@@ -1,5 +1,5 @@
-"""Who may decide for a recipe's sessions: its releases, and what needs no router: each precision by itself, or one that checks
-what a cheaper one drafts."""
+"""Who may decide for a recipe's sessions: its releases, or what is named in their place; and what needs no router: each precision
+by itself, or one that checks what a cheaper one drafts."""
 
 import logging
 from collections.abc import Callable
@@ -37,7 +37,7 @@ class Deciders:
         load: reads a router from its folder.
         slots: as of `decider_of`.
         checks: whether a rung can check what a cheaper one drafts.
-        untrained: name of what decides for the recipe in place of its releases, and that itself: a static policy, or a rule.
+        instead: what decides for the recipe in place of its releases: its name, and that itself.
     """
 
     def __init__(
@@ -48,25 +48,22 @@ class Deciders:
         load: Callable[[Path], Router],
         slots: int,
         checks: bool = False,
-        untrained: tuple[str, Decider] | None = None,
+        instead: tuple[str, Decider] | None = None,
     ) -> None:
         self.recipe, self.data_root, self.route, self._load, self._slots = recipe, data_root, route, load, slots
         pairs = [f"{dear}<{cheap}" for dear, cheap in combinations(route, 2)] if checks else []
         self._fixed = {name: Decider(static_policy(name, route), "fixed") for name in (*route, *pairs)}
-        self._static: str | None = None
-        if untrained is not None:
-            self._static, self._fixed[untrained[0]] = untrained
-        self._earlier: dict[int, Decider] = {}
-        self.current: Decider | None = None if untrained is None else untrained[1]
+        self._instead, self._earlier = instead, dict[int, Decider]()
+        self.current: Decider | None = None if instead is None else instead[1]
         """Of the release in use, as far as that is known."""
         self._mark: tuple[int, int] | None = None
 
     def names(self) -> list[str]:
         """Of the models that there are."""
         own = f"dmr/{self.recipe}"
-        numbers = release.numbers(self.recipe, self.data_root) if self._static is None else []
+        numbers = release.numbers(self.recipe, self.data_root) if self._instead is None else []
         return [
-            *([own] if numbers or self._static is not None else []),
+            *([own] if numbers or self._instead is not None else []),
             *(f"{own}@{n}" for n in numbers),
             *(f"{own}:{name}" for name in self._fixed),
         ]
@@ -77,7 +74,7 @@ class Deciders:
             return which.rung in self._fixed
         if which.release is not None:
             return which.release in self._earlier
-        if self._static is not None:
+        if self._instead is not None:
             return True
         return self.current is not None and release.mark_of_release(self.recipe, self.data_root) == self._mark
 
@@ -91,8 +88,8 @@ class Deciders:
             if which.rung not in self._fixed:
                 raise UserError(f"{which.rung!r} is none of {', '.join(self._fixed)}")
             return self._fixed[which.rung]
-        if self._static is not None and which.release is not None:
-            raise UserError(f"no router decides here but {self._static}: there are no releases")
+        if self._instead is not None and which.release is not None:
+            raise UserError(f"{self._instead[0]} decides here: there are no releases")
         if which.release is not None:
             if which.release not in self._earlier:
                 with release.earlier(self.recipe, which.release, self.data_root) as folder:
@@ -104,8 +101,8 @@ class Deciders:
         return self._in_use()
 
     def _in_use(self) -> Decider:
-        if self._static is not None:
-            return self._fixed[self._static]
+        if self._instead is not None:
+            return self._instead[1]
         mark = release.mark_of_release(self.recipe, self.data_root)
         if self.current is not None and mark in (self._mark, None):  # None: another one is being put in its place
             return self.current

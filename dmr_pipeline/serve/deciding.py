@@ -38,19 +38,18 @@ class Deciding:
     """Decisions that a router did not give."""
     _told: dict[int, Decider] = field(default_factory=dict)
     """Slot -> the decider that knows its transcript."""
+    _unfinished: set[int] = field(default_factory=set)
+    """Slots of which a step was decided and, so far, not taken."""
 
     def begin(self, slot: int, run: RolloutRequest) -> None:
-        """The session that `sessions` names begins, or goes on in this slot: its decider is told what was done."""
-        session = self.sessions[slot]
-        self._tell(slot, session)
+        """The session that `sessions` names begins, or goes on in this slot: its decider is told of it before it decides."""
+        self._told.pop(slot, None)
 
     def decide(self, slots: Sequence[int], segments: Sequence[list[int]], peek: DecisionContext) -> list[Decision]:
-        for slot in slots:
-            if self._told.get(slot) is not self.sessions[slot].decider:
-                self._tell(slot, self.sessions[slot])
         by_decider: dict[int, list[int]] = {}
         for i, slot in enumerate(slots):
-            by_decider.setdefault(id(self.sessions[slot].decider), []).append(i)
+            if self._is_told(slot):
+                by_decider.setdefault(id(self.sessions[slot].decider), []).append(i)
         answers: dict[int, Decision | None] = {}
         for places in by_decider.values():
             decider = self.sessions[slots[places[0]]].decider
@@ -60,10 +59,12 @@ class Deciding:
                 strict=True,
             )
         for i, slot in enumerate(slots):
-            self.choices[slot] = self._choice(self.sessions[slot], answers[i])
+            self.choices[slot] = self._choice(self.sessions[slot], answers.get(i))
+        self._unfinished.update(slots)
         return [self.choices[slot].decision for slot in slots]
 
     def acted(self, slot: int, segment: list[int], precision: str, action: list[int]) -> None:
+        self._unfinished.discard(slot)
         if slot in self._told:
             self._told[slot].policy.acted(slot, segment, precision, action)
 
@@ -71,6 +72,7 @@ class Deciding:
         """The session has left this slot."""
         self.sessions.pop(slot, None)
         self._told.pop(slot, None)
+        self._unfinished.discard(slot)
 
     def within_budget(self, session: Session, choice: Choice, chances: Mapping[str, float]) -> Choice:
         """The choice, or the dearest rung below it that the session's budget allows.
@@ -86,11 +88,21 @@ class Deciding:
             return choice
         return replace(choice, decision=replace(choice.decision, precision=acting, drafter=None), reason="budget")
 
-    def _tell(self, slot: int, session: Session) -> None:
-        session.decider.policy.begin(slot, session.trajectory.run)
-        for step in session.trajectory.steps:
-            session.decider.policy.acted(slot, step.segment, step.precision, step.action)
+    def _is_told(self, slot: int) -> bool:
+        """Whether the session's decider knows its transcript: it is told where it does not yet."""
+        session = self.sessions[slot]
+        # Where what was decided was not carried out, the router has read a segment that comes again.
+        if self._told.get(slot) is session.decider and slot not in self._unfinished:
+            return True
+        try:
+            session.decider.policy.begin(slot, session.trajectory.run)
+            for step in session.trajectory.steps:
+                session.decider.policy.acted(slot, step.segment, step.precision, step.action)
+        except Exception as error:  # noqa: BLE001 - as in `_asked`
+            self._failed([slot], session.decider, error)
+            return False
         self._told[slot] = session.decider
+        return True
 
     def _asked(
         self, decider: Decider, slots: Sequence[int], segments: Sequence[list[int]], peek: DecisionContext
@@ -99,13 +111,14 @@ class Deciding:
         try:
             return decider.policy.decide(slots, segments, peek)
         except Exception as error:  # noqa: BLE001 - whatever happens to a router, the agent acts
-            log.warning(
-                "release %s: the router failed (%s), %s acts", decider.release, type(error).__name__, self.fallback
-            )
-            self.failures += len(slots)
-            for slot in slots:  # what it has read by then is not known: it is told anew before it is asked again
-                self._told.pop(slot, None)
+            self._failed(slots, decider, error)
             return [None] * len(slots)
+
+    def _failed(self, slots: Sequence[int], decider: Decider, error: Exception) -> None:
+        log.warning("release %s: the router failed (%s), %s acts", decider.release, type(error).__name__, self.fallback)
+        self.failures += len(slots)
+        for slot in slots:  # what it has read by then is not known: it is told anew before it is asked again
+            self._told.pop(slot, None)
 
     def _choice(self, session: Session, answer: Decision | None) -> Choice:
         decider = session.decider

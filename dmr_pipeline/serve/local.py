@@ -130,9 +130,9 @@ class LocalAgents:
             session.answers.append(done.command)
         return session
 
-    def act(self, asks: Sequence[Ask]) -> list[Action | UserError]:
+    def act(self, asks: Sequence[Ask]) -> list[Action | Exception]:
         """The next action of each of these sessions, which are all different; or why there is none."""
-        found: dict[int, Action | UserError] = {}
+        found: dict[int, Action | Exception] = {}
         kinds: dict[tuple[float, int], list[int]] = {}
         for i, ask in enumerate(asks):
             try:
@@ -182,10 +182,10 @@ class LocalAgents:
         temperature = self.rollouts.temperature if ask.temperature is None else ask.temperature
         return temperature, min(most, ask.max_tokens or most)
 
-    def _act_together(self, asks: Sequence[Ask], temperature: float, most: int) -> list[Action | UserError]:
+    def _act_together(self, asks: Sequence[Ask], temperature: float, most: int) -> list[Action | Exception]:
         self.batch.temperature, self.batch.prompter = temperature, _limited(self.rollouts.prompter, most)
         placed: dict[int, Ask] = {}
-        found: dict[int, Action | UserError] = {}
+        found: dict[int, Action | Exception] = {}
         busy = {slot for slot in map(self._slot_of, (ask.session for ask in asks)) if slot is not None}
         for i, ask in enumerate(asks):
             session = ask.session
@@ -197,6 +197,10 @@ class LocalAgents:
             try:
                 self._place(session, slot, self._segment(session, ask.observation))
             except UserError as error:
+                found[i] = error
+                continue
+            except Exception as error:  # noqa: BLE001 - the others act; this one is built anew when it is asked again
+                self._leave(slot)
                 found[i] = error
                 continue
             placed[slot] = ask
@@ -248,7 +252,7 @@ class LocalAgents:
         cost = self.rollouts.cost(Trajectory(session.trajectory.run, "", [step]), session.decider.router).total
         left = session.cost_left
         session.spend += self.rollouts.acting.spend[step.precision]
-        session.cost += cost
+        session.cost, session.margin = session.cost + cost, taken.draft.margin
         held = len(self.batch.slots[slot].transcript.tokens) - len(step.action)
         asked = was_asked(choice, session.decider)
         action = Action(
@@ -296,7 +300,7 @@ class LocalAgents:
         return slot
 
     def _leave(self, slot: int) -> OpenTranscript | None:
-        self.deciding.sessions.pop(slot, None)
+        self.deciding.forget(slot)
         return self.batch.end(slot) if slot in self.batch.slots else None
 
     def _place(self, session: Session, slot: int, segment: list[int]) -> None:
@@ -319,7 +323,7 @@ class LocalAgents:
                     self._leave(slot)
                     raise
                 for step, after in zip(steps, [*(step.segment for step in steps[1:]), segment], strict=False):
-                    self.batch.follow(slot, step.action)
+                    self.batch.follow(slot, step.action, session.margin)
                     self.batch.go_on(slot, after)
         if not self.batch.go_on(slot, segment):
             session.held = self._leave(slot)

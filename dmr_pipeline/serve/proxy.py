@@ -66,28 +66,28 @@ class Proxy:
             service.metrics.observe("dmr_router_seconds", time.perf_counter() - started)
             service.metrics.count("dmr_fail_open_total", self._router.failures - failed)
             opened = await self._upstreams.open(stack, choice.decision.precision, _passed_on(body), request.stream)
+            decided = choice.decision.precision
+            if opened.precision != decided:
+                service.metrics.count("dmr_fail_open_total")
+                choice = replace(
+                    choice,
+                    decision=replace(choice.decision, precision=opened.precision),
+                    reason="fallback",
+                    propensity=1.0,
+                )
+            route = self._router.route
+            degraded = route.index(opened.precision) > route.index(decided)
+            action = begun(ask.session, choice)
+            answer = _Answer(self, ask, choice, action, degraded, asked_at)
+            if opened.whole is not None:
+                whole = answer.whole(opened.whole)
+                await stack.aclose()
+                return Proxied(action, name, source, degraded, whole, None, stack)
+            wants_usage = request.stream_options is not None and request.stream_options.include_usage
+            return Proxied(action, name, source, degraded, None, answer.events(opened, wants_usage), stack)
         except BaseException:
             await stack.aclose()
             raise
-        decided = choice.decision.precision
-        if opened.precision != decided:
-            service.metrics.count("dmr_fail_open_total")
-            choice = replace(
-                choice,
-                decision=replace(choice.decision, precision=opened.precision),
-                reason="fallback",
-                propensity=1.0,
-            )
-        route = self._router.route
-        degraded = route.index(opened.precision) > route.index(decided)
-        action = begun(ask.session, choice)
-        answer = _Answer(self, ask, choice, action, degraded, asked_at)
-        if opened.whole is not None:
-            whole = answer.whole(opened.whole)
-            await stack.aclose()
-            return Proxied(action, name, source, degraded, whole, None, stack)
-        wants_usage = request.stream_options is not None and request.stream_options.include_usage
-        return Proxied(action, name, source, degraded, None, answer.events(opened, wants_usage), stack)
 
     def done(self, ask: Ask, choice: Choice, action: Action, seconds: float) -> None:
         """The whole answer has come, in so much time: the session has taken its step."""
@@ -107,6 +107,10 @@ class _Answer:
         self._own = {"model": proxy.model(action.precision)} | ({"dmr": {"degraded": True}} if degraded else {})
 
     def whole(self, content: dict[str, Any]) -> dict[str, Any]:
+        """
+        Raises:
+            UserError: it is no step of an agent.
+        """
         choices = content["choices"]
         if choices:
             self._done(command_of(choices[0].get("message") or {}), content.get("usage"))
@@ -140,8 +144,8 @@ class _Answer:
         self._done(command_of(message), usage)
         yield "data: [DONE]\n\n"
 
-    def _done(self, command: str, usage: dict[str, Any] | None) -> None:
-        usage = usage or {}
+    def _done(self, command: str, usage: object) -> None:
+        usage = usage if isinstance(usage, dict) else {}
         details = usage.get("prompt_tokens_details") or {}
         action = replace(
             self._action,

@@ -58,8 +58,8 @@ def replay(recipe: Recipe, number: int, data_root: Path = DATA_ROOT) -> Replay:
     usable = [episode for episode in logged if is_usable(episode, rollouts.route)]
     agents, decider = LocalAgents(rollouts, slots=1), decider_of(router, 1, number)
     runs = [logged_run(episode, agents, decider, router) for episode in usable]
-    chosen = [run.target[np.arange(len(run.taken)), run.taken] for run in runs]
     found = estimate(runs)
+    chosen = [run.target[np.arange(len(run.taken)), run.taken] for run in runs]
     return Replay(number, found, len(logged) - len(usable), float(np.concatenate(chosen).mean()))
 
 
@@ -91,7 +91,12 @@ def logged_run(episode: LoggedEpisode, agents: LocalAgents, decider: Decider, ro
     for turn, step in enumerate(episode.steps):
         if step.reason in _DECIDED:
             session = agents.open(episode.episode_id, RolloutRequest(goal), decider, past=past)
-            levels = agents.decide(Ask(session, seen[turn])).decision.exceedance
+            choice = agents.decide(Ask(session, seen[turn]))
+            if choice.reason == "fallback":
+                raise UserError(
+                    f"the router fails at step {turn + 1} of episode {episode.episode_id!r}: see the warning"
+                )
+            levels = choice.decision.exceedance
             dearer = sum(before.precision != route[-1] for before in past)
             chances = chances_at(bar, levels, route, turn, dearer)
             taken.append(route.index(step.precision))
@@ -114,6 +119,8 @@ def logged_run(episode: LoggedEpisode, agents: LocalAgents, decider: Decider, ro
 def _refuse_what_is_not_logged(router: Router) -> None:
     wanted = set(router.model.config.features) if isinstance(router.model, ProbeHead) else set()
     missing = sorted(wanted & (OF_DRAFTS | {"margin"}))
+    if router.settings.force_search:
+        missing.append("the admissible commands")
     if missing or router.settings.decides == "after":
         what = ", ".join(missing) or "the cheapest precision's drafts"
         raise UserError(f"the router looks at {what}, which logs do not tell: it cannot be replayed")

@@ -5,8 +5,8 @@ import contextlib
 import hashlib
 import logging
 from collections import OrderedDict
-from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pydantic import ValidationError
@@ -33,6 +33,10 @@ log = logging.getLogger(__name__)
 
 _ENDED = 10_000
 """Sessions whose outcome is remembered, so that it can be posted again."""
+
+
+STEP_SECONDS = 0.5
+"""For steps that are under way once the server has stopped listening: it is given little more (interrupts.py, run.py)."""
 
 
 class NotFound(UserError):
@@ -199,14 +203,13 @@ class Service:
         told = read_conversation(request.messages, options.task, needs_task=isinstance(self.backend, InProcess))
         decider = await self.decider(which)
         name, _ = self.name_of(request, options, told)
-        held = self.table.find(name)
-        session = held.session if held is not None else None
-        if session is None or not goes_on(session, told):
-            session = self._opened(name, told, decider, options)
-        aside = Session(
-            session.session_id, session.trajectory, decider, budget_of(options), spend=session.spend, cost=session.cost
-        )
-        choice = await self.backend.decide(Ask(aside, told.observation, options.admissible_commands))
+        held = self.table.find(name) or Held()
+        async with held.lock:
+            session = held.session
+            if session is None or not goes_on(session, told):
+                session = self._opened(name, told, decider, options)
+            aside = replace(session, decider=decider, budget=budget_of(options), held=None)
+            choice = await self.backend.decide(Ask(aside, told.observation, options.admissible_commands))
         return choice, len(told.past) + 1
 
     async def end(self, name: str, outcome: Outcome) -> dict[str, Any]:
@@ -214,7 +217,7 @@ class Service:
 
         Raises:
             NotFound: there is no such session.
-            UserError: its episode cannot be learned from; it has ended all the same.
+            UserError: the outcome names a type of task that there is none of; it can be posted again.
             OSError: it cannot be written; the outcome can be posted again.
         """
         if name in self._ended:
@@ -228,6 +231,11 @@ class Service:
             session = held.session
             said = {"session_id": name, "steps": session.turn, "cost": round(session.cost, 6)}
             said["spend"] = round(session.spend / max(session.turn, 1), 6)
+            known = self.journal.rules.task_types
+            if outcome.task_type is not None and outcome.task_type not in known:
+                raise UserError(
+                    f"task_type: {outcome.task_type!r} is none of {', '.join(known)}; post the outcome again"
+                )
             _rename(session, outcome)
             try:
                 episode = episode_of(session, outcome.success, outcome.reward, outcome.observation)
@@ -249,13 +257,19 @@ class Service:
         return said
 
     async def stop(self) -> None:
-        """What runs is finished; sessions that go on are kept for the next server."""
+        """Sessions that go on are kept for the next server: at once, but for those that act; these after their step, or without
+        it where it takes longer than is left."""
+        acting = [held for held in self.table if held.lock.locked()]
+        self._keep_all(held for held in self.table if held not in acting)
         if self._running:
-            await asyncio.wait(self._running, timeout=self.settings.request_seconds)
-        for held in self.table:
+            await asyncio.wait(self._running, timeout=STEP_SECONDS)
+        self._keep_all(acting)
+        await asyncio.to_thread(self.backend.stop)
+
+    def _keep_all(self, several: Iterable[Held]) -> None:
+        for held in several:
             if held.session is not None and held.session.actions:
                 self._keep(held.session)
-        await asyncio.to_thread(self.backend.stop)
 
     def start(self) -> None:
         """What earlier servers have kept too long is ended."""

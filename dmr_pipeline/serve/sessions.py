@@ -147,6 +147,8 @@ class Session:
     """Sum over the steps of `ActingModels.spend`."""
     cost: float = 0.0
     """Sum over the steps, in units of cost."""
+    margin: float = 1.0
+    """Of the last action, as `OpenTranscript.margin`."""
     asked: Asked | None = None
     """How the last step was, so that the same request is known again."""
     admissible: Sequence[str] | None = None
@@ -176,9 +178,9 @@ class Session:
     def admissible_commands(self) -> Sequence[str]:
         """
         Raises:
-            UserError: they were not told.
+            UserError: they were not told, or there are none.
         """
-        if self.admissible is None:
+        if not self.admissible:
             raise UserError(
                 "this recipe's agent or router looks at the admissible commands, and this turn came without: send them with"
                 " the observation (admissible_commands)"

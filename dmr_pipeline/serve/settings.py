@@ -37,6 +37,7 @@ class ServeSettings(FrozenModel):
         description="what decides in place of a router: a rung, which then acts throughout; int4<int2, of which the first checks"
         " what the second drafts; margin>0.4, a rule at a threshold; 'verdict': what the verdict deploys",
     )
+    router: Path | None = Field(None, description="folder of the router that decides; by default the released one's")
     upstreams: dict[str, str] = Field(
         default_factory=dict,
         description="rung -> address of an OpenAI-compatible server, /v1 included; none: in this process",

@@ -45,6 +45,7 @@ class _Kept(FrozenModel):
     actions: list[Action]
     spend: float
     cost: float
+    margin: float
     asked: Asked | None
 
 
@@ -75,6 +76,7 @@ class Unended:
             actions=session.actions,
             spend=session.spend,
             cost=session.cost,
+            margin=session.margin,
             asked=session.asked,
         )
         write_whole(self._path(session.session_id), kept.model_dump_json())
@@ -117,6 +119,7 @@ class Unended:
             actions=kept.actions,
             spend=kept.spend,
             cost=kept.cost,
+            margin=kept.margin,
             asked=kept.asked,
         )
 

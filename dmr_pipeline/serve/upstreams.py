@@ -10,6 +10,7 @@ import logging
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 import httpx2 as httpx
@@ -246,9 +247,10 @@ def _kind(error: httpx.HTTPError) -> str:
 def _seconds(said: str | None) -> float | None:
     """Of a Retry-After header; dates are not looked at."""
     try:
-        return None if said is None else max(0.0, float(said))
+        seconds = float(said or "nan")
     except ValueError:
         return None
+    return max(0.0, seconds) if isfinite(seconds) else None
 
 
 def refuse_differences(problems: Sequence[str]) -> None:

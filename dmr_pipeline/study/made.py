@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from dmr_pipeline.artifacts.folders import artifact_folder
+from dmr_pipeline.artifacts.folders import artifact_folder, locked
 from dmr_pipeline.artifacts.manifest import MANIFEST, Manifest, verify
 from dmr_pipeline.artifacts.materialize import kept_folder, materialize_stage
 from dmr_pipeline.artifacts.provenance import provenance
@@ -104,19 +104,21 @@ def _adopt(stage: Stage, recipe: Recipe, base: Path, folder: Path) -> None:
     """Let the study's folder have an artifact that is already what the stage would make there: the same files, which nobody
     changes in place."""
     wanted_at = artifact_folder(stage.name, recipe.name, folder)
-    if wanted_at.is_dir():
-        return
-    inputs = {name: verify(artifact_folder(name, recipe.name, folder)).hash for name in stage.inputs}
-    wanted = provenance(stage, recipe, inputs)
-    for candidate in [base, *sorted(folder.glob(f"*/{stage.name}"))]:
-        manifest = _manifest(candidate)
-        if manifest is not None and wanted.difference(manifest) is None:
-            log.info("%s of %s: that of %s", stage.name, recipe.name, candidate.parent.name)
-            new = wanted_at.with_name(f".{stage.name}.linked")
-            shutil.rmtree(new, ignore_errors=True)
-            shutil.copytree(verify(candidate).path, new, copy_function=link)
-            new.rename(wanted_at)
+    wanted_at.parent.mkdir(parents=True, exist_ok=True)
+    with locked(wanted_at):
+        if wanted_at.is_dir():
             return
+        inputs = {name: verify(artifact_folder(name, recipe.name, folder)).hash for name in stage.inputs}
+        wanted = provenance(stage, recipe, inputs)
+        for candidate in [base, *sorted(folder.glob(f"*/{stage.name}"))]:
+            manifest = _manifest(candidate)
+            if manifest is not None and wanted.difference(manifest) is None:
+                log.info("%s of %s: that of %s", stage.name, recipe.name, candidate.parent.name)
+                new = wanted_at.with_name(f".{stage.name}.linked")
+                shutil.rmtree(new, ignore_errors=True)
+                shutil.copytree(verify(candidate).path, new, copy_function=link)
+                new.rename(wanted_at)
+                return
 
 
 def _manifest(folder: Path) -> Manifest | None:

@@ -60,6 +60,13 @@ def test_an_encoder_is_refused() -> None:
         check_causal_lm(model_of("bert"))
 
 
+def test_numbers_that_are_none_are_named_as_such() -> None:
+    model = model_of("qwen3")
+    model.lm_head.weight.data[3] = float("inf")
+    with pytest.raises(UserError, match=r"^model type 'qwen3' .* not finite in float32"):
+        check_causal_lm(model)
+
+
 def test_logits_that_need_more_than_hidden_states_are_refused() -> None:
     model = model_of("qwen3")
     head = model.lm_head.forward

@@ -38,6 +38,20 @@ def test_artifact_holds_its_files_and_where_they_come_from(project: Recipe):
     assert second.size == sum(path.stat().st_size for path in second.path.rglob("*") if path.is_file())
 
 
+def test_an_input_that_another_process_makes_again_meanwhile_makes_no_artifact(project: Recipe):
+    """It would be of both, and its manifest would name one."""
+    materialize_stage(stage(write("x")), project)
+
+    def run(context: StageContext) -> StageResult:
+        materialize_stage(stage(write("z")), project, force=True)
+        return write("y")(context)
+
+    with pytest.raises(UserError, match=r"one was made again while two read it"):
+        materialize_stage(stage(run, "two", ("one",)), project)
+    assert not Path("data", project.name, "two").exists()
+    assert not materialize_stage(stage(write("y"), "two", ("one",)), project).skipped
+
+
 def test_same_provenance_gives_the_same_bytes_and_the_run_is_recorded_beside_them(project: Recipe):
     once = materialize_stage(stage(write("x")), project).artifact
     manifest = (once.path / MANIFEST).read_bytes()

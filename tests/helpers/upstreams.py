@@ -28,6 +28,8 @@ class StandIn:
     """Seconds between the parts of a stream."""
     tool: str = ""
     """It calls this tool instead of writing a command."""
+    tool_type: str = "function"
+    """custom: by OpenAI's other kind of call, where the answer is not streamed."""
     tokens: int = 0
     """Added to each token's id."""
     template: str = "{}"
@@ -95,7 +97,7 @@ class StandIn:
 
     def call(self) -> dict[str, Any]:
         function = {"name": self.tool, "arguments": f'{{"what": "{self.name}"}}'}
-        return {"id": "call-1", "type": "function", "function": function}
+        return {"id": "call-1", "type": self.tool_type, self.tool_type: function}
 
     async def broken(self, beginning: bytes):
         yield beginning

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from dmr_pipeline.environments.alfworld.engine import AlfWorldEpisode
 from dmr_pipeline.environments.alfworld.expert import ExploringExpert
@@ -284,6 +284,13 @@ def test_what_a_model_goes_on_to_write_is_no_part_of_the_command(goes_on: str) -
     assert p.command(generated(p, "go to desk 1" + goes_on)) == "go to desk 1"
     by_text = prompter("qwen", action_end="</action>", thought_end="<action>")
     assert by_text.command(generated(by_text, f"A mug.\n<action>go to desk 1{goes_on}</action>")) == "go to desk 1"
+
+
+def test_a_tokenizer_without_special_tokens_ends_a_command_by_its_text() -> None:
+    tokenizer = chat_tokenizer("qwen")
+    plain = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
+    p = Prompter.of(plain, Prompt(opening="{observation} {task}\n", turn="{observation}\n", action_end="\n"))
+    assert p.command(generated(p, " go to desk 1\nlook")) == "go to desk 1"
 
 
 def completed(p: Prompter, tokens: list[int]) -> list[int]:

@@ -154,6 +154,9 @@ def test_the_epoch_that_is_best_on_games_held_out_is_kept(tmp_path: Path) -> Non
     noise = [torch.stack([torch.randn(1, 1, generator=generator), torch.ones(1, 1)], dim=1) for _ in sequences]
     held = held_out([str(n // 2) for n in range(60)], 0.3, 0)
     assert len(held) == 18
+    assert len(held_out(["a", "a", "b"], 0.9, 0)) < 3
+    with pytest.raises(UserError, match=r"held_out: 0\.3 of the games .* have 1"):
+        held_out(["a", "a"], 0.3, 0)
     assert all((place ^ 1) in held for place in held)
 
     learned = [place for place in range(60) if place not in held]

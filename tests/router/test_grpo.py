@@ -65,6 +65,7 @@ def test_every_pass_over_the_games_meets_all_of_them() -> None:
     assert len(order) == 10
     assert Counter(order[:4]) == Counter(order[4:8]) == Counter("abcd")
     assert order == game_order(["a", "b", "c", "d"], 10, seed=3)
+    assert game_order([], 10, seed=3) == []  # all games are in the update: none is left to refill it
     assert len({tuple(game_order(["a", "b", "c", "d"], 4, seed)) for seed in range(10)}) > 3
 
 

@@ -10,15 +10,17 @@ import pytest
 from dmr_pipeline.environments.alfworld.generator import generate_game
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.precision.acting import ActingModels
+from dmr_pipeline.recipe.kl_router import Probe, RouterModel
 from dmr_pipeline.recipe.precisions import PromptLookup
 from dmr_pipeline.rollout.policy import SinglePrecision
 from dmr_pipeline.rollout.trajectory import RolloutRequest, Trajectory
+from dmr_pipeline.router.model import new_router
 from dmr_pipeline.router.policies import routing_policy
-from dmr_pipeline.serve.agent import Budget, Goal, RoutedAgent, Turn
+from dmr_pipeline.serve.agent import Action, Budget, Goal, RoutedAgent, Turn
 from dmr_pipeline.serve.deciders import decider_of
 from dmr_pipeline.serve.local import Ask, LocalAgents
 from tests.helpers.probes import new_probe
-from tests.helpers.routers import ROUTE, random_router
+from tests.helpers.routers import AGENTS, CPU, ROUTE, TOKENIZER, random_router
 from tests.helpers.serving import as_told, babbling, play_by_hand
 
 RUNS = [RolloutRequest(generate_game(seed, 50)[0], member) for seed in range(3) for member in range(2)]
@@ -265,6 +267,70 @@ def test_where_the_router_fails_the_agent_acts_and_later_decisions_are_as_if_it_
     for turn in (2, 3):
         level = expected_level(router, rollouts, session.trajectory, turn)
         assert session.trajectory.steps[turn].exceedance == pytest.approx(level, abs=1e-4)
+
+
+def test_a_session_that_its_router_cannot_read_does_not_stop_the_others() -> None:
+    """It was begun with a precision that this router has no token for."""
+    rollouts, router = babbling(), random_router(threshold=1.0)
+    decider = decider_of(router, 2)
+
+    def acted(*sessions: list[Turn]) -> list[Action]:
+        agents = LocalAgents(rollouts, slots=2)
+        opened = [agents.open(str(i), RUNS[0], decider, past=past) for i, past in enumerate(sessions)]
+        actions = agents.act([Ask(session, "You see a mug 1.") for session in opened])
+        assert all(isinstance(action, Action) for action in actions)
+        return actions
+
+    (alone,) = acted([])
+    unreadable, beside = acted([Turn("You are in a room.", "look", precision="int9")], [])
+    assert (unreadable.reason, unreadable.precision) == ("fallback", "float")
+    assert (beside.reason, beside.command, beside.precision) == ("router", alone.command, alone.precision)
+    assert beside.probability == pytest.approx(alone.probability, abs=1e-4)
+
+
+def test_whatever_happens_to_a_session_the_others_act(monkeypatch: pytest.MonkeyPatch) -> None:
+    agents = LocalAgents(babbling(), slots=2)
+    decider = agents.untrained("int2")
+    bad, good = (agents.open(name, RUNS[0], decider) for name in ("bad", "good"))
+    begin = agents.batch.begin
+
+    def begun(slot: int, *rest: object) -> None:
+        if agents.deciding.sessions[slot] is bad:
+            raise ValueError("not foreseen")
+        begin(slot, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(agents.batch, "begin", begun)
+        failed, acted = agents.act([Ask(bad, "You are in a room."), Ask(good, "You are in a room.")])
+    assert isinstance(failed, ValueError)
+    (again,) = agents.act([Ask(bad, "You are in a room.")])
+    assert again.command == acted.command
+
+
+def test_commands_to_choose_among_are_needed_where_they_are_scored() -> None:
+    agents = LocalAgents(babbling(action="score"), slots=2)
+    decider = agents.untrained("int2")
+    bad, good = (agents.open(name, RUNS[0], decider) for name in ("bad", "good"))
+    none, chosen = agents.act([Ask(bad, "A room.", []), Ask(good, "A room.", ["look", "inventory"])])
+    assert isinstance(none, UserError)
+    assert chosen.command in ("look", "inventory")
+
+
+def test_the_last_margin_is_known_to_a_session_that_is_read_again() -> None:
+    model = RouterModel(probe=Probe(layers=(), features=("margin",), hidden=0))
+    router = new_router(model, ROUTE, TOKENIZER, 3, CPU, AGENTS["int2"])
+    episode, levels = RUNS[0].task.episode(), []
+    agents = LocalAgents(babbling(), slots=1)
+    session, observation = agents.open("a", RUNS[0], decider_of(router, 1)), episode.reset()
+    for _ in range(3):
+        decided = agents.decide(Ask(replace(session), observation)).decision.exceedance
+        (action,) = agents.act([Ask(session, observation)])
+        assert decided == pytest.approx(session.trajectory.steps[-1].exceedance, abs=1e-6)
+        levels.append(decided[0])
+        observation, _, _ = episode.step(action.command)
+        agents.close(session)  # what it has read is gone
+    assert session.margin < 0.9
+    assert len({round(level, 4) for level in levels}) > 1, "it looks at the margin"
 
 
 def test_another_router_takes_over_in_the_midst_of_an_episode() -> None:

@@ -17,6 +17,7 @@ from dmr_pipeline.rollout.playing import Rollouts
 from dmr_pipeline.rollout.policy import SinglePrecision
 from dmr_pipeline.rollout.trajectory import RolloutRequest, Trajectory
 from dmr_pipeline.router.budgets import NOBODY, AtBar
+from dmr_pipeline.router.model import save_router
 from dmr_pipeline.router.policies import routing_policy
 from dmr_pipeline.router.rules import rule_at_bar, rules
 from dmr_pipeline.serve import release as releases
@@ -24,7 +25,7 @@ from dmr_pipeline.serve.app import refuse_open_door
 from dmr_pipeline.serve.run import running
 from dmr_pipeline.serve.service import Service
 from dmr_pipeline.serve.settings import ServeSettings
-from tests.helpers.serving import SERVED, chat, client_of, play_by_client, release
+from tests.helpers.serving import SERVED, chat, client_of, play_by_client, release, trained
 
 GAMES = 4
 
@@ -81,6 +82,33 @@ def test_what_needs_no_router_is_served_without_one(served_project: Path, games,
         assert (answer.headers["x-dmr-precision"], answer.headers["x-dmr-reason"]) == (acts, "fixed")
         none = chat(client, games[0].episode().first_observation(), model=f"dmr/{SERVED}@1")
         assert (none.status_code, "no releases" in none.json()["error"]["message"]) == (404, True)
+
+
+def test_another_router_than_the_released_one_is_served_and_releases_change_nothing(
+    served_project: Path, games
+) -> None:
+    folder = served_project / "set-to-a-budget"
+    save_router(trained(served_project / "data" / SERVED, 1.0), folder)
+    first = games[0].episode().first_observation()
+    with client_of() as client:
+        assert chat(client, first, headers={"x-session-id": "a"}).headers["x-dmr-release"] == "1"
+    with client_of(router=folder) as client:
+        for session in ("b", "c"):
+            said = chat(client, first, headers={"x-session-id": session}).headers
+            assert (said["x-dmr-precision"], said["x-dmr-reason"], said["x-dmr-threshold"]) == (
+                "int2",
+                "router",
+                "1.000000",
+            )
+            assert "x-dmr-release" not in said
+            if session == "b":
+                release(served_project, 0.0)
+        none = chat(client, first, model=f"dmr/{SERVED}@1")
+        assert (none.status_code, f"{folder} decides here" in none.json()["error"]["message"]) == (404, True)
+        names = [model["id"] for model in client.get("/v1/models").json()["data"]]
+        assert names == [f"dmr/{SERVED}", *(f"dmr/{SERVED}:{name}" for name in ("float", "int2", "float<int2"))]
+    with pytest.raises(UserError, match=r"no router: it has no router\.json"):
+        Service(ServeSettings(recipe=SERVED, router=served_project))
 
 
 def test_a_rule_that_nobody_trained_is_served_and_logged(served_project: Path, games) -> None:
@@ -214,6 +242,8 @@ def test_an_outcome_can_be_posted_twice_and_refusals_are_told(served_project: Pa
         assert (refused["logged"], "held out" in refused["why"]) == (False, True)
         assert client.post("/v1/sessions/a/b c/outcome", json={"success": True}).json() == refused
         chat(client, game.episode().first_observation(), metadata={"session_id": "a"})
+        mistyped = client.post("/v1/sessions/a/outcome", json={"success": True, "task_type": "pick_and_placed"})
+        assert (mistyped.status_code, "none of" in mistyped.json()["error"]["message"]) == (400, True)
         unknown = client.post("/v1/sessions/a/outcome", json={"success": True}).json()
         assert "task_type: 'unknown'" in unknown["why"]
     assert not (served_project / "data" / "incoming").exists()

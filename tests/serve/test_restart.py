@@ -1,5 +1,6 @@
 """What becomes of sessions that go on while a server ends and another one begins."""
 
+import asyncio
 import logging
 import os
 import time
@@ -79,6 +80,21 @@ def test_an_answer_that_was_lost_with_the_server_is_told_again_and_an_outcome_ne
         assert client.post("/v1/sessions/b/outcome", json={"success": True, **named}).status_code == 404
     (file,) = INCOMING.iterdir()
     assert len(LoggedEpisode.model_validate_json(file.read_text()).steps) == 2
+
+
+def test_what_waits_is_kept_although_a_step_takes_longer_than_the_server_has(game: Task) -> None:
+    texts = [game.episode().first_observation()]
+    with client_of() as client:
+        play(client, game, texts, 1)
+        service = client.service
+
+        async def act_for_ever() -> None:
+            service._running.add(asyncio.create_task(asyncio.sleep(60)))
+
+        client.portal.call(act_for_ever)
+        begun = time.monotonic()
+    assert time.monotonic() - begun < 30
+    assert [file.suffix for file in INCOMING.iterdir()] == [".unended"]
 
 
 def test_who_does_not_come_back_in_time_has_no_outcome(game: Task) -> None:

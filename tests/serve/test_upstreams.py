@@ -15,17 +15,20 @@ import pytest
 import torch
 from pydantic import SecretStr
 
+from dmr_pipeline.agent.checkpoint import load_tokenizer
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.ingestion.schema import LoggedEpisode
+from dmr_pipeline.recipe.kl_router import RouterModel
 from dmr_pipeline.rollout.prompts import Prompter
-from dmr_pipeline.router.model import load_router, routing_logits, routing_sequence
+from dmr_pipeline.router.model import load_router, new_router, routing_logits, routing_sequence, save_router
 from dmr_pipeline.serve.metrics import Metrics
 from dmr_pipeline.serve.run import running
 from dmr_pipeline.serve.service import Service
 from dmr_pipeline.serve.settings import ServeSettings
 from dmr_pipeline.serve.upstreams import Upstreams
 from tests.helpers.probes import new_probe
-from tests.helpers.serving import SERVED, release, served_recipe
+from tests.helpers.routers import ARCHITECTURE, ROUTE
+from tests.helpers.serving import SERVED, release, served_recipe, trained
 from tests.helpers.upstreams import StandIn, stand_ins
 
 FIRST = "You are in a room. Your task is to: put a mug in desk."
@@ -50,7 +53,8 @@ def ins() -> Iterator[tuple[StandIn, StandIn]]:
 def pair(ins: tuple[StandIn, StandIn], served_project: Path) -> tuple[StandIn, StandIn]:
     for stand_in in ins:
         stand_in.faults, stand_in.always, stand_in.tokens, stand_in.left, stand_in.asked = [], "", 0, 0, []
-        stand_in.headers, stand_in.template, stand_in.retry_after, stand_in.tool = [], "{}", "0.05", ""
+        stand_in.headers, stand_in.template, stand_in.retry_after = [], "{}", "0.05"
+        stand_in.tool, stand_in.tool_type = "", "function"
     return ins
 
 
@@ -265,6 +269,65 @@ def test_a_client_that_leaves_ends_the_upstreams_work(pair: tuple[StandIn, Stand
         assert ask(client, FIRST, model=f"dmr/{SERVED}:int2", extra_headers=headers).headers["x-dmr-turn"] == "1"
 
 
+def test_a_turn_that_no_upstream_answered_is_decided_as_if_it_had_not_been_asked(pair: tuple[StandIn, StandIn]) -> None:
+    """The router has read its observation by then, and reads it again."""
+    told = (FIRST, "look", "You see a mug 1.")
+    with proxied(*pair, retries=0) as (client, _):
+        for name in ("a", "b"):
+            session = {"extra_headers": {"x-session-id": name}}
+            texts = [FIRST, ask(client, FIRST, **session).parse().choices[0].message.content, told[2]]
+            if name == "b":
+                pair[0].faults, pair[1].faults = ["500", "500"], ["500", "500"]
+                for _ in range(2):
+                    with pytest.raises(openai.InternalServerError):
+                        ask(client, *texts, **session)
+            found = ask(client, *texts, **session).headers
+            if name == "a":
+                undisturbed = found
+    assert found["x-dmr-turn"] == "2"
+    assert found["x-dmr-probability"] == undisturbed["x-dmr-probability"]
+
+
+def test_an_answer_that_is_no_step_is_told_and_holds_nobody_up(pair: tuple[StandIn, StandIn]) -> None:
+    low, session = pair[1], {"model": f"dmr/{SERVED}:int2", "extra_headers": {"x-session-id": "a"}}
+    low.tool, low.tool_type = "look_at", "custom"
+    with proxied(*pair, request_seconds=20.0) as (client, _):
+        with pytest.raises(openai.BadRequestError, match="tool_calls"):
+            ask(client, FIRST, **session)
+        low.tool = ""
+        assert ask(client, FIRST, **session).headers["x-dmr-turn"] == "1"
+        called = [{"type": "custom"}]
+        messages = [{"role": "user", "content": FIRST}, {"role": "assistant", "content": None, "tool_calls": called},
+                    {"role": "user", "content": "Nothing happens."}]  # fmt: skip
+        with pytest.raises(openai.BadRequestError, match="tool_calls"):
+            client.chat.completions.create(model=f"dmr/{SERVED}:int2", messages=messages)
+
+
+def test_streams_that_go_on_are_counted_among_the_requests(pair: tuple[StandIn, StandIn]) -> None:
+    low = pair[1]
+    low.always = "endless"
+    with proxied(*pair, requests=1) as (client, _):
+        body = {"model": f"dmr/{SERVED}:int2", "stream": True, "messages": [{"role": "user", "content": FIRST}]}
+        with httpx2.stream("POST", f"{client.base_url}chat/completions", json=body) as response:
+            lines = response.iter_lines()
+            assert next(lines).startswith("data:")
+            assert httpx2.get(f"{client.base_url}models").status_code == 429
+        deadline = time.monotonic() + 30
+        while httpx2.get(f"{client.base_url}models").status_code == 429 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert httpx2.get(f"{client.base_url}models").status_code == 200
+
+
+@pytest.mark.parametrize("said", ["inf", "nan", "tomorrow"])
+def test_waits_that_are_no_number_of_seconds_are_not_passed_on(pair: tuple[StandIn, StandIn], said: str) -> None:
+    for stand_in in pair:
+        stand_in.always, stand_in.retry_after = "429", said
+    with proxied(*pair, retries=0) as (client, _):
+        with pytest.raises(openai.InternalServerError) as error:
+            ask(client, FIRST, model=f"dmr/{SERVED}:int2")
+        assert (error.value.status_code, error.value.response.headers["retry-after"]) == (503, "1")
+
+
 @pytest.mark.parametrize(("low_on_failure", "rung"), [(False, "float"), (True, "int2")])
 @pytest.mark.parametrize(("fault", "stream"), [("raises", False), ("raises", True), ("hangs", False), ("hangs", True)])
 def test_a_router_that_fails_or_hangs_lets_the_recipes_side_act(
@@ -318,15 +381,42 @@ def test_budgets_hold_behind_upstreams_and_a_cost_is_refused(
 def test_what_cannot_be_served_by_upstreams_is_refused_with_the_reason(
     pair: tuple[StandIn, StandIn], served_project: Path
 ) -> None:
-    from dmr_pipeline.router.model import save_router
-
     folder = served_project / "probe"
     save_router(new_probe(), folder)
-    with proxied(*pair) as (_, service), pytest.raises(UserError, match="an agent that acts in this process"):
-        service.backend._load(folder)
+    with pytest.raises(UserError, match="an agent that acts in this process"), proxied(*pair, router=folder):
+        pass
     for upstreams, said in (({"float": "x", "int3": "y"}, "no such rung"), ({"float": "x"}, "two precisions")):
         with pytest.raises(UserError, match=said):
             Service(ServeSettings(recipe=SERVED, upstreams=upstreams))
+
+
+def test_a_router_in_a_folder_decides_in_place_of_the_released_one(
+    pair: tuple[StandIn, StandIn], served_project: Path
+) -> None:
+    folder = served_project / "set-to-a-budget"
+    save_router(trained(served_project / "data" / SERVED, 1.0), folder)
+    with proxied(*pair, router=folder) as (client, _):
+        found = ask(client, FIRST).headers
+        assert (found["x-dmr-precision"], found["x-dmr-threshold"], found["x-dmr-reason"]) == (
+            "int2",
+            "1.000000",
+            "router",
+        )
+        assert "x-dmr-release" not in found
+
+
+def test_a_router_of_other_tokens_does_not_decide_for_sessions_that_go_on(
+    pair: tuple[StandIn, StandIn], served_project: Path
+) -> None:
+    tokenizer = load_tokenizer(served_project / "data" / SERVED / "quantized_checkpoints" / "tokenizer")
+    tokenizer.add_tokens(["mug 1"])
+    folder = served_project / "other"
+    save_router(new_router(RouterModel(architecture=ARCHITECTURE), ROUTE, tokenizer, 3, torch.device("cpu")), folder)
+    with proxied(*pair) as (client, service):
+        before = ask(client, FIRST).headers["x-dmr-probability"]
+        with pytest.raises(UserError, match="other tokens"):
+            service.backend._load(folder)
+        assert ask(client, FIRST, extra_headers={"x-session-id": "b"}).headers["x-dmr-probability"] == before
 
 
 def test_other_tokenizers_are_found_at_the_start(pair: tuple[StandIn, StandIn]) -> None:

@@ -171,7 +171,7 @@ def positions_of(config: PreTrainedConfig) -> int | None:
     ropes = getattr(decoder, "rope_parameters", None) or {}
     limits = [positions]
     for rope in [ropes] if "rope_type" in ropes else [rope for rope in ropes.values() if isinstance(rope, dict)]:
-        original = rope.get("original_max_position_embeddings", positions)
+        original = rope.get("original_max_position_embeddings") or positions
         if rope.get("rope_type") in ("dynamic", "longrope"):
             limits.append(original)
         elif rope.get("rope_type") == "yarn" and positions is not None:
