@@ -60,10 +60,10 @@ def run(
             episodes = play_study(plan, made, studies / ".kept", progress)
     folder.mkdir(parents=True, exist_ok=True)
     episodes.write_parquet(folder / "episodes.parquet")
-    recipe, ladder = made.recipe, read_ladder(made.checkpoints)
+    ladder = read_ladder(made.checkpoints)
     (last,) = (rung for rung in ladder.rungs if rung.name == ladder.route[-1])
     cheapest = Place(last.cost, last.validation_success)
-    results = study_results(episodes, plan, recipe.evaluation, recipe.precisions.margin, ladder.route, cheapest)
+    results = study_results(episodes, plan, made.recipe, ladder.route, cheapest)
     kept = [results_file(file.stem)] if as_markdown else []
     for path in (folder / "results.json", *([out] if out is not None else []), *kept):
         write_record(path, results)

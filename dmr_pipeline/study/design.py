@@ -125,13 +125,18 @@ def load_study(path: Path) -> Study:
     except ValidationError as error:
         raise UserError(f"{path}: {'; '.join(problems_of(error))}") from error
     recipe = ladder_recipe(study)
-    if study.first_game and not benchmark_of(recipe.benchmark).fresh_tasks(1):
+    if study.first_game and not has_fresh_games(study, recipe):
         raise UserError(
             f"{path}: first_game: the tasks of {recipe.benchmark.environment} are a list, and none is fresh; leave it out"
         )
     for name in study.routers:
         variant_recipe(study, name, study.seeds[0])
     return study
+
+
+def has_fresh_games(study: Study, recipe: Recipe) -> bool:
+    """Whether its games are made of seeds that no split uses; else they are a test split's."""
+    return study.benchmark is None and bool(benchmark_of(recipe.benchmark).fresh_tasks(1))
 
 
 def ladder_recipe(study: Study) -> Recipe:

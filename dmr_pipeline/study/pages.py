@@ -7,7 +7,6 @@ from pydantic import ValidationError
 
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.evaluation import places
-from dmr_pipeline.study.design import Study
 from dmr_pipeline.study.results import ORACLE, Compared, Point, Results
 
 
@@ -47,18 +46,20 @@ def _table(results: Results, page: Path) -> str:
     seeds_said = f"means of the training seeds {_list(results.study.seeds)}" if seeds else "of one training"
     trained = f"; routers are {seeds_said}" if results.study.routers else ""
     tuned = f", tuned on {results.study.validation_games} validation games" if results.study.validation_games else ""
-    looked = results.study.precisions.get("prompt_lookup") is not None
-    lookup = " Prompt lookup at every precision; the unit of cost is an episode at a pass a token." if looked else ""
+    lookup = " Prompt lookup at every precision; the unit of cost is an episode at a pass a token."
     note = (
-        f"{results.games} {_which(results.study)}{tuned}; brackets: {results.confidence:.0%} intervals, by"
+        f"{results.games} {_which(results)}{tuned}; brackets: {results.confidence:.0%} intervals, by"
         f" game{trained}. Budget: spend at most, on validation games. Gain: points of success over static policies (single"
-        f" precisions, checked drafts) and mixtures of their episodes at equal cost.{lookup}"
+        f" precisions, checked drafts) and mixtures of their episodes at equal cost.{lookup if results.prompt_lookup else ''}"
     )
     return "\n".join([*_lines(columns, rows, 2), "", note])
 
 
-def _which(study: Study) -> str:
+def _which(results: Results) -> str:
     """Which games were played at the end."""
+    study = results.study
+    if study.benchmark is None and not results.fresh:
+        return "games of the test split"
     if study.benchmark is None:
         passed_over = f", after the first {study.first_game}" if study.first_game else ""
         return f"games of seeds that no split uses{passed_over}"

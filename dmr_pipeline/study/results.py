@@ -30,8 +30,9 @@ from dmr_pipeline.evaluation.results import STATIC, Interval
 from dmr_pipeline.evaluation.statistics import games_needed, holm, smallest_difference
 from dmr_pipeline.frozen_model import FrozenModel
 from dmr_pipeline.precision.hull import Floats, best_mixture
+from dmr_pipeline.recipe import Recipe
 from dmr_pipeline.recipe.evaluation import Evaluation
-from dmr_pipeline.study.design import Study
+from dmr_pipeline.study.design import Study, has_fresh_games
 
 ROUNDS = 9_999
 """Of a permutation test."""
@@ -126,6 +127,10 @@ class Compared(FrozenModel):
 class Results(FrozenModel):
     study: Study
     games: int
+    fresh: bool
+    """Whether these are of seeds that no split uses; else they are a test split's."""
+    prompt_lookup: bool
+    """Whether every precision has it; then the unit of cost is an episode at a pass a token."""
     confidence: float
     margin: float
     points: list[Point]
@@ -156,16 +161,16 @@ class _Played:
 
 
 def study_results(
-    episodes: pl.DataFrame, study: Study, section: Evaluation, margin: float, route: Sequence[str], cheapest: Place
+    episodes: pl.DataFrame, study: Study, recipe: Recipe, route: Sequence[str], cheapest: Place
 ) -> Results:
     """
     Args:
         episodes: rows of `play.EPISODES`.
-        section: confidence, resamples and seed.
-        margin: of non-inferiority.
+        recipe: with the study's precisions.
         route: the routed rungs, dearest first.
         cheapest: the cheapest of them alone, on validation games.
     """
+    section, margin = recipe.evaluation, recipe.precisions.margin
     played = {
         (policy, budget): _by_game(rows)
         for (policy, budget), rows in episodes.group_by("policy", "budget", maintain_order=True)
@@ -193,6 +198,8 @@ def study_results(
     results = Results(
         study=study,
         games=games,
+        fresh=has_fresh_games(study, recipe),
+        prompt_lookup=recipe.precisions.prompt_lookup is not None,
         confidence=section.confidence,
         margin=margin,
         points=points,

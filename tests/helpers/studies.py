@@ -2,16 +2,21 @@
 
 import numpy as np
 import polars as pl
+import yaml
 
-from dmr_pipeline.recipe.evaluation import Evaluation
+from dmr_pipeline.recipe import Recipe
 from dmr_pipeline.study.design import Study
 from dmr_pipeline.study.results import Place, Results, study_results
+from tests.helpers.micro_recipe import RECIPE_YAML
 
 GAMES = 200
 ROUTE = ("float", "int2")
 STUDY = Study.model_validate(
     {"recipe": "x", "routers": {"good": {}, "poor": {}}, "seeds": [0, 1], "budgets": [0.2, 0.4], "planned": [0.4]}
 )
+_CONTENT = yaml.safe_load(RECIPE_YAML)
+_CONTENT["evaluation"]["bootstrap"], _CONTENT["precisions"]["margin"] = 400, 0.06
+RECIPE = Recipe.model_validate({"name": "x", **_CONTENT})
 
 
 def episodes(policy: str, kind: str, won: float, cost: float, ratio: float = 0.0, **more: object) -> pl.DataFrame:
@@ -57,5 +62,4 @@ def made_up() -> Results:
             at = {"seed": seed, "budget": budget, "validation": (0.5, 0.9)}
             frames.append(episodes("good", "router", 0.8 + 0.1 * seed, 0.5, budget, **at))
             frames.append(episodes("poor", "router", 0.8, 0.4 + 0.2 * seed, budget, **at))
-    section = Evaluation(random_draws=1, bootstrap=400, confidence_ratio=0.3)
-    return study_results(pl.concat(frames), STUDY, section, 0.06, ROUTE, Place(0.2, 0.5))
+    return study_results(pl.concat(frames), STUDY, RECIPE, ROUTE, Place(0.2, 0.5))

@@ -55,12 +55,8 @@ def test_what_is_said_of_the_rule_on_the_real_llm_is_what_its_results_say() -> N
     rule, (to_high, to_low, to_oracle) = points["rule:margin"], found.references
     assert (to_high.against, to_low.against, to_oracle.against) == ("int8", "int4-gptq", "disagreement")
     low_end, high_end = (f"{100 * end:.1f}" for end in to_low.difference_ci95)
-    high, low = points["always_int8"], points["always_int4-gptq"]
     readme, page, concept = map(words, PLACES)
     more = f"{100 * to_low.difference:.1f} points more than int4"
-    assert f"{found.games} fresh games {rule.success:.1%} at {rule.cost:.2f}" in readme
-    assert f"(int8 {high.success:.1%} at {high.cost:.2f}, int4 {low.success:.1%} at {low.cost:.2f}): {more}" in readme
-    assert f"{more} ({low_end} to {high_end})" in readme
     assert (
         f"Checking {rule.ratio:.0%} of int4's drafts wins {more} ({low_end} to {high_end}, p = {to_low.p_value:.3f}"
         in page
@@ -159,14 +155,15 @@ def test_what_is_said_of_the_router_against_the_rule_is_what_its_results_say() -
     assert f"act differently wins {oracle.success:.1%} at {oracle.cost:.3f}" in page
     assert to_oracle.difference > 0
 
-    assert f"({kl.success:.1%} at {kl.cost:.2f}; int8 {high.success:.1%} at {high.cost:.2f})" in readme
-    assert f"for {to_high.saved:.0%} less, {100 * to_low.difference:.1f} points more than int4" in readme
+    alone = f"int8 {high.success:.1%} at {high.cost:.2f})"
+    assert f"for {to_high.saved:.0%} less ({kl.success:.1%} at {kl.cost:.2f}; {alone}" in readme
+    assert f"{alone}, {100 * to_low.difference:.1f} points more than int4" in readme
     assert (
         f"than int4 ({span(to_low.difference_ci95)}), and {100 * planned.difference:.1f} more than the rule" in readme
     )
     in_brief = f"at equal cost ({span(planned.difference_ci95)}; p = {planned.p_holm:.3f}"
     assert in_brief in readme
-    assert f"{found.games} others {100 * of_rule.difference:.1f} ({span(of_rule.difference_ci95)})" in readme
+    assert f"On those games it wins {rule.success:.1%} at {rule.cost:.2f};" in readme
     assert f"{kl.success:.1%} at {kl.cost:.2f}, {saved} ({span(to_high.saved_ci95)})" in concept
     assert f"{100 * planned.difference:.1f} points more than the rule {in_brief}" in concept
 
@@ -176,7 +173,7 @@ def test_what_is_said_of_a_head_of_int4_is_what_its_results_say() -> None:
     before = pages.read_results("alfworld-smollm2-rules", REPOSITORY / places.RESULTS)
     points, others = ({point.policy: point for point in results.points} for results in (found, before))
     rule, low, old = points["rule:margin"], points["always_int4-gptq"], others["always_int4-gptq"]
-    readme, page, concept = map(words, PLACES)
+    _, page, concept = map(words, PLACES)
     assert found.games == before.games
     assert low.success == old.success
     assert f"({low.success:.1%} both times), for {1 - low.cost / old.cost:.0%} less" in page
@@ -189,7 +186,6 @@ def test_what_is_said_of_a_head_of_int4_is_what_its_results_say() -> None:
     assert more in page
     ladders = (f"{one.success:.1%} at {one.cost:.3f}" for one in (rule, others["rule:margin"]))
     assert f"tell either: {' here, '.join(ladders)} there" in page
-    assert f"{rule.success:.1%} at {rule.cost:.2f};" in readme
     assert f"it saves {to_high.saved:.0%}" in concept
 
 
@@ -220,12 +216,35 @@ def test_what_is_said_of_prompt_lookup_is_what_its_results_say() -> None:
     assert others["rule:margin"].gain_ci95[0] < 0 < others["rule:margin"].gain_ci95[1]
     assert f"drafts costs {points['speculative:int8<int4-gptq'].cost:.3f}, hardly less" in page
     assert f"int8 wins {high.success:.1%} here and {others['always_int8'].success:.1%} there" in page
-    assert f"int8 alone wins {high.success:.1%} of {found.games} fresh games at {high.cost:.2f}" in readme
+    assert f"int8 alone then wins {high.success:.1%} of {found.games} fresh games at {high.cost:.2f}" in readme
     assert f"for {others['always_int8'].cost:.2f} without" in readme
-    assert f"with both, {rule.success:.1%} at {rule.cost:.2f}" in readme
+    assert f"a head of int4, {rule.success:.1%} at {rule.cost:.2f};" in readme
     assert f"[{high.success:.1%} at {high.cost:.2f}](../results/alfworld-smollm2.md#prompt-lookup)" in concept
     assert f"prompt-lookup), for {others['always_int8'].cost:.2f} without: less than int4" in concept
     assert f"saves {to_high.saved:.0%} of int8's cost, but {-to_low.saved:.0%} is what it then costs more" in concept
+
+
+def test_what_is_said_of_webshop_is_what_its_results_say() -> None:
+    found = pages.read_results("webshop-smollm2-rules", REPOSITORY / places.RESULTS)
+    points, (to_high, to_low, _) = {point.policy: point for point in found.points}, found.references
+    rule, full, high, low, oracle = (
+        points[name] for name in ("rule:margin", "always_float", "always_int8", "always_int4-gptq", "disagreement")
+    )
+    readme, page, concept = map(words, ("README.md", "docs/results/webshop-smollm2.md", PLACES[2]))
+    assert f"{low.success:.1%} for bfloat16's {full.success:.1%} and int8's {high.success:.1%}" in page
+    more = f"{100 * to_high.difference:.1f} points more than int8 ({span(to_high.difference_ci95)})"
+    assert f"{more} for {to_high.saved:.0%} less ({span(to_high.saved_ci95)})" in page
+    dearer = span([-end for end in reversed(to_low.saved_ci95)])
+    more = f"{100 * to_low.difference:.1f} points ({span(to_low.difference_ci95)})"
+    assert f"{more} for {-to_low.saved:.0%} more ({dearer})" in page
+    assert f"at equal cost {100 * rule.gain:.1f} points ({span(rule.gain_ci95)})" in page
+    assert f"differently in {oracle.ratio:.0%} of the steps" in page
+    assert f"wins {oracle.success:.1%} at {oracle.cost:.3f}" in page
+    assert f"at {rule.ratio:.0%} of the steps, not a fifth" in page
+    assert 2.8 < full.cost / low.cost < 3.3
+    said = f"wins {low.success:.1%} of {found.games} test goals at int4, {full.success:.1%} in bfloat16"
+    assert f"{said} for three times the cost" in readme
+    assert f"with prompt lookup; {low.success:.1%} and {full.success:.1%} of {found.games} test goals" in concept
 
 
 def test_what_is_said_of_the_official_games_is_what_their_results_say() -> None:
@@ -236,8 +255,8 @@ def test_what_is_said_of_the_official_games_is_what_their_results_say() -> None:
     assert rule.thresholds == others["rule:margin"].thresholds, "the same rule"
     to_high, to_low, _ = found.references
     readme, page, concept = map(words, PLACES)
-    assert f"valid_seen {rule.success:.1%} at {rule.cost:.2f} ({found.games} games; int8 {high.success:.1%}" in readme
-    assert f"at {high.cost:.2f}, bfloat16 {full.success:.1%} at {full.cost:.2f})" in readme
+    assert rule.success == high.success
+    assert f"what int8 wins, {rule.success:.1%}, at {rule.cost:.2f} for {high.cost:.2f} ({found.games} games)" in readme
     assert f"{full.success:.1%} in bfloat16, {others['always_float'].success:.1%} there" in page
     low, up = (100 * end for end in to_high.difference_ci95)
     saved = [100 * end for end in to_high.saved_ci95]
@@ -265,7 +284,12 @@ def test_the_tables_say_what_the_results_say(found: Results) -> None:
         assert [success, low, high] == pytest.approx([100 * x for x in (point.success, *point.success_ci95)], abs=0.051)
         assert cost == pytest.approx(point.cost, abs=5e-4)
         assert (row[3] == "") == (len(point.by_seed) == 1)
-    assert "200 games" in table
+    assert "200 games of seeds that no split uses" in table
+    assert "Prompt lookup" not in table
+    listed = found.model_copy(update={"fresh": False, "prompt_lookup": True})
+    told = pages.parts_of(listed)["table"](Path("page.md"))
+    assert "200 games of the test split" in told
+    assert "Prompt lookup at every precision" in told
     assert "seeds 0, 1" in table
     ends = [line for line in parts["references"](Path("page.md")).splitlines() if line.startswith("| rule:fair | 0.4")]
     # Of 200 games that end alike, with half a game in each of the four cells: 1/202 of them differ.

@@ -8,10 +8,9 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest
 
 from dmr_pipeline.evaluation.statistics import smallest_difference
-from dmr_pipeline.recipe.evaluation import Evaluation
 from dmr_pipeline.study.design import Study
 from dmr_pipeline.study.results import Place, Results, mixed_at, sign_flip, study_results
-from tests.helpers.studies import GAMES, ROUTE, episodes, made_up
+from tests.helpers.studies import GAMES, RECIPE, ROUTE, episodes, made_up
 
 
 @pytest.fixture(scope="module")
@@ -50,9 +49,8 @@ def test_rules_alone_have_points_and_nothing_to_compare() -> None:
     rule = episodes("rule:fair", "rule", 0.7, 0.4, 0.2, budget=0.2, validation=(0.4, 0.8))
     rungs = [episodes("always_float", "rung", 0.9, 1.0, 1.0), episodes("always_int2", "rung", 0.5, 0.2)]
     checks = episodes("speculative:float<int2", "speculative", 0.9, 0.4, 1.0)
-    section = Evaluation(random_draws=1, bootstrap=400, confidence_ratio=0.3)
     alone = Study.model_validate({"recipe": "x"})
-    found = study_results(pl.concat([*rungs, checks, rule]), alone, section, 0.06, ROUTE, Place(0.2, 0.5))
+    found = study_results(pl.concat([*rungs, checks, rule]), alone, RECIPE, ROUTE, Place(0.2, 0.5))
     gains = {point.policy: point.gain for point in found.points}
     # Checking drafts wins what float does at .4: nothing that costs as much does better.
     assert gains["rule:fair"] == pytest.approx(0.7 - 0.9)
