@@ -6,6 +6,7 @@ return is pickled, from process to process.
 
 import multiprocessing
 import os
+import pickle
 import signal
 import threading
 import time
@@ -129,8 +130,18 @@ def _child(work: Work[Item, Message, Result], part: Sequence[Item], sender: Conn
     try:
         sender.send(("done", work(part, tell)))
     except Exception as error:  # noqa: BLE001 - it is raised again in the parent
-        error.add_note(traceback.format_exc())
-        sender.send(("failed", error))
+        sender.send(("failed", _for_the_parent(error)))
+
+
+def _for_the_parent(error: Exception) -> Exception:
+    """Itself, or where it cannot go through a pipe one that says the same; with its traceback as a note."""
+    sent: Exception = error
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # noqa: BLE001 - whatever its class does when it is copied
+        sent = RuntimeError(f"{type(error).__name__}: {error}")
+    sent.add_note("".join(traceback.format_exception(error)))
+    return sent
 
 
 def _end_with(parent: int) -> None:

@@ -27,6 +27,7 @@ from dmr_pipeline.serve.requests import ChatRequest, Options, Outcome, Which, op
 from dmr_pipeline.serve.service import Answer, NotFound, Service, Streamed
 from dmr_pipeline.serve.sessions import Action, Choice
 from dmr_pipeline.serve.settings import LOOPBACK, ServeSettings
+from dmr_pipeline.serve.streaming import sse_event
 from dmr_pipeline.serve.text_router import TextRouter
 from dmr_pipeline.serve.upstreams import Down, Refused, Upstreams
 
@@ -156,7 +157,7 @@ class _Http:
         common = {**shown.common, "object": "chat.completion.chunk"} | ({"usage": None} if with_usage else {})
 
         def chunk(delta: dict[str, str], finish: str | None = None) -> str:
-            return _event({**common, "choices": [{"index": 0, "delta": delta, "finish_reason": finish}]})
+            return sse_event({**common, "choices": [{"index": 0, "delta": delta, "finish_reason": finish}]})
 
         yield chunk({"role": "assistant", "content": ""})
         if streamed.action.thought:
@@ -169,12 +170,12 @@ class _Http:
             kind = "timeout" if isinstance(error, TimeoutError) else "internal_error"
             log.warning("a streamed answer broke off: %s", type(error).__name__)
             said = "the answer broke off; ask again, and the turn is answered anew"
-            yield _event({"error": {"message": said, "type": kind, "param": None, "code": kind}})
+            yield sse_event({"error": {"message": said, "type": kind, "param": None, "code": kind}})
             return
         self._measure_tokens(answer.action, started)
         yield chunk({}, shown.finish(answer))
         if with_usage:
-            yield _event({**common, "choices": [], "usage": shown.usage(answer.action)})
+            yield sse_event({**common, "choices": [], "usage": shown.usage(answer.action)})
         yield "data: [DONE]\n\n"
 
     def _measure(self, action: Action, started: float) -> None:
@@ -343,10 +344,6 @@ def _told(choice: Choice) -> dict[str, Any]:
         "reason": choice.reason,
         "propensity": choice.propensity,
     }
-
-
-def _event(content: Mapping[str, Any]) -> str:
-    return f"data: {json.dumps(content)}\n\n"
 
 
 def _error(status: int, message: str, kind: str, headers: Mapping[str, str] | None = None) -> Response:

@@ -1,6 +1,5 @@
 """Chat requests that upstreams answer: decided here, once, before the first byte; passed on as they come."""
 
-import json
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
@@ -12,6 +11,7 @@ from dmr_pipeline.serve.local import Ask
 from dmr_pipeline.serve.requests import ChatRequest, Options, Which
 from dmr_pipeline.serve.service import Service
 from dmr_pipeline.serve.sessions import Action, Choice, begun
+from dmr_pipeline.serve.streaming import sse_event
 from dmr_pipeline.serve.table import is_repeated
 from dmr_pipeline.serve.text_router import TextRouter
 from dmr_pipeline.serve.upstreams import Failed, Opened, Upstreams
@@ -132,13 +132,13 @@ class _Answer:
                         _gather(calls, delta.get("tool_calls") or [])
                 if not event["choices"] and not wants_usage:
                     continue
-                yield _event({**event, **self._own})
+                yield sse_event({**event, **self._own})
         except Failed as failure:
             self._proxy._service.metrics.count(
                 "dmr_upstream_errors_total", precision=opened.precision, kind=failure.kind
             )
             said = "the upstream broke off; ask again, and the turn is answered anew"
-            yield _event({"error": {"message": said, "type": "upstream_error", "param": None, "code": failure.kind}})
+            yield sse_event({"error": {"message": said, "type": "upstream_error", "param": None, "code": failure.kind}})
             return
         message = {"content": "".join(written), "tool_calls": [{"function": calls[i]} for i in sorted(calls)]}
         self._done(command_of(message), usage)
@@ -172,7 +172,3 @@ def _gather(calls: dict[int, dict[str, str]], deltas: list[dict[str, Any]]) -> N
         for key, part in (delta.get("function") or {}).items():
             if key in call and isinstance(part, str):
                 call[key] += part
-
-
-def _event(content: dict[str, Any]) -> str:
-    return f"data: {json.dumps(content)}\n\n"

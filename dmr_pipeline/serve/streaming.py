@@ -5,11 +5,18 @@ answer. A client that leaves ends the writing, and the step is not taken.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+import json
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from dmr_pipeline.rollout.prompts import Prompter, without_beginning_of
 from dmr_pipeline.serve.sessions import Action, Choice, Session, begun
+
+
+def sse_event(content: Mapping[str, Any]) -> str:
+    """A server-sent event, as OpenAI's interface streams its chunks."""
+    return f"data: {json.dumps(content)}\n\n"
 
 
 @dataclass

@@ -97,6 +97,20 @@ def test_an_error_comes_back_as_it_was_and_ends_the_others(tmp_path: Path):
     assert psutil.Process().children() == others
 
 
+class Unsendable(Exception):
+    def __init__(self, what: str, *, where: str) -> None:
+        super().__init__(f"{what} in {where}")
+
+
+def test_an_error_that_cannot_be_sent_says_what_it_was():
+    def fail(part, on_progress):
+        raise Unsendable("a fault", where="the child")
+
+    with pytest.raises(RuntimeError, match=r"^Unsendable: a fault in the child") as raised:
+        in_processes(fail, [[1], [2]])
+    assert "in fail" in raised.value.__notes__[0]
+
+
 def test_a_killed_process_is_an_error():
     def work(part, on_progress):
         if part[0] == 1:
