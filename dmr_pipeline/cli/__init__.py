@@ -21,6 +21,7 @@ from dmr_pipeline.cli.study import study
 from dmr_pipeline.cli.trajectories import trajectories
 
 app = typer.Typer(
+    rich_markup_mode="markdown",
     help="Dynamic mixed-precision routing of LLM agents: one pipeline from games to the accuracy-cost report.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,  # what is not foreseen is one line (common.py)

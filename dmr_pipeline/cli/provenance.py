@@ -14,7 +14,7 @@ from dmr_pipeline.versioning.provenance import Chain, Origin, common_libraries, 
 
 @user_errors_exit_2
 def provenance(
-    path: Annotated[Path, typer.Argument(help="an artifact's folder, data/<recipe>/<stage>, or a file in it")],
+    path: Annotated[Path, typer.Argument(help="an artifact's folder, data/RECIPE/STAGE, or a file in it")],
     as_json: Annotated[bool, typer.Option("--json", help="print JSON and nothing else")] = False,
 ) -> None:
     """Show which artifacts, code, seeds and runs an artifact was made from."""
