@@ -78,7 +78,8 @@ def run(
 
 
 def _show(results: "Results") -> None:
-    from dmr_pipeline.study.pages import by_seed, named_reference, points
+    from dmr_pipeline.evaluation.interval_text import in_brackets
+    from dmr_pipeline.study.pages import by_seed, named_reference
 
     table = Table(box=box.SIMPLE, pad_edge=False, collapse_padding=True)
     table.add_column("policy", overflow="fold")
@@ -91,19 +92,19 @@ def _show(results: "Results") -> None:
             point.policy,
             "" if point.budget is None else f"{point.budget:g}",
             f"{point.ratio:.3f}",
-            f"{100 * point.success:.1f} {points(point.success_ci95)}",
+            f"{100 * point.success:.1f} {in_brackets(point.success_ci95)}",
             *([deviation] if seeds else []),
             f"{point.cost:.3f}",
-            f"{100 * point.gain:+.1f} {points(point.gain_ci95)}",
+            f"{100 * point.gain:+.1f} {in_brackets(point.gain_ci95)}",
         )
     console.print(table)
     references = [
         (
             f"{one.policy} at {one.budget:g}",
             named_reference(one.against),
-            f"{100 * one.difference:+.1f} {points(one.difference_ci95)}",
+            f"{100 * one.difference:+.1f} {in_brackets(one.difference_ci95)}",
             f"{100 * one.smallest_difference:.1f}",
-            f"{100 * one.saved:.0f}% {points(one.saved_ci95)}",
+            f"{100 * one.saved:.0f}% {in_brackets(one.saved_ci95)}",
         )
         for one in results.references
     ]
@@ -116,10 +117,10 @@ def _show(results: "Results") -> None:
         (
             f"{one.router} at {one.budget:g}",
             one.rule,
-            f"{100 * one.difference:+.1f} {points(one.difference_ci95)}",
+            f"{100 * one.difference:+.1f} {in_brackets(one.difference_ci95)}",
             *([by_seed(one.difference_by_seed, "\n")] if trainings else []),
             f"{one.p_holm:.3f}",
-            f"{100 * one.lost:.1f} {points(one.lost_ci95)}",
+            f"{100 * one.lost:.1f} {in_brackets(one.lost_ci95)}",
         )
         for one in results.compared
     ]

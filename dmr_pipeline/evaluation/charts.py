@@ -9,7 +9,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from dmr_pipeline.evaluation.results import STATIC, Interval, Kind, Metrics
+from dmr_pipeline.evaluation.interval_text import in_percent, in_points
+from dmr_pipeline.evaluation.results import STATIC, Kind, Metrics
 
 Spec = dict[str, Any]
 
@@ -108,13 +109,13 @@ def plane(metrics: Metrics, by: str) -> Spec:
             "success": policy["success"],
             "from": policy["ci95"][0],
             "to": policy["ci95"][1],
-            "interval": _percents(policy["ci95"]),
+            "interval": in_percent(policy["ci95"]),
             "cost": policy["cost"],
             "cost_from": policy["cost_ci95"][0],
             "cost_to": policy["cost_ci95"][1],
             "cost_interval": "{:.3f} to {:.3f}".format(*policy["cost_ci95"]),
             "spend": policy["spend"],
-            "gain": f"{policy['gain_at_equal_cost'] * 100:+.1f} points ({_points(policy['gain_ci95'])})",
+            "gain": f"{policy['gain_at_equal_cost'] * 100:+.1f} points ({in_points(policy['gain_ci95'])})",
             "switches": policy["switches"],
         }
         for name, policy in policies.items()
@@ -152,10 +153,10 @@ def curves(metrics: Metrics, by: str) -> Spec:
             "success": point["success"],
             "from": point["ci95"][0],
             "to": point["ci95"][1],
-            "interval": _percents(point["ci95"]),
+            "interval": in_percent(point["ci95"]),
             "cost": point["cost"],
             "spend": point["spend"],
-            "gain": f"{point['gain_at_equal_cost'] * 100:+.1f} points ({_points(point['gain_ci95'])})",
+            "gain": f"{point['gain_at_equal_cost'] * 100:+.1f} points ({in_points(point['gain_ci95'])})",
         }
         for name, curve in metrics.get("curves", {}).items()
         for point in curve["points"]
@@ -195,7 +196,7 @@ def by_task_type(metrics: Metrics) -> Spec:
             "success": of_type["success"],
             "from": of_type["ci95"][0],
             "to": of_type["ci95"][1],
-            "interval": _percents(of_type["ci95"]),
+            "interval": in_percent(of_type["ci95"]),
             "games": of_type["n"],
         }
         for name, policy in metrics["policies"].items()
@@ -307,7 +308,7 @@ def _log(rows: Sequence[Spec], columns: Mapping[str, str], axis: str) -> Spec:
 def calibration(figures: Mapping[str, Any]) -> Spec:
     """Observed share of sensitive steps against the predicted probability."""
     rows = [
-        row | {"series": "router", "interval": _percents([row["lower"], row["upper"]])}
+        row | {"series": "router", "interval": in_percent([row["lower"], row["upper"]])}
         for row in figures["calibration"]
     ]
     end = min(1.0, 1.08 * max((max(row["upper"], row["predicted"]) for row in rows), default=1.0))
@@ -489,14 +490,6 @@ def _cycled(values: Sequence[Any], i: int) -> Any:  # noqa: ANN401 - whatever th
     return values[i % len(values)]
 
 
-def _percents(interval: Interval) -> str:
-    return f"{interval[0] * 100:.1f} to {interval[1]:.1%}"
-
-
 def _lines(task_type: str) -> str:
     """In short lines, for the axis."""
     return textwrap.fill(task_type.replace("_", " "), 18)
-
-
-def _points(interval: Interval) -> str:
-    return f"{interval[0] * 100:+.1f} to {interval[1] * 100:+.1f}"

@@ -15,11 +15,12 @@ from dmr_pipeline.evaluation.metrics import (
     average_improvement_in_quality,
     call_performance_threshold,
     game_weights,
+    interval_of_known,
     percentiles,
     rounded,
     success_interval,
 )
-from dmr_pipeline.evaluation.results import STATIC, CurvePoint, Interval, PolicyCurve
+from dmr_pipeline.evaluation.results import STATIC, CurvePoint, PolicyCurve
 from dmr_pipeline.precision.hull import Floats, best_mixture
 
 _NO_GAP = 1e-12
@@ -110,11 +111,11 @@ def curves_of(
             "kind": curves.filter(policy=policy)["kind"][0],
             "points": shown,
             "apgr": areas[0],
-            "apgr_ci95": _interval(areas[1:], confidence),
+            "apgr_ci95": interval_of_known(areas[1:], confidence),
             "cpt50": None if first is None else call_performance_threshold(first, 0.5),
             "cpt80": None if first is None else call_performance_threshold(first, 0.8),
             "aiq": qualities[0],
-            "aiq_ci95": _interval(qualities[1:], confidence),
+            "aiq_ci95": interval_of_known(qualities[1:], confidence),
             "mean_gain": float(mean_gain[0]),
             "mean_gain_ci95": percentiles(mean_gain[1:], confidence),
         }
@@ -139,9 +140,3 @@ def _lines(points: Sequence[_Games], low: Floats, gap: Floats) -> list[list[tupl
         [(float(p.spend[i]), float(r[i])) for p, r in zip(points, recovered, strict=True)] if gap[i] > _NO_GAP else None
         for i in range(len(gap))
     ]
-
-
-def _interval(values: Sequence[float | None], confidence: float) -> Interval | None:
-    """Over the resamples that have a number there; half of them at least, or there is none to speak of."""
-    numbers = [value for value in values if value is not None]
-    return percentiles(np.array(numbers), confidence) if 2 * len(numbers) >= len(values) and numbers else None

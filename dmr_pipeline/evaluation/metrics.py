@@ -563,6 +563,12 @@ def percentiles(values: Floats, confidence: float) -> Interval:
     return [float(lower), float(upper)]
 
 
+def interval_of_known(values: Sequence[float | None], confidence: float) -> Interval | None:
+    """Over the resamples that have a number there; half of them at least, or there is none to speak of."""
+    numbers = [value for value in values if value is not None]
+    return percentiles(np.array(numbers), confidence) if numbers and 2 * len(numbers) >= len(values) else None
+
+
 def rounded(value: object) -> object:
     """The same JSON with floats at six decimals: what lies below is float noise, which must not change a hash."""
     if isinstance(value, dict):

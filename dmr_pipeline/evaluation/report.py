@@ -17,10 +17,10 @@ from dmr_pipeline.artifacts.run_record import run_record_beside
 from dmr_pipeline.atomic import replaced
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.evaluation import charts
+from dmr_pipeline.evaluation.interval_text import in_brackets, in_percent, in_points
 from dmr_pipeline.evaluation.results import (
     STATIC,
     BestRule,
-    Interval,
     Metrics,
     PairedComparison,
     PolicyCurve,
@@ -67,7 +67,7 @@ def _findings(metrics: Metrics) -> list[str]:
     router, high, low = policies[name], policies[metrics["high"]], policies[metrics["low"]]
     sentences = [
         f"On {router['n']} test games {name}, the router chosen on validation, succeeds in {router['success']:.1%} "
-        f"({_confidence(metrics)} interval {_span(router['ci95'])}), acting {_shares(router, metrics)}; "
+        f"({_confidence(metrics)} interval {in_percent(router['ci95'])}), acting {_shares(router, metrics)}; "
         f"{metrics['high']} succeeds in {high['success']:.1%}, "
         f"{metrics['low']} in {low['success']:.1%}.",
         f"At its cost of {router['cost']:.2f} it is {_against_static(metrics)}.",
@@ -75,7 +75,7 @@ def _findings(metrics: Metrics) -> list[str]:
     if "score" in router:
         sentences.append(
             f"Its score, the mean reward times 100, is {_score(router)} "
-            f"(interval {_span(router['score_ci95']).removesuffix('%')}); {metrics['high']}'s is {_score(high)}, "
+            f"(interval {in_percent(router['score_ci95']).removesuffix('%')}); {metrics['high']}'s is {_score(high)}, "
             f"{metrics['low']}'s {_score(low)}."
         )
     recovered, interval = router.get("gap_recovered"), router.get("gap_ci95")
@@ -83,7 +83,7 @@ def _findings(metrics: Metrics) -> list[str]:
         sentences.append(f"{metrics['low']} is no worse than {metrics['high']} here, so there is no gap to recover.")
     else:
         ends = f"{metrics['high']} and {metrics['low']}"
-        sentences.append(f"It recovers {recovered:.0%} of the gap between {ends} (interval {_span(interval, 0)}).")
+        sentences.append(f"It recovers {recovered:.0%} of the gap between {ends} (interval {in_percent(interval, 0)}).")
     if router["cost"] < high["cost"]:
         sentences.append(f"An episode costs {router['cost'] / high['cost']:.0%} of what one of {metrics['high']} does.")
     else:
@@ -102,7 +102,7 @@ def markdown_table(metrics: Metrics) -> str:
     columns = ("policy", "success", *score, *acting, COST_COLUMN, *passes, "gap recovered", GAIN_COLUMN, *failed)
     rows = [columns, ("---",) + ("---:",) * (len(columns) - 1)]
     for name, policy in metrics["policies"].items():
-        scores = [f"{_score(policy)} {_brackets(policy['score_ci95'], 1)}"] if score else []
+        scores = [f"{_score(policy)} {in_brackets(policy['score_ci95'], 1)}"] if score else []
         others = (
             f"{policy['tokens']:,.0f}",
             f"{policy['steps']:.1f}",
@@ -198,7 +198,7 @@ def console_table(metrics: Metrics) -> Table:
         recovered = policy.get("gap_recovered")
         gap = _NONE if recovered is None else f"{recovered:.0%}"
         middle = (_score(policy), acting, cost) if scores else (acting, cost, gap)
-        success = f"{policy['success']:.1%} {_brackets(policy['ci95'], 0)}"
+        success = f"{policy['success']:.1%} {in_brackets(policy['ci95'], 0)}"
         fails = f"{policy['parse_failures']:.1%}"
         table.add_row(marked, success, *middle, fails, _gain(policy), style=_KIND_STYLES[kind])
     return table
@@ -293,7 +293,7 @@ def _against_static(metrics: Metrics) -> str:
     policies = metrics["policies"]
     router = policies[metrics["headline"]]
     points = f"{router['gain_at_equal_cost'] * 100:+.1f} points"
-    against = f"{points} (interval {_points(router['gain_ci95'])}) against static policies and mixtures of them"
+    against = f"{points} (interval {in_points(router['gain_ci95'])}) against static policies and mixtures of them"
     static = {name: policy for name, policy in policies.items() if policy["kind"] in STATIC}
     as_good = [
         name
@@ -344,7 +344,7 @@ def _rule_against(pair: PairedComparison, metrics: Metrics) -> BestRule | None:
 
 def _verdict(pair: PairedComparison, metrics: Metrics) -> str:
     p = corrected(pair)
-    points = f"{pair['difference'] * 100:+.1f} points (interval {_points(pair['ci95'])}, {_p_value(p)})"
+    points = f"{pair['difference'] * 100:+.1f} points (interval {in_points(pair['ci95'])}, {_p_value(p)})"
     if p >= 1 - metrics["confidence"]:
         seen = f"these games could have shown {pair['smallest_difference'] * 100:.1f}"
         return f"no difference is shown: {points} in the paired test; {seen}"
@@ -392,7 +392,7 @@ def _shares(policy: PolicyMetrics, metrics: Metrics) -> str:
 
 
 def _success(policy: PolicyMetrics) -> str:
-    return f"{policy['success']:.1%} {_brackets(policy['ci95'], 1)}"
+    return f"{policy['success']:.1%} {in_brackets(policy['ci95'], 1)}"
 
 
 def _cost(policy: PolicyMetrics) -> str:
@@ -412,7 +412,7 @@ def has_scores(metrics: Metrics) -> bool:
 
 def _recovered(policy: PolicyMetrics) -> str:
     recovered, interval = policy.get("gap_recovered"), policy.get("gap_ci95")
-    return _NONE if recovered is None or interval is None else f"{recovered:.0%} {_brackets(interval, 0)}"
+    return _NONE if recovered is None or interval is None else f"{recovered:.0%} {in_brackets(interval, 0)}"
 
 
 def _passes(policy: PolicyMetrics) -> str:
@@ -509,9 +509,9 @@ def _environment() -> Environment:
         "percent": lambda value, digits=1: _NONE if value is None else f"{value:.{digits}%}",
         "number": lambda value, digits=3: _NONE if value is None else f"{value:.{digits}f}",
         "signed": lambda value: _NONE if value is None else f"{value * 100:+.1f}",
-        "span": lambda interval, digits=1: "" if interval is None else _brackets(interval, digits),
+        "span": lambda interval, digits=1: "" if interval is None else in_brackets(interval, digits),
         "bounds": lambda interval: f"[{interval[0]:.3f}, {interval[1]:.3f}]",
-        "points": lambda interval: "" if interval is None else f"[{_points(interval)}]",
+        "points": lambda interval: "" if interval is None else f"[{in_points(interval)}]",
         "milliseconds": lambda seconds: f"{seconds * 1000:.2f}",
         "megabytes": lambda size: f"{size / 1e6:.2f}",
         "p_value": _p_value,
@@ -550,18 +550,6 @@ def _fact(value: object) -> str:
 
 def _confidence(metrics: Metrics) -> str:
     return f"{metrics['confidence'] * 100:g}%"
-
-
-def _brackets(interval: Interval, digits: int) -> str:
-    return f"[{interval[0] * 100:.{digits}f}, {interval[1] * 100:.{digits}f}]"
-
-
-def _span(interval: Interval, digits: int = 1) -> str:
-    return f"{interval[0] * 100:.{digits}f} to {interval[1]:.{digits}%}"
-
-
-def _points(interval: Interval) -> str:
-    return f"{interval[0] * 100:+.1f} to {interval[1] * 100:+.1f}"
 
 
 def _p_value(value: float) -> str:

@@ -27,6 +27,7 @@ from dmr_pipeline.evaluation.metrics import (
     average_gap_recovered,
     average_improvement_in_quality,
     call_performance_threshold,
+    interval_of_known,
     percentiles,
 )
 from dmr_pipeline.evaluation.results import Interval
@@ -241,10 +242,8 @@ def _quality_neutral_cost(curve: _Curve) -> float | None:
 
 
 def _interval_of(name: str, summaries: list[Summary], confidence: float) -> Interval | None:
-    """Over the resamples that have a number there; half of them at least, or there is none to speak of."""
-    values = [summary[name] for summary in summaries]
-    numbers = [value for value in values if value is not None]
-    return _interval(np.array(numbers), confidence) if 2 * len(numbers) >= len(values) else None
+    found = interval_of_known([summary[name] for summary in summaries], confidence)
+    return None if found is None else [_rounded(end) for end in found]
 
 
 def _interval(values: Floats, confidence: float) -> Interval:

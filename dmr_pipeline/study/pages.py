@@ -7,6 +7,7 @@ from pydantic import ValidationError
 
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.evaluation import places
+from dmr_pipeline.evaluation.interval_text import in_brackets
 from dmr_pipeline.study.results import ORACLE, Compared, Point, Results
 
 
@@ -72,11 +73,11 @@ def _row(point: Point, seeds: bool) -> list[str]:
     return [
         point.policy,
         "" if point.budget is None else f"{point.budget:g}",
-        f"{point.success:.1%} {points(point.success_ci95)}",
+        f"{point.success:.1%} {in_brackets(point.success_ci95)}",
         *([deviation] if seeds else []),
         f"{point.ratio:.1%}",
         f"{point.cost:.3f} [{point.cost_ci95[0]:.3f}, {point.cost_ci95[1]:.3f}]",
-        f"{100 * point.gain:+.1f} {points(point.gain_ci95)}",
+        f"{100 * point.gain:+.1f} {in_brackets(point.gain_ci95)}",
     ]
 
 
@@ -88,10 +89,10 @@ def _references(results: Results, page: Path) -> str:
             one.policy,
             f"{one.budget:g}",
             named_reference(one.against),
-            f"{100 * one.difference:+.1f} {points(one.difference_ci95)}",
+            f"{100 * one.difference:+.1f} {in_brackets(one.difference_ci95)}",
             f"{one.p_value:.3f}",
             f"{100 * one.smallest_difference:.1f}",
-            f"{one.saved:.0%} {points(one.saved_ci95)}",
+            f"{one.saved:.0%} {in_brackets(one.saved_ci95)}",
         ]
         for one in results.references
     ]
@@ -123,10 +124,10 @@ def _compared(one: Compared, seeds: bool) -> list[str]:
         one.router,
         f"{one.budget:g}",
         one.rule,
-        f"{100 * one.difference:+.1f} {points(one.difference_ci95)}",
+        f"{100 * one.difference:+.1f} {in_brackets(one.difference_ci95)}",
         *([by_seed(one.difference_by_seed)] if seeds else []),
         f"{one.p_holm:.3f}",
-        f"{100 * one.lost:.1f} {points(one.lost_ci95)}",
+        f"{100 * one.lost:.1f} {in_brackets(one.lost_ci95)}",
         "shown" if one.not_worse else "not shown",
     ]
 
@@ -138,11 +139,6 @@ def _lines(columns: list[str], rows: list[list[str]], left: int) -> list[str]:
     """
     ruler = ["---"] * left + ["---:"] * (len(columns) - left)
     return [f"| {' | '.join(row)} |" for row in (columns, ruler, *rows)]
-
-
-def points(interval: list[float]) -> str:
-    """An interval of shares, in percent."""
-    return f"[{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
 
 
 def by_seed(differences: list[float], between: str = ", ") -> str:
