@@ -140,6 +140,7 @@ def gpu_pool(database: Finding) -> Finding:
         database: what `postgres_server` found, since an instance whose database is away takes long to say so.
     """
     import dagster as dg
+    from sqlalchemy.exc import SQLAlchemyError
 
     if "DAGSTER_PG_HOST" in os.environ and not database.found:
         return Finding("pool gpu", False, "not known: the instance's database does not answer", "see PostgreSQL server")
@@ -150,7 +151,7 @@ def gpu_pool(database: Finding) -> Finding:
         with dg.DagsterInstance.from_config(str(home)) as instance:
             limits = {pool.name: pool.limit for pool in instance.event_log_storage.get_pool_limits()}
             limit = limits.get("gpu", instance.get_concurrency_config().pool_config.default_pool_limit)
-    except (dg.DagsterError, ImportError, OSError) as error:
+    except (dg.DagsterError, SQLAlchemyError, ImportError, OSError) as error:
         return Finding("pool gpu", False, f"the instance cannot be opened: {_line(error)}", f"mend {home}/dagster.yaml")
     gpus = len(_gpus())
     detail = f"limit {'none' if limit is None else limit}, GPUs here: {gpus}"

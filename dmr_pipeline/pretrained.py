@@ -68,6 +68,17 @@ def adapter_config(folder: Path) -> AdapterConfig | None:
         raise UserError(f"{path}: not the config of an adapter: {problems_of(error)[0]}") from error
 
 
+def base_revision(source: Path | str, revision: str | None, adapter: AdapterConfig) -> str | None:
+    """Commit of an adapter's base on the hub. Of an adapter in a folder a revision that is given is the base's, of one on the hub
+    its own.
+
+    Args:
+        source: of the adapter.
+        revision: that was given with it.
+    """
+    return revision if Path(source).is_dir() and revision is not None else adapter.revision
+
+
 def content_hash(source: Path) -> str:
     """Of the names and contents of all files in the folder that are not hidden, or of the one file. A file of the same size and
     time of change as before is not read again: gigabytes are hashed once."""

@@ -33,7 +33,7 @@ def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[object]:
         found.extend([name, budget, sorted(artifacts), len(fresh), folder])
         router = random_router(threshold=0.25, ties=0.5) if name.endswith("router") else None
         fresh_played = played(len(fresh), 0.21) if fresh else None
-        ties = 0.5 if name != "margin" else 1.0
+        ties = 0.5 if name != "margin" else 0.0
         return Calibration(
             threshold=0.25, ties=ties, sample=False, strict=None, validation=played(10, 0.19), fresh=fresh_played
         ), router

@@ -36,7 +36,7 @@ from dmr_pipeline.agent.formats import (
 from dmr_pipeline.agent.logits import alike, check_causal_lm, some_tokens
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.model_cache import named_folder
-from dmr_pipeline.pretrained import ADAPTER_CONFIG, adapter_config
+from dmr_pipeline.pretrained import ADAPTER_CONFIG, adapter_config, base_revision
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +110,7 @@ def load_causal_lm(
     wanted = None if stored_precision else dtype or float_dtype(device)
     adapter = adapter_config(folder)
     if adapter is not None:
-        pinned = revision if Path(source).is_dir() and revision is not None else adapter.revision
+        pinned = base_revision(source, revision, adapter)
         return _load_merged(name, folder, adapter.base_model_name_or_path, pinned, device, wanted)
     refuse_pickles(folder)
     refuse_low_bits(name, folder)

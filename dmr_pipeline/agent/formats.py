@@ -100,17 +100,26 @@ def stored_dtype(folder: Path) -> torch.dtype:
     return _FLOATS.get(sizes.most_common(1)[0][0], torch.float32) if sizes else torch.float32
 
 
+def has_weights(folder: Path) -> bool:
+    """Whether its weights are here; of a hub model that nobody has loaded yet only its texts are."""
+    return all((folder / file).is_file() for file in _weight_files(folder))
+
+
+def _weight_files(folder: Path) -> list[str]:
+    files = {WEIGHTS}
+    if not (folder / WEIGHTS).is_file() and (folder / INDEX).is_file():
+        weight_map = _read_json(folder / INDEX).get("weight_map")
+        files = {str(file) for file in weight_map.values()} if isinstance(weight_map, dict) else set()
+    return sorted(files)
+
+
 def stored_tensors(folder: Path) -> Iterator[StoredTensor]:
     """Each tensor that transformers would read, from the headers of the files.
 
     Raises:
         UserError: a file is missing, damaged or in another folder.
     """
-    files = {WEIGHTS}
-    if not (folder / WEIGHTS).is_file() and (folder / INDEX).is_file():
-        weight_map = _read_json(folder / INDEX).get("weight_map")
-        files = {str(file) for file in weight_map.values()} if isinstance(weight_map, dict) else set()
-    for file in sorted(files):
+    for file in _weight_files(folder):
         if Path(file).name != file:
             raise UserError(f"{folder / INDEX}: {file!r} is no file of this folder")
         try:

@@ -3,6 +3,7 @@
 import random
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Annotated, Literal
@@ -187,14 +188,18 @@ def experts_alfworld(
     found = [plan for plan in plans if plan is not None]
     console.print(
         f"exploring expert: {len(won)} of {len(games)} won in {step_limit} steps ({len(won) / len(games):.1%}), "
-        f"{mean(won):.1f} steps on average",
+        f"{_mean(won)} steps on average",
         soft_wrap=True,
     )
     console.print(
-        f"planner: {len(found)} of {len(games)} won, {mean(len(plan.commands) for plan in found):.1f} steps on average, "
+        f"planner: {len(found)} of {len(games)} won, {_mean([len(plan.commands) for plan in found])} steps on average, "
         f"{sum(plan.shortest for plan in found)} plans proven shortest",
         soft_wrap=True,
     )
+
+
+def _mean(numbers: Sequence[int]) -> str:
+    return f"{mean(numbers):.1f}" if numbers else "no"
 
 
 @experts_env.command("webshop")

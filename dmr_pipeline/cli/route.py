@@ -61,7 +61,7 @@ def calibrate(
     from dmr_pipeline.evaluation.route_calibration import NAMES, RouteBudget, RouterName
     from dmr_pipeline.evaluation.route_calibration import calibrate as calibrated
     from dmr_pipeline.router.model import SETTINGS_FILE, save_router
-    from dmr_pipeline.router.rules import UNDEPLOYABLE, named_at
+    from dmr_pipeline.router.rules import named_at
 
     if router not in NAMES:
         raise UserError(f"--router {router!r}: name one of {', '.join(NAMES)}")
@@ -80,9 +80,7 @@ def calibrate(
     with nullcontext() if as_json else progress_lines(), Bars(console=console, disable=as_json) as progress:
         found, settled = calibrated(loaded, router, budget, artifacts, validation, fresh, kept, progress)
     settings = None if settled is None else settled.settings.model_dump(mode="json")
-    # Lots at the threshold, samples and strict budgets are no part of a name; and not every rule can be deployed.
-    simple = is_rule and router not in UNDEPLOYABLE and not (0 < found.ties < 1 or sample or strict)
-    named = named_at(router, found.threshold) if simple else None
+    named = named_at(router, found.bar) if is_rule else None
     told: dict[str, Any] = {
         "recipe": recipe,
         "router": router,

@@ -93,12 +93,12 @@ def _materialize(
     def accept(artifact: Artifact) -> None:
         dvc_objects.check(find_stage(artifact.path.name, stages), recipe.name, artifact)
 
-    lost_history = None
-    if recipe.versioning.remote is None:
-        lost_history = dvc_objects.ensure_history(stage, recipe.name, force=config.force)
-    else:
+    remote = recipe.versioning.remote
+    if remote is not None:
         needed = [find_stage(name, stages) for name in stage.inputs] + ([stage] if stage.append_only else [])
         exchange.pull(context.instance, needed, recipe)
+    # Also beside a remote: an instance that is new records no history, and dvc.lock does.
+    lost_history = dvc_objects.ensure_history(stage, recipe.name, remote=remote, force=config.force)
     done = materialize_stage(
         stage, recipe, force=config.force, run_id=context.run_id, expected=lost_history, accept=accept
     )
@@ -109,6 +109,6 @@ def _materialize(
         commit = commit_lock(message, [dvc_stages.DVC_FILE], datetime.now(UTC).date())
         if commit is not None:
             metadata["git_commit"] = dg.MetadataValue.text(commit)
-    if recipe.versioning.remote is not None and recipe.name not in stage.committed_recipes:
+    if remote is not None and recipe.name not in stage.committed_recipes:
         exchange.push(stage, recipe, done.artifact)
     return dg.MaterializeResult(metadata=metadata, data_version=dg.DataVersion(done.artifact.hash))

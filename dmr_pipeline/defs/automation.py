@@ -2,8 +2,10 @@
 
 import hashlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import dagster as dg
+from pydantic import ValidationError
 
 from dmr_pipeline.artifacts.folders import DATA_ROOT, artifact_folder
 from dmr_pipeline.artifacts.manifest import MANIFEST, Manifest
@@ -60,10 +62,10 @@ def new_trajectories(context: dg.SensorEvaluationContext) -> dg.SensorResult | d
             archive(DATA_ROOT, name)
             waiting = waiting_contents(DATA_ROOT, name)
             reasons += lying_files(DATA_ROOT, name)
+            request = _ingestion(context.instance, name, waiting) if waiting else _retraining(context.instance, recipe)
         except UserError as error:
             reasons.append(str(error))
             continue
-        request = _ingestion(context.instance, name, waiting) if waiting else _retraining(context.instance, recipe)
         if isinstance(request, dg.RunRequest):
             requests.append(request)
         else:
@@ -109,22 +111,41 @@ def _retraining(instance: dg.DagsterInstance, recipe: Recipe) -> dg.RunRequest |
     description="Mondays at 3:00 UTC: retrains every recipe with ingested steps that its labels have not seen yet.",
 )
 def weekly_retraining(context: dg.ScheduleEvaluationContext) -> Iterator[dg.RunRequest | dg.SkipReason]:
-    due = [name for name in recipe_names() if (new_steps(name) or 0) > 0]
+    due, reasons = [], []
+    for name in recipe_names():
+        try:
+            due += [name] if (new_steps(name) or 0) > 0 else []
+        except UserError as error:
+            reasons.append(str(error))
     for name in due:
         yield dg.RunRequest(run_key=None, partition_key=name)
     if not due:
-        yield dg.SkipReason("no recipe has new steps")
+        yield dg.SkipReason("; ".join(reasons) or "no recipe has new steps")
 
 
 def new_steps(recipe: str) -> int | None:
-    """Ingested steps that the sensitivity dataset has not seen; None where one of the two is missing."""
+    """Ingested steps that the sensitivity dataset has not seen; None where one of the two is missing.
+
+    Raises:
+        UserError: a manifest is damaged.
+    """
     ingested, labelled = (_manifest(stage, recipe) for stage in ("ingested_trajectories", "sensitivity_dataset"))
     if ingested is None or labelled is None:
         return None
-    seen = SensitivitySummary.model_validate(labelled.summary).ingested_steps
-    return IngestedSummary.model_validate(ingested.summary).steps - seen
+    with _damaged_is_user_error(recipe):
+        seen = SensitivitySummary.model_validate(labelled.summary).ingested_steps
+        return IngestedSummary.model_validate(ingested.summary).steps - seen
 
 
 def _manifest(stage: str, recipe: str) -> Manifest | None:
     path = artifact_folder(stage, recipe) / MANIFEST
-    return Manifest.model_validate_json(path.read_bytes()) if path.is_file() else None
+    with _damaged_is_user_error(recipe):
+        return Manifest.model_validate_json(path.read_bytes()) if path.is_file() else None
+
+
+@contextmanager
+def _damaged_is_user_error(recipe: str) -> Iterator[None]:
+    try:
+        yield
+    except ValidationError as error:
+        raise UserError(f"{recipe}: a manifest is damaged: `dmr status {recipe}` names it") from error

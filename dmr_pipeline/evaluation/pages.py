@@ -113,7 +113,11 @@ def brief(result: Result, page: Path) -> str:
 
 def run(result: Result, page: Path) -> str:
     """When, where, with which code, and in what time the stages were made."""
-    last, runs = result.runs["evaluation_report"], result.runs
+    runs = result.runs
+    if (last := runs.get("evaluation_report")) is None:
+        raise UserError(
+            "evaluation_report has no run record here, since it was made on another machine: write its pages there"
+        )
     total = sum(stage.seconds for stage in runs.values())
     commit = f"commit {last.commit[:7]}{'' if last.clean else ', changed,'}" if last.commit else "code outside of Git"
     device = "" if last.device == last.cpu else f", {last.device}"
@@ -155,10 +159,15 @@ def keep(data_root: Path, recipe: str, stages: Iterable[str], results: Path = RE
         stages: the pipeline's; each has an artifact.
         results: where to.
 
+    Stages that came from elsewhere have no run record here: what was kept of them beside the same metrics stays.
+
     Raises:
         UserError: an artifact is missing or damaged.
     """
-    runs = {}
+    made = artifact_folder("evaluation_report", recipe, data_root) / "metrics.json"
+    metrics, kept = _metrics_file(recipe, results), _runs_file(recipe, results)
+    unchanged = made.is_file() and metrics.is_file() and kept.is_file() and made.read_bytes() == metrics.read_bytes()
+    runs = _RUNS.validate_json(kept.read_bytes()) if unchanged else {}
     for stage in stages:
         record = read_run_record(verify(artifact_folder(stage, recipe, data_root)))
         if record is not None:
@@ -173,10 +182,8 @@ def keep(data_root: Path, recipe: str, stages: Iterable[str], results: Path = RE
                 torch=record.libraries.get("torch"),
             )
     results.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(
-        artifact_folder("evaluation_report", recipe, data_root) / "metrics.json", _metrics_file(recipe, results)
-    )
-    with replaced(_runs_file(recipe, results)) as part:
+    shutil.copyfile(made, metrics)
+    with replaced(kept) as part:
         part.write_bytes(_RUNS.dump_json(runs, indent=2) + b"\n")
 
 

@@ -167,6 +167,7 @@ def checking_alone(
     steps, high, routed = pl.col("steps"), rung == route[0], rung in route
     at = pl.concat_list([steps * (rung == one) for one in route]) if routed else pl.lit([], pl.List(pl.Int64()))
     return played.with_columns(
+        variant_of=pl.lit(entry.variant_of),
         steps_at=at,
         high_steps=steps * high,
         high_tokens=pl.col("high_tokens") * high,
@@ -220,7 +221,9 @@ def acting_facts(checkpoints: Path, recipe: Recipe, rungs: Sequence[str]) -> dic
         checkpoints: artifact of the stage `quantized_checkpoints`.
         rungs: that act, dearest first.
     """
-    precisions, counted = recipe.precisions, {"prompt_lookup", "cache"} if len(rungs) > 1 else {"prompt_lookup"}
+    precisions, counted = recipe.precisions, {"prompt_lookup", "kernels"}
+    if len(rungs) > 1:
+        counted |= {"cache", "speculative"}
     return {
         **precisions.model_dump(mode="json", include=counted),  # nothing, by their defaults
         "rungs": [[rung, content(checkpoints, f"{rung}/")] for rung in rungs],

@@ -92,6 +92,10 @@ class Calibration(FrozenModel):
     fresh: Played | None
     """None where the benchmark has a list of tasks that ends."""
 
+    @property
+    def bar(self) -> Bar:
+        return Bar(self.threshold, self.ties, self.sample, self.strict)
+
 
 def calibrate(
     recipe: Recipe,

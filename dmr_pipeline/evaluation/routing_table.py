@@ -16,6 +16,7 @@ AIQ and QNC lean in the router's favour.
 """
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TypedDict
 
@@ -94,8 +95,8 @@ def read_table(path: Path) -> pl.DataFrame:
     """
     readers: dict[str, Callable[[Path], pl.DataFrame]] = {
         ".parquet": pl.read_parquet,
-        ".csv": pl.read_csv,
-        ".jsonl": pl.read_ndjson,
+        ".csv": partial(pl.read_csv, infer_schema_length=None),
+        ".jsonl": partial(pl.read_ndjson, infer_schema_length=None),
     }
     if path.suffix not in readers:
         raise UserError(f"{path}: a table ends in {', '.join(readers)}")

@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from dmr_pipeline.agent.checkpoint import float_dtype, resolve_device
-from dmr_pipeline.agent.formats import stored_dtype
+from dmr_pipeline.agent.formats import has_weights, stored_dtype
 from dmr_pipeline.agent.memory import free_memory
 from dmr_pipeline.environments.benchmark import benchmark_of
 from dmr_pipeline.peak_memory import own_bytes
@@ -79,7 +79,7 @@ def plan(recipe: Recipe, data_root: Path, success: float, speed: Speed | None) -
         learns_in = COMPUTE if agent.finetune is not None else torch.float32 if agent.training is not None else None
         rows, runtime = recipe.runtime.batch_episodes, recipe.runtime
         threads = runtime.all_threads if agent.finetune is not None else runtime.threads  # as stages/agent.py has them
-        speed = measured_speed(config, dtype, device, episodes, rows, learns_in, threads, free)
+        speed = measured_speed(config, dtype, device, episodes, model.capacity, rows, learns_in, threads, free)
     assumed = Assumptions(success, episodes, speed, min(processes_on(device, recipe.runtime), cores()), program)
     held, stored, work = memory(recipe, model, assumed), disk(recipe, model, assumed), works(recipe, model, assumed)
     needs = tuple(
@@ -100,9 +100,11 @@ def plan(recipe: Recipe, data_root: Path, success: float, speed: Speed | None) -
 
 
 def _model(recipe: Recipe, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> Model:
+    pretrained, stored = recipe.agent.pretrained, torch.float16
+    if pretrained is not None:
+        folder, _ = config_folder(pretrained)
+        stored = stored_dtype(folder) if has_weights(folder) else config.dtype or torch.float32
     shaped, text = without_weights(config, dtype), config.get_text_config()
-    pretrained = recipe.agent.pretrained
-    stored = stored_dtype(config_folder(pretrained)[0]) if pretrained is not None else torch.float16
     return Model(
         parameters=sum(parameter.numel() for parameter in shaped.parameters()),
         vocabulary=shaped.get_input_embeddings().weight.shape[0],

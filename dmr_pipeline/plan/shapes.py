@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from dmr_pipeline.agent.checkpoint import load_tokenizer, local_folder, unusable_files
 from dmr_pipeline.precision.quantization import quantize_rung
-from dmr_pipeline.pretrained import adapter_config
+from dmr_pipeline.pretrained import adapter_config, base_revision
 from dmr_pipeline.recipe.agent import Training
 from dmr_pipeline.recipe.model import Pretrained
 from dmr_pipeline.recipe.precisions import Rung
@@ -43,7 +43,7 @@ def config_folder(source: Pretrained) -> tuple[Path, str | None]:
     adapter = adapter_config(folder)
     if adapter is None or adapter.base_model_name_or_path is None:
         return folder, source.revision
-    revision = adapter.revision or source.revision
+    revision = base_revision(source.model, source.revision, adapter)
     return local_folder(adapter.base_model_name_or_path, revision, weights=False), revision
 
 

@@ -50,6 +50,7 @@ def measured_speed(
     dtype: torch.dtype,
     device: torch.device,
     episodes: Episodes,
+    capacity: int,
     rows: int,
     learns_in: torch.dtype | None,
     threads: int,
@@ -62,6 +63,7 @@ def measured_speed(
 
     Args:
         dtype: that it acts in.
+        capacity: tokens that a transcript may have.
         rows: episodes at once.
         learns_in: of the matrix products of training; None where nothing is trained.
         threads: torch's when it learns.
@@ -70,8 +72,10 @@ def measured_speed(
     few, share = _few_layers(config, dtype, free)
     model = random_causal_lm(few, device).to(dtype)
     rows = min(rows, ROWS)
-    middle, segment = int(episodes.tokens(episodes.steps / 2)), max(int(episodes.segment), 1)
-    streams = token_streams(model, rows, middle + _REPEATS * (segment + 4) + 16)
+    segment = max(int(episodes.segment), 1)
+    besides = _REPEATS * (segment + 4) + 16
+    middle = max(1, min(int(episodes.tokens(episodes.steps / 2)), capacity - besides))
+    streams = token_streams(model, rows, middle + besides)
     everyone = list(range(rows))
     streams.extend(everyone, [[1] * middle] * rows)
     reading, writing = [], []
@@ -83,7 +87,7 @@ def measured_speed(
     vocabulary, width = model.get_output_embeddings().weight.shape
     acting_threads = torch.get_num_threads()
     torch.set_num_threads(threads)
-    learn = _learning(model, episodes, device, learns_in, share)
+    learn = _learning(model, episodes, capacity, device, learns_in, share)
     torch.set_num_threads(acting_threads)
     return Speed(read, write, learn, True, _comparing(vocabulary, device), _rounding(width, device))
 
@@ -126,11 +130,16 @@ def weights_gone_through(config: PreTrainedConfig, dtype: torch.dtype) -> int:
 
 
 def _learning(
-    model: PreTrainedModel, episodes: Episodes, device: torch.device, compute: torch.dtype | None, share: float
+    model: PreTrainedModel,
+    episodes: Episodes,
+    capacity: int,
+    device: torch.device,
+    compute: torch.dtype | None,
+    share: float,
 ) -> float:
     if compute is None:
         return 0.0
-    length = int(episodes.tokens(episodes.steps))
+    length = min(int(episodes.tokens(episodes.steps)), capacity)
     targets = [1 if i % length < episodes.steps * episodes.action else IGNORED for i in range(length)]
     examples = [Example([1] * length, targets, int(episodes.steps))]
     model = model.float().train()

@@ -14,6 +14,8 @@ from dmr_pipeline.agent.formats import refuse_architecture
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.precision.gguf_file import gguf_config, load_gguf, open_gguf
 
+_NORMS_EPSILON = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps")
+"""What configs call the number that their norms divide by at least."""
 _CPU = torch.device("cpu")
 _BYTE_LEVEL = "gpt2"
 _PLAIN = (None, "default", "gpt-2")
@@ -42,7 +44,8 @@ def convert_gguf(path: Path, folder: Path, name: str) -> None:
             refuse_architecture(name, config)
             config.dtype = torch.float32
             # The file has single precision, in which 1e-05 is 9.999999747378752e-06.
-            config.rms_norm_eps = float(str(np.float32(config.rms_norm_eps)))
+            for name_of_it in set(_NORMS_EPSILON) & set(config.to_dict()):
+                setattr(config, name_of_it, float(str(np.float32(getattr(config, name_of_it)))))
             model = load_gguf(path, config, _CPU)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error

@@ -194,9 +194,14 @@ def is_rule_at_bar(text: str) -> bool:
     return ">" in text
 
 
-def named_at(rule: str, threshold: float) -> str:
-    """What `rule_at_bar` reads."""
-    return f"{rule}>{threshold:.6g}"
+def named_at(rule: str, bar: Bar) -> str | None:
+    """What `rule_at_bar` reads; None where it cannot say this: lots at the threshold, samples, strict budgets, all steps."""
+    if rule in UNDEPLOYABLE or bar.sample or bar.strict is not None or 0 < bar.ties < 1:
+        return None
+    said, above = f"{bar.threshold:.6g}", bar.ties == 1
+    if (float(said) < bar.threshold) != above:  # a level that is just the threshold is to stay on its side
+        said = f"{bar.threshold * (1 - 1e-5 if above else 1 + 1e-5):.6g}"
+    return None if above and bar.threshold <= 0 else f"{rule}>{said}"
 
 
 def rule_at_bar(text: str, there: Mapping[str, Rule], route: Sequence[str]) -> AtBar:

@@ -5,6 +5,7 @@ where objects are touched.
 """
 
 import logging
+import os
 import subprocess
 import tempfile
 from collections.abc import Collection, Iterator, Mapping
@@ -204,6 +205,7 @@ def _output_hash(entry: Mapping[str, Any], stage: Stage, recipe: str) -> str | N
 
 def _is_gits(folder: Path) -> bool:
     """Is it, file by file, what Git's index has? Compared by content: Git itself trusts the files' times."""
+    folder = Path(os.path.relpath(folder))  # as Git names what it lists
     listed = _git("ls-files", "--stage", "-z", "--", str(folder))
     staged = {}
     for line in filter(None, listed.split("\0")):

@@ -163,6 +163,14 @@ def test_misplaced_files_and_bad_recipes_are_named_and_stop_nothing(instance: dg
     assert [request.partition_key for request in tick(instance)] == [RECIPE]
 
 
+def test_a_damaged_manifest_is_named_and_stops_no_other_recipe(instance: dg.DagsterInstance):
+    manifest = artifact_folder("ingested_trajectories", RECIPE) / "manifest.json"
+    manifest.write_bytes(manifest.read_bytes()[:50])
+    assert f"{RECIPE}: a manifest is damaged: `dmr status {RECIPE}` names it" in tick(instance)
+    (skipped,) = weekly_retraining(dg.build_schedule_context(instance))
+    assert "a manifest is damaged" in (skipped.skip_message or "")
+
+
 def test_what_is_no_file_is_named_or_asked_for_but_never_opened(instance: dg.DagsterInstance):
     (INCOMING / "[folder]\x1b").mkdir(parents=True)
     assert rf"{INCOMING}/[folder]\x1b: it is a folder, no file" in tick(instance)

@@ -1,5 +1,6 @@
 """Two machines: each its own checkout, working folder and DVC cache; shared are Dagster's instance and a DVC remote."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -15,10 +16,13 @@ from dmr_pipeline.artifacts.manifest import hash_files, verify
 from dmr_pipeline.cli import app
 from dmr_pipeline.defs import runs
 from dmr_pipeline.errors import UserError
+from dmr_pipeline.ingestion.schema import EXAMPLE
 from dmr_pipeline.versioning import dvc_stages
 from tests.helpers.fake_project import RECIPE, commit_agent, dvc, enter_project, make_project
 
 NAMES = [stage.name for stage in pipeline.STAGES]
+INGESTION = pipeline.find_stage("ingested_trajectories", pipeline.STAGES)
+"""The real one."""
 
 
 @pytest.fixture
@@ -75,6 +79,25 @@ def test_an_agent_that_git_carries_is_not_exchanged(machines: dict[str, Path], m
         runs.materialize(pipeline.STAGES, RECIPE, ["quantized_checkpoints"])
     shutil.copytree(machines["first"] / "data/fake/agent", "data/fake/agent")
     runs.materialize(pipeline.STAGES, RECIPE, ["quantized_checkpoints"])
+
+
+def test_a_clone_whose_instance_is_new_goes_on_with_the_history_of_dvc_lock(
+    machines: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+):
+    """The remote has its objects, and nobody but dvc.lock says which."""
+    stages = tuple(INGESTION if stage.name == INGESTION.name else stage for stage in pipeline.STAGES)
+    incoming = Path("data/incoming") / RECIPE
+    incoming.mkdir(parents=True)
+    (incoming / "one.jsonl").write_text(json.dumps(EXAMPLE) + "\n")
+    runs.materialize(stages, RECIPE, ["benchmark_tasks", INGESTION.name])
+    before = verify(artifact_folder(INGESTION.name, RECIPE))
+    assert before.manifest.summary["episodes"] == 1
+
+    shutil.copyfile("dvc.lock", machines["second"] / "dvc.lock")
+    enter_project(machines["second"], monkeypatch)
+    monkeypatch.setenv("DAGSTER_HOME", str(machines["second"] / "dagster_home"))
+    runs.materialize(stages, RECIPE, ["benchmark_tasks", INGESTION.name])
+    assert verify(artifact_folder(INGESTION.name, RECIPE)).hash == before.hash
 
 
 def test_pull_needs_a_remote(machines: dict[str, Path]):

@@ -510,6 +510,10 @@ def test_all_that_acting_reads_of_the_recipe_is_among_the_facts(artifacts: Path)
         recipe.model_copy(
             update={"precisions": recipe.precisions.model_copy(update={"prompt_lookup": PromptLookup()})}
         ),
+        recipe.model_copy(update={"precisions": recipe.precisions.model_copy(update={"kernels": "low_bit"})}),
+        recipe.model_copy(
+            update={"precisions": recipe.precisions.model_copy(update={"speculative": Speculative(draft_tokens=3)})}
+        ),
     ]
     facts = [json.dumps(acting_facts(checkpoints, other, ("float", "int2"))) for other in [recipe, *changed]]
     other_rungs = (("int4", "int2"), ("float", "int4"), ("float", "int4", "int2"), ("float",), ("int2",))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dmr_pipeline.artifacts.folders import artifact_folder
+from dmr_pipeline.artifacts.folders import artifact_folder, sidecar_path
 from dmr_pipeline.artifacts.manifest import verify
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.evaluation import pages
@@ -258,6 +258,13 @@ def test_a_finished_run_is_kept_for_the_pages(finished_project: Recipe) -> None:
     assert (pages.RESULTS / f"{name}.metrics.json").read_bytes() == made.read_bytes()
     runs = json.loads((pages.RESULTS / f"{name}.runs.json").read_text())
     assert runs["evaluation_report"]["seconds"] >= 0
+    sidecar_path(artifact_folder("evaluation_report", name)).unlink()  # as where the artifact came from elsewhere
+    again = dmr("report", name, "--markdown")
+    assert again.exit_code == 0, again.output
+    assert json.loads((pages.RESULTS / f"{name}.runs.json").read_text()) == runs
+    (pages.RESULTS / f"{name}.runs.json").unlink()
+    unknown = dmr("report", name, "--markdown")
+    assert (unknown.exit_code, "was made on another machine" in unknown.output) == (2, True)
     assert "Made on " in Path("README.md").read_text(encoding="utf-8")
 
 

@@ -102,7 +102,7 @@ def test_a_rule_is_set_to_a_budget_as_routers_are(played: list[int], tmp_path: P
     assert 0.2 < found.validation.high_ratio <= 0.3
     rollouts = rollouts_of(ROUTE)
     there = rules(ROUTE, rollouts.step_limit, rollouts.prompter, True, 0)
-    named = rule_at_bar(named_at("margin", found.threshold), there, ROUTE)
+    named = rule_at_bar(named_at("margin", found.bar), there, ROUTE)
     episodes = rollouts.play([RolloutRequest(game) for game in VALIDATION], named, 0)
     steps = [step for trajectory in episodes for step in trajectory.steps]
     ratio = sum(step.precision == "float" for step in steps) / len(steps)

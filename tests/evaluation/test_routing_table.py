@@ -160,6 +160,19 @@ def test_the_command_reads_each_format(tmp_path: Path, monkeypatch: pytest.Monke
     assert max(map(len, shown.output.splitlines())) <= 80
 
 
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+def test_what_a_late_row_holds_may_be_of_another_kind(tmp_path: Path, suffix: str) -> None:
+    """Whole numbers first, and a half after more rows than anybody looks at to guess."""
+    rows = [{"query": i, "strong": 1, "weak": i % 2, "score": i} for i in range(300)]
+    rows.append({"query": 300, "strong": 0.5, "weak": 0.25, "score": 0.5})
+    path = tmp_path / f"t.{suffix}"
+    if suffix == "csv":
+        path.write_text("\n".join([",".join(rows[0]), *(",".join(map(str, row.values())) for row in rows)]))
+    else:
+        path.write_text("\n".join(map(json.dumps, rows)))
+    assert read_table(path).row(-1)[1:4] == (0.5, 0.25, 0.5)
+
+
 @pytest.mark.parametrize(
     ("name", "text", "said"),
     [

@@ -10,6 +10,7 @@ import torch
 import yaml
 from transformers import LlamaConfig
 
+from dmr_pipeline.agent.checkpoint import save_causal_lm
 from dmr_pipeline.environments.benchmark import benchmark_of
 from dmr_pipeline.plan import machine, predict
 from dmr_pipeline.plan.episodes import Episodes, tried_episodes
@@ -17,13 +18,17 @@ from dmr_pipeline.plan.predict import Plan, plan
 from dmr_pipeline.plan.speed import Speed, measured_speed, weights_gone_through
 from dmr_pipeline.plan.stages import Assumptions, Model, Need, Work, seconds, works
 from dmr_pipeline.recipe import Recipe
+from dmr_pipeline.recipe.agent import Agent, Prompt
+from dmr_pipeline.recipe.model import Pretrained
 from dmr_pipeline.recipe.precisions import Rung
 from dmr_pipeline.recipe.sensitivity import Consequences
 from dmr_pipeline.rollout.prompts import Prompter
 from dmr_pipeline.training.examples import expert_example
+from dmr_pipeline.training.train import new_model
 from dmr_pipeline.training.vocabulary import word_tokenizer
 from tests.helpers.commands import dmr
 from tests.helpers.micro_recipe import RECIPE_YAML
+from tests.helpers.routers import ARCHITECTURE, TOKENIZER
 
 CPU = torch.device("cpu")
 SPEED = Speed(read=1000.0, write=100.0, learn=500.0, measured=False)
@@ -185,7 +190,7 @@ def test_what_cannot_fit_is_refused_in_one_line(tmp_path: Path, monkeypatch: pyt
     assert dmr("plan", "micro", "--read-speed", "1000").exit_code == 2
 
 
-def llama(layers: int, **others: bool) -> LlamaConfig:
+def llama(layers: int, **others: int) -> LlamaConfig:
     return LlamaConfig(
         vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=layers, num_attention_heads=2,
         num_key_value_heads=1, **others,
@@ -194,13 +199,29 @@ def llama(layers: int, **others: bool) -> LlamaConfig:
 
 def test_speed_is_measured_with_random_weights() -> None:
     config = llama(8)
-    whole = measured_speed(config, torch.float32, CPU, EPISODES, 4, torch.float32, threads=2, free=10**9)
+    whole = measured_speed(config, torch.float32, CPU, EPISODES, 10_000, 4, torch.float32, threads=2, free=10**9)
     assert whole.compare is not None
     assert whole.round is not None
     assert min(whole.read, whole.write, whole.learn, whole.compare, whole.round) > 0
     assert whole.read > whole.write, "a segment is read in one pass"
     assert config.num_hidden_layers == 8
-    assert measured_speed(config, torch.float32, CPU, EPISODES, 4, None, threads=1, free=10**9).learn == 0
+    assert measured_speed(config, torch.float32, CPU, EPISODES, 10_000, 4, None, threads=1, free=10**9).learn == 0
+
+
+def test_a_model_with_few_positions_is_tried_as_far_as_they_go() -> None:
+    config, long = llama(1, max_position_embeddings=300), replace(EPISODES, opening=500.0)
+    assert measured_speed(config, torch.float32, CPU, long, 300, 2, torch.float32, threads=1, free=10**9).learn > 0
+
+
+def test_a_hub_model_is_planned_before_its_weights_are_here(tmp_path: Path) -> None:
+    """By its config alone, in whose dtype they are taken to be stored."""
+    folder = tmp_path / "there"
+    save_causal_lm(new_model(ARCHITECTURE, len(TOKENIZER), 0), TOKENIZER, folder, torch.bfloat16)
+    recipe = RECIPE.model_copy(update={"agent": Agent(pretrained=Pretrained(model=str(folder)), prompt=Prompt())})
+    with_weights = plan(recipe, Path("data"), 0.9, SPEED)
+    (folder / "model.safetensors").unlink()
+    without = plan(recipe, Path("data"), 0.9, SPEED)
+    assert [need.disk for need in without.stages] == [need.disk for need in with_weights.stages]
 
 
 def test_learning_is_timed_with_its_own_threads(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,7 +230,9 @@ def test_learning_is_timed_with_its_own_threads(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(speed, "_learning", lambda *_: float(torch.get_num_threads()))
     before = torch.get_num_threads()
     config = llama(1)
-    found = measured_speed(config, torch.float32, CPU, EPISODES, 4, torch.float32, threads=before + 1, free=10**9)
+    found = measured_speed(
+        config, torch.float32, CPU, EPISODES, 10_000, 4, torch.float32, threads=before + 1, free=10**9
+    )
     assert found.learn == before + 1
     assert torch.get_num_threads() == before
 

@@ -126,9 +126,40 @@ def test_who_is_told_what_was_played_goes_on_as_who_was_asked() -> None:
         assert decision.exceedance[0] == wanted[-1], name
 
 
+@pytest.mark.parametrize("rule", ["first", "stuck", "evenly", "margin"])
+@pytest.mark.parametrize("ties", [0.0, 1.0])
+def test_a_name_says_what_its_bar_does_where_levels_are_just_the_threshold(rule: str, ties: float) -> None:
+    there, segments = rules(ROUTE, LIMIT, PROMPTER, True, 0), [1, 2, 1, 1, 3]
+    threshold = levels(named(rule), segments, scripts=[Script(margin=0.3) for _ in segments])[2]
+    bar = Bar(threshold, ties)
+
+    def decided(policy: AtBar) -> list[str]:
+        found = []
+        policy.begin(0, RolloutRequest(GAME))
+        for segment in segments:
+            (decision,) = policy.decide([0], [[segment]], Script(margin=0.3))
+            found.append(decision.precision)
+            policy.acted(0, [segment], decision.precision, [5])
+        return found
+
+    name = named_at(rule, bar)
+    assert name is not None
+    assert decided(rule_at_bar(name, there, ROUTE)) == decided(AtBar(named(rule), ROUTE, bar))
+
+
+def test_what_a_name_cannot_say_has_none() -> None:
+    assert named_at("stuck", Bar(0.0, ties=1.0)) is None  # all steps
+    assert named_at("stuck", Bar(0.4, ties=0.5)) is None
+    assert named_at("margin", Bar(0.4, sample=True)) is None
+    assert named_at("margin", Bar(0.4, strict=0.2)) is None
+    assert named_at("episode_margin", Bar(0.4)) is None
+
+
 def test_a_rule_at_a_threshold_by_its_name() -> None:
     there = rules(ROUTE, LIMIT, PROMPTER, True, 0)
-    at_bar = rule_at_bar(named_at("margin", 0.4), there, ROUTE)
+    name = named_at("margin", Bar(0.4, ties=0.0))
+    assert name == "margin>0.4"
+    at_bar = rule_at_bar(name, there, ROUTE)
     found = []
     at_bar.begin(0, RolloutRequest(GAME))
     for turn, margin in enumerate((0.9, 0.6, 0.599, 0.1)):

@@ -8,7 +8,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import PreTrainedModel
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from dmr_pipeline.agent.checkpoint import load_causal_lm, save_causal_lm
 from dmr_pipeline.artifacts.resume import load_state
@@ -107,6 +107,29 @@ def test_a_killed_fine_tuning_ends_as_an_unbroken_one(
     assert files
     for file in files:
         assert (resumed / file).read_bytes() == (whole / file).read_bytes(), file
+
+
+def test_a_model_with_dropout_resumes_as_an_unbroken_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = GPT2Config(vocab_size=len(TOKENIZER), n_positions=512, n_embd=32, n_layer=2, n_head=2, resid_pdrop=0.5)
+    base = tmp_path / "base"
+    save_causal_lm(GPT2LMHeadModel(config), TOKENIZER, base, torch.bfloat16)
+    monkeypatch.setattr(module, "_SAVED_EVERY", 0)
+    finetune = FINETUNE.model_copy(update={"lora": None})
+    whole = weights(tuned(base, tmp_path / "whole", finetune))
+
+    def killed(update: int, training: Finetune) -> float:
+        if update == 5:
+            raise KeyboardInterrupt
+        return schedule(update, training)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "schedule", killed)
+        with pytest.raises(KeyboardInterrupt):
+            tuned(base, tmp_path / "broken", finetune)
+    torch.rand(7)  # another process has another state
+    resumed = weights(tuned(base, tmp_path / "broken", finetune))
+    assert all(torch.equal(weight, whole[name]) for name, weight in resumed.items())
+    assert whole
 
 
 def test_an_llm_learns_with_the_cores_of_all_processes(

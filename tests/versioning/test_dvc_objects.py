@@ -274,6 +274,7 @@ def test_committed_artifact_that_git_has_is_no_damage(finished_project: Recipe):
     changed = change_manifest(folder)
     subprocess.run(["git", "add", "--force", str(folder)], check=True)
     dvc_objects.check(stage, RECIPE, changed)
+    dvc_objects.check(stage, RECIPE, verify(folder.resolve()))
     (folder / "stray").write_text("x")
     with pytest.raises(UserError, match="dmr restore agent"):
         dvc_objects.check(stage, RECIPE, changed)

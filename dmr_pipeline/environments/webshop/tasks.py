@@ -51,7 +51,7 @@ def official_catalogue(settings: "OfficialWebShop", folder: Path) -> Catalogue:
     """
     tagger = installed_tagger() if settings.nouns == "installed" else settings.nouns
     packed, pack = official_shop()
-    shutil.copytree(packed, folder, ignore=shutil.ignore_patterns("pack.json"))
+    shutil.copytree(packed, folder, ignore=shutil.ignore_patterns("pack.json"), dirs_exist_ok=True)
     description = f"{pack.products} products of WebShop ({pack.name}), {settings.goals} goals"
     return Catalogue(description, settings.price_seed, tagger, human=settings.goals == "human")
 
