@@ -244,6 +244,7 @@ def test_what_is_said_of_webshop_is_what_its_results_say() -> None:
     assert 2.8 < full.cost / low.cost < 3.3
     said = f"wins {low.success:.1%} of {found.games} test goals at int4, {full.success:.1%} in bfloat16"
     assert f"{said} for three times the cost" in readme
+    assert f"beside prompt lookup, {to_high.saved:.0%}." in concept
     assert f"with prompt lookup; {low.success:.1%} and {full.success:.1%} of {found.games} test goals" in concept
 
 
