@@ -30,6 +30,8 @@ from dmr_pipeline.rollout.known import Known
 from dmr_pipeline.rollout.playing import PolicyRuns, Rollouts
 from dmr_pipeline.rollout.policy import RoutingPolicy, SinglePrecision
 from dmr_pipeline.rollout.trajectory import RolloutRequest, Trajectory
+from dmr_pipeline.router.kl import ROUTER_FOLDER
+from dmr_pipeline.router.model import Router
 
 log = logging.getLogger(__name__)
 
@@ -221,9 +223,7 @@ def acting_facts(checkpoints: Path, recipe: Recipe, rungs: Sequence[str]) -> dic
         checkpoints: artifact of the stage `quantized_checkpoints`.
         rungs: that act, dearest first.
     """
-    precisions, counted = recipe.precisions, {"prompt_lookup", "kernels"}
-    if len(rungs) > 1:
-        counted |= {"cache", "speculative"}
+    precisions, counted = recipe.precisions, {"prompt_lookup", "kernels"} | ({"cache"} if len(rungs) > 1 else set())
     return {
         **precisions.model_dump(mode="json", include=counted),  # nothing, by their defaults
         "rungs": [[rung, content(checkpoints, f"{rung}/")] for rung in rungs],
@@ -234,6 +234,18 @@ def acting_facts(checkpoints: Path, recipe: Recipe, rungs: Sequence[str]) -> dic
         "agent": recipe.agent.model_dump(mode="json", exclude={"pretrained", "training"}),
         "seed": recipe.evaluation.seed,
     }
+
+
+def router_content(artifact: Path, router: Router, drafts: Speculative | None) -> dict[str, JsonValue]:
+    """All of a router's artifact that its episodes depend on; and how drafts are written, where it decides after them.
+
+    Args:
+        drafts: `precisions.speculative`.
+    """
+    found = content(artifact, f"{ROUTER_FOLDER}/")
+    if router.settings.decides == "after" and drafts is not None:
+        found["drafts"] = drafts.model_dump(mode="json")
+    return found
 
 
 def content(artifact: Path, prefix: str = "") -> dict[str, JsonValue]:

@@ -15,7 +15,7 @@ from dmr_pipeline.errors import UserError
 from dmr_pipeline.evaluation.curves import tunables
 from dmr_pipeline.evaluation.kept import KeptTables
 from dmr_pipeline.evaluation.metrics import game_weights, percentiles, success_interval
-from dmr_pipeline.evaluation.play import Arena, acting_facts, content, evaluate
+from dmr_pipeline.evaluation.play import Arena, acting_facts, content, evaluate, router_content
 from dmr_pipeline.evaluation.results import Interval
 from dmr_pipeline.evaluation.tuning import Range, Tunable, mean_of, spend_of, tune_to_cost, tune_to_ratios
 from dmr_pipeline.frozen_model import FrozenModel
@@ -130,7 +130,7 @@ def calibrate(
             name,
             "router",
             asking_policy(router, arena.rollouts.slots(max(len(validation), len(fresh)))),
-            {"router": content(artifacts[name], f"{ROUTER_FOLDER}/")},
+            {"router": router_content(artifacts[name], router, recipe.precisions.speculative)},
             router.pass_bytes,
         )
     else:

@@ -15,7 +15,14 @@ from dmr_pipeline.evaluation.curves import as_baselines, best_rules, play_curves
 from dmr_pipeline.evaluation.figures import figures
 from dmr_pipeline.evaluation.kept import KeptTables
 from dmr_pipeline.evaluation.metrics import compute_metrics
-from dmr_pipeline.evaluation.play import Arena, acting_facts, content, evaluate, static_beside_the_route
+from dmr_pipeline.evaluation.play import (
+    Arena,
+    acting_facts,
+    content,
+    evaluate,
+    router_content,
+    static_beside_the_route,
+)
 from dmr_pipeline.evaluation.plots import (
     plot_accuracy_cost,
     plot_calibration,
@@ -68,7 +75,8 @@ def evaluation_report(context: StageContext) -> StageResult:
     arena = Arena.load(checkpoints, recipe, recipe.evaluation.seed)
     cheapest, device = arena.rollouts.acting.models[route[-1]], arena.rollouts.device
     routers = {name: load_router(context.inputs[name] / ROUTER_FOLDER, device, cheapest) for name in ROUTERS}
-    files = {name: content(context.inputs[name], f"{ROUTER_FOLDER}/") for name in ROUTERS}
+    drafts = recipe.precisions.speculative
+    files = {name: router_content(context.inputs[name], router, drafts) for name, router in routers.items()}
 
     with Bars() as progress:
         candidates = router_entries(routers, files, arena.rollouts.slots(len(validation)))

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import polars as pl
@@ -17,7 +18,7 @@ from dmr_pipeline.artifacts.manifest import hash_files, write_manifest
 from dmr_pipeline.artifacts.stage import StageContext
 from dmr_pipeline.environments.alfworld.generator import generate_game
 from dmr_pipeline.environments.alfworld.store import write_games
-from dmr_pipeline.evaluation.play import acting_facts
+from dmr_pipeline.evaluation.play import acting_facts, router_content
 from dmr_pipeline.precision.ladder import LADDER_FILE, read_ladder
 from dmr_pipeline.recipe import Recipe
 from dmr_pipeline.recipe.precisions import PromptLookup, Speculative
@@ -494,6 +495,17 @@ def test_nothing_is_drafted_where_commands_are_scored(bench: Bench, monkeypatch:
     assert not any("drafter='int2'" in policy for policy in timed)
 
 
+@pytest.mark.parametrize(("decides", "counts"), [("before", False), ("after", True)])
+def test_drafts_count_where_a_router_decides_after_them(artifacts: Path, decides: str, counts: bool) -> None:
+    router = SimpleNamespace(settings=SimpleNamespace(decides=decides))
+    found = [
+        router_content(artifacts / "kl_router", router, drafts)
+        for drafts in (None, Speculative(draft_tokens=2), Speculative(draft_tokens=3))
+    ]
+    assert len({json.dumps(one) for one in found}) == (3 if counts else 1)
+    assert "router.json" in found[0]
+
+
 def test_all_that_acting_reads_of_the_recipe_is_among_the_facts(artifacts: Path) -> None:
     recipe = make_recipe()
     checkpoints = artifacts / "quantized_checkpoints"
@@ -511,9 +523,6 @@ def test_all_that_acting_reads_of_the_recipe_is_among_the_facts(artifacts: Path)
             update={"precisions": recipe.precisions.model_copy(update={"prompt_lookup": PromptLookup()})}
         ),
         recipe.model_copy(update={"precisions": recipe.precisions.model_copy(update={"kernels": "low_bit"})}),
-        recipe.model_copy(
-            update={"precisions": recipe.precisions.model_copy(update={"speculative": Speculative(draft_tokens=3)})}
-        ),
     ]
     facts = [json.dumps(acting_facts(checkpoints, other, ("float", "int2"))) for other in [recipe, *changed]]
     other_rungs = (("int4", "int2"), ("float", "int4"), ("float", "int4", "int2"), ("float",), ("int2",))
