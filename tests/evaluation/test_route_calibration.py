@@ -49,6 +49,7 @@ def played(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     monkeypatch.setattr(Rollouts, "play_each", counting)
     monkeypatch.setattr(route_calibration, "load_router", lambda *_: router)
     monkeypatch.setattr(route_calibration, "content", lambda *_: {})
+    monkeypatch.setattr(route_calibration, "router_content", lambda *_: {})
     monkeypatch.setattr(route_calibration, "acting_facts", lambda *_: {})
     return found
 
