@@ -120,7 +120,7 @@ def test_what_is_said_of_the_router_against_the_rule_is_what_its_results_say() -
     points, first = ({point.policy: point for point in results.points} for results in (found, before))
     beside = {(one.policy, one.against): one for one in found.references}
     (planned,) = found.compared
-    kl, rule, high = points["kl"], points["rule:margin"], points["always_int8"]
+    kl, rule = points["kl"], points["rule:margin"]
     readme, page, concept = map(words, PLACES)
 
     assert found.study.first_game == before.games, "none of the games is one of those"
@@ -155,17 +155,48 @@ def test_what_is_said_of_the_router_against_the_rule_is_what_its_results_say() -
     assert f"act differently wins {oracle.success:.1%} at {oracle.cost:.3f}" in page
     assert to_oracle.difference > 0
 
-    alone = f"int8 {high.success:.1%} at {high.cost:.2f})"
-    assert f"for {to_high.saved:.0%} less ({kl.success:.1%} at {kl.cost:.2f}; {alone}" in readme
-    assert f"{alone}, {100 * to_low.difference:.1f} points more than int4" in readme
-    assert (
-        f"than int4 ({span(to_low.difference_ci95)}), and {100 * planned.difference:.1f} more than the rule" in readme
-    )
     in_brief = f"at equal cost ({span(planned.difference_ci95)}; p = {planned.p_holm:.3f}"
-    assert in_brief in readme
     assert f"On those games it wins {rule.success:.1%} at {rule.cost:.2f};" in readme
     assert f"{kl.success:.1%} at {kl.cost:.2f}, {saved} ({span(to_high.saved_ci95)})" in concept
     assert f"{100 * planned.difference:.1f} points more than the rule {in_brief}" in concept
+
+
+def test_what_is_said_of_three_trainings_is_what_their_results_say() -> None:
+    found, one = (
+        pages.read_results(f"alfworld-smollm2-{name}", REPOSITORY / places.RESULTS) for name in ("seeds", "confirm")
+    )
+    points, (planned,) = {point.policy: point for point in found.points}, found.compared
+    beside = {ref.against: ref for ref in found.references if ref.policy == "kl"}
+    kl, high = points["kl"], points["always_int8"]
+    readme, page, concept = map(words, PLACES)
+
+    first = next(point for point in one.points if point.policy == "kl")
+    assert kl.by_seed[0] == first.success, "the first is that of the study before"
+    assert (found.games, found.study.first_game) == (one.games, one.study.first_game)
+    by_seed = [f"{100 * difference:+.1f}" for difference in planned.difference_by_seed]
+    assert all(difference > 0 for difference in planned.difference_by_seed)
+    together = f"together {100 * planned.difference:.1f} ({span(planned.difference_ci95)}), p = {planned.p_holm:.3f}"
+    assert f"by {by_seed[0]}, {by_seed[1]} and {by_seed[2]} points at equal cost; {together}" in page
+    to_high, to_low = beside["int8"], beside["int4-gptq"]
+    saved = f"what int8 wins for {to_high.saved:.0%} less** ({span(to_high.saved_ci95)})"
+    assert f"{saved}: {100 * to_high.difference:.1f} points more ({span(to_high.difference_ci95)})" in page
+    more = f"{100 * to_low.difference:.1f} points ({span(to_low.difference_ci95)})"
+    dearer = span([-end for end in reversed(to_low.saved_ci95)])
+    assert (
+        f"{more} for {-to_low.saved:.0%} more ({dearer}), and {100 * kl.gain:.1f} points ({span(kl.gain_ci95)})" in page
+    )
+    assert (
+        f"{', '.join(f'{won:.1%}' for won in kl.by_seed)}, a standard deviation of {100 * kl.seed_deviation:.1f}"
+        in page
+    )
+
+    alone = f"int8 {high.success:.1%} at {high.cost:.2f})"
+    assert f"for {to_high.saved:.0%} less ({kl.success:.1%} at {kl.cost:.2f}; {alone}" in readme
+    more = f"{100 * to_low.difference:.1f} points more than int4 ({span(to_low.difference_ci95)})"
+    gain = f"{100 * planned.difference:.1f} more than the rule at equal cost ({span(planned.difference_ci95)}"
+    assert f"{alone}, {more}, and {gain}; p = {planned.p_holm:.3f})" in readme
+    than_rule = f"{100 * planned.difference:.1f} points more than the rule ({span(planned.difference_ci95)})"
+    assert f"win {kl.success:.1%} at {kl.cost:.2f}, {than_rule}" in concept
 
 
 def test_what_is_said_of_a_head_of_int4_is_what_its_results_say() -> None:
