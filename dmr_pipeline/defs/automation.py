@@ -114,7 +114,8 @@ def weekly_retraining(context: dg.ScheduleEvaluationContext) -> Iterator[dg.RunR
     due, reasons = [], []
     for name in recipe_names():
         try:
-            due += [name] if (new_steps(name) or 0) > 0 else []
+            if (new_steps(name) or 0) > 0:
+                due.append(name)
         except UserError as error:
             reasons.append(str(error))
     for name in due:

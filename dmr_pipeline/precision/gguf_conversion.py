@@ -44,8 +44,8 @@ def convert_gguf(path: Path, folder: Path, name: str) -> None:
             refuse_architecture(name, config)
             config.dtype = torch.float32
             # The file has single precision, in which 1e-05 is 9.999999747378752e-06.
-            for name_of_it in set(_NORMS_EPSILON) & set(config.to_dict()):
-                setattr(config, name_of_it, float(str(np.float32(getattr(config, name_of_it)))))
+            for epsilon in set(_NORMS_EPSILON) & set(config.to_dict()):
+                setattr(config, epsilon, float(str(np.float32(getattr(config, epsilon)))))
             model = load_gguf(path, config, _CPU)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error

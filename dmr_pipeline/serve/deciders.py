@@ -37,7 +37,8 @@ class Deciders:
         load: reads a router from its folder.
         slots: as of `decider_of`.
         checks: whether a rung can check what a cheaper one drafts.
-        instead: what decides for the recipe in place of its releases: its name, and that itself.
+        untrained: what decides for the recipe in place of its releases: its name, and that itself.
+        router: folder of the router that does.
     """
 
     def __init__(
@@ -48,13 +49,16 @@ class Deciders:
         load: Callable[[Path], Router],
         slots: int,
         checks: bool = False,
-        instead: tuple[str, Decider] | None = None,
+        untrained: tuple[str, Decider] | None = None,
+        router: Path | None = None,
     ) -> None:
         self.recipe, self.data_root, self.route, self._load, self._slots = recipe, data_root, route, load, slots
         pairs = [f"{dear}<{cheap}" for dear, cheap in combinations(route, 2)] if checks else []
         self._fixed = {name: Decider(static_policy(name, route), "fixed") for name in (*route, *pairs)}
-        self._instead, self._earlier = instead, dict[int, Decider]()
-        self.current: Decider | None = None if instead is None else instead[1]
+        self._instead, self._earlier = untrained, dict[int, Decider]()
+        if router is not None:
+            self._instead = str(router), decider_of(load(router), slots)
+        self.current: Decider | None = None if self._instead is None else self._instead[1]
         """Of the release in use, as far as that is known."""
         self._mark: tuple[int, int] | None = None
 

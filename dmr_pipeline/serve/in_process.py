@@ -5,7 +5,6 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -19,10 +18,9 @@ from dmr_pipeline.rollout.parallel import cores
 from dmr_pipeline.rollout.playing import Rollouts
 from dmr_pipeline.rollout.policy import rungs_of
 from dmr_pipeline.rollout.trajectory import RolloutRequest
-from dmr_pipeline.router.model import Router
 from dmr_pipeline.router.rules import is_rule_at_bar
 from dmr_pipeline.serve import release
-from dmr_pipeline.serve.deciders import Deciders, decider_of
+from dmr_pipeline.serve.deciders import Deciders
 from dmr_pipeline.serve.local import Ask, LocalAgents, Turn
 from dmr_pipeline.serve.metrics import Metrics
 from dmr_pipeline.serve.sessions import Action, Budget, Choice, Decider, Session
@@ -48,15 +46,15 @@ class InProcess:
         slots = min(settings.slots, self.rollouts.rows)
         fallback = self.route[-1] if settings.low_on_failure else self.route[0]
         self.agents = LocalAgents(self.rollouts, slots, settings.seed, settings.epsilon, fallback)
-
-        def load(folder: Path) -> Router:
-            return release.load(folder, self.rollouts)
-
-        instead = None if static is None else (static, self.agents.untrained(static))
-        if settings.router is not None:
-            instead = str(settings.router), decider_of(load(settings.router), slots)
         self.deciders = Deciders(
-            settings.recipe, settings.data_root, self.route, load, slots, self.rollouts.can_draft, instead
+            settings.recipe,
+            settings.data_root,
+            self.route,
+            lambda folder: release.load(folder, self.rollouts),
+            slots,
+            self.rollouts.can_draft,
+            None if static is None else (static, self.agents.untrained(static)),
+            settings.router,
         )
         self._metrics = metrics
         self._thread = ThreadPoolExecutor(1, "acting", leave_a_core)

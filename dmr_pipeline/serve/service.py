@@ -33,8 +33,6 @@ log = logging.getLogger(__name__)
 
 _ENDED = 10_000
 """Sessions whose outcome is remembered, so that it can be posted again."""
-
-
 STEP_SECONDS = 0.5
 """For steps that are under way once the server has stopped listening: it is given little more (interrupts.py, run.py)."""
 
@@ -260,7 +258,7 @@ class Service:
         """Sessions that go on are kept for the next server: at once, but for those that act; these after their step, or without
         it where it takes longer than is left."""
         acting = [held for held in self.table if held.lock.locked()]
-        self._keep_all(held for held in self.table if held not in acting)
+        self._keep_all(held for held in self.table if not held.lock.locked())
         if self._running:
             await asyncio.wait(self._running, timeout=STEP_SECONDS)
         self._keep_all(acting)

@@ -18,7 +18,7 @@ from dmr_pipeline.rollout.policy import Decision, Draft, certain
 from dmr_pipeline.rollout.prompts import Moment, Prompter
 from dmr_pipeline.rollout.trajectory import RolloutRequest, Step, Trajectory
 from dmr_pipeline.router.model import SETTINGS_FILE, Router, RouterSettings, load_router
-from dmr_pipeline.serve.deciders import Deciders, decider_of
+from dmr_pipeline.serve.deciders import Deciders
 from dmr_pipeline.serve.deciding import Deciding
 from dmr_pipeline.serve.local import Ask, Turn
 from dmr_pipeline.serve.sessions import Budget, Choice, Decider, Session
@@ -44,10 +44,8 @@ class TextRouter:
         spend = {rung: (steps - i) / steps for i, rung in enumerate(self.route)}
         self.fallback = self.route[-1] if settings.low_on_failure else self.route[0]
         self.deciding = Deciding(self.route, spend, lambda *_: 0.0, self.fallback, settings.epsilon, settings.seed)
-        own = settings.router
-        instead = None if own is None else (str(own), decider_of(self._load(own), settings.slots))
         self.deciders = Deciders(
-            settings.recipe, settings.data_root, self.route, self._load, settings.slots, instead=instead
+            settings.recipe, settings.data_root, self.route, self._load, settings.slots, router=settings.router
         )
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="deciding")
         self._last_used: dict[int, int] = {}

@@ -150,9 +150,8 @@ def train(
             rng = random.Random(f"agent-{training.seed}-{state.update}")
             batch = _batch(tasks, prompter, training, benchmark, state, rng)
             model.train()
-            torch.manual_seed(
-                rng.getrandbits(63)
-            )  # of dropout, in models that have it, so that a resumed run is the same
+            # Of dropout, in models that have it, so that a resumed run is the same.
+            torch.manual_seed(rng.getrandbits(63))
             loss, accuracy = halving(piece, "tokens of a training batch", learn_in)
             torch.nn.utils.clip_grad_norm_(trained_weights(model).values(), 1.0)
             for optimizer in optimizers:

@@ -77,6 +77,20 @@ def tuned(base: Path, folder: Path, finetune: Finetune = FINETUNE, processes: in
     return folder / "out"
 
 
+def broken_off(base: Path, folder: Path, finetune: Finetune, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `tuned`, killed in its sixth update."""
+
+    def killed(update: int, training: Finetune) -> float:
+        if update == 5:
+            raise KeyboardInterrupt
+        return schedule(update, training)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "schedule", killed)
+        with pytest.raises(KeyboardInterrupt):
+            tuned(base, folder, finetune)
+
+
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     return {name: w for path in folder.glob("model/*.safetensors") for name, w in load_file(path).items()}
 
@@ -89,16 +103,7 @@ def test_a_killed_fine_tuning_ends_as_an_unbroken_one(
     monkeypatch.setattr(module, "_SAVED_EVERY", saved_every)  # seconds: after each update, or before collections only
     finetune = FINETUNE.model_copy(update={"lora": lora})
     whole = tuned(base, tmp_path / "whole", finetune)
-
-    def killed(update: int, training: Finetune) -> float:
-        if update == 5:
-            raise KeyboardInterrupt
-        return schedule(update, training)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "schedule", killed)
-        with pytest.raises(KeyboardInterrupt):
-            tuned(base, tmp_path / "broken", finetune)
+    broken_off(base, tmp_path / "broken", finetune, monkeypatch)
     state = load_state(tmp_path / "broken" / "scratch" / "training.pt")
     assert state is not None
     assert state["update"] == (5 if saved_every == 0 else 4)
@@ -116,16 +121,7 @@ def test_a_model_with_dropout_resumes_as_an_unbroken_one(tmp_path: Path, monkeyp
     monkeypatch.setattr(module, "_SAVED_EVERY", 0)
     finetune = FINETUNE.model_copy(update={"lora": None})
     whole = weights(tuned(base, tmp_path / "whole", finetune))
-
-    def killed(update: int, training: Finetune) -> float:
-        if update == 5:
-            raise KeyboardInterrupt
-        return schedule(update, training)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "schedule", killed)
-        with pytest.raises(KeyboardInterrupt):
-            tuned(base, tmp_path / "broken", finetune)
+    broken_off(base, tmp_path / "broken", finetune, monkeypatch)
     torch.rand(7)  # another process has another state
     resumed = weights(tuned(base, tmp_path / "broken", finetune))
     assert all(torch.equal(weight, whole[name]) for name, weight in resumed.items())
