@@ -86,6 +86,12 @@ def _stopped(facts: LadderFacts) -> str:
     return f" ({', '.join(played)})" if played else ""
 
 
+def _parse_failures(facts: LadderFacts) -> str:
+    """Whose actions were none, and at how many of its steps; nothing where all could be read."""
+    failing = [f"{rung.name} {rung.parse_failures:.1%}" for rung in facts.rungs if rung.parse_failures]
+    return f" Actions that are not as the prompt wants them, of the steps: {', '.join(failing)}." if failing else ""
+
+
 def _caption(facts: LadderFacts) -> str:
     return (
         f"Success on {facts.games} validation games{_stopped(facts)}, {facts.confidence:.0%} intervals. bits: a weight, as"
@@ -93,4 +99,5 @@ def _caption(facts: LadderFacts) -> str:
         f" {facts.rungs[0].name} with 16-bit weights; cache: the part of it that is keys and values. beaten by: another that"
         " wins as much for less, or more for no more; who has none is on the front."
         + (" checks: corrects what another one drafts, so that its own actions are taken." if facts.checked else "")
+        + _parse_failures(facts)
     )

@@ -28,12 +28,13 @@ PLAYED = pl.Schema(
         "task_id": pl.String(),
         "success": pl.Boolean(),
         "steps": pl.Int64(),
+        "parse_failures": pl.Int64(),
         "cost": pl.Float64(),
         "cost_cache": pl.Float64(),
     }
 )
-"""One row a rung and validation game. Costs are in the unit of `LadderFacts.unit_bytes`; `cost_cache` is
-the part of `cost` that is keys and values."""
+"""One row a rung and validation game. `parse_failures` are the steps whose action was none as the prompt wants it. Costs are in
+the unit of `LadderFacts.unit_bytes`; `cost_cache` is the part of `cost` that is keys and values."""
 
 
 def rungs_played(facts: Sequence[RungFacts], played: pl.DataFrame, precisions: Precisions) -> list[RungPlayed]:
@@ -61,6 +62,9 @@ def rungs_played(facts: Sequence[RungFacts], played: pl.DataFrame, precisions: P
             success_low=_rounded(interval[rung.name][0]),
             success_high=_rounded(interval[rung.name][1]),
             validation_steps=_mean(games[rung.name]["steps"]),
+            parse_failures=_rounded(
+                int(games[rung.name]["parse_failures"].sum()) / int(games[rung.name]["steps"].sum())
+            ),
             cost=points[rung.name][0],
             cost_cache=_mean(games[rung.name]["cost_cache"]),
             lost=_rounded(_rounded(by_dearest[rung.name].mean()) - points[rung.name][1]),

@@ -38,6 +38,8 @@ class RungPlayed(RungFacts):
     success_high: float
     """Ends of its interval, Wilson's."""
     validation_steps: float
+    parse_failures: float
+    """Share of its steps whose action was none as the prompt wants it."""
     cost: float
     """Mean of an episode, in the unit of `LadderFacts.unit_bytes`."""
     cost_cache: float

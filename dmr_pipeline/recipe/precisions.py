@@ -25,7 +25,9 @@ class Rung(Section):
 
     name: Name = Field(description="of the folder, and in reports: always_NAME")
     weights: Literal["float", "int8", "int4", "int3", "int2"] = Field(description="of the linear layers")
-    activations: Literal["none", "int8"] = Field("none", description="int8: inputs of linear layers are rounded too")
+    activations: Literal["none", "int8"] = Field(
+        "none", description="int8: inputs of linear layers are rounded too (`gptq.episodes`)"
+    )
     keep_float: tuple[Text, ...] = Field(
         ("lm_head",), max_length=1000, description="modules left in float, as glob patterns of module names"
     )
@@ -54,6 +56,11 @@ class Rung(Section):
         description="the agent's own model as somebody else quantized it: folder or pinned hub id of a GPTQ or AWQ checkpoint, or"
         " a .gguf file. `weights` then says how many bits it has; nothing is quantized here",
     )
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether it is made on episodes (`precisions.gptq`)."""
+        return self.rounding is not None or self.activations != "none"
 
     def problems(self) -> Iterator[tuple[str, str]]:
         if self.name == "tokenizer":
@@ -90,7 +97,7 @@ class Rung(Section):
 
 
 class Gptq(Section):
-    """What GPTQ is calibrated on: the expert's episodes of games of agent_train."""
+    """What GPTQ is calibrated on, and the scales of `activations: int8`: the expert's episodes of games of agent_train."""
 
     episodes: Count = Field(16, description="games of agent_train; all of them where there are fewer")
     tokens: Count | None = Field(
@@ -173,7 +180,7 @@ class Precisions(Section):
         " limit, and takes longest to measure. By default all rungs play all games",
     )
     gptq: Gptq | None = Field(
-        None, exclude_if=unset, description="how rungs with `rounding: gptq` are made; by default as its keys have it"
+        None, exclude_if=unset, description="what rungs are calibrated on; by default as its keys have it"
     )
     speculative: Speculative | None = Field(
         None,
@@ -206,8 +213,11 @@ class Precisions(Section):
 
     def problems(self) -> Iterator[tuple[str, str]]:
         names = self.names
-        if self.gptq is not None and all(rung.rounding is None for rung in self.ladder):
-            yield "gptq", "no rung has `rounding: gptq`; give one of them that, or leave this out"
+        if self.gptq is not None and not any(rung.calibrated for rung in self.ladder):
+            yield (
+                "gptq",
+                "no rung has `rounding: gptq` or `activations: int8`; give one of them that, or leave this out",
+            )
         if len(set(names)) != len(names):
             yield "ladder", f"names are not unique: {names}"
         routed = {"pair": self.pair or ()} if self.route == "auto" else {"route": self.route}

@@ -45,6 +45,7 @@ from dmr_pipeline.recipe import Recipe
 from dmr_pipeline.recipe.precisions import Gptq, Precisions, Rung
 from dmr_pipeline.rollout.cost import a_pass_a_token, episode_cost
 from dmr_pipeline.rollout.engine import ALONE, play_alone
+from dmr_pipeline.rollout.failures import PARSE_FAILURES
 from dmr_pipeline.rollout.kv_cache.choice import rows_that_fit, transcript_capacity
 from dmr_pipeline.rollout.parallel import gather, in_processes, processes_on, scatter
 from dmr_pipeline.rollout.prompts import Prompter
@@ -80,17 +81,19 @@ def quantized_checkpoints(context: StageContext) -> StageResult:
         bar = progress.add_task("precision ladder", total=len(recipe.precisions.ladder) * len(games))
         for rung in recipe.precisions.ladder:
             progress.update(bar, description=f"{rung.name} plays validation games")
+            calibration = _calibration_episodes(context, prompter, capacity) if rung.calibrated else []
             gptq = None
             if rung.rounding is not None:
                 layers = progress.add_task(f"{rung.name}: GPTQ, layer by layer", total=None)
-                gptq = _gptq_run(context, rung, prompter, capacity, partial(_show_layers, progress, layers))
+                gptq = _gptq_run(context, rung, calibration, partial(_show_layers, progress, layers))
             acting, size, read, equal = _make_rung(
                 float_model,
                 tokenizer,
                 rung,
                 context.output / rung.name,
-                examples,
+                examples[:1],
                 device,
+                calibration,
                 gptq,
                 recipe.precisions.kernels,
             )
@@ -257,15 +260,16 @@ def _rung_facts(rung: Rung, recipe: Recipe) -> dict[str, JsonValue]:
     return {
         "rung": rung.model_dump(mode="json", exclude={"name"}),
         "checkpoint": {} if rung.checkpoint is None else dict(pretrained_hashes(rung.checkpoint.model)),
-        "gptq": None if rung.rounding is None else (recipe.precisions.gptq or Gptq()).model_dump(mode="json"),
+        "gptq": _gptq(recipe).model_dump(mode="json") if rung.calibrated else None,
     }
 
 
 def measured_rows(
     played: Sequence[Trajectory], read: PassBytes, read_by_float: PassBytes, precisions: Precisions
 ) -> pl.DataFrame:
-    """An episode a row: task_id, success, steps, the bytes that it read (`bytes`), those of them that are keys and values
-    (`cache_bytes`), and what it would have read with float weights at a pass a token (`float_bytes`)."""
+    """An episode a row: task_id, success, steps, those of them whose action was none as the prompt wants it (`parse_failures`),
+    the bytes that it read (`bytes`), those of them that are keys and values (`cache_bytes`), and what it would have read with
+    float weights at a pass a token (`float_bytes`)."""
     rows = []
     for trajectory in played:
         cost = episode_cost(trajectory, {ALONE: read}, precisions.cache_bits)
@@ -276,6 +280,7 @@ def measured_rows(
                 "task_id": trajectory.run.task.task_id,
                 "success": trajectory.success,
                 "steps": len(trajectory.steps),
+                "parse_failures": sum(step.failure in PARSE_FAILURES for step in trajectory.steps),
                 "bytes": cost.total,
                 "cache_bytes": cost.cache,
                 "float_bytes": by_float.total,
@@ -295,30 +300,38 @@ def played_rows(rung: str, measured: pl.DataFrame, unit_bytes: float) -> pl.Data
         "task_id",
         "success",
         "steps",
+        "parse_failures",
         (pl.col("bytes") / unit_bytes).alias("cost"),
         (pl.col("cache_bytes") / unit_bytes).alias("cost_cache"),
     ).cast(PLAYED)
 
 
-def _gptq_run(
-    context: StageContext, rung: Rung, prompter: Prompter, capacity: int, on_layer: Callable[[int, int], None]
-) -> GptqRun:
-    """Of the expert's episodes of games of agent_train.
+def _calibration_episodes(context: StageContext, prompter: Prompter, capacity: int) -> list[Example]:
+    """The expert's, of games of agent_train.
 
     Raises:
         UserError: there are none, or none fits into a transcript.
     """
     recipe = context.recipe
-    settings = recipe.precisions.gptq or Gptq()
     games = benchmark_of(recipe.benchmark).read_tasks(context.inputs["benchmark_tasks"], "agent_train")
     if not games:
         raise UserError("precisions.gptq: the split agent_train has no games, so there is nothing to calibrate on")
     try:
-        examples = expert_steps(games[: settings.episodes], prompter, recipe.benchmark.step_limit, capacity)
+        return expert_steps(games[: _gptq(recipe).episodes], prompter, recipe.benchmark.step_limit, capacity)
     except UserError as error:
         raise UserError(f"precisions.gptq calibrates on agent_train: {error}") from error
-    sequences, left = [], settings.tokens or sum(len(example.tokens) for example in examples)
-    for example in examples:
+
+
+def _gptq(recipe: Recipe) -> Gptq:
+    return recipe.precisions.gptq or Gptq()
+
+
+def _gptq_run(
+    context: StageContext, rung: Rung, episodes: Sequence[Example], on_layer: Callable[[int, int], None]
+) -> GptqRun:
+    settings = _gptq(context.recipe)
+    sequences, left = [], settings.tokens or sum(len(example.tokens) for example in episodes)
+    for example in episodes:
         sequences.append(example.tokens[:left])
         left -= len(sequences[-1])
     return GptqRun(
@@ -336,12 +349,17 @@ def _make_rung(
     tokenizer: PreTrainedTokenizerBase,
     rung: Rung,
     folder: Path,
-    examples: Sequence[Example],
+    compared: Sequence[Example],
     device: torch.device,
+    calibration: Sequence[Example],
     gptq: GptqRun | None,
     kernels: Literal["low_bit"] | None,
 ) -> tuple[PreTrainedModel, RungSize, PassBytes, bool]:
     """Save a rung and load it again. Beside the float model there is never more than one other as large.
+
+    Args:
+        compared: on which the loaded weights' logits are compared with the saved ones'.
+        calibration: what quantized activations get their scales by.
 
     Returns:
         What acts, the size of the weights, what a pass reads, and whether the loaded weights give the saved ones' logits, bit by
@@ -350,15 +368,21 @@ def _make_rung(
     if rung.checkpoint is not None:
         quantized = import_rung(float_model, tokenizer, rung, folder)
     else:
-        quantized = quantize_rung(float_model, rung, lambda model: trained_logits(model, examples, device), gptq)
+        quantized = quantize_rung(float_model, rung, partial(_read_alone, episodes=calibration, device=device), gptq)
         save_rung(quantized, folder)
-    saved_logits, _ = trained_logits(quantized, examples[:1], device)
+    saved_logits, _ = trained_logits(quantized, compared, device)
     del quantized
     model = load_rung(folder, device)
-    equal = torch.equal(saved_logits, trained_logits(model, examples[:1], device)[0])
+    equal = torch.equal(saved_logits, trained_logits(model, compared, device)[0])
     size, read = stored_size(model, folder), stored_pass_bytes(model, folder)
     acting = float_model if rung.weights == "float" else sharing(acting_model(model, device, kernels), [float_model])
     return acting, size, read, equal
+
+
+def _read_alone(model: PreTrainedModel, episodes: Sequence[Example], device: torch.device) -> None:
+    """One by one: padding would be calibrated on too."""
+    for example in episodes:
+        trained_logits(model, [example], device)
 
 
 def _play_validation(

@@ -16,12 +16,14 @@ from dmr_pipeline.artifacts.manifest import MANIFEST, Manifest, verify
 from dmr_pipeline.artifacts.materialize import kept_folder, materialize_stage
 from dmr_pipeline.artifacts.provenance import provenance
 from dmr_pipeline.artifacts.stage import Stage
-from dmr_pipeline.pipeline import STAGES
+from dmr_pipeline.pipeline import STAGES, find_stage
 from dmr_pipeline.recipe import Recipe
+from dmr_pipeline.recipe.reading import load_recipe
 from dmr_pipeline.study.design import Study, games_recipe, ladder_recipe, variant_recipe
 
 log = logging.getLogger(__name__)
 
+TASKS = "benchmark_tasks"
 CHECKPOINTS = "quantized_checkpoints"
 
 
@@ -51,6 +53,9 @@ def make(study: Study, data_root: Path, folder: Path) -> Made:
     Raises:
         UserError: as `materialize_stage`.
     """
+    # An agent that lies in Git comes without the games that it was trained on. Under the study's own name they would be other
+    # inputs than that agent's, and another one would be trained.
+    materialize_stage(find_stage(TASKS, STAGES), load_recipe(study.recipe), data_root)
     recipe = ladder_recipe(study)
     own = folder if study.precisions else data_root
     if study.precisions:
@@ -59,8 +64,8 @@ def make(study: Study, data_root: Path, folder: Path) -> Made:
     return Made(
         recipe,
         artifact_folder(CHECKPOINTS, recipe.name, own),
-        artifact_folder("benchmark_tasks", recipe.name, own),
-        None if of_games is None else _make("benchmark_tasks", of_games, study, data_root, folder),
+        artifact_folder(TASKS, recipe.name, own),
+        None if of_games is None else _make(TASKS, of_games, study, data_root, folder),
         _train(study, data_root, folder),
     )
 

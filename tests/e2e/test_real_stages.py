@@ -1,6 +1,7 @@
 """Every real stage on a recipe of a few games and an agent that has learned nothing: it must run, and repeat itself."""
 
 import json
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -162,7 +163,9 @@ def assert_other_games_are_played_at_what_was_tuned_before() -> None:
 
 
 def assert_another_ladder_is_made_for_a_study() -> None:
-    """Of the recipe's agent; the rung that both ladders have is not measured again, and the recipe's own ladder stays."""
+    """Of the recipe's agent, also where that comes from Git and its games are not there; the rung that both ladders have is not
+    measured again, and the recipe's own ladder stays."""
+    shutil.rmtree(artifact_folder("benchmark_tasks", "micro"))
     ladder = "[{name: float, weights: float}, {name: int8, weights: int8}]"
     text = f"recipe: micro\ngames: 4\nbudgets: [0.5]\nrules: [margin]\nprecisions: {{ladder: {ladder}, route: [float, int8]}}\n"
     Path("ladder.yaml").write_text(text)

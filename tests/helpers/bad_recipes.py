@@ -189,7 +189,7 @@ ALFWORLD: list[tuple[str, dict[str, object], str]] = [
     ("rounding", {P + "ladder.1.rounding": "gptq"},
      f"{P}ladder.1.rounding: rung 'int8': rounding is for int4, int3 and int2 weights, these are int8"),
     ("head-of-float", {P + "ladder.0.head": "int8"}, f"{P}ladder.0.head: rung 'float' is float throughout: leave out head"),
-    ("gptq-of-nothing", {P + "gptq": {}}, f"{P}gptq: no rung has `rounding: gptq`"),
+    ("gptq-of-nothing", {P + "gptq": {}}, f"{P}gptq: no rung has `rounding: gptq` or `activations: int8`"),
     ("gptq-of-too-many-games", {P + "gptq": {"episodes": 10**8}, P + "ladder.4.rounding": "gptq"},
      f"{P}gptq.episodes: 100,000,000 games, but benchmark.splits.agent_train has "),
     ("gptq-without-damping", {P + "gptq": {"damping": 0.0}, P + "ladder.4.rounding": "gptq"}, f"{P}gptq.damping: Input"),

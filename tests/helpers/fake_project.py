@@ -114,6 +114,7 @@ def fake_rung(name: str, kl_to_float: float, reloads_equal: bool = True) -> dict
         success_low=0.4,
         success_high=0.6,
         validation_steps=3.0,
+        parse_failures=0.0,
         cost=1.0,
         cost_cache=0.1,
         lost=0.0,

@@ -50,7 +50,7 @@ def judged(
         for name in rungs
     ]  # fmt: skip
     rows = [
-        (name, f"{game:03}", game >= games - won, 1, cost, 0.25 * cost)
+        (name, f"{game:03}", game >= games - won, 1, 0, cost, 0.25 * cost)
         for name, (won, cost) in rungs.items()
         for game in range(games)
     ]
@@ -89,9 +89,9 @@ def test_clearly_beaten_are_rungs_that_cost_no_less_than_one_that_surely_wins_mo
 
 def test_a_rung_that_stopped_is_told_of_its_own_games_and_is_beaten_whatever_the_others_did_later() -> None:
     """int8 wins the later games alone; on the first 20 float has won all, and int2 a quarter at a higher cost."""
-    rows = [("float", f"{g:03}", g < 40, 1, 1.0, 0.2) for g in range(100)]
-    rows += [("int8", f"{g:03}", g >= 30, 1, 0.6, 0.1) for g in range(100)]
-    rows += [("int2", f"{g:03}", g % 4 == 0, 1, 1.5, 0.3) for g in range(20)]
+    rows = [("float", f"{g:03}", g < 40, 1, 0, 1.0, 0.2) for g in range(100)]
+    rows += [("int8", f"{g:03}", g >= 30, 1, 0, 0.6, 0.1) for g in range(100)]
+    rows += [("int2", f"{g:03}", g % 4 == 0, 4, g % 2, 1.5, 0.3) for g in range(20)]
     table = pl.DataFrame(rows, schema=PLAYED, orient="row")
     precisions = Precisions(ladder=tuple(Rung(name=n, weights=n) for n in ("float", "int8", "int2")), route="auto")
     facts = [
@@ -103,6 +103,7 @@ def test_a_rung_that_stopped_is_told_of_its_own_games_and_is_beaten_whatever_the
     assert (by_float.games, int8.games, int2.games) == (None, None, 20)
     assert (int2.validation_success, int2.cost, int2.lost) == (0.25, 1.5, 0.75)
     assert int2.dominated_by == "float"
+    assert (by_float.parse_failures, int2.parse_failures) == (0, 10 / 80)
     assert (by_float.dominated_by, by_float.validation_success) == ("int8", 0.4)
     assert clearly_beaten([by_float, int8, int2])["int2"] == "float"
     assert "games" not in by_float.model_dump()

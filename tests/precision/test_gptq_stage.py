@@ -5,13 +5,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
+from dmr_pipeline.agent.checkpoint import load_causal_lm
 from dmr_pipeline.artifacts.stage import StageContext
 from dmr_pipeline.environments.alfworld.store import write_games
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.precision import gptq
 from dmr_pipeline.recipe import Recipe
 from dmr_pipeline.recipe.precisions import Precisions, Rung
+from dmr_pipeline.rollout.prompts import Prompter
 from dmr_pipeline.stages import quantized_checkpoints as stage
 from dmr_pipeline.stages.quantized_checkpoints import expert_steps, quantized_checkpoints
 from tests.helpers.ladders import ladder_recipe, write_inputs
@@ -82,6 +85,33 @@ def test_it_is_calibrated_on_the_experts_episodes_of_agent_train(
     assert [token for text in run.sequences for token in text] == [token for text in whole for token in text][:tokens]
     assert run.damping == damping
     assert sum(map(len, run.sequences)) == (tokens or sum(map(len, whole)))
+
+
+def test_activations_are_calibrated_on_the_experts_episodes_of_agent_train_one_by_one(
+    context: StageContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rungs = [{"name": "float", "weights": "float"}, {"name": "int8", "weights": "int8", "activations": "int8"}]
+    read: list[list[list[int]]] = []
+    quantize_rung, trained_logits = stage.quantize_rung, stage.trained_logits
+
+    def watched(model: object, rung: Rung, calibration: Callable | None, run: object) -> object:
+        with monkeypatch.context() as patch:
+            patch.setattr(stage, "trained_logits", recorded)
+            return quantize_rung(model, rung, calibration, run)
+
+    def recorded(model: object, examples: list, device: object) -> object:
+        read.append([example.tokens for example in examples])
+        return trained_logits(model, examples, device)
+
+    monkeypatch.setattr(stage, "quantize_rung", watched)
+    recipe = ladder_recipe(rungs, agent_train=3, gptq={"episodes": 2})
+    _, int8 = quantized_checkpoints(replace(context, recipe=recipe)).summary["rungs"]
+    assert int8["reloads_equal"]
+    model, tokenizer = load_causal_lm(context.inputs["agent"] / "model", None, torch.device("cpu"))
+    prompter = Prompter.of(tokenizer, recipe.agent.prompt, model.generation_config)
+    assert read == [
+        [example.tokens] for example in expert_steps(GAMES[1:3], prompter, recipe.benchmark.step_limit, 4096)
+    ]
 
 
 def content(folder: Path) -> dict[str, bytes]:

@@ -152,6 +152,10 @@ def test_facts_of_a_ladder(context: StageContext) -> None:
     assert summary["route"] == ["float", "int2"]
     played = pl.read_parquet(context.output / PLAYED_FILE)
     assert played["rung"].to_list() == ["float", "int8", "int2"]
+    # An agent that has learned nothing writes no actions; what it writes is counted.
+    for rung, failures, steps in played.select("rung", "parse_failures", "steps").iter_rows():
+        assert 0 < failures <= steps
+        assert {one["name"]: one for one in summary["rungs"]}[rung]["parse_failures"] == round(failures / steps, 6)
     # Of the ladder's dearest rung, the only episode there is, and with 16-bit weights.
     assert played.row(0, named=True)["cost"] == by_float["cost"] == pytest.approx(1)
     assert by_float["cost"] > int8["cost"]
