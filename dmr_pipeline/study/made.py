@@ -1,6 +1,6 @@
 """What a study makes before it plays: its ladder, where it has precisions of its own; its games, where they are another
-benchmark's; and its routers. Each stage runs once for all that it is the same for, and not where the recipe's own artifact is
-what it would make."""
+benchmark's; and its routers. Each stage runs once for all that it is the same for, and not where the recipe's own artifact, or
+another study's, is what it would make."""
 
 import logging
 import shutil
@@ -48,7 +48,7 @@ def make(study: Study, data_root: Path, folder: Path) -> Made:
 
     Args:
         data_root: with the recipe's own artifacts.
-        folder: of the study's.
+        folder: of the study's, in one of its own beside those of other studies.
 
     Raises:
         UserError: as `materialize_stage`.
@@ -115,10 +115,10 @@ def _adopt(stage: Stage, recipe: Recipe, base: Path, folder: Path) -> None:
             return
         inputs = {name: verify(artifact_folder(name, recipe.name, folder)).hash for name in stage.inputs}
         wanted = provenance(stage, recipe, inputs)
-        for candidate in [base, *sorted(folder.glob(f"*/{stage.name}"))]:
+        for candidate in [base, *sorted(folder.parents[1].glob(f"*/{folder.name}/*/{stage.name}"))]:
             manifest = _manifest(candidate)
             if manifest is not None and wanted.difference(manifest) is None:
-                log.info("%s of %s: that of %s", stage.name, recipe.name, candidate.parent.name)
+                log.info("%s of %s: that of %s", stage.name, recipe.name, candidate)
                 new = wanted_at.with_name(f".{stage.name}.linked")
                 shutil.rmtree(new, ignore_errors=True)
                 shutil.copytree(verify(candidate).path, new, copy_function=link)

@@ -146,9 +146,12 @@ def assert_a_study_trains_what_differs_and_plays_all_of_it(kl_router: str) -> No
 
 
 def assert_other_games_are_played_at_what_was_tuned_before() -> None:
-    """The test games of another benchmark, with its step limit."""
+    """The test games of another benchmark, with its step limit; by a router that another study has trained."""
     other = "{environment: alfworld, seed: 7, step_limit: 9, splits: {agent_train: 1, router_train: 1, validation: 1, test: 5}}"
-    Path("elsewhere.yaml").write_text(f"recipe: micro\ngames: 4\nbudgets: [0.5]\nrules: [margin]\nbenchmark: {other}\n")
+    routers = "seeds: [1]\nplanned: [0.5]\nrouters: {kl: {}}\n"
+    Path("elsewhere.yaml").write_text(
+        f"recipe: micro\ngames: 4\nbudgets: [0.5]\nrules: [margin]\nbenchmark: {other}\n{routers}"
+    )
     kept = Path("data/scratch/studies/.kept")
     before = set(kept.iterdir())
     done = dmr("study", "run", "elsewhere.yaml")
@@ -158,8 +161,12 @@ def assert_other_games_are_played_at_what_was_tuned_before() -> None:
     expected = [f"generated/{seed}" for seed in list(split_seeds(settings, "test"))[:4]]
     assert sorted(played["task_id"].unique()) == expected
     assert played["steps"].max() == 9
-    # Three rungs, checking, the oracle, and the rule at its bar: what tuned it on validation games was kept by the other study.
-    assert len(set(kept.iterdir()) - before) == 6
+    # Three rungs, checking, the oracle, and rule and router at their bars: what tuned them on validation games was kept by the
+    # other study.
+    assert len(set(kept.iterdir()) - before) == 7
+    mine, others = (Path("data/scratch/studies") / study / "artifacts" for study in ("elsewhere", "small"))
+    router = artifact_folder("kl_router", "kl-1", mine) / "manifest.json"
+    assert router.samefile(artifact_folder("kl_router", "kl-1", others) / "manifest.json")
 
 
 def assert_another_ladder_is_made_for_a_study() -> None:
