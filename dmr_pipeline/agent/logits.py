@@ -16,7 +16,10 @@ from transformers.utils import ModelOutput
 from dmr_pipeline.errors import UserError
 
 _TRIED = 12
-"""Tokens that a model is tried on."""
+"""Tokens of a text that a model is tried on."""
+TEXTS = 8
+"""On which it is tried, until one of them comes out right. In bfloat16 a model of thirty layers rounds apart, on a text that
+means nothing to it, by nearly as much as a wrong mask makes it differ: but a wrong mask does so on all."""
 MODEL_ERRORS = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
 """What models raise when they are called in a way that they do not know."""
 
@@ -55,28 +58,35 @@ def check_causal_lm(model: PreTrainedModel) -> None:
     Raises:
         UserError: it is not such a model; the message says what differs.
     """
-    tokens = some_tokens(model, _TRIED)
-    try:
-        whole = model(input_ids=tokens, use_cache=False).logits[0].float()
-        begun = model(input_ids=tokens[:, : _TRIED // 2], use_cache=False).logits[0].float()
-        halves = logits_of(model, decoder_of(model)(input_ids=tokens, use_cache=False).last_hidden_state[0])
-    except torch.OutOfMemoryError:
-        raise
-    except MODEL_ERRORS as error:
-        reason = f"a forward pass over {_TRIED} tokens fails ({type(error).__name__}: {' '.join(str(error).split())})"
-        raise UserError(_refusal(model, reason)) from error
-    if not whole.isfinite().all():
-        raise UserError(_refusal(model, f"its logits are not finite in {str(model.dtype).removeprefix('torch.')}"))
-    if not alike(begun, whole[: len(begun)], model.dtype):
+    looks_back, in_halves = False, False
+    for text in range(TEXTS):
+        tokens = some_tokens(model, _TRIED, text)
+        try:
+            whole = model(input_ids=tokens, use_cache=False).logits[0].float()
+            begun = model(input_ids=tokens[:, : _TRIED // 2], use_cache=False).logits[0].float()
+            halves = logits_of(model, decoder_of(model)(input_ids=tokens, use_cache=False).last_hidden_state[0])
+        except torch.OutOfMemoryError:
+            raise
+        except MODEL_ERRORS as error:
+            reason = (
+                f"a forward pass over {_TRIED} tokens fails ({type(error).__name__}: {' '.join(str(error).split())})"
+            )
+            raise UserError(_refusal(model, reason)) from error
+        if not whole.isfinite().all():
+            raise UserError(_refusal(model, f"its logits are not finite in {str(model.dtype).removeprefix('torch.')}"))
+        looks_back = looks_back or alike(begun, whole[: len(begun)], model.dtype)
+        in_halves = in_halves or alike(halves, whole, model.dtype)
+        if looks_back and in_halves:
+            return
+    if not looks_back:
         raise UserError(_refusal(model, "its logits depend on later tokens, as those of an encoder do"))
-    if not alike(halves, whole, model.dtype):
-        raise UserError(_refusal(model, "its logits are not made of its decoder's last hidden states alone"))
+    raise UserError(_refusal(model, "its logits are not made of its decoder's last hidden states alone"))
 
 
-def some_tokens(model: PreTrainedModel, count: int) -> Tensor:
-    """Token ids [1, count] that look random, the same at every call, on the model's device."""
+def some_tokens(model: PreTrainedModel, count: int, text: int = 0) -> Tensor:
+    """Token ids [1, count] that look random, the same at every call with this number, on the model's device."""
     vocabulary = model.get_input_embeddings().num_embeddings
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(text)
     return torch.randint(vocabulary, (1, count), generator=generator).to(model.device)
 
 

@@ -71,7 +71,7 @@ def test_logits_that_need_more_than_hidden_states_are_refused() -> None:
     model = model_of("qwen3")
     head = model.lm_head.forward
     calls = iter(range(1, 100))
-    model.lm_head.forward = lambda hidden: head(hidden) * (2 if next(calls) == 3 else 1)
+    model.lm_head.forward = lambda hidden: head(hidden) * (2 if next(calls) % 3 == 0 else 1)
     with pytest.raises(UserError, match=r"^model type 'qwen3' .* not made of its decoder's last hidden states alone"):
         check_causal_lm(model)
 

@@ -1,12 +1,14 @@
 """Every kind of model against its own forward passes without any cache, through whatever way of caching it gets."""
 
 import random
+from collections.abc import Sequence
 
 import pytest
 import torch
 from torch import Tensor
 from transformers import MistralConfig, PreTrainedModel, Qwen3Config
 
+from dmr_pipeline.agent.logits import TEXTS, some_tokens
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.recipe.agent import DEFAULT_TRANSCRIPT_TOKENS
 from dmr_pipeline.rollout.kv_cache import choice as caching
@@ -189,6 +191,29 @@ def test_rows_follow_from_the_free_memory(
     assert "16 episodes at once instead of 17" in caplog.text
     assert rows_that_fit([model, model], 100, 64, processes=2) == 4
     assert rows_that_fit([model], 10_000, 64, processes=1) == 1
+
+
+class _OffAt(Streams):
+    """Whose logits are wrong on texts that begin so."""
+
+    begins: Sequence[list[int]] = ()
+
+    def extend(self, slots: list[int], chunks: list[list[int]], counts: list[int] | None = None) -> Tensor:
+        logits = super().extend(slots, chunks, counts)
+        return logits + logits.abs().max() * (self.texts[0][:3] in self.begins)
+
+
+@pytest.mark.parametrize("wrong", [0, 1, TEXTS - 1, TEXTS])
+def test_a_way_is_taken_if_it_is_right_on_one_text_and_left_if_it_is_wrong_on_all(
+    wrong: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In bfloat16 what is right may round apart on some of them."""
+    model = model_of("llama")
+    monkeypatch.setattr(_OffAt, "begins", [some_tokens(model, 12, text)[0, :3].tolist() for text in range(wrong)])
+    tried = caching._Way(_OffAt, "tried", slow=False)
+    other = caching._Way(PlainStreams, "other", slow=True)
+    monkeypatch.setattr(caching, "_WAYS", (tried, other))
+    assert way_of(model) is (tried if wrong < TEXTS else other)
 
 
 def test_a_model_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from dmr_pipeline.agent.logits import MODEL_ERRORS, alike, some_tokens
+from dmr_pipeline.agent.logits import MODEL_ERRORS, TEXTS, alike, some_tokens
 from dmr_pipeline.agent.memory import free_memory
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.precision.pass_bytes import cached_numbers
@@ -103,10 +103,14 @@ def way_of(model: PreTrainedModel) -> _Way:
     return _found[model]
 
 
-@torch.no_grad()
 def _is_exact(way: _Way, model: PreTrainedModel) -> bool:
-    """Whether these streams, of different lengths, cut and continued, give what forward passes over the whole text give."""
-    tokens = some_tokens(model, 12)[0].tolist()
+    """Whether these streams give what forward passes over the whole text give, on one of `TEXTS` at least."""
+    return any(_is_exact_on(some_tokens(model, 12, text)[0].tolist(), way, model) for text in range(TEXTS))
+
+
+@torch.no_grad()
+def _is_exact_on(tokens: list[int], way: _Way, model: PreTrainedModel) -> bool:
+    """By streams of different lengths, cut and continued."""
     try:
         if not way.slow and attention_windows(model.config) is None:
             return False
