@@ -255,6 +255,47 @@ def test_what_is_said_of_prompt_lookup_is_what_its_results_say() -> None:
     assert f"saves {to_high.saved:.0%} of int8's cost, but {-to_low.saved:.0%} is what it then costs more" in concept
 
 
+def test_what_is_said_of_the_router_beside_prompt_lookup_is_what_its_results_say() -> None:
+    found, rules, without = (
+        pages.read_results(f"alfworld-smollm2-{name}", REPOSITORY / places.RESULTS)
+        for name in ("lookup-router", "lookup", "head4")
+    )
+    points, old, plain = ({point.policy: point for point in one.points} for one in (found, rules, without))
+    beside, (planned,) = {(one.policy, one.against): one for one in found.references}, found.compared
+    kl, rule, oracle, rule_before = points["kl"], points["rule:margin"], points["disagreement"], old["rule:margin"]
+    to_high, to_low = beside["kl", "int8"], beside["kl", "int4-gptq"]
+    readme, page, concept = map(words, PLACES)
+    assert found.study.precisions == rules.study.precisions
+    assert found.games == rules.games == without.games
+    assert (found.study.first_game, rules.study.first_game, without.study.first_game) == (0, 0, 0)
+
+    saved = f"for {to_high.saved:.0%} less than int8 ({span(to_high.saved_ci95)})"
+    assert f"{kl.success:.1%} at {kl.cost:.3f}, {saved}" in page
+    lost = f"wins less, {-100 * to_high.difference:.1f} points, {found.games} games cannot tell from nothing"
+    assert f"{lost} ({span(to_high.difference_ci95)})" in page
+    dearer = span([-end for end in reversed(to_low.saved_ci95)])
+    more = f"{100 * to_low.difference:.1f} points more ({span(to_low.difference_ci95)})"
+    assert f"{more} for {-to_low.saved:.0%} more ({dearer})" in page
+    assert to_high.saved > without.references[0].saved, "as much as without it, and more"
+    both = 1 - kl.cost / plain["always_int8"].cost
+    assert f"{both:.0%} less, {kl.cost:.3f} for [{plain['always_int8'].cost:.3f}](#a-head-of-int4)" in page
+    gain = f"{100 * planned.difference:.1f} points at equal cost ({span(planned.difference_ci95)})"
+    assert f"wins more than the rule**: {gain}, p = {planned.p_holm:.3f}" in page
+    ours, theirs = (f"{one.success:.1%} at {one.cost:.3f}" for one in (rule, rule_before))
+    assert f"these same games: {ours} for {theirs}" in page
+    assert f"gave is {rule.thresholds[0]:.3f} for {rule_before.thresholds[0]:.3f}" in page
+    assert f"int8 won {old['always_int8'].success:.1%} there" in page
+    assert f"would lead by {100 * (kl.success - rule_before.success):.1f} points at a lower cost" in page
+    assert kl.cost < rule_before.cost
+    assert f"the oracle wins {oracle.success:.1%} at {oracle.cost:.3f}" in page
+
+    assert f"{kl.success:.1%} of {found.games} games at {kl.cost:.2f}, {to_high.saved:.0%} less than int8." in readme
+    assert f"on another CPU {rule.success:.1%} at {rule.cost:.2f};" in readme
+    less = f"{to_high.saved:.0%} less than int8 with it ({span(to_high.saved_ci95)}) and {both:.0%} less than int8"
+    assert f"[{kl.success:.1%} at {kl.cost:.2f}](../results/alfworld-smollm2.md#a-trained-router" in concept
+    assert f"beside-prompt-lookup), {less} without" in concept
+
+
 def test_what_is_said_of_webshop_is_what_its_results_say() -> None:
     found = pages.read_results("webshop-smollm2-rules", REPOSITORY / places.RESULTS)
     points, (to_high, to_low, _) = {point.policy: point for point in found.points}, found.references
