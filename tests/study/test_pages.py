@@ -296,6 +296,35 @@ def test_what_is_said_of_the_router_beside_prompt_lookup_is_what_its_results_say
     assert f"beside-prompt-lookup), {less} without" in concept
 
 
+def test_what_is_said_of_the_router_on_official_games_is_what_its_results_say() -> None:
+    found, tuned = (
+        pages.read_results(f"alfworld-smollm2-{name}", REPOSITORY / places.RESULTS)
+        for name in ("lookup-seen", "lookup-router")
+    )
+    points, before = ({point.policy: point for point in results.points} for results in (found, tuned))
+    beside, (planned,) = {(one.policy, one.against): one for one in found.references}, found.compared
+    readme, page, concept = map(words, PLACES)
+    for policy in ("kl", "rule:margin"):
+        assert points[policy].thresholds == before[policy].thresholds, "nothing was tuned on official games"
+    said = {name: f"{point.success:.1%} at {point.cost:.3f}" for name, point in points.items()}
+    to_high, to_low = beside["kl", "int8"], beside["kl", "int4-gptq"]
+    lost = f"{100 * to_high.difference:+.1f} points ({span(to_high.difference_ci95)})"
+    saved = f"for {to_high.saved:.0%} less ({span(to_high.saved_ci95)})"
+    assert f"the router wins {said['kl']}**, int8 {said['always_int8']}: {lost} {saved}" in page
+    assert f"The rule wins {said['rule:margin']}, int4 alone {said['always_int4-gptq']}." in page
+    against = f"{100 * planned.difference:+.1f} points ({span(planned.difference_ci95)}), p = {planned.p_holm:.3f}"
+    more = f"{100 * to_low.difference:+.1f} ({span(to_low.difference_ci95)})"
+    seen = f"could have seen {100 * to_low.smallest_difference:.1f}."
+    assert f"equal cost {against}; against int4 alone {more}, where they {seen}" in page
+    assert planned.p_holm > 0.05, "which cannot be told"
+    low, high, kl = (points[name] for name in ("always_int4-gptq", "always_int8", "kl"))
+    assert low.success == high.success == kl.success
+    assert f"int4 alone won as many as int8, for {1 - low.cost / high.cost:.0%} less" in page
+    costs = f"({low.success:.1%}), for less: {low.cost:.2f}, {high.cost:.2f} and {kl.cost:.2f}."
+    assert f"Of the {found.games} official games int4 alone then won as many as int8 and the router {costs}" in readme
+    assert f"On the {found.games} official games int4 alone [won as many]" in concept
+
+
 def test_what_is_said_of_webshop_is_what_its_results_say() -> None:
     found = pages.read_results("webshop-smollm2-rules", REPOSITORY / places.RESULTS)
     points, (to_high, to_low, _) = {point.policy: point for point in found.points}, found.references
