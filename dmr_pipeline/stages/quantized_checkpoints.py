@@ -74,6 +74,8 @@ def quantized_checkpoints(context: StageContext) -> StageResult:
     for rung in recipe.precisions.ladder:
         if rung.checkpoint is not None:
             inspect(float_model, tokenizer, rung)
+    calibrated = any(rung.calibrated for rung in recipe.precisions.ladder)
+    calibration = _calibration_episodes(context, prompter, capacity) if calibrated else []
     kept = KeptTables(context.kept or context.scratch / "measured", _all_rungs_facts(context, device))
     read_by_float = pass_bytes(float_model)
     facts, measured = list[RungFacts](), list[pl.DataFrame]()
@@ -81,7 +83,6 @@ def quantized_checkpoints(context: StageContext) -> StageResult:
         bar = progress.add_task("precision ladder", total=len(recipe.precisions.ladder) * len(games))
         for rung in recipe.precisions.ladder:
             progress.update(bar, description=f"{rung.name} plays validation games")
-            calibration = _calibration_episodes(context, prompter, capacity) if rung.calibrated else []
             gptq = None
             if rung.rounding is not None:
                 layers = progress.add_task(f"{rung.name}: GPTQ, layer by layer", total=None)

@@ -12,7 +12,7 @@ from dmr_pipeline.evaluation import places
 from dmr_pipeline.evaluation.statistics import smallest_difference
 from dmr_pipeline.study import pages
 from dmr_pipeline.study.design import load_study
-from dmr_pipeline.study.results import Results
+from dmr_pipeline.study.results import BesideReference, Results
 from tests.helpers.fake_project import REPOSITORY
 from tests.helpers.pages import words
 from tests.helpers.studies import made_up
@@ -26,6 +26,11 @@ PLACES = ("README.md", "docs/results/alfworld-smollm2.md", "docs/concepts/when-r
 def span(ends: Sequence[float]) -> str:
     """An interval in points, as pages write it."""
     return " to ".join(f"{100 * end:.1f}" for end in ends)
+
+
+def dearer(reference: BesideReference) -> str:
+    """What a policy costs more than what it is compared with, as pages write it."""
+    return f"{-reference.saved:.0%} more ({span([-end for end in reversed(reference.saved_ci95)])})"
 
 
 @pytest.fixture(scope="module")
@@ -141,8 +146,7 @@ def test_what_is_said_of_the_router_against_the_rule_is_what_its_results_say() -
     seen = f"where {found.games} games could have seen {100 * to_high.smallest_difference:.1f}"
     assert f"points more ({span(to_high.difference_ci95)}), {seen}" in page
     more = f"{100 * to_low.difference:.1f} points ({span(to_low.difference_ci95)})"
-    dearer = [-end for end in reversed(to_low.saved_ci95)]
-    assert f"{more} for {-to_low.saved:.0%} more ({span(dearer)})" in page
+    assert f"{more} for {dearer(to_low)}" in page
     assert (
         f"and {100 * kl.gain:.1f} points ({span(kl.gain_ci95)}) against all that needs no router at equal cost" in page
     )
@@ -181,10 +185,7 @@ def test_what_is_said_of_three_trainings_is_what_their_results_say() -> None:
     saved = f"what int8 wins for {to_high.saved:.0%} less** ({span(to_high.saved_ci95)})"
     assert f"{saved}: {100 * to_high.difference:.1f} points more ({span(to_high.difference_ci95)})" in page
     more = f"{100 * to_low.difference:.1f} points ({span(to_low.difference_ci95)})"
-    dearer = span([-end for end in reversed(to_low.saved_ci95)])
-    assert (
-        f"{more} for {-to_low.saved:.0%} more ({dearer}), and {100 * kl.gain:.1f} points ({span(kl.gain_ci95)})" in page
-    )
+    assert f"{more} for {dearer(to_low)}, and {100 * kl.gain:.1f} points ({span(kl.gain_ci95)})" in page
     assert (
         f"{', '.join(f'{won:.1%}' for won in kl.by_seed)}, a standard deviation of {100 * kl.seed_deviation:.1f}"
         in page
@@ -273,9 +274,8 @@ def test_what_is_said_of_the_router_beside_prompt_lookup_is_what_its_results_say
     assert f"{kl.success:.1%} at {kl.cost:.3f}, {saved}" in page
     lost = f"wins less, {-100 * to_high.difference:.1f} points, {found.games} games cannot tell from nothing"
     assert f"{lost} ({span(to_high.difference_ci95)})" in page
-    dearer = span([-end for end in reversed(to_low.saved_ci95)])
     more = f"{100 * to_low.difference:.1f} points more ({span(to_low.difference_ci95)})"
-    assert f"{more} for {-to_low.saved:.0%} more ({dearer})" in page
+    assert f"{more} for {dearer(to_low)}" in page
     assert to_high.saved > without.references[0].saved, "as much as without it, and more"
     both = 1 - kl.cost / plain["always_int8"].cost
     assert f"{both:.0%} less, {kl.cost:.3f} for [{plain['always_int8'].cost:.3f}](#a-head-of-int4)" in page
@@ -335,9 +335,8 @@ def test_what_is_said_of_webshop_is_what_its_results_say() -> None:
     assert f"{low.success:.1%} for bfloat16's {full.success:.1%} and int8's {high.success:.1%}" in page
     more = f"{100 * to_high.difference:.1f} points more than int8 ({span(to_high.difference_ci95)})"
     assert f"{more} for {to_high.saved:.0%} less ({span(to_high.saved_ci95)})" in page
-    dearer = span([-end for end in reversed(to_low.saved_ci95)])
     more = f"{100 * to_low.difference:.1f} points ({span(to_low.difference_ci95)})"
-    assert f"{more} for {-to_low.saved:.0%} more ({dearer})" in page
+    assert f"{more} for {dearer(to_low)}" in page
     assert f"at equal cost {100 * rule.gain:.1f} points ({span(rule.gain_ci95)})" in page
     assert f"differently in {oracle.ratio:.0%} of the steps" in page
     assert f"wins {oracle.success:.1%} at {oracle.cost:.3f}" in page
