@@ -126,7 +126,7 @@ def test_what_is_said_of_the_router_against_the_rule_is_what_its_results_say() -
     beside = {(one.policy, one.against): one for one in found.references}
     (planned,) = found.compared
     kl, rule = points["kl"], points["rule:margin"]
-    readme, page, concept = map(words, PLACES)
+    _, page, concept = map(words, PLACES)
 
     assert found.study.first_game == before.games, "none of the games is one of those"
     assert [kl.thresholds, rule.thresholds] == [first["kl"].thresholds, first["rule:margin"].thresholds], (
@@ -160,7 +160,6 @@ def test_what_is_said_of_the_router_against_the_rule_is_what_its_results_say() -
     assert to_oracle.difference > 0
 
     in_brief = f"at equal cost ({span(planned.difference_ci95)}; p = {planned.p_holm:.3f}"
-    assert f"On those games it wins {rule.success:.1%} at {rule.cost:.2f};" in readme
     assert f"{kl.success:.1%} at {kl.cost:.2f}, {saved} ({span(to_high.saved_ci95)})" in concept
     assert f"{100 * planned.difference:.1f} points more than the rule {in_brief}" in concept
 
@@ -250,7 +249,6 @@ def test_what_is_said_of_prompt_lookup_is_what_its_results_say() -> None:
     assert f"int8 wins {high.success:.1%} here and {others['always_int8'].success:.1%} there" in page
     assert f"int8 alone then wins {high.success:.1%} of {found.games} fresh games at {high.cost:.2f}" in readme
     assert f"for {others['always_int8'].cost:.2f} without" in readme
-    assert f"a head of int4, {rule.success:.1%} at {rule.cost:.2f};" in readme
     assert f"[{high.success:.1%} at {high.cost:.2f}](../results/alfworld-smollm2.md#prompt-lookup)" in concept
     assert f"prompt-lookup), for {others['always_int8'].cost:.2f} without: less than int4" in concept
     assert f"saves {to_high.saved:.0%} of int8's cost, but {-to_low.saved:.0%} is what it then costs more" in concept
@@ -265,7 +263,7 @@ def test_what_is_said_of_the_router_beside_prompt_lookup_is_what_its_results_say
     beside, (planned,) = {(one.policy, one.against): one for one in found.references}, found.compared
     kl, rule, oracle, rule_before = points["kl"], points["rule:margin"], points["disagreement"], old["rule:margin"]
     to_high, to_low = beside["kl", "int8"], beside["kl", "int4-gptq"]
-    readme, page, concept = map(words, PLACES)
+    _, page, concept = map(words, PLACES)
     assert found.study.precisions == rules.study.precisions
     assert found.games == rules.games == without.games
     assert (found.study.first_game, rules.study.first_game, without.study.first_game) == (0, 0, 0)
@@ -289,11 +287,58 @@ def test_what_is_said_of_the_router_beside_prompt_lookup_is_what_its_results_say
     assert kl.cost < rule_before.cost
     assert f"the oracle wins {oracle.success:.1%} at {oracle.cost:.3f}" in page
 
-    assert f"{kl.success:.1%} of {found.games} games at {kl.cost:.2f}, {to_high.saved:.0%} less than int8." in readme
-    assert f"on another CPU {rule.success:.1%} at {rule.cost:.2f};" in readme
-    less = f"{to_high.saved:.0%} less than int8 with it ({span(to_high.saved_ci95)}) and {both:.0%} less than int8"
-    assert f"[{kl.success:.1%} at {kl.cost:.2f}](../results/alfworld-smollm2.md#a-trained-router" in concept
-    assert f"beside-prompt-lookup), {less} without" in concept
+    assert f"A trained router led by {100 * planned.difference:.1f} points on [these games]" in concept
+
+
+def test_what_is_said_of_the_router_beside_prompt_lookup_on_other_games_is_what_its_results_say() -> None:
+    found, first, without = (
+        pages.read_results(f"alfworld-smollm2-{name}", REPOSITORY / places.RESULTS)
+        for name in ("lookup-confirm", "lookup-router", "confirm")
+    )
+    points, before = ({point.policy: point for point in results.points} for results in (found, first))
+    beside, (planned,) = {(one.policy, one.against): one for one in found.references}, found.compared
+    readme, page, concept = map(words, PLACES)
+    assert found.study.first_game == first.games, "other games"
+    for policy in ("kl", "rule:margin"):
+        assert points[policy].thresholds == before[policy].thresholds, "nothing was tuned anew"
+    kl, rule, high, oracle = (points[name] for name in ("kl", "rule:margin", "always_int8", "disagreement"))
+    led, p = f"{100 * planned.difference:.1f}", f"p = {planned.p_holm:.3f}"
+    within = f"({span(planned.difference_ci95)})"
+    assert planned.p_holm > 0.05, "does not beat the rule"
+    (earlier,) = first.compared
+    had = f"{100 * earlier.difference:.1f} and p = {earlier.p_holm:.3f}"
+    assert f"{led} points more at equal cost {within}, {p}, where the 300 games before had {had}." in page
+    said = {name: f"{points[name].success:.1%} at {points[name].cost:.3f}" for name in ("kl", "rule:margin")}
+    assert f"rule wins {said['rule:margin']}, the router {said['kl']}. [Without" in page
+    assert f"-games) it does, by {100 * without.compared[0].difference:.1f}." in page
+    router, untrained = beside["kl", "int8"], beside["rule:margin", "int8"]
+    took, lost = (
+        [f"{one.saved:.0%} less ({span(one.saved_ci95)})" for one in (router, untrained)],
+        [
+            f"{-100 * one.difference:.1f}{points_} ({span((-one.difference_ci95[1], -one.difference_ci95[0]))})"
+            for one, points_ in ((router, " points"), (untrained, ""))
+        ],
+    )
+    assert f"takes {took[0]} and loses {lost[0]}, the rule {took[1]} and {lost[1]}." in page
+    checks = points["speculative:int8<int4-gptq"]
+    assert f"Checking every draft saves {1 - checks.cost / high.cost:.0%}." in page
+    low, rule_low = beside["kl", "int4-gptq"], beside["rule:margin", "int4-gptq"]
+    more = f"{100 * low.difference:.1f} points ({span(low.difference_ci95)}) for {-low.saved:.0%} more"
+    rule_more = f"{100 * rule_low.difference:.1f} ({span(rule_low.difference_ci95)}) for {-rule_low.saved:.0%} more"
+    assert f"{more}, and {rule_more}." in page
+    left = beside["kl", "disagreement"]
+    ahead = f"{-100 * left.difference:.1f} points more than the router"
+    assert f"the oracle wins {oracle.success:.1%} at {oracle.cost:.3f}, {ahead}" in page
+    assert f"for {1 - oracle.cost / kl.cost:.0%} less." in page
+
+    costs = f"it wins {rule.success:.1%} at {rule.cost:.2f}, the router {kl.success:.1%} at {kl.cost:.2f}, int8"
+    saved = f"{untrained.saved:.0%} and {router.saved:.0%} less"
+    against = f"{100 * rule_low.difference:.1f} and {100 * low.difference:.1f} points more than int4."
+    assert f"{costs} {high.success:.1%} at {high.cost:.2f}: {saved}, and {against}" in readme
+    assert f"At equal cost the router leads by {led} {within}." in readme
+    there = f"{said['kl']}, the rule {said['rule:margin']}, {router.saved:.0%} and {untrained.saved:.0%} less"
+    assert f"and by {led} {within} on [900 others]" in concept
+    assert f"games): {there} than int8 with prompt lookup." in concept
 
 
 def test_what_is_said_of_the_router_on_official_games_is_what_its_results_say() -> None:
@@ -320,8 +365,7 @@ def test_what_is_said_of_the_router_on_official_games_is_what_its_results_say() 
     low, high, kl = (points[name] for name in ("always_int4-gptq", "always_int8", "kl"))
     assert low.success == high.success == kl.success
     assert f"int4 alone won as many as int8, for {1 - low.cost / high.cost:.0%} less" in page
-    costs = f"({low.success:.1%}), for less: {low.cost:.2f}, {high.cost:.2f} and {kl.cost:.2f}."
-    assert f"Of the {found.games} official games int4 alone then won as many as int8 and the router {costs}" in readme
+    assert f"with it int4 alone wins as many, at {low.cost:.2f}." in readme
     assert f"On the {found.games} official games int4 alone [won as many]" in concept
 
 
@@ -357,7 +401,8 @@ def test_what_is_said_of_the_official_games_is_what_their_results_say() -> None:
     to_high, to_low, _ = found.references
     readme, page, concept = map(words, PLACES)
     assert rule.success == high.success
-    assert f"what int8 wins, {rule.success:.1%}, at {rule.cost:.2f} for {high.cost:.2f} ({found.games} games)" in readme
+    assert f"on {found.games} [official games]" in readme
+    assert f"what int8 wins, {rule.success:.1%}, at {rule.cost:.2f} for {high.cost:.2f};" in readme
     assert f"{full.success:.1%} in bfloat16, {others['always_float'].success:.1%} there" in page
     low, up = (100 * end for end in to_high.difference_ci95)
     saved = [100 * end for end in to_high.saved_ci95]
