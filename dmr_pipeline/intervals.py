@@ -5,6 +5,12 @@ from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.optimize import brentq
+
+Successes = NDArray[np.bool_] | NDArray[np.float64]
+
+_NEXT = 1e-9
+"""Beside the estimate, where no difference is rejected."""
 
 
 def wilson(rate: float, n: int, confidence: float) -> list[float]:
@@ -16,15 +22,25 @@ def wilson(rate: float, n: int, confidence: float) -> list[float]:
     return [max(0.0, min(centre - half, rate)), min(1.0, max(centre + half, rate))]
 
 
-def paired_interval(first: NDArray[np.bool_], second: NDArray[np.bool_], confidence: float) -> tuple[float, float]:
-    """Of the difference of two success rates on the same games, first minus second: Wald's with half a game added to each of the
-    four cells (Agresti & Min, 2005). It has a width also where the two never differ.
+def paired_interval(first: Successes, second: Successes, confidence: float) -> tuple[float, float]:
+    """Score interval of the difference of two success rates on the same games, first minus second (Tango, 1998): the differences
+    that the score test with the restricted maximum-likelihood estimate does not reject. It has a width also where the two never
+    differ, and keeps its level where few games differ, where a bootstrap does not.
 
     Args:
-        first, second: whether each game was won [games].
+        first, second: success of each game [games]; of several draws their mean, which makes the interval wider than it need be.
     """
-    n = len(first) + 2
-    gains, losses = int((first & ~second).sum()) + 0.5, int((second & ~first).sum()) + 0.5
-    difference = (gains - losses) / n
-    half = NormalDist().inv_cdf(0.5 + confidence / 2) * math.sqrt((gains + losses) / n - difference**2) / math.sqrt(n)
-    return max(-1.0, difference - half), min(1.0, difference + half)
+    apart = first.astype(np.float64) - second.astype(np.float64)
+    n, gains, losses = apart.size, float(apart.clip(min=0).sum()), float((-apart).clip(min=0).sum())
+    z, found = NormalDist().inv_cdf(0.5 + confidence / 2), (gains - losses) / n
+
+    def rejected_by(difference: float) -> float:
+        """Above 0 where this difference is."""
+        b = -(gains + losses) + (2 * n - gains + losses) * difference
+        c = -losses * difference * (1 - difference)
+        lost = (math.sqrt(max(0.0, b * b - 8 * n * c)) - b) / (4 * n)
+        return n * (found - difference) ** 2 - z * z * (2 * lost + difference * (1 - difference))
+
+    low = brentq(rejected_by, -1.0, found - _NEXT) if found - _NEXT > -1 else -1.0
+    high = brentq(rejected_by, found + _NEXT, 1.0) if found + _NEXT < 1 else 1.0
+    return float(low), float(high)

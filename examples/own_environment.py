@@ -150,7 +150,7 @@ grpo_router:
   validate_every: 1
   validation_games: 24
 evaluation: {confidence_games: 24, random_draws: 1, bootstrap: 200}
-release: {bootstrap: 200}
+release: {}
 """
 
 

@@ -61,9 +61,9 @@ def run(
     folder.mkdir(parents=True, exist_ok=True)
     episodes.write_parquet(folder / "episodes.parquet")
     ladder = read_ladder(made.checkpoints)
-    (last,) = (rung for rung in ladder.rungs if rung.name == ladder.route[-1])
-    cheapest = Place(last.cost, last.validation_success)
-    results = study_results(episodes, plan, made.recipe, ladder.route, cheapest)
+    alone = {rung.name: Place(rung.cost, rung.validation_success) for rung in ladder.rungs}
+    ends = (alone[ladder.route[0]], alone[ladder.route[-1]])
+    results = study_results(episodes, plan, made.recipe, ladder.route, ends)
     kept = [results_file(file.stem)] if as_markdown else []
     for path in (folder / "results.json", *([out] if out is not None else []), *kept):
         write_record(path, results)

@@ -18,7 +18,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import cast
+from typing import NamedTuple, cast
 
 import numpy as np
 import polars as pl
@@ -38,7 +38,7 @@ from dmr_pipeline.evaluation.results import (
     TaskTypeMetrics,
 )
 from dmr_pipeline.evaluation.statistics import games_needed, holm, paired_p_value, smallest_difference
-from dmr_pipeline.intervals import wilson
+from dmr_pipeline.intervals import paired_interval, wilson
 from dmr_pipeline.precision.hull import Floats, below_hull, best_mixture, rising_hull
 from dmr_pipeline.rollout.failures import FAILURES, PARSE_FAILURES
 
@@ -179,7 +179,7 @@ def compute_metrics(
         "policies": policies,
         "hull": hull,
         "below_hull": off_hull,
-        "non_inferiority": _non_inferiority(outcomes[headline], outcomes[high], margin, weights, confidence),
+        "non_inferiority": _non_inferiority(outcomes[headline], outcomes[high], margin, confidence),
         "paired": _paired(names, outcomes, high, headline, weights, confidence),
         "apgr": router_curve["apgr"],
         "cpt50": router_curve["cpt50"],
@@ -190,13 +190,25 @@ def compute_metrics(
     return cast(Metrics, rounded(metrics))
 
 
-def compare_policies(
-    episodes: pl.DataFrame, policy: str, against: str, *, confidence: float, bootstrap: int, seed: int
-) -> PairedComparison:
-    """Two policies of `episodes`, as in `Metrics.paired`. Arguments, rounding and errors as in `compute_metrics`."""
+class PairedSuccess(NamedTuple):
+    """Of one policy minus another, on the same games."""
+
+    difference: float
+    low: float
+    high: float
+    wins: int
+    """Games that it solves more often."""
+    losses: int
+
+
+def compare_policies(episodes: pl.DataFrame, policy: str, against: str, confidence: float) -> PairedSuccess:
+    """Success, six decimals, with the interval that a non-inferiority test looks at. Arguments and errors as in
+    `compute_metrics`."""
     outcomes = _outcomes(_checked(episodes, (policy, against)))
-    weights = game_weights(outcomes[policy].success.size, bootstrap, seed)
-    return cast(PairedComparison, rounded(_paired_comparison(policy, against, outcomes, weights, confidence)))
+    first, second = outcomes[policy].success, outcomes[against].success
+    difference = float(first.mean() - second.mean())
+    ends = (difference, *paired_interval(first, second, confidence))
+    return PairedSuccess(*(round(end, 6) for end in ends), int((first > second).sum()), int((first < second).sum()))
 
 
 def game_weights(games: int, resamples: int, seed: int) -> Floats:
@@ -480,17 +492,14 @@ def _against(router: str, names: Sequence[str], outcomes: Mapping[str, _Outcomes
     return list(dict.fromkeys([*_planned_against(router, names, outcomes), high, *variants]))
 
 
-def _non_inferiority(
-    policy: _Outcomes, against: _Outcomes, margin: float, weights: Floats, confidence: float
-) -> NonInferiority:
-    difference = policy.success - against.success
-    lower, _ = percentiles(weights @ difference, confidence)
+def _non_inferiority(policy: _Outcomes, against: _Outcomes, margin: float, confidence: float) -> NonInferiority:
+    lower, _ = paired_interval(policy.success, against.success, confidence)
     needed = games_needed(margin, confidence)
     return {
         "margin": margin,
         "lower": lower,
         "games_needed": needed,
-        "shown": bool(lower > -margin and difference.size >= needed),
+        "shown": lower > -margin and policy.success.size >= needed,
     }
 
 

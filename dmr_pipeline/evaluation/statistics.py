@@ -77,7 +77,7 @@ def smallest_difference(differences: Floats, level: float) -> float:
     one two-sided test (Connor, 1987, solved for the difference).
 
     The mean squared difference of a game, for single episodes the share of games that end otherwise, is taken from these with
-    half a game added to each of the four cells, as in `intervals.paired_interval`: that none differs is no proof that none would.
+    half a game added to each of the four cells (Agresti & Min, 2005): that none differs is no proof that none would.
 
     Args:
         differences: of success per game [games].
@@ -93,12 +93,13 @@ def smallest_difference(differences: Floats, level: float) -> float:
 
 def games_needed(margin: float, confidence: float) -> int:
     """The least number of games that can show that a policy loses less than `margin` against another: of as many without one loss
-    the exact upper bound of the share of lost games (Clopper & Pearson, 1934) is below the margin.
+    or gain the end of `intervals.paired_interval`, z^2 / (n + z^2), is below the margin.
 
     Args:
         margin: share of the games; 0 asks for an improvement, which loses no game, so any number can show it.
-        confidence: of the two-sided interval whose end is that bound.
+        confidence: of the two-sided interval.
     """
     if margin <= 0 or margin >= 1:
         return 1
-    return math.floor(math.log((1 - confidence) / 2) / math.log(1 - margin)) + 1
+    z = NormalDist().inv_cdf(0.5 + confidence / 2)
+    return math.floor(z * z * (1 - margin) / margin) + 1

@@ -5,7 +5,7 @@ success at a mean cost lies on the upper hull of the rungs' points (cost, succes
 """
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +36,36 @@ def best_mixture(costs: Floats, successes: Floats, at: Floats) -> Floats:
     mixed = np.where(between, lines, -np.inf).max((-2, -1))
     cheapest = np.where(costs == costs.min(-1, keepdims=True), successes, -np.inf).max(-1)
     return np.where(cheaper.any(-1), np.maximum(alone, mixed), cheapest)
+
+
+class Mixture(NamedTuple):
+    """Of which single rungs the best mixture at a cost is made."""
+
+    shares: Floats
+    """[rungs], of the episodes; they sum to 1, and two are above 0 at most."""
+    slope: float
+    """Success that one more of cost buys: along the line between the two, 0 where one rung alone is best."""
+
+
+def mixture_at(costs: Floats, successes: Floats, at: float) -> Mixture:
+    """What `best_mixture` is made of, for one cost.
+
+    Args:
+        costs, successes: [rungs], in any order.
+    """
+    alone = np.eye(len(costs))
+    cheaper = np.flatnonzero(costs <= at)
+    if not cheaper.size:
+        cheapest = np.lexsort((-successes, costs))[0]
+        return Mixture(alone[cheapest], 0.0)
+    best = cheaper[np.lexsort((costs[cheaper], -successes[cheaper]))[0]]
+    found = [Mixture(alone[best], 0.0)]
+    for one in cheaper:
+        for other in np.flatnonzero(costs > at):
+            share = (at - costs[one]) / (costs[other] - costs[one])
+            slope = (successes[other] - successes[one]) / (costs[other] - costs[one])
+            found.append(Mixture((1 - share) * alone[one] + share * alone[other], float(slope)))
+    return max(found, key=lambda mixture: float(mixture.shares @ successes))
 
 
 def rising_hull(costs: Floats, successes: Floats) -> tuple[Floats, Floats]:

@@ -1,11 +1,10 @@
 """Section `release`: when a new router takes the place of the released one."""
 
-from collections.abc import Iterator
 from typing import Annotated
 
 from pydantic import Field
 
-from dmr_pipeline.recipe.fields import Bootstrap, Confidence, Count, Section, Seed, Share, at_most, too_few_resamples
+from dmr_pipeline.recipe.fields import Confidence, Count, Section, Seed, Share, at_most
 
 
 class Release(Section):
@@ -25,8 +24,4 @@ class Release(Section):
         " margin needs; with fewer than it needs nothing is promoted",
     )
     confidence: Confidence = Field(0.95, description="of the interval whose lower bound decides")
-    bootstrap: Bootstrap = Field(2000, description="bootstrap resamples, of games")
-    seed: Seed = Field(0, description="of the resamples, of the games' order, and of actions drawn at a temperature")
-
-    def problems(self) -> Iterator[tuple[str, str]]:
-        yield from too_few_resamples(self.confidence, self.bootstrap)
+    seed: Seed = Field(0, description="of the games' order, and of actions drawn at a temperature")

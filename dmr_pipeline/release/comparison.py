@@ -31,7 +31,7 @@ class Comparison(FrozenModel):
     difference: float
     """Success of the candidate minus success of the released router."""
     interval: tuple[float, float]
-    """Of the difference, at the rule's confidence: percentile bootstrap over games."""
+    """Of the difference, at the rule's confidence: `intervals.paired_interval`."""
     wins: int
     """Games that the candidate alone solves."""
     losses: int
@@ -79,18 +79,15 @@ def compare_routers(episodes: pl.DataFrame, rule: Release) -> Comparison:
     Args:
         episodes: rows as `metrics.EPISODES` says, of the policies CANDIDATE and RELEASED: one episode of each game each.
     """
-    paired = compare_policies(
-        episodes, CANDIDATE, RELEASED, confidence=rule.confidence, bootstrap=rule.bootstrap, seed=rule.seed
-    )
-    low, high = paired["ci95"]
+    paired = compare_policies(episodes, CANDIDATE, RELEASED, rule.confidence)
     return Comparison(
         games=episodes["task_id"].n_unique(),
         candidate=_figures(episodes, CANDIDATE),
         released=_figures(episodes, RELEASED),
-        difference=paired["difference"],
-        interval=(low, high),
-        wins=paired["wins"],
-        losses=paired["losses"],
+        difference=paired.difference,
+        interval=(paired.low, paired.high),
+        wins=paired.wins,
+        losses=paired.losses,
         rule=rule.model_dump(mode="json"),
     )
 

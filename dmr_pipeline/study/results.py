@@ -3,9 +3,12 @@ a trained router is better than the best rule that nobody trained.
 
 - *Gain*: success minus that of the best mixture of static policies (a rung alone, or checking a cheaper one's drafts) at the same
   cost, all on the same games.
-- *Equal cost*: between two budgets a rule reaches every cost by playing some episodes at one and the rest at the other. Which
-  rule is compared is chosen on validation games, at the router's cost there; the mixture is set to its cost on the fresh games.
-- Intervals are over games (bootstrap, the same resamples for all policies); the spread over training seeds is told beside them.
+- *Equal cost*: a rule reaches every cost by playing some episodes at one budget, or at an end of the route, and the rest at
+  another. Which rule is compared is chosen on validation games, at the router's cost there; the mixture is the best at its cost
+  or less on the fresh games.
+- Intervals are over games (bootstrap, the same resamples for all policies, the mixture found anew in each, since its shares hang
+  on what was drawn); the spread over training seeds is told beside them. What a router loses to the dearest rung has the interval
+  of a non-inferiority test (`intervals.paired_interval`).
 - The planned comparisons are named in the study's file, before it runs: Holm's correction is over all of them.
 
 All of that is ours.
@@ -23,13 +26,15 @@ from dmr_pipeline.evaluation.metrics import (
     average_gap_recovered,
     average_improvement_in_quality,
     game_weights,
+    mean_interval,
     percentiles,
     rounded,
 )
 from dmr_pipeline.evaluation.results import STATIC, Interval
 from dmr_pipeline.evaluation.statistics import games_needed, holm, smallest_difference
 from dmr_pipeline.frozen_model import FrozenModel
-from dmr_pipeline.precision.hull import Floats, best_mixture
+from dmr_pipeline.intervals import paired_interval
+from dmr_pipeline.precision.hull import Floats, best_mixture, mixture_at
 from dmr_pipeline.recipe import Recipe
 from dmr_pipeline.recipe.evaluation import Evaluation
 from dmr_pipeline.study.design import Study, has_fresh_games
@@ -108,14 +113,14 @@ class Compared(FrozenModel):
     """Chosen on validation games."""
     cost: float
     rule_cost: float
-    """Equal, but where no mixture of the rule's budgets costs as much or as little."""
+    """Equal, but where no mixture costs so little, or none that costs as much wins more."""
     difference: float
     """In success, router minus rule."""
     difference_ci95: Interval
     difference_by_seed: list[float]
     """Of each training seed, at its own cost; one number where one was trained."""
     p_value: float
-    """Two-sided sign-flip test over games."""
+    """Two-sided sign-flip test over games, each at what the mixture would win at the router's cost there."""
     p_holm: float
     lost: float
     """Success of the dearest rung minus the router's."""
@@ -161,14 +166,14 @@ class _Played:
 
 
 def study_results(
-    episodes: pl.DataFrame, study: Study, recipe: Recipe, route: Sequence[str], cheapest: Place
+    episodes: pl.DataFrame, study: Study, recipe: Recipe, route: Sequence[str], ends: tuple[Place, Place]
 ) -> Results:
     """
     Args:
         episodes: rows of `play.EPISODES`.
         recipe: with the study's precisions.
         route: the routed rungs, dearest first.
-        cheapest: the cheapest of them alone, on validation games.
+        ends: the dearest and the cheapest of them alone, on validation games.
     """
     section, margin = recipe.evaluation, recipe.precisions.margin
     played = {
@@ -189,7 +194,7 @@ def study_results(
     of = {name: {budget: one for (policy, budget), one in played.items() if policy == name} for name in tuned}
     rules = {name: curve for name, curve in of.items() if next(iter(curve.values())).kind == "rule"}
     compared = [
-        _compare(name, budget, curve[budget], rules, high, low, cheapest, weights, section, margin)
+        _compare(name, budget, curve[budget], rules, high, low, ends, weights, section, margin)
         for name, curve in of.items()
         if next(iter(curve.values())).kind == "router"
         for budget in study.planned
@@ -253,7 +258,7 @@ def _point(
         kind=one.kind,
         budget=budget,
         success=float(one.success.mean()),
-        success_ci95=percentiles(weights @ one.success, confidence),
+        success_ci95=mean_interval(one.success, weights, confidence),
         ratio=float(one.ratio),
         cost=float(one.cost.mean()),
         cost_ci95=percentiles(weights @ one.cost, confidence),
@@ -304,7 +309,7 @@ def _compare(
     rules: Mapping[str, Mapping[float | None, _Played]],
     high: _Played,
     low: _Played,
-    cheapest: Place,
+    ends: tuple[Place, Place],
     weights: Floats,
     section: Evaluation,
     margin: float,
@@ -313,49 +318,40 @@ def _compare(
     at = router.validation.cost
 
     def on_validation(rule: str) -> float:
-        places = [cheapest, *(one.validation for one in rules[rule].values() if one.validation is not None)]
+        places = [*ends, *(one.validation for one in rules[rule].values() if one.validation is not None)]
         costs, successes = (np.array(values) for values in zip(*places, strict=True))
-        return float(mixed_at(costs, at) @ successes)
+        return float(best_mixture(costs, successes, np.array(at)))
 
     best = max(rules, key=on_validation)
-    offered = [low, *rules[best].values()]
-    costs, successes = np.array([one.cost.mean() for one in offered]), np.stack([one.success for one in offered])
-    shares = mixed_at(costs, float(router.cost.mean()))
-    rule_success, rule_cost = shares @ successes, shares @ costs
+    offered = [low, *rules[best].values(), high]
+    costs, successes = (np.stack(values) for values in zip(*((o.cost, o.success) for o in offered), strict=True))
+    places = costs.mean(1), successes.mean(1)
+    shares, slope = mixture_at(*places, float(router.cost.mean()))
+    difference = router.success - shares @ successes
+    dearer_by = router.cost - shares @ costs
+    resampled = best_mixture(weights @ costs.T, weights @ successes.T, weights @ router.cost)
     by_seed = zip(router.by_seed, router.cost_by_seed, strict=True)
-    difference, lost = router.success - rule_success, high.success - router.success
-    lost_interval = percentiles(weights @ lost, section.confidence)
+    lost_interval = paired_interval(high.success, router.success, section.confidence)
     return Compared(
         router=name,
         budget=budget,
         rule=best,
         cost=float(router.cost.mean()),
-        rule_cost=float(rule_cost),
+        rule_cost=float((shares @ costs).mean()),
         difference=float(difference.mean()),
-        difference_ci95=percentiles(weights @ difference, section.confidence),
-        difference_by_seed=[float(won - mixed_at(costs, cost) @ successes.mean(1)) for won, cost in by_seed],
-        p_value=sign_flip(difference, section.seed),
+        difference_ci95=percentiles(weights @ router.success - resampled, section.confidence),
+        difference_by_seed=[float(won - best_mixture(*places, np.array(cost))) for won, cost in by_seed],
+        p_value=sign_flip(difference - slope * dearer_by, section.seed),
         p_holm=1.0,
-        lost=float(lost.mean()),
-        lost_ci95=lost_interval,
-        not_worse=bool(lost_interval[1] < margin and len(lost) >= games_needed(margin, section.confidence)),
+        lost=float((high.success - router.success).mean()),
+        lost_ci95=list(lost_interval),
+        not_worse=lost_interval[1] < margin and len(high.success) >= games_needed(margin, section.confidence),
     )
-
-
-def mixed_at(costs: Floats, at: float) -> Floats:
-    """Shares [points] of the two points next to a cost, whose mixture costs just that; beyond, of the end alone."""
-    order = np.argsort(costs, kind="stable")
-    shares = np.zeros(len(costs))
-    for place, point in enumerate(order):
-        alone = np.zeros(len(costs))
-        alone[place] = 1.0
-        shares[point] = np.interp(at, costs[order], alone)
-    return shares
 
 
 def sign_flip(differences: Floats, seed: int) -> float:
     """Two-sided p-value: under the null hypothesis a game's difference is as likely to have the other sign."""
-    if not differences.any():
+    if len(differences) == 1 or not differences.any():
         return 1.0
     found = permutation_test(
         (differences, np.zeros(len(differences))),

@@ -55,7 +55,7 @@ ALFWORLD: list[tuple[str, dict[str, object], str]] = [
             T + "architecture.feed_forward", "agent.prompt.max_action_tokens", "trajectories.seed", P + "kl_episodes",
             K + "epochs", K + "batch_episodes", K + "seed", G + "updates", G + "games_per_update", G + "group_size",
             G + "iterations", G + "seed", "evaluation.random_draws", "evaluation.bootstrap", "evaluation.seed",
-            "release.games", "release.bootstrap", "retraining.min_new_steps", "runtime.batch_episodes", "runtime.processes",
+            "release.games", "retraining.min_new_steps", "runtime.batch_episodes", "runtime.processes",
         )
     ),
     *(
@@ -100,8 +100,8 @@ ALFWORLD: list[tuple[str, dict[str, object], str]] = [
      "agent.prompt.max_action_tokens: 14, but a transcript may have 14 tokens: set it lower, or agent.max_transcript_tokens"),
     ("long-actions", {"agent.prompt.max_action_tokens": 4096},
      "agent.prompt.max_action_tokens: 4,096, but a transcript may have 4,096 tokens"),
-    ("nearly-sure", {"release.confidence": 0.999999},
-     "release.bootstrap: 2000 resamples, but an interval of 0.999999 has"),
+    ("nearly-sure", {"evaluation.confidence": 0.999999, "evaluation.bootstrap": 2000},
+     "evaluation.bootstrap: 2000 resamples, but an interval of 0.999999 has"),
     # Architectures.
     ("heads", {T + "architecture.heads": 3, T + "architecture.key_value_heads": 2},
      f"{T}architecture.key_value_heads: 2 does not divide the 3 heads"),
@@ -287,8 +287,6 @@ ALFWORLD: list[tuple[str, dict[str, object], str]] = [
      "evaluation.rules.0: Input should be 'random', 'evenly'"),
     ("resamples", {"evaluation.bootstrap": 30},
      "evaluation.bootstrap: 30 resamples, but an interval of 0.95 has one beyond"),
-    ("resamples-of-release", {"release.bootstrap": 1000, "release.confidence": 0.999},
-     "release.bootstrap: 1000 resamples"),
     ("remote", {"versioning.remote": "-v; ls"}, "versioning.remote: String should match pattern"),
     ("threads", {"runtime.threads": 2}, "runtime.threads: torch's threads do not survive a fork"),
     ("name", {"name": "y"}, "its name is 'y', but the file is called 'x'"),

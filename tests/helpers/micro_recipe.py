@@ -47,7 +47,7 @@ grpo_router:
   validation_games: 3
   target_ratio: 0.4
 evaluation: {bootstrap: 50}
-release: {bootstrap: 50}
+release: {}
 """
 _CHANGES = {
     "route: [float, int2]": "route: [float, int4, int2]",

@@ -11,6 +11,8 @@ from tests.helpers.micro_recipe import RECIPE_YAML
 
 GAMES = 200
 ROUTE = ("float", "int2")
+ENDS = (Place(1.0, 0.9), Place(0.2, 0.5))
+"""On validation games."""
 STUDY = Study.model_validate(
     {"recipe": "x", "routers": {"good": {}, "poor": {}}, "seeds": [0, 1], "budgets": [0.2, 0.4], "planned": [0.4]}
 )
@@ -62,4 +64,4 @@ def made_up() -> Results:
             at = {"seed": seed, "budget": budget, "validation": (0.5, 0.9)}
             frames.append(episodes("good", "router", 0.8 + 0.1 * seed, 0.5, budget, **at))
             frames.append(episodes("poor", "router", 0.8, 0.4 + 0.2 * seed, budget, **at))
-    return study_results(pl.concat(frames), STUDY, RECIPE, ROUTE, Place(0.2, 0.5))
+    return study_results(pl.concat(frames), STUDY, RECIPE, ROUTE, ENDS)

@@ -1,11 +1,17 @@
 """The front of single precisions, and the verdict whether routing can pay."""
 
+import math
 from itertools import product
 from math import comb
 
 import numpy as np
 import polars as pl
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.optimize import minimize_scalar
+from scipy.special import xlogy
+from scipy.stats import binom, binomtest
 
 from dmr_pipeline.intervals import paired_interval
 from dmr_pipeline.precision.frontier import (
@@ -116,8 +122,8 @@ def test_a_rung_that_stopped_is_told_of_its_own_games_and_is_beaten_whatever_the
 
 
 def test_a_dear_rung_on_the_front_is_not_routed_where_a_cheaper_one_is_not_worse() -> None:
-    """float wins a game more, which a hundred games cannot show."""
-    found = judged({"float": (91, 1.0), "int4": (90, 0.25), "int2": (60, 0.2)})
+    """float wins a game more, which two hundred games cannot show."""
+    found = judged({"float": (182, 1.0), "int4": (181, 0.25), "int2": (120, 0.2)}, games=200)
     assert found.rungs[0].dominated_by == ""
     assert found.verdict.route == ("int4", "int2")
     strict = judged({"float": (91, 1.0), "int4": (90, 0.25), "int2": (60, 0.2)}, margin=0.0)
@@ -125,10 +131,10 @@ def test_a_dear_rung_on_the_front_is_not_routed_where_a_cheaper_one_is_not_worse
 
 
 def test_where_the_best_is_the_cheapest_nothing_is_gained() -> None:
-    found = judged({"float": (91, 1.0), "int4": (90, 0.25), "int2": (90, 0.2)}, pair=("float", "int4"))
+    found = judged({"float": (182, 1.0), "int4": (181, 0.25), "int2": (181, 0.2)}, pair=("float", "int4"), games=200)
     assert (found.verdict.pays, found.verdict.deploy, found.route) == (False, "int2", ("float", "int4"))
     assert found.verdict.text == (
-        "Routing cannot pay: int2 (90.0% at a cost of 0.200) is at most 5 points worse than float (91.0% at a cost of 1.000), and"
+        "Routing cannot pay: int2 (90.5% at a cost of 0.200) is at most 5 points worse than float (91.0% at a cost of 1.000), and"
         " no smaller rung on the front costs 5% less. Deploy int2."
     )
     assert judged({"float": (91, 1.0), "int2": (91, 0.2)}).route == ("float", "int2"), (
@@ -179,7 +185,8 @@ def test_what_saves_next_to_nothing_is_not_routed_to() -> None:
 
 
 def test_a_named_route_stays_whatever_the_verdict_says() -> None:
-    found = judged({"float": (91, 1.0), "int4": (90, 0.25), "int2": (60, 0.2)}, route=("float", "int2"))
+    rungs = {"float": (182, 1.0), "int4": (181, 0.25), "int2": (120, 0.2)}
+    found = judged(rungs, route=("float", "int2"), games=200)
     assert (found.verdict.route, found.route) == (("int4", "int2"), ("float", "int2"))
 
 
@@ -192,17 +199,47 @@ def test_few_games_do_not_show_that_a_rung_is_as_good() -> None:
 
 
 @pytest.mark.parametrize(("both", "first", "second", "neither"), [(40, 10, 3, 7), (50, 0, 0, 10), (0, 20, 0, 0)])
-def test_the_paired_interval_is_walds_with_half_a_game_in_each_cell(
+def test_the_ends_of_the_paired_interval_are_what_the_score_test_just_rejects(
     both: int, first: int, second: int, neither: int
 ) -> None:
+    """With the restricted likelihood maximised by a search."""
     cells = both * [(True, True)] + first * [(True, False)] + second * [(False, True)] + neither * [(False, False)]
     a, b = np.array(cells).T
-    n, p, q = len(cells) + 2, (first + 0.5), (second + 0.5)
-    wanted = (p - q) / n
-    half = 1.959963984540054 * (((p + q) - (p - q) ** 2 / n) / n**2) ** 0.5
-    assert paired_interval(a, b, 0.95) == pytest.approx((max(-1, wanted - half), min(1, wanted + half)), abs=2e-6)
+    n, found = len(cells), paired_interval(a, b, 0.95)
+    for end in found:
+        if abs(end) == 1:
+            continue
+
+        def unlikely(lost: float, end: float = end) -> float:
+            return -float(xlogy([first, second, n - first - second], [lost + end, lost, 1 - 2 * lost - end]).sum())
+
+        least, most = max(0.0, -end), (1 - end) / 2
+        lost = minimize_scalar(unlikely, bounds=(least, most), method="bounded", options={"xatol": 1e-12}).x
+        deviation = math.sqrt((2 * lost + end * (1 - end)) / n)
+        assert abs((first - second) / n - end) / deviation == pytest.approx(1.959964, abs=1e-3)
     low, high = paired_interval(b, a, 0.95)
-    assert (-high, -low) == pytest.approx(paired_interval(a, b, 0.95), abs=1e-5)
+    assert (-high, -low) == pytest.approx(found, abs=1e-6)
+
+
+@given(st.integers(1, 300).flatmap(lambda games: st.tuples(st.integers(0, games), st.just(games))))
+def test_where_only_one_of_the_two_wins_games_alone_the_paired_interval_ends_where_wilsons_does(
+    some: tuple[int, int],
+) -> None:
+    alone, games = some
+    won = np.arange(games) < alone
+    _, high = paired_interval(won, np.zeros(games, dtype=bool), 0.95)
+    assert high == pytest.approx(binomtest(alone, games).proportion_ci(0.95, "wilson").high, abs=1e-6)
+
+
+def test_a_loss_as_large_as_the_margin_is_seldom_shown_to_be_smaller() -> None:
+    """Exactly, of what wins no game alone and loses 5% of them: at most 2.5%, but for the counts being whole."""
+    for games in (73, 100, 140, 200, 300, 900):
+        shown = sum(
+            binom.pmf(lost, games, 0.05)
+            for lost in range(games // 10)
+            if paired_interval(np.arange(games) >= lost, np.ones(games, dtype=bool), 0.95)[0] > -0.05
+        )
+        assert shown < 0.035
 
 
 def test_the_paired_interval_covers_what_it_should() -> None:

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import linprog
 
-from dmr_pipeline.precision.hull import below_hull, best_mixture, dominators
+from dmr_pipeline.precision.hull import below_hull, best_mixture, dominators, mixture_at
 
 
 def test_a_hull_by_hand() -> None:
@@ -45,3 +45,15 @@ def test_the_front_is_what_nothing_beats(points: dict[str, tuple[int, int]]) -> 
         assert (name in by) == beaten
     assert not by.keys() & set(by.values()), "what dominates is on the front itself"
     assert by.items() <= below_hull(points).items()
+
+
+@given(st.lists(st.tuples(st.integers(1, 50), st.integers(0, 50)), min_size=1, max_size=6), st.integers(1, 60))
+def test_a_mixture_is_made_of_what_it_wins(points: list[tuple[int, int]], at: int) -> None:
+    costs, successes = np.array(points, dtype=float).T
+    shares, slope = mixture_at(costs, successes, at)
+    assert shares.sum() == pytest.approx(1)
+    assert np.count_nonzero(shares) <= 2
+    assert shares @ successes == pytest.approx(best_mixture(costs, successes, np.array(at)), abs=1e-9)
+    assert shares @ costs <= max(at, costs.min()) + 1e-9
+    if slope:
+        assert shares @ costs == pytest.approx(at)
