@@ -14,16 +14,18 @@ and not those of the tokenizer's chat template.
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.serve.local import Turn
 
-TASK = re.compile(r"\s*Your task is to: *(?P<task>[^\n]+?)\.? *(?:\n|$)")
-GOAL = re.compile(r"Instruction: *(?:\[SEP\])? *(?P<task>.+?) *(?:\[SEP\]|\n|$)")
+TASK = "Your task is to:"
+GOAL = "Instruction:"
 """WebShop's, which stays on its pages."""
+SEPARATOR = "[SEP]"
+"""WebShop's, between the parts of a page."""
 WELCOME = re.compile(r"^\s*-= Welcome to TextWorld, ALFRED! =-\s*")
 
 
@@ -68,19 +70,60 @@ def read_conversation(
         raise UserError("messages: the last one is to be the user's, with what the environment shows")
     observations = ["\n".join(texts) for texts in shown]
     opening = WELCOME.sub("", observations[0])
-    found = TASK.search(opening) or next(filter(None, map(TASK.search, before)), None) or GOAL.search(opening)
-    task = task or (found["task"] if found else None)
+    task = task or next(filter(None, map(task_in, [opening, *before])), None) or goal_in(opening)
     if not task and needs_task:
         raise UserError(
             "no task: send metadata.task, or a line `Your task is to: ...` in the first user message or the system message"
         )
-    opening = TASK.sub("\n", opening).strip()
+    opening = without_task(opening).strip()
     if not opening:
         raise UserError("messages: the first user message holds no observation")
     observations[0] = opening
     begun = json.dumps([before, observations[0], task]).encode()
     past = tuple(Turn(seen, *deed) for seen, deed in zip(observations, done, strict=False))
     return Conversation(task or "", past, observations[-1], hashlib.sha256(begun).hexdigest()[:32])
+
+
+def task_in(text: str) -> str | None:
+    """What its first line `Your task is to: ...` says, without a full stop."""
+    for _, rest in _rests_of_lines(text, TASK):
+        if rest:
+            said = rest.lstrip(" ") or " "
+            return said.rstrip(" ").removesuffix(".") or said[0]
+    return None
+
+
+def without_task(text: str) -> str:
+    """With a line break in place of each `Your task is to: ...` and the white space before it."""
+    kept, end = list[str](), 0
+    for place, rest in _rests_of_lines(text, TASK):
+        if rest:
+            kept.append(text[end:place].rstrip())
+            end = place + len(TASK) + len(rest) + 1
+    return "\n".join([*kept, text[end:]])
+
+
+def goal_in(text: str) -> str | None:
+    """What a page of WebShop's asks for."""
+    for _, rest in _rests_of_lines(text, GOAL):
+        if said := rest.lstrip(" ").removeprefix(SEPARATOR).lstrip(" "):
+            return (said[0] + said[1:].partition(SEPARATOR)[0]).rstrip(" ")
+    return None
+
+
+def _rests_of_lines(text: str, mark: str) -> Iterator[tuple[int, str]]:
+    """Where a mark stands, and what follows it on its line; marks that follow another one on its line are left out.
+
+    In a time that grows with the text: a regular expression with repeated white space before or after the mark takes that of its
+    square, and texts are the clients'.
+    """
+    place = text.find(mark)
+    while place >= 0:
+        begin = place + len(mark)
+        end = text.find("\n", begin)
+        end = len(text) if end < 0 else end
+        yield place, text[begin:end]
+        place = text.find(mark, end)
 
 
 def text_of(message: Mapping[str, Any]) -> str:

@@ -4,10 +4,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from dmr_pipeline.errors import UserError, problems_of
 from dmr_pipeline.serve.sessions import Budget
+
+_STOPS, _STOP_LENGTH = 4, 1000
+"""At most: each piece of a streamed answer is compared with every beginning of each of them. OpenAI takes as many."""
 
 
 class Options(BaseModel):
@@ -48,6 +51,14 @@ class ChatRequest(BaseModel):
     tools: list[Any] | None = None
     metadata: dict[str, Any] | None = None
     dmr: dict[str, Any] | None = None
+
+    @field_validator("stop")
+    @classmethod
+    def _few_stops(cls, stop: str | list[str] | None) -> str | list[str] | None:
+        texts = [stop] if isinstance(stop, str) else stop or []
+        if len(texts) > _STOPS or any(len(text) > _STOP_LENGTH for text in texts):
+            raise ValueError(f"name at most {_STOPS} texts of at most {_STOP_LENGTH:,} characters each")
+        return stop
 
     @property
     def stops(self) -> list[str]:

@@ -278,6 +278,8 @@ def test_length_stop_budget_and_what_an_agent_here_cannot_do(served_project: Pat
             ({"tools": [{"type": "function"}]}, "tools"),
             ({"n": 2}, "n: an episode"),
             ({"temperature": -1}, "temperature"),
+            ({"stop": ["a"] * 5}, "stop: Value error, name at most 4 texts"),
+            ({"stop": "a" * 1001}, "1,000 characters"),
             ({"metadata": {"high_ratio": "2"}}, "high_ratio"),
             ({"metadata": {"session_id": "a\nb"}}, "session_id"),
             ({"metadata": {"session_id": "é"}}, "session_id"),

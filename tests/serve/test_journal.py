@@ -1,6 +1,7 @@
 """Episodes on the disk: whole or not at all, and none is lost that was acknowledged."""
 
 import os
+import re
 import signal
 import tempfile
 import time
@@ -19,7 +20,7 @@ from dmr_pipeline.ingestion.schema import EXAMPLE, LoggedEpisode
 from dmr_pipeline.ingestion.stored import read_stored, store_episodes
 from dmr_pipeline.rollout.trajectory import RolloutRequest
 from dmr_pipeline.serve.agent import RoutedAgent
-from dmr_pipeline.serve.conversation import read_conversation
+from dmr_pipeline.serve.conversation import goal_in, read_conversation, task_in, without_task
 from dmr_pipeline.serve.journal import Journal, episode_of
 from tests.helpers.routers import random_router
 from tests.helpers.serving import SERVED, babbling, served_recipe
@@ -156,3 +157,37 @@ def test_webshops_pages_hold_the_task() -> None:
     page = "Instruction: [SEP] Find me a red mug. [SEP] Search"
     told = read_conversation([{"role": "user", "content": page}])
     assert (told.task, told.observation) == ("Find me a red mug.", page)
+
+
+TASK = re.compile(r"\s*Your task is to: *(?P<task>[^\n]+?)\.? *(?:\n|$)")
+GOAL = re.compile(r"Instruction: *(?:\[SEP\])? *(?P<task>.+?) *(?:\[SEP\]|\n|$)")
+"""What is meant, in a notation that takes too long on long texts."""
+PIECES = ["Your task is to:", "Instruction:", "[SEP]", " ", "  ", "\n", "\t", "\r", "\u2003", ".", "a", "[", "]"]
+
+
+@settings(max_examples=1000)
+@given(st.lists(st.sampled_from(PIECES), max_size=12).map("".join))
+def test_the_task_is_what_the_line_says(text: str) -> None:
+    found = TASK.search(text)
+    assert task_in(text) == (found["task"] if found else None)
+    assert without_task(text) == TASK.sub("\n", text)
+    goal = GOAL.search(text)
+    if goal is None or goal["task"].strip() not in ("", "[SEP]"):
+        assert goal_in(text) == (goal["task"] if goal else None)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "A room." + " " * 1_000_000 + "Your task is to: look.",
+        "A room." + "\n" * 1_000_000 + "A mug. Your task is to: look.",
+        "A room.\nYour task is to: look" + " " * 1_000_000 + "x",
+        "A room.\n" + "Your task is to:\n" * 60_000 + "Your task is to: look.",
+        "Instruction: look" + " " * 1_000_000 + "x",
+        "Instruction:" + " " * 1_000_000 + "look",
+    ],
+)
+def test_a_long_text_holds_nobody_up(text: str) -> None:
+    started = time.process_time()
+    assert read_conversation([{"role": "system", "content": text}, {"role": "user", "content": text}]).task
+    assert time.process_time() - started < 2
