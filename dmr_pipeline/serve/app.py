@@ -16,7 +16,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
@@ -75,6 +75,10 @@ def refuse_open_door(settings: ServeSettings) -> None:
         )
 
 
+class _Stalled(Exception):
+    """A request's body does not come."""
+
+
 class _Http:
     def __init__(self, service: Service) -> None:
         self.service, self.settings = service, service.settings
@@ -111,6 +115,11 @@ class _Http:
                 return _error(400, str(error), "invalid_request_error")
             except ValidationError as error:
                 return _error(400, "; ".join(problems_of(error)), "invalid_request_error")
+            except ClientDisconnect:
+                return Response(status_code=499)  # nobody reads it
+            except _Stalled:
+                waited = f"the request's body has not come within {self.settings.request_seconds:g} s: send it again"
+                return _error(408, waited, "timeout")
             except TimeoutError:
                 return _error(504, f"no answer within {self.settings.request_seconds:g} s: ask again", "timeout")
             finally:
@@ -256,12 +265,18 @@ class _Http:
         """
         Raises:
             UserError: it is too large.
+            _Stalled: it does not come in time.
+            ClientDisconnect: its client has left.
         """
         body = bytearray()
-        async for part in request.stream():
-            body += part
-            if len(body) > self.settings.request_bytes:
-                raise UserError(f"the request has more than {self.settings.request_bytes:,} bytes")
+        try:
+            async with asyncio.timeout(self.settings.request_seconds):
+                async for part in request.stream():
+                    body += part
+                    if len(body) > self.settings.request_bytes:
+                        raise UserError(f"the request has more than {self.settings.request_bytes:,} bytes")
+        except TimeoutError as error:
+            raise _Stalled from error
         return bytes(body)
 
     def _may_ask(self, request: Request) -> bool:

@@ -1,5 +1,6 @@
 """The server's interface, by the official client and by hand."""
 
+import asyncio
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -8,6 +9,7 @@ from pathlib import Path
 import openai
 import pytest
 from pydantic import SecretStr
+from starlette.types import Message
 
 from dmr_pipeline.environments.benchmark import benchmark_of
 from dmr_pipeline.errors import UserError
@@ -21,7 +23,7 @@ from dmr_pipeline.router.model import save_router
 from dmr_pipeline.router.policies import routing_policy
 from dmr_pipeline.router.rules import rule_at_bar, rules
 from dmr_pipeline.serve import release as releases
-from dmr_pipeline.serve.app import refuse_open_door
+from dmr_pipeline.serve.app import make_app, refuse_open_door
 from dmr_pipeline.serve.run import running
 from dmr_pipeline.serve.service import Service
 from dmr_pipeline.serve.settings import ServeSettings
@@ -312,6 +314,46 @@ def test_who_may_ask_and_how_much(served_project: Path) -> None:
     with pytest.raises(UserError, match="DMR_API_KEY"):
         refuse_open_door(ServeSettings(recipe=SERVED, host="0.0.0.0"))
     refuse_open_door(ServeSettings(recipe=SERVED, host="0.0.0.0", api_key=SecretStr("k")))
+
+
+@pytest.mark.parametrize(("leaves", "status"), [(False, 408), (True, 499)])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/decision", "/v1/sessions/a/outcome"])
+def test_a_body_that_does_not_come_gives_its_place_back(
+    served_project: Path, path: str, leaves: bool, status: int
+) -> None:
+    app = make_app(Service(ServeSettings(recipe=SERVED, requests=1, request_seconds=0.2)))
+
+    async def asked(method: str, path: str) -> tuple[int, bytes]:
+        parts = iter([{"type": "http.request", "body": b"{", "more_body": True}])
+        said: list[Message] = []
+
+        async def receive() -> Message:
+            if (part := next(parts, None)) is not None:
+                return part
+            if not leaves:
+                await asyncio.Event().wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message: Message) -> None:
+            said.append(message)
+
+        scope = {
+            "type": "http",
+            "method": method,
+            "path": path,
+            "query_string": b"",
+            "headers": [(b"host", b"localhost")],
+        }
+        await app(scope, receive, send)
+        return said[0]["status"], said[1]["body"]
+
+    async def one_after_the_other() -> None:
+        found, body = await asyncio.wait_for(asked("POST", path), 30)
+        assert found == status
+        assert leaves or b"has not come within 0.2 s" in body
+        assert (await asked("GET", "/v1/models"))[0] == 200
+
+    asyncio.run(one_after_the_other())
 
 
 def test_sessions_are_bounded_and_those_that_go_are_set_aside(served_project: Path, games) -> None:
