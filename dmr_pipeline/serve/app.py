@@ -9,19 +9,21 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from math import ceil
 from typing import Any
+from urllib.parse import urlsplit
 from uuid import uuid4
 
 from pydantic import ValidationError
 from starlette.applications import Starlette
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from dmr_pipeline.errors import UserError, problems_of
+from dmr_pipeline.errors import UserError, printable, problems_of
 from dmr_pipeline.serve.proxy import Proxy
 from dmr_pipeline.serve.requests import ChatRequest, Options, Outcome, Which, options_of, which_of
 from dmr_pipeline.serve.service import Answer, NotFound, Service, Streamed
@@ -59,6 +61,7 @@ def make_app(service: Service) -> Starlette:
     if settings.api_key is None:
         # A page on the internet whose name is made to lead to 127.0.0.1 would reach the server from its reader's browser.
         middleware.append(Middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK, "[::1]"], www_redirect=False))
+        middleware.append(Middleware(_OwnPagesOnly))
     handlers = {HTTPException: _http_error, Exception: _unforeseen}
     return Starlette(routes=routes, middleware=middleware, exception_handlers=handlers, lifespan=lifespan)  # type: ignore[arg-type]
 
@@ -73,6 +76,24 @@ def refuse_open_door(settings: ServeSettings) -> None:
             f"--host {settings.host}: whoever reaches this address could use the server: set DMR_API_KEY to a secret that clients"
             " are to send (Authorization: Bearer ...), or leave --host out"
         )
+
+
+class _OwnPagesOnly:
+    """Refuses what a browser sends for a page of another host. It lets any page post plain text to 127.0.0.1, which would begin
+    sessions and write episodes to be trained on; their page of origin is the one thing that tells these requests apart."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        origin = Headers(scope=scope).get("origin") if scope["type"] == "http" else None
+        if origin is None or _host_of(origin) in LOOPBACK:
+            return await self.app(scope, receive, send)
+        said = (
+            f"Origin: {printable(origin)} is a page of another host: set DMR_API_KEY for the server and send it"
+            " (Authorization: Bearer ...), or call without a browser"
+        )
+        return await _error(403, said, "forbidden_origin")(scope, receive, send)
 
 
 class _Stalled(Exception):
@@ -298,6 +319,13 @@ class _Closing(StreamingResponse):
             await super().__call__(scope, receive, send)
         finally:
             await self.stack.aclose()
+
+
+def _host_of(origin: str) -> str | None:
+    try:
+        return urlsplit(origin).hostname
+    except ValueError:
+        return None
 
 
 async def _gone(request: Request) -> None:

@@ -356,6 +356,26 @@ def test_a_body_that_does_not_come_gives_its_place_back(
     asyncio.run(one_after_the_other())
 
 
+def test_pages_of_other_hosts_may_ask_only_where_a_key_is_needed(served_project: Path, games) -> None:
+    body = {"model": f"dmr/{SERVED}", "messages": [{"role": "user", "content": games[0].episode().first_observation()}]}
+    content = {"content": json.dumps(body), "headers": {"content-type": "text/plain", "x-session-id": "a"}}
+    with client_of() as client:
+        for origin in ("https://evil.example", "http://127.0.0.1.evil.example:8000", "null", "http://[", "file://"):
+            content["headers"]["origin"] = origin
+            for path in ("/v1/chat/completions", "/v1/decision", "/v1/sessions/a/outcome"):
+                refused = client.post(path, **content)
+                assert (refused.status_code, refused.json()["error"]["code"]) == (403, "forbidden_origin"), origin
+                assert "DMR_API_KEY" in refused.json()["error"]["message"]
+        assert len(client.service.table) == 0
+        for origin in ("http://127.0.0.1:8000", "http://localhost:3000", "http://[::1]:8000"):
+            content["headers"]["origin"] = origin
+            assert client.post("/v1/chat/completions", **content).status_code == 200, origin
+    with client_of(api_key=SecretStr("s3cret")) as client:
+        foreign = {"origin": "https://ours.example"}
+        assert client.get("/v1/models", headers=foreign).status_code == 401
+        assert client.get("/v1/models", headers={**foreign, "authorization": "Bearer s3cret"}).status_code == 200
+
+
 def test_sessions_are_bounded_and_those_that_go_are_set_aside(served_project: Path, games) -> None:
     with client_of(sessions=2) as client:
         for number, game in enumerate(games):
