@@ -7,8 +7,8 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
-from math import ceil
-from typing import Any
+from math import ceil, isfinite
+from typing import Any, NoReturn
 from urllib.parse import urlsplit
 from uuid import uuid4
 
@@ -159,7 +159,7 @@ class _Http:
         asked = ChatRequest.model_validate_json(body)
         which, options = which_of(asked.model, self.settings.recipe), options_of(asked, request.headers)
         if self.upstreams is not None:
-            return await self._pass_on(request, asked, json.loads(body), which, options)
+            return await self._pass_on(request, asked, _content_of(body), which, options)
         try:
             if asked.stream:
                 streamed = await self.service.stream(asked, which, options)
@@ -319,6 +319,23 @@ class _Closing(StreamingResponse):
             await super().__call__(scope, receive, send)
         finally:
             await self.stack.aclose()
+
+
+def _content_of(body: bytes) -> dict[str, Any]:
+    """What an upstream is to get.
+
+    Raises:
+        UserError: it holds a number that no JSON can, and no upstream would be sent.
+    """
+
+    def refuse(number: str) -> NoReturn:
+        raise UserError(f"the request holds the number {number[:20]}, which JSON cannot: leave it out")
+
+    def finite(number: str) -> float:
+        return value if isfinite(value := float(number)) else refuse(number)
+
+    content: dict[str, Any] = json.loads(body, parse_constant=refuse, parse_float=finite)
+    return content
 
 
 def _host_of(origin: str) -> str | None:

@@ -229,6 +229,19 @@ def test_what_the_upstream_refuses_is_the_clients(pair: tuple[StandIn, StandIn],
         assert len(pair[1].asked) == 1
 
 
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
+def test_numbers_that_json_cannot_hold_are_refused(pair: tuple[StandIn, StandIn], number: str) -> None:
+    body = json.dumps({"model": f"dmr/{SERVED}", "messages": [{"role": "user", "content": FIRST}], "top_p": 0.5})
+    with proxied(*pair) as (client, _):
+        refused, fine = (
+            httpx2.post(f"{client.base_url}chat/completions", content=body.replace("0.5", value))
+            for value in (number, "0.5")
+        )
+    assert (refused.status_code, fine.status_code) == (400, 200)
+    assert f"the number {number}," in refused.json()["error"]["message"]
+    assert [asked["top_p"] for stand_in in pair for asked in stand_in.asked] == [0.5]
+
+
 def test_a_reset_in_mid_stream_ends_with_an_error_and_the_turn_can_be_asked_again(
     pair: tuple[StandIn, StandIn],
 ) -> None:
