@@ -61,10 +61,10 @@ class Proxy:
                 self._router.undo(held.session)  # its answer has not come through
             session = await service.going_on(held, name, told, decider, options)
             ask = Ask(session, told.observation, options.admissible_commands)
-            started, failed = time.perf_counter(), self._router.failures
-            choice = await self._router.choose(ask)
+            started = time.perf_counter()
+            choice, failed = await self._router.choose(ask)
             service.metrics.observe("dmr_router_seconds", time.perf_counter() - started)
-            service.metrics.count("dmr_fail_open_total", self._router.failures - failed)
+            service.metrics.count("dmr_fail_open_total", int(failed))
             opened = await self._upstreams.open(stack, choice.decision.precision, _passed_on(body), request.stream)
             decided = choice.decision.precision
             if opened.precision != decided:

@@ -50,12 +50,6 @@ class TextRouter:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="deciding")
         self._last_used: dict[int, int] = {}
         self._clock = count()
-        self._late = 0
-
-    @property
-    def failures(self) -> int:
-        """Decisions that the router did not give, or not in time."""
-        return self.deciding.failures + self._late
 
     def open(self, name: str, run: RolloutRequest, decider: Decider, budget: Budget, past: Sequence[Turn]) -> Session:
         """
@@ -74,21 +68,21 @@ class TextRouter:
             session.answers.append(done.command)
         return session
 
-    async def choose(self, ask: Ask) -> Choice:
-        """What acts at this turn; the fallback where the router fails or takes too long."""
+    async def choose(self, ask: Ask) -> tuple[Choice, bool]:
+        """What acts at this turn, and whether the router failed or took too long: then it is the fallback."""
         deciding, session = self.deciding, ask.session
         try:
             async with asyncio.timeout(self._seconds):
                 return await self._in_thread(lambda: self._choose(ask))
         except TimeoutError:
             log.warning("the router took more than %g s, %s acts", self._seconds, self.fallback)
-            self._late += 1
             decision = Decision(self.fallback, certain(self.fallback, self.route))
             choice = Choice(decision, "fallback", 1.0, session.decider.release, session.decider.threshold)
-            return deciding.within_budget(session, choice, {})
+            return deciding.within_budget(session, choice, {}), True
 
     async def decide(self, ask: Ask) -> Choice:
-        return await self._in_thread(lambda: self._choose(ask, keep=False))
+        choice, _ = await self._in_thread(lambda: self._choose(ask, keep=False))
+        return choice
 
     def acted(self, ask: Ask, precision: str, choice: Choice, command: str) -> None:
         """The session has taken its step."""
@@ -142,18 +136,19 @@ class TextRouter:
         self._prompter = Prompter.of(router.tokenizer, self._recipe.agent.prompt)
         return router
 
-    def _choose(self, ask: Ask, keep: bool = True) -> Choice:
+    def _choose(self, ask: Ask, keep: bool = True) -> tuple[Choice, bool]:
         session, deciding = ask.session, self.deciding
         session.admissible = ask.admissible
         slot = self._slot(session) if keep else self._slots
         if deciding.sessions.get(slot) is not session:
             deciding.sessions[slot] = session
             deciding.begin(slot, session.trajectory.run)
+        failures = deciding.failures  # only this thread counts them
         deciding.decide([slot], [self._segment(session, ask.observation)], _Nothing(session))
         choice = deciding.choices[slot]
         if not keep:
             self._leave(session)
-        return choice
+        return choice, deciding.failures > failures
 
     def _tell(self, session: Session, step: Step) -> None:
         slot = self._slot_of(session)

@@ -6,6 +6,7 @@ import re
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -374,6 +375,26 @@ def test_a_router_that_fails_or_hangs_lets_the_recipes_side_act(
             time.sleep(0.01)
         again = ask(client, FIRST, f"look {rung}", "A mug.", extra_headers={"x-session-id": "b"})
         assert again.headers["x-dmr-reason"] == "router"
+
+
+def test_failures_of_the_router_at_the_same_time_are_counted_once_each(
+    pair: tuple[StandIn, StandIn], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sessions = 6
+    with proxied(*pair) as (client, service):
+        ask(client, FIRST, extra_headers={"x-session-id": "loads the router"})
+
+        def decide(*_: object) -> None:
+            time.sleep(0.1)  # the others wait
+            raise ValueError
+
+        monkeypatch.setattr(service.backend.deciders.current.policy, "decide", decide)
+        with ThreadPoolExecutor(sessions) as threads:
+            found = list(
+                threads.map(lambda n: ask(client, FIRST, extra_headers={"x-session-id": str(n)}), range(sessions))
+            )
+        assert [raw.headers["x-dmr-reason"] for raw in found] == ["fallback"] * sessions
+        assert service.metrics.total("dmr_fail_open_total") == sessions
 
 
 def test_budgets_hold_behind_upstreams_and_a_cost_is_refused(
