@@ -70,7 +70,8 @@ def read_conversation(
         raise UserError("messages: the last one is to be the user's, with what the environment shows")
     observations = ["\n".join(texts) for texts in shown]
     opening = WELCOME.sub("", observations[0])
-    task = task or next(filter(None, map(task_in, [opening, *before])), None) or goal_in(opening)
+    found = next(filter(None, map(task_in, [opening, *before])), None) or goal_in(opening) or ""
+    task = task or found.strip()  # as the log takes it: a line may end in \r
     if not task and needs_task:
         raise UserError(
             "no task: send metadata.task, or a line `Your task is to: ...` in the first user message or the system message"

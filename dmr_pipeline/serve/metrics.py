@@ -12,6 +12,7 @@ COUNTERS = {
     "dmr_fail_open_total": "Decisions that a router did not give, or answers of another precision than was decided.",
     "dmr_upstream_errors_total": "Tries of an upstream that failed, by precision and kind.",
     "dmr_episodes_total": "Episodes that ended, by outcome.",
+    "dmr_episodes_refused_total": "Episodes that ended and were not written down, since the log does not take such ones.",
     "dmr_log_errors_total": "Episodes that could not be written down.",
     "dmr_cost_total": "Cost of all turns, in the report's unit.",
     "dmr_cost_saved_total": "Cost of the same turns by the dearest precision alone, less theirs; at least what is known of it.",

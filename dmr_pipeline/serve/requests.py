@@ -2,15 +2,38 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from dmr_pipeline.errors import UserError, problems_of
+from dmr_pipeline.ingestion.schema import Name
 from dmr_pipeline.serve.sessions import Budget
 
 _STOPS, _STOP_LENGTH = 4, 1000
 """At most: each piece of a streamed answer is compared with every beginning of each of them. OpenAI takes as many."""
+
+_NAME = TypeAdapter[str](Name)
+
+
+def _loggable(text: str) -> str:
+    try:
+        return _NAME.validate_python(text)
+    except ValidationError as error:
+        raise ValueError("is to be one line without white space around it") from error
+
+
+Line = Annotated[str, AfterValidator(_loggable)]
+"""As the log takes the names of tasks."""
 
 
 class Options(BaseModel):
@@ -20,9 +43,9 @@ class Options(BaseModel):
 
     session_id: str | None = Field(None, max_length=200, pattern=r"^[!-~]([ -~]*[!-~])?$")
     """ASCII: answers name it in a header."""
-    task: str | None = Field(None, min_length=1, description="the instruction sentence")
-    task_id: str | None = Field(None, min_length=1, max_length=500)
-    task_type: str | None = Field(None, min_length=1, max_length=200)
+    task: Line | None = Field(None, min_length=1, description="the instruction sentence")
+    task_id: Line | None = Field(None, min_length=1, max_length=500)
+    task_type: Line | None = Field(None, min_length=1, max_length=200)
     admissible_commands: list[str] | None = Field(None, description="that do something here")
     high_ratio: float | None = Field(None, ge=0, le=1, allow_inf_nan=False, description="as `Budget.high_ratio`")
     cost: float | None = Field(None, ge=0, allow_inf_nan=False, description="as `Budget.cost`")
@@ -73,8 +96,16 @@ class Outcome(BaseModel):
     success: bool
     reward: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
     observation: str = Field("", description="what the last command has shown")
-    task_id: str | None = Field(None, min_length=1, max_length=500)
-    task_type: str | None = Field(None, min_length=1, max_length=200)
+    task_id: Line | None = Field(None, min_length=1, max_length=500)
+    task_type: Line | None = Field(None, min_length=1, max_length=200)
+
+    @model_validator(mode="after")
+    def _reward_of_success(self) -> Self:
+        if self.reward is not None and self.success != (self.reward >= 1):
+            raise ValueError(
+                f"success is {self.success}, but the reward is {self.reward}; 1 means success: post the outcome again"
+            )
+        return self
 
 
 @dataclass(frozen=True)

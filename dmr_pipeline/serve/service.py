@@ -1,7 +1,6 @@
 """What a server does with a request, but for HTTP: sessions go on, are decided and acted on, and end with an outcome."""
 
 import asyncio
-import contextlib
 import hashlib
 import logging
 from collections import OrderedDict
@@ -12,7 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from dmr_pipeline.artifacts.folders import artifact_folder
-from dmr_pipeline.errors import UserError, problems_of
+from dmr_pipeline.errors import UserError, printable, problems_of
 from dmr_pipeline.ingestion.rules import Rules
 from dmr_pipeline.recipe.reading import load_recipe
 from dmr_pipeline.rollout.trajectory import RolloutRequest
@@ -215,7 +214,7 @@ class Service:
 
         Raises:
             NotFound: there is no such session.
-            UserError: the outcome names a type of task that there is none of; it can be posted again.
+            UserError: there is no such type of task as the outcome or the session names; it can be posted again.
             OSError: it cannot be written; the outcome can be posted again.
         """
         if name in self._ended:
@@ -229,10 +228,9 @@ class Service:
             session = held.session
             said = {"session_id": name, "steps": session.turn, "cost": round(session.cost, 6)}
             said["spend"] = round(session.spend / max(session.turn, 1), 6)
-            known = self.journal.rules.task_types
-            if outcome.task_type is not None and outcome.task_type not in known:
-                raise UserError(
-                    f"task_type: {outcome.task_type!r} is none of {', '.join(known)}; post the outcome again"
+            if not session.has_foreign_steps:
+                self._refuse_unknown(
+                    outcome.task_type or session.task.task_type, "post the outcome again with one of these"
                 )
             _rename(session, outcome)
             try:
@@ -240,9 +238,9 @@ class Service:
                 path = await asyncio.to_thread(self.journal.write, episode)
                 said |= {"logged": True, "episode_id": episode.episode_id, "file": path.name}
             except ValidationError as error:
-                said |= {"logged": False, "why": "; ".join(problems_of(error))}
+                said |= {"logged": False, "why": self._refused(_not_logged(error))}
             except UserError as error:
-                said |= {"logged": False, "why": str(error)}
+                said |= {"logged": False, "why": self._refused(str(error))}
             except OSError:
                 self.metrics.count("dmr_log_errors_total")
                 raise
@@ -319,8 +317,21 @@ class Service:
         return session
 
     def _opened(self, name: str, told: Conversation, decider: Decider, options: Options) -> Session:
+        if options.task_type is not None:
+            self._refuse_unknown(options.task_type, "name one of these, or none")
         goal = Goal(options.task_id or name, options.task_type or "unknown", told.task)
         return self.backend.open(name, RolloutRequest(goal), decider, budget_of(options), told.past)
+
+    def _refuse_unknown(self, task_type: str, remedy: str) -> None:
+        known = self.journal.rules.task_types
+        if task_type not in known:
+            raise UserError(f"task_type: {task_type!r} is none of {', '.join(known)}; {remedy}")
+
+    def _refused(self, why: str) -> str:
+        """Why an episode is not logged, once that is told here too."""
+        self.metrics.count("dmr_episodes_refused_total")
+        log.warning("%s", printable(why))
+        return why
 
     def _ended_without_outcome(self, session: Session) -> None:
         self.metrics.count("dmr_episodes_total", outcome="unknown")
@@ -336,12 +347,13 @@ class Service:
 
     def _set_aside(self, session: Session) -> None:
         if session.actions and not session.has_foreign_steps:
-            with contextlib.suppress(ValidationError):
-                try:
-                    self.journal.set_aside(episode_of(session, False))
-                except OSError as error:
-                    self.metrics.count("dmr_log_errors_total")
-                    log.warning("an episode without an outcome is lost: %s", error.strerror)
+            try:
+                self.journal.set_aside(episode_of(session, False))
+            except ValidationError as error:
+                self._refused(_not_logged(error))
+            except OSError as error:
+                self.metrics.count("dmr_log_errors_total")
+                log.warning("an episode without an outcome is lost: %s", error.strerror)
 
     def count(self, action: Action) -> None:
         metrics = self.metrics
@@ -353,6 +365,10 @@ class Service:
         metrics.count("dmr_cost_saved_total", max(0.0, action.cost_at_dearest - action.cost))
         if action.probability is not None:
             metrics.observe("dmr_probability", action.probability)
+
+
+def _not_logged(error: ValidationError) -> str:
+    return f"the episode is not logged: {'; '.join(problems_of(error))}"
 
 
 def _rename(session: Session, outcome: Outcome) -> None:

@@ -246,9 +246,70 @@ def test_an_outcome_can_be_posted_twice_and_refusals_are_told(served_project: Pa
         chat(client, game.episode().first_observation(), metadata={"session_id": "a"})
         mistyped = client.post("/v1/sessions/a/outcome", json={"success": True, "task_type": "pick_and_placed"})
         assert (mistyped.status_code, "none of" in mistyped.json()["error"]["message"]) == (400, True)
-        unknown = client.post("/v1/sessions/a/outcome", json={"success": True}).json()
-        assert "task_type: 'unknown'" in unknown["why"]
-    assert not (served_project / "data" / "incoming").exists()
+        unknown = client.post("/v1/sessions/a/outcome", json={"success": True})
+        assert (unknown.status_code, "task_type: 'unknown'" in unknown.json()["error"]["message"]) == (400, True)
+        assert client.service.metrics.total("dmr_episodes_refused_total") == 1
+        assert client.service.metrics.total("dmr_episodes_total") == 1
+    (aside,) = (served_project / "data" / "incoming" / SERVED).iterdir()
+    assert aside.name.endswith(".unended"), "it goes on"
+
+
+def test_what_an_outcome_can_mend_is_refused_and_mended(served_project: Path, games) -> None:
+    game = games[0]
+    fine = {"success": True, "reward": 1.0, "task_id": "a/b", "task_type": game.task_type}
+    with client_of() as client:
+        for number, (fields, said) in enumerate(
+            [
+                ({"reward": 0.8}, "success is True, but the reward is 0.8; 1 means success: post the outcome again"),
+                ({"success": False}, "success is False, but the reward is 1.0"),
+                ({"task_id": "a/b "}, "task_id: Value error, is to be one line without white space around it"),
+                ({"task_type": "cooking"}, "post the outcome again with one of these"),
+                ({"task_type": None}, "'unknown' is none of"),
+            ]
+        ):
+            chat(client, game.episode().first_observation(), metadata={"session_id": str(number)})
+            refused = client.post(f"/v1/sessions/{number}/outcome", json={**fine, **fields})
+            assert (refused.status_code, said in refused.json()["error"]["message"]) == (400, True), refused.text
+            assert client.post(f"/v1/sessions/{number}/outcome", json=fine).json()["logged"] is True
+        assert client.service.metrics.total("dmr_episodes_refused_total") == 0
+    files = (served_project / "data" / "incoming" / SERVED).glob("*.jsonl")
+    assert [LoggedEpisode.model_validate_json(file.read_text()).task_id for file in files] == ["a/b"] * 5
+
+
+def test_a_task_that_the_log_would_not_take_is_refused_at_the_first_turn(served_project: Path, games) -> None:
+    first = games[0].episode().first_observation()
+    with client_of() as client:
+        for field, value in (
+            ("task", "a\nb"),
+            ("task", "a "),
+            ("task_id", "\ta"),
+            ("task_type", "a\n"),
+            ("task_type", "a"),
+        ):
+            for path in ("/v1/chat/completions", "/v1/decision"):
+                body = {
+                    "model": f"dmr/{SERVED}",
+                    "messages": [{"role": "user", "content": first}],
+                    "metadata": {field: value},
+                }
+                refused = client.post(path, json=body)
+                said = "'a' is none of" if value == "a" else f"{field}: Value error, is to be one line"
+                assert (refused.status_code, said in refused.json()["error"]["message"]) == (400, True), refused.text
+        windows = first.replace("\n", "\r\n") + "\r\n"
+        chat(client, windows, metadata={"session_id": "a", "task_type": games[0].task_type})
+        assert client.post("/v1/sessions/a/outcome", json={"success": True}).json()["logged"] is True
+
+
+def test_episodes_that_are_not_logged_are_counted_and_the_log_says_why(
+    served_project: Path, games, caplog: pytest.LogCaptureFixture
+) -> None:
+    with client_of() as client:
+        named = {"session_id": "a", "task_id": "x/valid_seen/y", "task_type": games[0].task_type}
+        chat(client, games[0].episode().first_observation(), metadata=named)
+        assert client.post("/v1/sessions/a/outcome", json={"success": True}).json()["logged"] is False
+        assert "dmr_episodes_refused_total 1" in client.get("/metrics").text
+    assert "the episode is not logged: " in caplog.text
+    assert "held out" in caplog.text
 
 
 def test_length_stop_budget_and_what_an_agent_here_cannot_do(served_project: Path, games) -> None:
@@ -272,7 +333,9 @@ def test_length_stop_budget_and_what_an_agent_here_cannot_do(served_project: Pat
             assert (answer.headers["x-dmr-precision"], answer.headers["x-dmr-reason"]) == ("int2", "budget")
             left.append(float(answer.headers["x-dmr-cost-left"]))
             texts += [answer.json()["choices"][0]["message"]["content"], "Nothing happens."]
-        done = client.post("/v1/sessions/impossible/outcome", json={"success": False}).json()
+        done = client.post(
+            "/v1/sessions/impossible/outcome", json={"success": False, "task_type": games[0].task_type}
+        ).json()
         assert left[0] == pytest.approx(1e-6)
         assert left[1] < 0
         assert done["cost"] > 1e-6 - left[1]
