@@ -206,9 +206,14 @@ def compare_policies(episodes: pl.DataFrame, policy: str, against: str, confiden
     `compute_metrics`."""
     outcomes = _outcomes(_checked(episodes, (policy, against)))
     first, second = outcomes[policy].success, outcomes[against].success
-    difference = float(first.mean() - second.mean())
-    ends = (difference, *paired_interval(first, second, confidence))
-    return PairedSuccess(*(round(end, 6) for end in ends), int((first > second).sum()), int((first < second).sum()))
+    low, high = paired_interval(first, second, confidence)
+    return PairedSuccess(
+        difference=round(float(first.mean() - second.mean()), 6),
+        low=round(low, 6),
+        high=round(high, 6),
+        wins=int((first > second).sum()),
+        losses=int((first < second).sum()),
+    )
 
 
 def game_weights(games: int, resamples: int, seed: int) -> Floats:
