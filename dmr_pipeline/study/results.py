@@ -317,10 +317,12 @@ def _compare(
     assert router.validation is not None
     at = router.validation.cost
 
-    def on_validation(rule: str) -> float:
+    def on_validation(rule: str) -> tuple[bool, float, float]:
+        """Whether it can cost so little, what it then wins, and of equals how cheap its own budgets are."""
         places = [*ends, *(one.validation for one in rules[rule].values() if one.validation is not None)]
         costs, successes = (np.array(values) for values in zip(*places, strict=True))
-        return float(best_mixture(costs, successes, np.array(at)))
+        won = float(best_mixture(costs, successes, np.array(at)))
+        return bool(costs.min() <= at), won, -float(costs[len(ends) :].min())
 
     best = max(rules, key=on_validation)
     offered = [low, *rules[best].values(), high]

@@ -7,7 +7,7 @@ from scipy.stats import binomtest
 
 from dmr_pipeline.evaluation.statistics import smallest_difference
 from dmr_pipeline.study.design import Study
-from dmr_pipeline.study.results import Compared, Results, sign_flip, study_results
+from dmr_pipeline.study.results import Compared, Place, Results, sign_flip, study_results
 from tests.helpers.studies import ENDS, GAMES, RECIPE, ROUTE, episodes, made_up
 
 
@@ -103,6 +103,9 @@ def test_a_router_is_compared_with_the_rule_of_validation_games_at_its_own_cost(
     assert good.lost_ci95[0] < 0.05 < good.lost_ci95[1]
 
 
+ONE = Study.model_validate({"recipe": "x", "routers": {"good": {}}, "seeds": [0], "budgets": [0.1], "planned": [0.1]})
+
+
 def compared(*rules: tuple[float, float], router: tuple[float, float]) -> Compared:
     """A router against one rule at budgets with these costs and successes, between int2 (.2, .5) and float (1, .9)."""
     frames = [episodes("always_float", "rung", 0.9, 1.0, 1.0), episodes("always_int2", "rung", 0.5, 0.2)]
@@ -112,10 +115,7 @@ def compared(*rules: tuple[float, float], router: tuple[float, float]) -> Compar
         )
     cost, won = router
     frames.append(episodes("good", "router", won, cost, 0.2, seed=0, budget=0.1, validation=(cost, won)))
-    study = Study.model_validate(
-        {"recipe": "x", "routers": {"good": {}}, "seeds": [0], "budgets": [0.1], "planned": [0.1]}
-    )
-    (one,) = study_results(pl.concat(frames), study, RECIPE, ROUTE, ENDS).compared
+    (one,) = study_results(pl.concat(frames), ONE, RECIPE, ROUTE, ENDS).compared
     return one
 
 
@@ -129,6 +129,19 @@ def test_a_router_that_is_dearer_than_the_rules_budgets_is_compared_with_the_rul
 def test_a_rule_that_wins_more_for_less_is_taken_as_it_is() -> None:
     one = compared((0.4, 0.8), (0.5, 0.7), router=(0.4, 0.76))
     assert (one.rule_cost, one.difference) == (0.4, pytest.approx(-0.04))
+
+
+def test_a_rule_that_cannot_cost_so_little_is_not_chosen() -> None:
+    """Where float is cheaper than int2, whose episodes are long, a dear rule would be taken for float, which costs too much; and
+    at what float costs all rules are float's equals."""
+    frames = [episodes("always_float", "rung", 0.9, 1.0, 1.0), episodes("always_int2", "rung", 0.5, 1.2)]
+    for name, cost, won in (("dear", 1.1, 0.6), ("cheap", 0.6, 0.8)):
+        frames.append(episodes(f"rule:{name}", "rule", won, cost, 0.2, budget=0.1, validation=(cost, won)))
+    ends = (Place(1.0, 0.9), Place(1.2, 0.5))
+    for cost in (0.8, 1.1):
+        router = episodes("good", "router", 0.85, 0.8, 0.2, seed=0, budget=0.1, validation=(cost, 0.85))
+        (one,) = study_results(pl.concat([*frames, router]), ONE, RECIPE, ROUTE, ends).compared
+        assert (one.rule, one.difference) == ("rule:cheap", pytest.approx(0.0, abs=1e-6))  # half of it at float
 
 
 def test_the_mixtures_shares_are_as_uncertain_as_the_costs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,10 +161,7 @@ def test_the_mixtures_shares_are_as_uncertain_as_the_costs(monkeypatch: pytest.M
         mixed = np.where(rng.random(GAMES) < 0.5, hard < 0.83, hard < 0.93)
         router = episodes("good", "router", 0.88, 0.0, 0.2, seed=0, budget=0.1, validation=(0.375, 0.88))
         frames.append(router.with_columns(success=pl.Series(mixed), cost=pl.Series(costs["own"])))
-        study = Study.model_validate(
-            {"recipe": "x", "routers": {"good": {}}, "seeds": [0], "budgets": [0.1], "planned": [0.1]}
-        )
-        (one,) = study_results(pl.concat(frames), study, RECIPE, ROUTE, ENDS).compared
+        (one,) = study_results(pl.concat(frames), ONE, RECIPE, ROUTE, ENDS).compared
         found.append(one.p_value <= 0.05)
     assert np.mean(found) < 0.1
 
