@@ -278,7 +278,7 @@ def test_what_is_said_of_the_router_beside_prompt_lookup_is_what_its_results_say
     both = 1 - kl.cost / plain["always_int8"].cost
     assert f"{both:.0%} less, {kl.cost:.3f} for [{plain['always_int8'].cost:.3f}](#a-head-of-int4)" in page
     gain = f"{100 * planned.difference:.1f} points at equal cost ({span(planned.difference_ci95)})"
-    assert f"wins more than the rule**: {gain}, p = {planned.p_holm:.3f}" in page
+    assert f"won more than the rule on these games**: {gain}, p = {planned.p_holm:.3f}" in page
     ours, theirs = (f"{one.success:.1%} at {one.cost:.3f}" for one in (rule, rule_before))
     assert f"these same games: {ours} for {theirs}" in page
     assert f"gave is {rule.thresholds[0]:.3f} for {rule_before.thresholds[0]:.3f}" in page
@@ -476,3 +476,32 @@ def test_a_study_is_kept_and_written(found: Results, tmp_path: Path) -> None:
     page.write_text("<!-- dmr study x: picture -->\n<!-- end -->\n")
     with pytest.raises(UserError, match="there are table, references, comparisons"):
         pages.write_pages("x", tmp_path)
+
+
+def test_what_is_said_of_fifteen_routers_is_what_their_results_say() -> None:
+    found = pages.read_results("alfworld-tiny-study", REPOSITORY / places.RESULTS)
+    page = words("docs/results/alfworld-tiny.md")
+    points, compared = {one.policy: one for one in found.points}, {one.router: one for one in found.compared}
+    rule, routers = points["rule:margin_capped"], [one for one in found.points if one.kind == "router"]
+    assert (len(routers), len(found.compared)) == (15, 15)
+    assert {one.rule for one in found.compared} == {"rule:margin_capped"}
+    assert all(one.success < rule.success and one.cost > rule.cost for one in routers)
+    assert f"It wins {rule.success:.1%} at {rule.cost:.3f}, more than any router and for less" in page
+    near = [points[name] for name in ("both-branches", "neighbours-after")]
+    assert sorted(routers, key=lambda one: -one.success)[:2] == near
+    assert f"win {near[0].success:.1%} at {near[0].cost:.3f} and {near[1].success:.1%} at {near[1].cost:.3f}" in page
+    first, second = (compared.pop(one.policy) for one in near)
+    less = [f"({span((-one.difference_ci95[1], -one.difference_ci95[0]))})" for one in (first, second)]
+    assert (
+        f"{-100 * first.difference:.1f} points less {less[0]} and {-100 * second.difference:.1f} less {less[1]}" in page
+    )
+    assert all(one.difference < 0 for one in compared.values())
+    assert f"corrected p of {max(one.p_holm for one in compared.values()):.3f} at most" in page
+    high, low = points["always_float"], points["always_int2"]
+    assert f"which costs {high.cost:.3f} here, less than int2's {low.cost:.3f}" in page
+    stages = (points[name].success for name in ("both-branches", "both", "kl"))
+    assert "{:.1%} where whole episodes give {:.1%}, both from the same stage 1 ({:.1%})".format(*stages) in page
+    oracle, int4 = points["oracle-divergence"], points["always_int4"]
+    more = f"{100 * (oracle.success - rule.success):.1f} points more than the cascade"
+    assert f"wins {oracle.success:.1%} at {oracle.cost:.3f} with as many dear steps, {more}" in page
+    assert f"int4 alone, {int4.success:.1%} at {int4.cost:.3f}" in page
