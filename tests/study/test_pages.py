@@ -81,7 +81,7 @@ def test_what_is_said_of_the_rule_on_the_real_llm_is_what_its_results_say() -> N
         in page
     )
     assert (
-        f"in {rule.ratio:.0%} of the steps. On {found.games} fresh games it wins [{rule.success:.1%} at {rule.cost:.2f}]"
+        f"On {found.games} fresh games, in {rule.ratio:.0%} of the steps, it wins [{rule.success:.1%} at {rule.cost:.2f}]"
         in concept
     )
     assert f"{more} alone ({low_end} to {high_end}) and what int8 wins for {to_high.saved:.0%} less" in concept
