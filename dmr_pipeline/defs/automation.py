@@ -16,6 +16,8 @@ from dmr_pipeline.summaries import IngestedSummary, SensitivitySummary
 
 INGEST_TAG = "dmr/incoming"
 RETRAIN_TAG = "dmr/ingested"
+PARTITION_TAG = "dagster/partition"
+"""Dagster's own, of every run of a partition, whoever has started it."""
 UNFINISHED = [
     dg.DagsterRunStatus.QUEUED,
     dg.DagsterRunStatus.NOT_STARTED,
@@ -62,23 +64,34 @@ def new_trajectories(context: dg.SensorEvaluationContext) -> dg.SensorResult | d
             archive(DATA_ROOT, name)
             waiting = waiting_contents(DATA_ROOT, name)
             reasons += lying_files(DATA_ROOT, name)
-            request = _ingestion(context.instance, name, waiting) if waiting else _retraining(context.instance, recipe)
         except UserError as error:
             reasons.append(str(error))
             continue
-        if isinstance(request, dg.RunRequest):
-            requests.append(request)
+        if busy := unfinished(context.instance, name, ingest.name, retrain.name):
+            found: list[dg.RunRequest | str] = [busy]
         else:
-            reasons.append(f"{name}: {request}")
+            found = [_retraining(context.instance, recipe)]
+            # Labels are refused where what is ingested changes while they are made: files that wait are taken after them.
+            if waiting and isinstance(found[0], str):
+                found.append(_ingestion(context.instance, name, waiting))
+        requests += [one for one in found if isinstance(one, dg.RunRequest)]
+        reasons += [f"{name}: {one}" for one in found if isinstance(one, str)]
     return dg.SensorResult(run_requests=requests) if requests else dg.SkipReason("; ".join(reasons))
+
+
+def unfinished(instance: dg.DagsterInstance, recipe: str, *jobs: str) -> str | None:
+    """Which run of one of these jobs goes on for the recipe, or waits to; None where there is none."""
+    for job in jobs:
+        going_on = dg.RunsFilter(job_name=job, tags={PARTITION_TAG: recipe}, statuses=UNFINISHED)
+        for run in instance.get_runs(going_on, limit=1):
+            return f"the run {run.run_id[:8]} of the job `{job}` has not ended"
+    return None
 
 
 def _ingestion(instance: dg.DagsterInstance, recipe: str, waiting: str) -> dg.RunRequest | str:
     """A run for exactly these contents (`waiting_contents`), or why there is none."""
     key = waiting[:16]
     before = instance.get_runs(dg.RunsFilter(job_name=ingest.name, tags={INGEST_TAG: key}))
-    if any(run.status in UNFINISHED for run in before):
-        return "its files are being ingested"
     if len(before) >= ATTEMPTS:
         return f"{len(before)} runs failed to ingest its files: see them, and start the job `ingest` by hand"
     return dg.RunRequest(
@@ -88,12 +101,15 @@ def _ingestion(instance: dg.DagsterInstance, recipe: str, waiting: str) -> dg.Ru
 
 def _retraining(instance: dg.DagsterInstance, recipe: Recipe) -> dg.RunRequest | str:
     """A run on what is ingested by now, or why there is none."""
-    new = new_steps(recipe.name)
+    try:
+        new = new_steps(recipe.name)
+        ingested = _manifest("ingested_trajectories", recipe.name)
+    except UserError as error:
+        return str(error)
     if new is None:
         return "nothing to retrain yet: its sensitivity_dataset or ingested_trajectories has not been made"
     if new < recipe.retraining.min_new_steps:
         return f"{new} new steps of the {recipe.retraining.min_new_steps} that start a retraining"
-    ingested = _manifest("ingested_trajectories", recipe.name)
     key = hashlib.sha256(ingested.to_json().encode()).hexdigest()[:16] if ingested else ""
     if instance.get_runs(dg.RunsFilter(job_name=retrain.name, tags={RETRAIN_TAG: key}), limit=1):
         return f"{new} new steps: their retraining was started already"
@@ -115,9 +131,12 @@ def weekly_retraining(context: dg.ScheduleEvaluationContext) -> Iterator[dg.RunR
     for name in recipe_names():
         try:
             if (new_steps(name) or 0) > 0:
-                due.append(name)
+                if busy := unfinished(context.instance, name, retrain.name):
+                    reasons.append(f"{name}: {busy}")
+                else:
+                    due.append(name)
         except UserError as error:
-            reasons.append(str(error))
+            reasons.append(f"{name}: {error}")
     for name in due:
         yield dg.RunRequest(run_key=None, partition_key=name)
     if not due:
@@ -149,4 +168,4 @@ def _damaged_is_user_error(recipe: str) -> Iterator[None]:
     try:
         yield
     except ValidationError as error:
-        raise UserError(f"{recipe}: a manifest is damaged: `dmr status {recipe}` names it") from error
+        raise UserError(f"a manifest is damaged: `dmr status {recipe}` names it") from error

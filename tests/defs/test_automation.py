@@ -14,7 +14,14 @@ from dmr_pipeline.artifacts.manifest import verify
 from dmr_pipeline.artifacts.stage import Stage, StageContext, StageResult
 from dmr_pipeline.definitions import defs
 from dmr_pipeline.defs import runs
-from dmr_pipeline.defs.automation import ATTEMPTS, INGEST_TAG, RETRAIN_TAG, new_trajectories, weekly_retraining
+from dmr_pipeline.defs.automation import (
+    ATTEMPTS,
+    INGEST_TAG,
+    PARTITION_TAG,
+    RETRAIN_TAG,
+    new_trajectories,
+    weekly_retraining,
+)
 from dmr_pipeline.ingestion.schema import EXAMPLE
 from dmr_pipeline.recipe import Recipe
 from tests.helpers.fake_project import RECIPE, SUMMARIES, fake_run
@@ -65,7 +72,8 @@ def tick(instance: dg.DagsterInstance) -> list[dg.RunRequest] | str:
 
 
 def run_of(instance: dg.DagsterInstance, request: dg.RunRequest, status: dg.DagsterRunStatus) -> None:
-    create_run_for_test(instance, job_name=request.job_name, tags=dict(request.tags), status=status)
+    tags = {**request.tags, PARTITION_TAG: request.partition_key}  # as Dagster's daemon has it
+    create_run_for_test(instance, job_name=request.job_name, tags=tags, status=status)
 
 
 def test_sensor_and_schedule_ship_stopped():
@@ -91,7 +99,9 @@ def test_dropped_files_are_asked_for_by_content_and_once(instance: dg.DagsterIns
     assert other.run_key != request.run_key
 
     run_of(instance, other, dg.DagsterRunStatus.STARTED)
-    assert "being ingested" in tick(instance)
+    assert "of the job `ingest` has not ended" in tick(instance)
+    drop("later.jsonl", "third")
+    assert "of the job `ingest` has not ended" in tick(instance), "files that come meanwhile wait for it too"
 
 
 def test_files_that_are_still_written_are_left_alone(instance: dg.DagsterInstance):
@@ -151,6 +161,64 @@ def test_the_schedule_retrains_where_steps_are_new(instance: dg.DagsterInstance)
     runs.materialize(pipeline.STAGES, RECIPE, ["ingested_trajectories"])
     (request,) = weekly_retraining(dg.build_schedule_context(instance))
     assert request.partition_key == RECIPE
+
+
+@pytest.mark.parametrize("status", [dg.DagsterRunStatus.NOT_STARTED, dg.DagsterRunStatus.STARTED])
+def test_nothing_is_started_beside_a_retraining(instance: dg.DagsterInstance, status: dg.DagsterRunStatus):
+    """Its labels are refused where what is ingested changes meanwhile, and two retrainings learn the same."""
+    drop("a.jsonl", "one", steps=3)
+    runs.materialize(pipeline.STAGES, RECIPE, ["ingested_trajectories"])
+    (request,) = tick(instance)
+    run_of(instance, request, status)
+    drop("b.jsonl", "two", steps=3)
+    assert "of the job `retrain` has not ended" in tick(instance)
+    runs.materialize(pipeline.STAGES, RECIPE, ["ingested_trajectories"])
+    assert "of the job `retrain` has not ended" in tick(instance)
+    (skipped,) = weekly_retraining(dg.build_schedule_context(instance))
+    assert "of the job `retrain` has not ended" in (skipped.skip_message or "")
+
+    for run in instance.get_runs():
+        instance.report_run_canceled(run)
+    assert [request.job_name for request in tick(instance)] == ["retrain"]
+    assert [request.partition_key for request in weekly_retraining(dg.build_schedule_context(instance))] == [RECIPE]
+
+
+def test_a_run_of_another_recipe_holds_nothing_up(instance: dg.DagsterInstance):
+    drop("a.jsonl", "one", steps=3)
+    tags = {PARTITION_TAG: "another"}
+    for job in ("ingest", "retrain"):
+        create_run_for_test(instance, job_name=job, tags=tags, status=dg.DagsterRunStatus.STARTED)
+    assert [request.job_name for request in tick(instance)] == ["ingest"]
+
+
+def test_files_that_wait_hold_no_retraining_up_and_are_taken_after_it(instance: dg.DagsterInstance):
+    drop("a.jsonl", "one", steps=3)
+    runs.materialize(pipeline.STAGES, RECIPE, ["ingested_trajectories"])
+    drop("b.jsonl", "two", steps=1)
+    (request,) = tick(instance)
+    assert request.job_name == "retrain"
+    run_of(instance, request, dg.DagsterRunStatus.FAILURE)
+    assert [request.job_name for request in tick(instance)] == ["ingest"]
+
+
+def test_files_whose_ingestion_failed_for_good_hold_no_retraining_up(instance: dg.DagsterInstance):
+    drop("bad.jsonl", "one", steps=1)
+    for _ in range(ATTEMPTS):
+        (request,) = tick(instance)
+        run_of(instance, request, dg.DagsterRunStatus.FAILURE)
+    waiting = INCOMING / "bad.jsonl"
+    waiting.rename("bad.jsonl")
+    drop("good.jsonl", "two", steps=3)
+    runs.materialize(pipeline.STAGES, RECIPE, ["ingested_trajectories"])
+    Path("bad.jsonl").rename(waiting)
+    assert [request.job_name for request in tick(instance)] == ["retrain"]
+
+
+def test_a_damaged_manifest_of_the_labels_holds_no_ingestion_up(instance: dg.DagsterInstance):
+    manifest = artifact_folder("sensitivity_dataset", RECIPE) / "manifest.json"
+    manifest.write_bytes(manifest.read_bytes()[:50])
+    drop("a.jsonl", "one")
+    assert [request.job_name for request in tick(instance)] == ["ingest"]
 
 
 def test_misplaced_files_and_bad_recipes_are_named_and_stop_nothing(instance: dg.DagsterInstance):
