@@ -49,7 +49,9 @@ class ServeSettings(FrozenModel):
     router_seconds: float = Field(2.0, gt=0, description="upstream: after which the router has failed")
     connect_seconds: float = Field(5.0, gt=0, description="upstream: to connect")
     first_byte_seconds: float = Field(60.0, gt=0, description="upstream: until an answer begins, and between its parts")
-    retries: int = Field(2, ge=0, description="upstream: further tries, before the answer begins alone")
+    retries: int = Field(
+        2, ge=0, description="upstream: further tries, before the answer begins alone; none after a timeout"
+    )
     retry_seconds: float = Field(
         0.25, ge=0, description="upstream: before the first further try, then twice as long each time"
     )

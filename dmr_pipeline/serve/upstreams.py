@@ -1,7 +1,8 @@
 """OpenAI-compatible servers of one model at several precisions, and what is done when they fail.
 
-Tries are repeated as long as nothing of an answer has been passed on. A precision that stays down is replaced by the next dearer
-one that answers; where none does, by a cheaper one if that is allowed, and the answer says so.
+Tries are repeated as long as nothing of an answer has been passed on, but not after one that took too long. A precision that
+stays down is replaced by the next dearer one that answers; where none does, by a cheaper one if that is allowed, and the answer
+says so.
 """
 
 import asyncio
@@ -121,28 +122,46 @@ class Upstreams:
         if self.settings.degrade:
             tried += self.route[place + 1 :]
         waits = list[float]()
-        for precision in tried:
+        clock = asyncio.get_running_loop().time
+        given_up = clock() + self.settings.request_seconds
+        for i, precision in enumerate(tried):
+            # An equal share of what is left, so that each of them is asked before the request is given up.
+            until = clock() + (given_up - clock()) / (len(tried) - i)
             try:
-                return await self._persistently(stack, precision, body, stream)
+                return await self._persistently(stack, precision, body, stream, until)
             except Failed as failure:
                 log.warning("upstream %s is down (%s)", precision, failure.kind)
                 waits += [] if failure.wait is None else [failure.wait]
         raise Down(f"no upstream answers ({', '.join(tried)})", min(waits, default=None))
 
     async def _persistently(
-        self, stack: AsyncExitStack, precision: str, body: Mapping[str, Any], stream: bool
+        self, stack: AsyncExitStack, precision: str, body: Mapping[str, Any], stream: bool, until: float
     ) -> Opened:
+        """
+        Args:
+            until: when the event loop's clock says this it has failed.
+        """
         patience = self.settings.request_seconds / 4
         for attempt in range(self.settings.retries + 1):
             try:
-                return await self._once(stack, precision, body, stream)
+                return await self._in_time(stack, precision, body, stream, until)
             except Failed as failure:
                 self._metrics.count("dmr_upstream_errors_total", precision=precision, kind=failure.kind)
                 wait = self.settings.retry_seconds * 2**attempt if failure.wait is None else failure.wait
-                if attempt == self.settings.retries or wait > patience:
+                left = until - asyncio.get_running_loop().time()
+                if attempt == self.settings.retries or failure.kind == "timeout" or wait > min(patience, left):
                     raise
                 await asyncio.sleep(wait)
         raise AssertionError
+
+    async def _in_time(
+        self, stack: AsyncExitStack, precision: str, body: Mapping[str, Any], stream: bool, until: float
+    ) -> Opened:
+        try:
+            async with asyncio.timeout_at(until):
+                return await self._once(stack, precision, body, stream)
+        except TimeoutError as error:
+            raise Failed("timeout") from error
 
     async def _once(self, stack: AsyncExitStack, precision: str, body: Mapping[str, Any], stream: bool) -> Opened:
         try:

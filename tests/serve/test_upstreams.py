@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AsyncExitStack, contextmanager
 from pathlib import Path
 
 import httpx2
@@ -149,7 +149,7 @@ def test_faults_of_the_cheaper_one_and_what_the_client_sees(pair: tuple[StandIn,
     low_model = {"model": f"dmr/{SERVED}:int2"}
     with proxied(*pair, retries=2) as (client, service):
         for number, (stream, fault) in enumerate(
-            [(s, f) for s in (False, True) for f in ("500", "429", "503", "reset", "garbage", "hang")]
+            [(s, f) for s in (False, True) for f in ("500", "429", "503", "reset", "garbage")]
         ):
             session = {"extra_headers": {"x-session-id": f"mended-{number}"}}
             low.faults = [fault, fault]
@@ -165,7 +165,35 @@ def test_faults_of_the_cheaper_one_and_what_the_client_sees(pair: tuple[StandIn,
             assert parsed.model == f"dmr/{SERVED}:float"
         assert service.metrics.total("dmr_fail_open_total") - before == 2
         assert service.metrics.total("dmr_upstream_errors_total", kind="status_429") == 4
-        assert service.metrics.total("dmr_upstream_errors_total", kind="timeout") == 4
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("times", [{}, {"first_byte_seconds": 60.0, "request_seconds": 4.0}])
+def test_one_that_hangs_is_not_tried_again_and_the_dearer_one_answers_in_time(
+    pair: tuple[StandIn, StandIn], stream: bool, times: dict[str, float]
+) -> None:
+    pair[1].always = "hang"
+    with proxied(*pair, **times) as (client, service):
+        raw = ask(client, FIRST, model=f"dmr/{SERVED}:int2", stream=stream)
+        assert (raw.headers["x-dmr-precision"], raw.headers["x-dmr-reason"]) == ("float", "fallback")
+        assert len(pair[1].asked) == 1
+        assert service.metrics.total("dmr_upstream_errors_total", kind="timeout") == 1
+
+
+def test_however_many_hang_the_dearest_is_asked_in_time() -> None:
+    async def answering(found: dict[str, StandIn]) -> str:
+        addresses = {name: stand_in.address for name, stand_in in found.items()}
+        upstreams = Upstreams(
+            ServeSettings(recipe=SERVED, upstreams=addresses, request_seconds=3.0), list(addresses), Metrics()
+        )
+        async with asyncio.timeout(3.0), AsyncExitStack() as stack:
+            opened = await upstreams.open(stack, "int2", {"messages": []}, stream=False)
+        await upstreams.close()
+        return opened.precision
+
+    with stand_ins("float", "int4", "int2") as found:
+        found["int4"].always = found["int2"].always = "hang"
+        assert asyncio.run(answering(found)) == "float"
 
 
 @pytest.mark.parametrize("stream", [False, True])
