@@ -116,7 +116,7 @@ def _few_layers(config: PreTrainedConfig, dtype: torch.dtype, free: int) -> tupl
     whole = weights_gone_through(config, dtype)
     while 4 * weights_gone_through(few, dtype) > free and text.num_hidden_layers > 1:
         text.num_hidden_layers = (text.num_hidden_layers + 1) // 2
-        if getattr(text, "layer_types", None):
+        if len(getattr(text, "layer_types", None) or ()) > text.num_hidden_layers:  # some configs make it of the number
             text.layer_types = text.layer_types[: text.num_hidden_layers]
     return few, weights_gone_through(few, dtype) / whole
 

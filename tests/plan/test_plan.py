@@ -12,7 +12,7 @@ from transformers import LlamaConfig
 
 from dmr_pipeline.agent.checkpoint import save_causal_lm
 from dmr_pipeline.environments.benchmark import benchmark_of
-from dmr_pipeline.plan import machine, predict
+from dmr_pipeline.plan import machine, predict, speed
 from dmr_pipeline.plan.episodes import Episodes, tried_episodes
 from dmr_pipeline.plan.predict import Plan, plan
 from dmr_pipeline.plan.speed import Speed, measured_speed, weights_gone_through
@@ -27,6 +27,7 @@ from dmr_pipeline.training.examples import expert_example
 from dmr_pipeline.training.train import new_model
 from dmr_pipeline.training.vocabulary import word_tokenizer
 from tests.helpers.commands import dmr
+from tests.helpers.kinds import KINDS
 from tests.helpers.micro_recipe import RECIPE_YAML
 from tests.helpers.routers import ARCHITECTURE, TOKENIZER
 
@@ -225,8 +226,6 @@ def test_a_hub_model_is_planned_before_its_weights_are_here(tmp_path: Path) -> N
 
 
 def test_learning_is_timed_with_its_own_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    from dmr_pipeline.plan import speed
-
     monkeypatch.setattr(speed, "_learning", lambda *_: float(torch.get_num_threads()))
     before = torch.get_num_threads()
     config = llama(1)
@@ -238,13 +237,19 @@ def test_learning_is_timed_with_its_own_threads(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_model_that_is_too_large_is_tried_with_fewer_layers(monkeypatch: pytest.MonkeyPatch) -> None:
-    from dmr_pipeline.plan import speed
-
     config = llama(8, tie_word_embeddings=True)
     layer = (weights_gone_through(config, torch.float32) - 4 * (50 * 32 + 32)) // 8
     few, share = speed._few_layers(config, torch.float32, free=4 * (4 * (50 * 32 + 32) + 3 * layer))
     assert few.num_hidden_layers == 2
     assert share == pytest.approx((4 * (50 * 32 + 32) + 2 * layer) / (4 * (50 * 32 + 32) + 8 * layer))
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "falcon-h1", "mamba"])
+def test_kinds_of_layers_are_as_many_as_the_layers(kind: str) -> None:
+    """Whether the config lists them or makes them of the number of layers."""
+    few, share = speed._few_layers(KINDS[kind](), torch.float32, free=1)
+    assert few.num_hidden_layers == len(few.layer_types) == 1
+    assert 0 < share < 1
 
 
 def test_a_folder_that_is_not_there_yet_has_its_disks_space(tmp_path: Path) -> None:
