@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dmr_pipeline.agent.checkpoint import load_tokenizer, local_folder, unusable_files
+from dmr_pipeline.agent.formats import refuse_architecture
 from dmr_pipeline.agent.logits import MODEL_ERRORS
 from dmr_pipeline.precision import pass_bytes
 from dmr_pipeline.precision.quantization import quantize_rung
@@ -50,10 +51,15 @@ def config_folder(source: Pretrained) -> tuple[Path, str | None]:
 
 
 def brought_config(source: Pretrained) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
-    """Of an LLM that is brought along."""
+    """Of an LLM that is brought along.
+
+    Raises:
+        UserError: as `config_folder`; it is no causal LM, or the config or the tokenizer cannot be used.
+    """
     folder, _ = config_folder(source)
     with unusable_files(f"model {source.model!r}"):
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        refuse_architecture(source.model, config)
     return config, load_tokenizer(folder)
 
 

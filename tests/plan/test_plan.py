@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from transformers import LlamaConfig
+from transformers import LlamaConfig, T5Config
 
 from dmr_pipeline.agent.checkpoint import save_causal_lm
 from dmr_pipeline.environments.benchmark import benchmark_of
+from dmr_pipeline.errors import UserError
 from dmr_pipeline.plan import machine, predict, speed
 from dmr_pipeline.plan.episodes import Episodes, tried_episodes
 from dmr_pipeline.plan.predict import Plan, plan
@@ -223,6 +224,14 @@ def test_a_hub_model_is_planned_before_its_weights_are_here(tmp_path: Path) -> N
     (folder / "model.safetensors").unlink()
     without = plan(recipe, Path("data"), 0.9, SPEED)
     assert [need.disk for need in without.stages] == [need.disk for need in with_weights.stages]
+
+
+def test_what_is_no_causal_lm_is_refused_by_its_config(tmp_path: Path) -> None:
+    T5Config().save_pretrained(tmp_path)
+    TOKENIZER.save_pretrained(tmp_path)
+    recipe = RECIPE.model_copy(update={"agent": Agent(pretrained=Pretrained(model=str(tmp_path)), prompt=Prompt())})
+    with pytest.raises(UserError, match=r"type 't5' is no causal LM with a head for its tokens[^\n]*$"):
+        plan(recipe, Path("data"), 0.9, SPEED)
 
 
 def test_learning_is_timed_with_its_own_threads(monkeypatch: pytest.MonkeyPatch) -> None:
