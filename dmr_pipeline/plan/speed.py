@@ -72,7 +72,7 @@ def measured_speed(
     few, share = _few_layers(config, dtype, free)
     model = random_causal_lm(few, device).to(dtype)
     rows = min(rows, ROWS)
-    segment = max(int(episodes.segment), 1)
+    segment = max(1, min(int(episodes.segment), (capacity - 17) // _REPEATS - 4))  # that all of them fit
     besides = _REPEATS * (segment + 4) + 16
     middle = max(1, min(int(episodes.tokens(episodes.steps / 2)), capacity - besides))
     streams = token_streams(model, rows, middle + besides)

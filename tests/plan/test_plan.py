@@ -213,6 +213,8 @@ def test_speed_is_measured_with_random_weights() -> None:
 def test_a_model_with_few_positions_is_tried_as_far_as_they_go() -> None:
     config, long = llama(1, max_position_embeddings=300), replace(EPISODES, opening=500.0)
     assert measured_speed(config, torch.float32, CPU, long, 300, 2, torch.float32, threads=1, free=10**9).learn > 0
+    wide = replace(EPISODES, segment=150.0)  # a page of a shop
+    assert measured_speed(config, torch.float32, CPU, wide, 300, 2, None, threads=1, free=10**9).read > 0
 
 
 def test_a_hub_model_is_planned_before_its_weights_are_here(tmp_path: Path) -> None:
