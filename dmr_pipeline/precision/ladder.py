@@ -1,5 +1,6 @@
 """What the stage `quantized_checkpoints` tells of its rungs. Nothing heavy is imported here: commands that look read it."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -87,6 +88,11 @@ class Verdict(FrozenModel):
 def deployed(verdict: Verdict) -> list[str]:
     """The rungs whose weights are needed to act as the verdict says where routing cannot pay."""
     return [verdict.deploy, *([verdict.drafter] if verdict.drafter else [])]
+
+
+def nothing_to_lose(rungs: Sequence[RungPlayed], margin: float) -> bool:
+    """Whether no rung wins more games than one may lose and still pass for as good, so that the cheapest one always does."""
+    return max(rung.validation_success for rung in rungs) <= margin
 
 
 class LadderFacts(BaseModel):
