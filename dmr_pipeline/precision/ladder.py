@@ -117,10 +117,12 @@ def read_ladder(checkpoints: Path) -> LadderFacts:
     """What `quantized_checkpoints` measured.
 
     Raises:
-        UserError: another version of the stage has written it.
+        UserError: it is not there, or another version of the stage has written it.
     """
     path = checkpoints / LADDER_FILE
     try:
         return LadderFacts.model_validate_json(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"there is no {path}: `dmr ladder {checkpoints.parent.name}` makes the ladder") from error
     except ValidationError as error:
         raise UserError(f"{path} is of another version of this stage: make quantized_checkpoints again") from error
