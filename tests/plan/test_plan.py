@@ -19,6 +19,7 @@ from dmr_pipeline.plan.speed import Speed, measured_speed, weights_gone_through
 from dmr_pipeline.plan.stages import Assumptions, Model, Need, Work, seconds, works
 from dmr_pipeline.recipe import Recipe
 from dmr_pipeline.recipe.agent import Agent, Prompt
+from dmr_pipeline.recipe.kl_router import Probe, RouterModel
 from dmr_pipeline.recipe.model import Pretrained
 from dmr_pipeline.recipe.precisions import Rung
 from dmr_pipeline.recipe.sensitivity import Consequences
@@ -222,6 +223,17 @@ def test_a_hub_model_is_planned_before_its_weights_are_here(tmp_path: Path) -> N
     (folder / "model.safetensors").unlink()
     without = plan(recipe, Path("data"), 0.9, SPEED)
     assert [need.disk for need in without.stages] == [need.disk for need in with_weights.stages]
+
+
+def test_layers_that_a_probe_reads_and_a_brought_model_has_not_are_a_problem(tmp_path: Path) -> None:
+    """Not only once the router is to be trained, after ladder, trajectories and labels."""
+    save_causal_lm(new_model(ARCHITECTURE, len(TOKENIZER), 0), TOKENIZER, tmp_path / "there", torch.bfloat16)
+    layers = ARCHITECTURE.layers
+    for probed, problems in ((layers, ()), (9, (f"kl_router.model.probe.layers: [9], but the agent has {layers}",))):
+        router = RECIPE.kl_router.model_copy(update={"model": RouterModel(probe=Probe(layers=(probed,)))})
+        brought = Agent(pretrained=Pretrained(model=str(tmp_path / "there")), prompt=Prompt())
+        found = plan(RECIPE.model_copy(update={"agent": brought, "kl_router": router}), Path("data"), 0.9, SPEED)
+        assert found.problems == problems
 
 
 def test_learning_is_timed_with_its_own_threads(monkeypatch: pytest.MonkeyPatch) -> None:
