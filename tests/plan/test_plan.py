@@ -20,6 +20,7 @@ from dmr_pipeline.plan.speed import Speed, measured_speed, weights_gone_through
 from dmr_pipeline.plan.stages import Assumptions, Model, Need, Work, seconds, works
 from dmr_pipeline.recipe import Recipe
 from dmr_pipeline.recipe.agent import Agent, Prompt
+from dmr_pipeline.recipe.kl_router import Probe, RouterModel
 from dmr_pipeline.recipe.model import Pretrained
 from dmr_pipeline.recipe.precisions import Rung
 from dmr_pipeline.recipe.sensitivity import Consequences
@@ -234,6 +235,17 @@ def test_what_is_no_causal_lm_is_refused_by_its_config(tmp_path: Path) -> None:
     recipe = RECIPE.model_copy(update={"agent": Agent(pretrained=Pretrained(model=str(tmp_path)), prompt=Prompt())})
     with pytest.raises(UserError, match=r"type 't5' is no causal LM with a head for its tokens[^\n]*$"):
         plan(recipe, Path("data"), 0.9, SPEED)
+
+
+def test_layers_that_a_probe_reads_and_a_brought_model_has_not_are_a_problem(tmp_path: Path) -> None:
+    """Not only once the router is to be trained, after ladder, trajectories and labels."""
+    save_causal_lm(new_model(ARCHITECTURE, len(TOKENIZER), 0), TOKENIZER, tmp_path / "there", torch.bfloat16)
+    layers = ARCHITECTURE.layers
+    for probed, problems in ((layers, ()), (9, (f"kl_router.model.probe.layers: [9], but the agent has {layers}",))):
+        router = RECIPE.kl_router.model_copy(update={"model": RouterModel(probe=Probe(layers=(probed,)))})
+        brought = Agent(pretrained=Pretrained(model=str(tmp_path / "there")), prompt=Prompt())
+        found = plan(RECIPE.model_copy(update={"agent": brought, "kl_router": router}), Path("data"), 0.9, SPEED)
+        assert found.problems == problems
 
 
 def test_learning_is_timed_with_its_own_threads(monkeypatch: pytest.MonkeyPatch) -> None:
