@@ -144,7 +144,7 @@ def judge(
     for rung in sorted((rung for rung in rungs if not rung.dominated_by), key=lambda rung: -rung.cost):
         if rung.cost <= (1 - precisions.least_saving) * spent and rung.pass_bytes < route[-1].pass_bytes:
             route.append(rung)
-    pays = len(route) > 1
+    pays = len(route) > 1 and not nothing_to_lose(rungs, precisions.margin)
     return Verdict(
         pays=pays,
         route=tuple(rung.name for rung in route),

@@ -150,6 +150,7 @@ def test_an_agent_that_does_not_know_the_task_has_no_rung_to_deploy() -> None:
         " is nothing to lose by a cheap one, and none to deploy. Let the agent learn first (agent.finetune), or see whether it"
         " writes what its prompt asks for."
     )
+    assert not judged({"float": (10, 1.0), "int4": (0, 0.4)}, games=200).verdict.pays
     assert "Deploy" in judged({"float": (12, 1.0), "int4": (12, 0.4)}, games=200).verdict.text
 
 
