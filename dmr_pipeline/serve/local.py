@@ -128,7 +128,9 @@ class LocalAgents:
             step = Step(segment, action, done.command, shown, done.precision or dearest, ())
             session.trajectory.steps.append(step)
             session.answers.append(done.command)
-        session.spend = sum(self.rollouts.acting.spend[step.precision] for step in session.trajectory.steps)
+        # A precision that is not known here counts as the dearest, too.
+        spend = self.rollouts.acting.spend
+        session.spend = sum(spend.get(step.precision, spend[dearest]) for step in session.trajectory.steps)
         return session
 
     def act(self, asks: Sequence[Ask]) -> list[Action | Exception]:
