@@ -11,7 +11,6 @@ from dmr_pipeline.rollout.batch import Timings
 from dmr_pipeline.rollout.policy import SinglePrecision
 
 
-@pytest.mark.fast
 @pytest.mark.parametrize(("a_step", "episodes"), [(0.1, 5), (10.0, 2), (100.0, 1)])
 def test_a_slow_agent_is_timed_on_fewer_episodes(a_step: float, episodes: int) -> None:
     played = []
