@@ -52,8 +52,8 @@ class SeededBenchmark(Benchmark[S], Generic[S, T]):
             contents = [task.model_dump_json(exclude={"task_id"}) for task in tasks]
             if known := sum(content in told for content in contents):
                 log.warning(
-                    "%d of the %d tasks of %s are, but for their ids, tasks of the splits before it: who has learned those by heart"
-                    " wins these; draw from more",
+                    "%d of the %d tasks of %s are, but for their ids, tasks of the splits before it: who has learned those by"
+                    " heart wins these; draw from more",
                     known,
                     len(tasks),
                     split,
