@@ -215,6 +215,7 @@ class Batch:
 
     def decide(self, slots: Sequence[int]) -> list[Decision]:
         """What the policy decides at these transcripts, with nothing written. They are of no further use."""
+        self._after.clear()  # of a step that failed
         running = [self.slots[slot] for slot in slots]
         for state in running:
             state.begin_step()
@@ -237,6 +238,7 @@ class Batch:
 
     def step(self, slots: Sequence[int]) -> list[Taken]:
         """One step of each of these transcripts: decided, written and appended."""
+        self._after.clear()  # of a step that failed
         running = [self.slots[slot] for slot in slots]
         for state in running:
             state.begin_step()
