@@ -205,10 +205,17 @@ class Batch:
         been told of it again."""
         self.slots[slot] = transcript
 
-    def follow(self, slot: int, action: list[int], margin: float) -> None:
-        """A step of this transcript was taken elsewhere, or is read again. The policy is not told."""
+    def follow(self, slot: int, action: list[int], margin: float, precision: str) -> None:
+        """A step of this transcript was taken elsewhere, or is read again. The policy is not told.
+
+        Args:
+            precision: that acted, and so has read it where there is one cache; of others, and of one that is not known here, all
+                is read by who acts next.
+        """
         state = self.slots[slot]
         state.begin_step()
+        if self._share and precision in self._readers:
+            state.trails[precision].read(self._readers[precision], len(state.transcript.tokens), len(action) - 1)
         state.transcript.append(action)
         state.turn += 1
         state.margin = margin
