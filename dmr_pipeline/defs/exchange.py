@@ -26,13 +26,15 @@ def pull_inputs(instance: dg.DagsterInstance, stage: Stage, stages: Sequence[Sta
     Raises:
         UserError: as `pull`; or the history here and the recorded one have both grown.
     """
-    pull(instance, [find_stage(name, stages) for name in stage.inputs], recipe)
-    if stage.append_only and not _is_newer(instance, stage, recipe):
-        pull(instance, [stage], recipe)
+    needed = [find_stage(name, stages) for name in stage.inputs] + ([stage] if stage.append_only else [])
+    pull(instance, needed, recipe, grows=stage)
 
 
-def pull(instance: dg.DagsterInstance, stages: Sequence[Stage], recipe: Recipe) -> None:
+def pull(instance: dg.DagsterInstance, stages: Sequence[Stage], recipe: Recipe, grows: Stage | None = None) -> None:
     """Make these stages' artifacts here the ones that Dagster's instance records, where they are others.
+
+    Args:
+        grows: whose history stays as it is, where it has grown here.
 
     Raises:
         UserError: an object is neither in DVC's cache here nor in the remote, an artifact that Git carries is another one, or a
@@ -41,13 +43,16 @@ def pull(instance: dg.DagsterInstance, stages: Sequence[Stage], recipe: Recipe) 
     for stage in stages:
         recorded = recorded_version(instance, dg.AssetKey(stage.name), recipe.name)
         folder = artifact_folder(stage.name, recipe.name)
-        if recorded is None or _hash(folder) == recorded:
+        here = _hash(folder) if recorded is not None else None
+        if recorded is None or here == recorded:
             continue
         if recipe.name in stage.committed_recipes:
             raise UserError(
                 f"{folder} is not {recorded}, which is in use: it lies in Git, check out here the commit that has it"
             )
-        if stage.append_only and _is_newer(instance, stage, recipe):
+        if stage.append_only and here is not None and _is_newer(instance, folder, here, recorded):
+            if stage is grows:
+                continue
             raise UserError(
                 f"{folder} has grown here, and that is not recorded, since the run was broken off:"
                 f" `dmr materialize {stage.name} --recipe {recipe.name}` records it and sends it to the remote"
@@ -56,21 +61,24 @@ def pull(instance: dg.DagsterInstance, stages: Sequence[Stage], recipe: Recipe) 
         dvc_objects.restore(recorded, folder, recipe.versioning.remote)
 
 
-def _is_newer(instance: dg.DagsterInstance, stage: Stage, recipe: Recipe) -> bool:
+def _is_newer(instance: dg.DagsterInstance, folder: Path, here: str, recorded: str) -> bool:
     """Whether the history that lies here was never recorded: the run that made it was broken off, or Git and DVC brought it.
 
+    Args:
+        here: hash of the history.
+        recorded: of the one that is recorded, another.
+
     Raises:
-        UserError: another one was recorded since it was made here.
+        UserError: that was recorded since this one was made here.
     """
-    key, folder = dg.AssetKey(stage.name), artifact_folder(stage.name, recipe.name)
-    recorded, here = recorded_version(instance, key, recipe.name), _hash(folder)
-    if recorded is None or here is None or recorded_at(instance, key, recipe.name, here) is not None:
+    key, recipe = dg.AssetKey(folder.name), folder.parent.name
+    if recorded_at(instance, key, recipe, here) is not None:
         return False
-    run, at = run_record_beside(folder), recorded_at(instance, key, recipe.name, recorded)
+    run, at = run_record_beside(folder), recorded_at(instance, key, recipe, recorded)
     if run is not None and run.hash == here and at is not None and run.finished < at:
         raise UserError(
             f"{folder} has grown here by a run that was broken off, and on another machine since, at {at:%Y-%m-%d %H:%M} UTC:"
-            f" move it away, `dmr pull {recipe.name}` brings the other one, and do again what that one lacks"
+            f" move it away, `dmr pull {recipe}` brings the other one, and do again what that one lacks"
         )
     return True
 

@@ -361,12 +361,7 @@ def _verdict(pair: PairedComparison, metrics: Metrics) -> str:
     p = corrected(pair)
     points = f"{pair['difference'] * 100:+.1f} points (interval {in_points(pair['ci95'])}, {_p_value(p)})"
     if p >= 1 - metrics["confidence"]:
-        least = pair["smallest_difference"]
-        seen = (
-            "these games could have shown none"
-            if least is None
-            else f"these games could have shown {seen_in_points(least)}"
-        )
+        seen = f"these games could have shown {seen_in_points(pair['smallest_difference'])}"
         return f"no difference is shown: {points} in the paired test; {seen}"
     return f"it is {'better' if pair['difference'] > 0 else 'worse'} in the paired test: {points}"
 

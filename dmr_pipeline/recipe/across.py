@@ -82,12 +82,8 @@ def _branches_of_all_rungs(agent: Agent, precisions: Precisions, grpo_router: Gr
             "grpo_router.branch_groups: members that branch go the same way up to there, and actions are drawn; set"
             " agent.temperature to 0"
         )
-    route = () if precisions.route == "auto" else precisions.route
-    if grpo_router.branch_groups and grpo_router.group_size < len(route):
-        yield (
-            f"grpo_router.group_size: {grpo_router.group_size}, but a group that branches deals each of the {len(route)}"
-            " routed rungs to a member at least"
-        )
+    if precisions.route != "auto":  # else it is known once the ladder is made
+        yield from grpo_router.too_small_to_branch(len(precisions.route))
 
 
 def _played_advantages(agent: Agent, kl_router: KlRouter) -> Iterator[str]:

@@ -84,6 +84,14 @@ class GrpoRouter(Section):
     )
     seed: Seed = Field(0, description="of the games' order and of the routing decisions")
 
+    def too_small_to_branch(self, rungs: int) -> Iterator[str]:
+        """What is wrong with the group size, where so many rungs are routed."""
+        if self.branch_groups and self.group_size < rungs:
+            yield (
+                f"grpo_router.group_size: {self.group_size}, but a group that branches deals each of the {rungs} routed rungs to"
+                " a member at least"
+            )
+
     def problems(self) -> Iterator[tuple[str, str]]:
         if self.reward == "gated" and self.cost_weight > 1:
             yield (

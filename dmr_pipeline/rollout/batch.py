@@ -222,13 +222,11 @@ class Batch:
 
     def decide(self, slots: Sequence[int]) -> list[Decision]:
         """What the policy decides at these transcripts, with nothing written. They are of no further use."""
-        self._after.clear()  # of a step that failed
+        self._after.clear()  # of the step before, however it ended
         running = [self.slots[slot] for slot in slots]
         for state in running:
             state.begin_step()
-        decisions = self.policy.decide(slots, [state.segment for state in running], _BatchPeek(self))
-        self._after.clear()
-        return decisions
+        return self.policy.decide(slots, [state.segment for state in running], _BatchPeek(self))
 
     @property
     def _share(self) -> bool:
@@ -245,7 +243,7 @@ class Batch:
 
     def step(self, slots: Sequence[int]) -> list[Taken]:
         """One step of each of these transcripts: decided, written and appended."""
-        self._after.clear()  # of a step that failed
+        self._after.clear()  # of the step before, however it ended
         running = [self.slots[slot] for slot in slots]
         for state in running:
             state.begin_step()
@@ -287,7 +285,6 @@ class Batch:
             Taken(state.segment, decision, chosen[slot], self._besides(slot, decision, chosen[slot], peek))
             for slot, state, decision in zip(slots, running, decisions, strict=True)
         ]
-        self._after.clear()
         for slot, state, taken in zip(slots, running, steps, strict=True):
             state.transcript.append(taken.draft.action)
             state.turn += 1

@@ -61,10 +61,10 @@ def _which(results: Results) -> str:
     study = results.study
     order = "" if study.reworded is None else ", which list what is seen in another order"
     limit = "" if study.step_limit is None else f", of at most {study.step_limit} steps"
-    return f"{_of_seeds(results)}{order}{limit}"
+    return f"{_source(results)}{order}{limit}"
 
 
-def _of_seeds(results: Results) -> str:
+def _source(results: Results) -> str:
     study = results.study
     if study.benchmark is None and not results.fresh:
         return "games of the test split"

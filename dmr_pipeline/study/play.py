@@ -52,9 +52,8 @@ def play_study(
     benchmark, ladder = benchmark_of(recipe.benchmark), read_ladder(checkpoints)
     validation = benchmark.read_tasks(tasks, "validation", study.validation_games)
     fresh = _games(study, benchmark, tasks, games)
-    kept = KeptTables(
-        folder, {"version": find_stage("evaluation_report", STAGES).code_version}
-    )  # how policies play there
+    version = find_stage("evaluation_report", STAGES).code_version  # policies play as they do there
+    kept = KeptTables(folder, {"version": version})
     on_validation = kept.under(games=content(tasks), split="validation", count=len(validation))
     on_fresh = kept.under(games=content(games or tasks), split="study", count=len(fresh))
     if study.first_game:

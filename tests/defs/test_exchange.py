@@ -120,7 +120,9 @@ def ingest() -> int:
 
 
 def break_off_a_push(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What `two` holds is ingested, and a run dies before that is sent to the remote and recorded."""
+    """After `one`, what `two` holds is ingested, and a run dies before that is sent to the remote and recorded."""
+    drop("one")
+    assert ingest() == 1
     dropped = drop("two")
     with monkeypatch.context() as patched:
         patched.setattr(exchange, "push", Mock(side_effect=UserError("no route to the remote")))
@@ -132,8 +134,6 @@ def break_off_a_push(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_was_ingested_outlives_a_push_that_fails(
     machines: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    drop("one")
-    assert ingest() == 1
     break_off_a_push(monkeypatch)
     with pytest.raises(
         UserError, match=r"ingested_trajectories has grown here, .*`dmr materialize ingested_trajectories"
@@ -149,8 +149,6 @@ def test_what_was_ingested_outlives_a_push_that_fails(
 def test_a_history_that_grew_on_two_machines_is_not_chosen_from(
     machines: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    drop("one")
-    assert ingest() == 1
     break_off_a_push(monkeypatch)
     work_on(machines["second"], machines, monkeypatch)
     drop("three")
