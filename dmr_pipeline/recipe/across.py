@@ -72,6 +72,25 @@ def _reference_model(kl_router: KlRouter, grpo_router: GrpoRouter) -> Iterator[s
     if grpo_router.beta and (model.probe or model.encoder):
         kind = "a probe" if model.probe else "an encoder"
         yield f"grpo_router.beta: trl reloads the reference as a causal LM, which {kind} is not; set it to 0"
+    if grpo_router.beta and grpo_router.start == "untrained":
+        yield "grpo_router.beta: a penalty to the router of stage 1, in whose place new weights start; set it to 0"
+
+
+def _branches_of_all_rungs(precisions: Precisions, grpo_router: GrpoRouter) -> Iterator[str]:
+    route = () if precisions.route == "auto" else precisions.route
+    if grpo_router.branch_groups and grpo_router.group_size < len(route):
+        yield (
+            f"grpo_router.group_size: {grpo_router.group_size}, but a group that branches deals each of the {len(route)}"
+            " routed rungs to a member at least"
+        )
+
+
+def _played_advantages(agent: Agent, kl_router: KlRouter) -> Iterator[str]:
+    if kl_router.target == "advantage" and agent.temperature > 0:
+        yield (
+            "kl_router.target: advantages are of the steps at which the rungs' greedy actions differ, and actions are drawn;"
+            " set agent.temperature to 0"
+        )
 
 
 def _greedy_features(agent: Agent, kl_router: KlRouter) -> Iterator[str]:
@@ -151,6 +170,8 @@ _ACROSS: tuple[Callable[..., Iterator[str]], ...] = (
     _games_asked_for,
     _behaviour_on_the_route,
     _reference_model,
+    _branches_of_all_rungs,
+    _played_advantages,
     _greedy_features,
     _swapped_steps,
     _thoughts_of_looks,

@@ -218,6 +218,20 @@ def save_router(router: Router, folder: Path) -> None:
     (folder / SETTINGS_FILE).write_text(text, encoding="utf-8")
 
 
+def read_settings(folder: Path) -> RouterSettings:
+    """
+    Raises:
+        UserError: they are missing or malformed.
+    """
+    path = folder / SETTINGS_FILE
+    if not path.is_file():
+        raise UserError(f"{folder} is no router: it has no {SETTINGS_FILE}")
+    try:
+        return RouterSettings.model_validate_json(path.read_text(encoding="utf-8"))
+    except ValidationError as error:
+        raise UserError(f"{path}: {'; '.join(problems_of(error))}; make the router anew") from error
+
+
 def load_router(folder: Path, device: torch.device, agent: PreTrainedModel | None = None) -> Router:
     """Read what `save_router` wrote; float32 on any device, in evaluation mode.
 
@@ -227,13 +241,7 @@ def load_router(folder: Path, device: torch.device, agent: PreTrainedModel | Non
     Raises:
         UserError: a file is missing or malformed, or the weights are a pickle.
     """
-    path = folder / SETTINGS_FILE
-    if not path.is_file():
-        raise UserError(f"{folder} is no router: it has no {SETTINGS_FILE}")
-    try:
-        settings = RouterSettings.model_validate_json(path.read_text(encoding="utf-8"))
-    except ValidationError as error:
-        raise UserError(f"{path}: {'; '.join(problems_of(error))}; make the router anew") from error
+    settings = read_settings(folder)
     if settings.kind == "lm":
         # Through the CPU, where weights are float32: a router is small, and its probabilities should be smooth.
         model, tokenizer = load_causal_lm(folder, None, torch.device("cpu"))

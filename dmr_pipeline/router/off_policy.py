@@ -31,7 +31,7 @@ _SURE = 1e-9
 
 @dataclass(frozen=True)
 class LoggedRun:
-    """One episode of the log. `steps` are those that somebody decided: not those at which a rule or a failure did."""
+    """One episode of the log. `steps` are those that somebody decided: none that was forced, or at which a router failed."""
 
     game: str
     taken: NDArray[np.int64]
@@ -130,7 +130,7 @@ def _refuse_what_was_never_tried(runs: Sequence[LoggedRun]) -> None:
     if untried:
         raise UserError(
             f"at {untried:,} of {total:,} logged steps nothing was drawn, and this router may decide otherwise there: what would"
-            " have come of it the log cannot tell; serve with --epsilon"
+            " have come of it the log cannot tell; serve with --epsilon, and sessions without budgets"
         )
 
 
@@ -175,5 +175,5 @@ def _fitted(runs: Sequence[LoggedRun]) -> Callable[[Floats], Floats]:
 def _columns(numbers: Floats, taken: NDArray[np.int64], rungs: int) -> Floats:
     """One, the numbers, the rung, and the rung times the numbers."""
     chosen = np.eye(rungs)[taken][:, 1:]
-    crossed = (chosen[:, :, None] * numbers[:, None, :]).reshape(len(numbers), -1)
+    crossed = (chosen[:, :, None] * numbers[:, None, :]).reshape(len(numbers), chosen.shape[1] * numbers.shape[1])
     return np.concatenate([np.ones((len(numbers), 1)), numbers, chosen, crossed], axis=1)

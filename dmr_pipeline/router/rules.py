@@ -172,8 +172,9 @@ def rules(route: Sequence[str], step_limit: int, prompter: Prompter, check: bool
     before: Mapping[str, Levels] = {
         "random": by_past(lambda past: 0.5),  # all drawn by lot
         "evenly": by_past(evenly),
-        "first": by_past(lambda past: 1 - past.turn / step_limit),
-        "last": by_past(lambda past: (past.turn + 1) / step_limit),
+        # A study may play on beyond the step limit that the rules were tuned for.
+        "first": by_past(lambda past: max(0.0, 1 - past.turn / step_limit)),
+        "last": by_past(lambda past: min(1.0, (past.turn + 1) / step_limit)),
         "stuck": by_past(repeats),
         "episode": by_past(episode_lot),
     }

@@ -128,6 +128,7 @@ class LocalAgents:
             step = Step(segment, action, done.command, shown, done.precision or dearest, ())
             session.trajectory.steps.append(step)
             session.answers.append(done.command)
+        session.spend = sum(self.rollouts.acting.spend[step.precision] for step in session.trajectory.steps)
         return session
 
     def act(self, asks: Sequence[Ask]) -> list[Action | Exception]:

@@ -29,7 +29,7 @@ from dmr_pipeline.serve.sessions import Decider, Goal
 
 log = logging.getLogger(__name__)
 
-_DECIDED = ("router", "rule", "exploration")
+_DECIDED = ("router", "rule", "exploration", "budget")
 _OTHERWISE = ("fallback", "forced")
 """Whatever router there is, these steps are as they are."""
 
@@ -39,7 +39,7 @@ class Replay:
     release: int
     estimate: Estimate
     left_out: int
-    """Episodes that do not tell how they were decided, or that a budget or one precision alone has decided."""
+    """Episodes that do not tell how they were decided, or that one precision alone has decided."""
     agreement: float
     """Mean over the decided steps of the target's probability of what acted."""
 
@@ -99,9 +99,12 @@ def logged_run(episode: LoggedEpisode, agents: LocalAgents, decider: Decider, ro
             levels = choice.decision.exceedance
             dearer = sum(before.precision != route[-1] for before in past)
             chances = chances_at(bar, levels, route, turn, dearer)
-            taken.append(route.index(step.precision))
+            acted, wanted = route.index(step.precision), [chances.get(rung, 0.0) for rung in route]
+            if step.reason == "budget":  # the session's would have held the target too: nothing dearer than what acted
+                wanted = [0.0] * acted + [sum(wanted[: acted + 1]), *wanted[acted + 1 :]]
+            taken.append(acted)
             propensity.append(step.propensity)
-            target.append([chances.get(rung, 0.0) for rung in route])
+            target.append(wanted)
             numbers.append([turn / 10, *levels, dearer / max(turn, 1)])
         past.append(Turn(seen[turn], step.command, step.thought, step.precision))
     outcome = float(episode.success) if episode.reward is None else episode.reward

@@ -17,7 +17,7 @@ from dmr_pipeline.recipe import Recipe
 from dmr_pipeline.rollout.policy import Decision, Draft, certain
 from dmr_pipeline.rollout.prompts import Moment, Prompter
 from dmr_pipeline.rollout.trajectory import RolloutRequest, Step, Trajectory
-from dmr_pipeline.router.model import SETTINGS_FILE, Router, RouterSettings, load_router
+from dmr_pipeline.router.model import Router, load_router, read_settings
 from dmr_pipeline.serve.deciders import Deciders
 from dmr_pipeline.serve.deciding import Deciding
 from dmr_pipeline.serve.local import Ask, Turn
@@ -66,6 +66,7 @@ class TextRouter:
                 self._step(segment, done.command, shown, done.precision or self.route[0], ())
             )
             session.answers.append(done.command)
+        session.spend = sum(self.deciding.spend[step.precision] for step in session.trajectory.steps)
         return session
 
     async def choose(self, ask: Ask) -> tuple[Choice, bool]:
@@ -116,7 +117,7 @@ class TextRouter:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def _load(self, folder: Path) -> Router:
-        settings = RouterSettings.model_validate_json((folder / SETTINGS_FILE).read_bytes())
+        settings = read_settings(folder)
         if settings.kind == "probe" or settings.decides == "after":
             looks = "hidden states" if settings.kind == "probe" else "drafts"
             raise UserError(

@@ -22,8 +22,9 @@ from dmr_pipeline.serve.settings import ServeSettings
 
 log = logging.getLogger(__name__)
 
-_NOT_THE_CLIENTS = frozenset({401, 403, 408, 429})
-"""Statuses below 500 that say nothing against the request itself: its client has no part in the key, nor in the load."""
+_NOT_THE_CLIENTS = frozenset({401, 403, 404, 408, 429})
+"""Statuses below 500 that say nothing against the request itself: its client has no part in the key, the address and the model's
+name there, nor in the load."""
 _SAMPLES = (
     "You are in a room. Looking around, you see a mug 2.",
     " <think>\n\n\tput\u00a0it (7.99) there</think>",
@@ -31,12 +32,20 @@ _SAMPLES = (
 )
 _TURNS = [{"role": role, "content": text} for role, text in zip(("user", "assistant", "user"), _SAMPLES, strict=True)]
 _QUESTIONS: tuple[tuple[str, str, dict[str, Any], str], ...] = (
-    *(("tokenizers", "/tokenize", {"prompt": text, "content": text}, "tokens") for text in _SAMPLES),
+    *(
+        (
+            "tokenizers",
+            "/tokenize",
+            {"prompt": text, "content": text, "add_special_tokens": False, "add_special": False},
+            "tokens",
+        )
+        for text in _SAMPLES
+    ),
     ("chat templates", "/tokenize", {"messages": _TURNS}, "tokens"),  # vLLM
     ("chat templates", "/apply-template", {"messages": _TURNS}, "prompt"),  # llama.cpp
 )
-"""What precisions of one model answer alike: what it tells of, path, request, and key of the answer. Servers know `prompt` or
-`content`."""
+"""What precisions of one model answer alike: what it tells of, path, request, and key of the answer. Servers know `prompt` and
+`add_special_tokens` (vLLM, SGLang), or `content` and `add_special` (llama.cpp); by default they do not begin a text alike."""
 
 
 class Refused(Exception):
@@ -174,7 +183,7 @@ class Upstreams:
         closing.push_async_callback(response.aclose)
         try:
             if response.status_code != 200:
-                return await self._not_200(response)
+                return await self._not_200(precision, response)
             if not stream:
                 return Opened(precision, _parsed(await response.aread()), None)
             events = _events(response)
@@ -190,8 +199,10 @@ class Upstreams:
                 stack.push_async_callback(closing.aclose)
         return Opened(precision, None, _after(first, events))
 
-    async def _not_200(self, response: httpx.Response) -> Opened:
+    async def _not_200(self, precision: str, response: httpx.Response) -> Opened:
         content = await response.aread()
+        if response.status_code == 404 and precision not in self.settings.upstream_models:
+            self._names.pop(precision, None)  # another model may be there by now
         if response.status_code in _NOT_THE_CLIENTS or response.status_code >= 500:
             raise Failed(f"status_{response.status_code}", _seconds(response.headers.get("retry-after")))
         raise Refused(response.status_code, content)

@@ -274,6 +274,12 @@ ALFWORLD: list[tuple[str, dict[str, object], str]] = [
     ("probe-too-high", {MODEL + ".probe.layers": [4, 9]}, f"{MODEL}.probe.layers: [4, 9], but the agent has 8"),
     ("probe-at-zero", {MODEL + ".probe.layers": [4, 0]}, f"{MODEL}.probe.layers.1: Input should be greater than 0"),
     ("probe-beta", {G + "beta": 0.1}, f"{G}beta: trl reloads the reference as a causal LM, which a probe is not"),
+    ("untrained-beta", {MODEL: {"architecture": ARCHITECTURE}, G + "beta": 0.1, G + "start": "untrained"},
+     f"{G}beta: a penalty to the router of stage 1, in whose place new weights start"),
+    ("advantages-of-draws", {K + "target": "advantage", "agent.temperature": 0.5},
+     f"{K}target: advantages are of the steps at which the rungs' greedy actions differ"),
+    ("few-branches", {P + "route": ["float", "int4", "int2"], G + "branch_groups": 1, G + "group_size": 2},
+     f"{G}group_size: 2, but a group that branches deals each of the 3 routed rungs"),
     ("gated-weight", {G + "cost_weight": 1.5}, f"{G}cost_weight: 1.5: with the gated reward"),
     # The rest.
     ("budgets-that-fall", {"evaluation.budgets": [0.4, 0.2]}, "evaluation.budgets: [0.4, 0.2] do not rise"),

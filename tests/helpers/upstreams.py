@@ -24,6 +24,10 @@ class StandIn:
     """Of the next requests, one each: a status, hang, reset, midway or garbage; it behaves once there are none left."""
     always: str = ""
     """A fault of every request."""
+    model: str = ""
+    """What it has, where that is not called as it is; another one is not found."""
+    special: bool = False
+    """It begins a text with a token of its own, unless it is told not to."""
     pause: float = 0.0
     """Seconds between the parts of a stream."""
     tool: str = ""
@@ -55,11 +59,12 @@ class StandIn:
         )
 
     async def models(self, _: Request) -> Response:
-        return JSONResponse({"object": "list", "data": [{"id": self.name, "object": "model"}]})
+        return JSONResponse({"object": "list", "data": [{"id": self.model or self.name, "object": "model"}]})
 
     async def tokenize(self, request: Request) -> Response:
-        text = (await request.json()).get("prompt", "")
-        return JSONResponse({"tokens": [self.tokens + ord(letter) for letter in text]})
+        asked = await request.json()
+        begin = [1] if self.special and asked.get("add_special_tokens", True) else []
+        return JSONResponse({"tokens": [*begin, *(self.tokens + ord(letter) for letter in asked.get("prompt", ""))]})
 
     async def apply_template(self, request: Request) -> Response:
         messages = (await request.json())["messages"]
@@ -70,6 +75,8 @@ class StandIn:
         self.asked.append(body)
         self.headers.append(dict(request.headers))
         fault = self.always or (self.faults.pop(0) if self.faults else "")
+        if self.model and body["model"] != self.model:
+            return JSONResponse({"error": {"message": "no such model"}}, 404)
         if fault == "hang":
             try:
                 while not await request.is_disconnected():

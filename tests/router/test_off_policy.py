@@ -89,6 +89,15 @@ def test_the_logs_own_policy_is_its_mean() -> None:
     assert found.logged == np.mean([r.outcome for r in runs])
 
 
+def test_an_episode_that_nobody_decided_counts_as_it_ended() -> None:
+    runs = log_of(100, 0, 0.3)
+    same = [LoggedRun(r.game, r.taken, r.propensity, np.full((STEPS, 2), 0.5), r.numbers, r.outcome) for r in runs]
+    nobody = LoggedRun("b", np.zeros(0, np.int64), np.zeros(0), np.zeros((0, 2)), np.zeros((0, 1)), 1.0)
+    found = estimate([*same, nobody])
+    assert found.effective == pytest.approx(101)
+    assert found.self_normalised.value == pytest.approx((sum(r.outcome for r in runs) + 1) / 101)
+
+
 def test_what_the_log_cannot_tell_is_refused() -> None:
     with pytest.raises(UserError, match="no logged episode"):
         estimate([])

@@ -66,6 +66,8 @@ def levels(
 def test_the_first_steps_and_the_last_ones() -> None:
     assert levels(named("first"), range(4)) == [1.0, 0.95, 0.9, 0.85]
     assert levels(named("last"), range(4)) == pytest.approx([0.05, 0.1, 0.15, 0.2])
+    assert levels(named("first"), range(25))[-1] == 0.0  # beyond the step limit that they are made for
+    assert levels(named("last"), range(25))[-1] == 1.0
 
 
 @pytest.mark.parametrize("ratio", [0.1, 0.25, 1 / 3, 0.5, 0.8])

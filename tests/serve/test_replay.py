@@ -21,6 +21,7 @@ from dmr_pipeline.serve.local import Ask, LocalAgents
 from dmr_pipeline.serve.replay import is_usable, logged_run
 from dmr_pipeline.serve.requests import Which
 from dmr_pipeline.serve.service import Service
+from dmr_pipeline.serve.sessions import Budget
 from dmr_pipeline.serve.settings import ServeSettings
 from tests.helpers.serving import SERVED, release
 
@@ -96,8 +97,30 @@ def test_the_log_holds_all_that_the_router_has_decided_on(served_project: Path) 
         assert run.target[0].tolist() == [float(session.actions[0].precision == rung) for rung in router.settings.route]
         assert run.ratios[0] == 1.0
         assert np.isin(run.target, (0.0, 1.0)).all()
-        bound = [replace_reason(episode, reason) for reason in ("budget", "fixed")]
-        assert not any(is_usable(one, router.settings.route) for one in bound)
+        assert not is_usable(replace_reason(episode, "fixed"), router.settings.route)
+
+
+def test_a_budget_of_the_session_would_have_held_the_target_too(served_project: Path) -> None:
+    release(served_project, 0.0)  # always the dearer one, where it may
+    rollouts = Rollouts.load(served_project / "data" / SERVED / "quantized_checkpoints", load_recipe(SERVED))
+    with releases.earlier(SERVED, 2) as folder:
+        router = releases.load(folder, rollouts)
+    agents, game = LocalAgents(rollouts, slots=1), generate_game(100, 50)[0]
+    session, world = (
+        agents.open("a", RolloutRequest(game), decider_of(router, 1, 2), Budget(high_ratio=0.4)),
+        game.episode(),
+    )
+    observation = world.reset()
+    for _ in range(5):
+        (action,) = agents.act([Ask(session, observation)])
+        assert not isinstance(action, UserError)
+        observation, _, _ = world.step(action.command)
+    episode = episode_of(session, True, None, observation)
+    assert [step.reason for step in episode.steps] == ["budget", "budget", "router", "budget", "router"]
+    assert is_usable(episode, router.settings.route)
+    run = logged_run(episode, LocalAgents(rollouts, slots=1), decider_of(router, 1, 2), router)
+    assert run.target.tolist() == [[0, 1], [0, 1], [1, 0], [0, 1], [1, 0]]
+    assert run.ratios.tolist() == [1.0] * 5
 
 
 def replace_reason(episode, reason: str):

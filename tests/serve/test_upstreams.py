@@ -56,6 +56,7 @@ def pair(ins: tuple[StandIn, StandIn], served_project: Path) -> tuple[StandIn, S
         stand_in.faults, stand_in.always, stand_in.tokens, stand_in.left, stand_in.asked = [], "", 0, 0, []
         stand_in.headers, stand_in.template, stand_in.retry_after = [], "{}", "0.05"
         stand_in.tool, stand_in.tool_type = "", "function"
+        stand_in.model, stand_in.special = "", False
     return ins
 
 
@@ -436,6 +437,12 @@ def test_budgets_hold_behind_upstreams_and_a_cost_is_refused(
             found.append(raw.headers["x-dmr-precision"])
             texts += [raw.parse().choices[0].message.content, "Nothing happens."]
         assert found == ["int2", "int2", "float", "int2", "float"]
+        # Of a session that this server does not hold it is not known who acted: the dearest is assumed.
+        for turns, precision in ((2, "int2"), (5, "int2")):
+            headers = ask(
+                client, *texts[: 2 * turns + 1], metadata={"high_ratio": "0.4", "session_id": f"b{turns}"}
+            ).headers
+            assert (headers["x-dmr-precision"], headers["x-dmr-reason"]) == (precision, "budget")
         with pytest.raises(openai.BadRequestError, match="high_ratio"):
             ask(client, FIRST, metadata={"cost": "1", "session_id": "b"})
 
@@ -481,6 +488,34 @@ def test_a_router_of_other_tokens_does_not_decide_for_sessions_that_go_on(
         assert ask(client, FIRST, extra_headers={"x-session-id": "b"}).headers["x-dmr-probability"] == before
 
 
+def test_a_router_of_another_version_is_one_line_and_the_agent_acts(
+    pair: tuple[StandIn, StandIn], served_project: Path
+) -> None:
+    folder = served_project / "newer"
+    save_router(trained(served_project / "data" / SERVED, 1.0), folder)
+    settings = json.loads((folder / "router.json").read_text())
+    (folder / "router.json").write_text(json.dumps(settings | {"of_tomorrow": 1}))
+    with (
+        proxied(*pair) as (_, service),
+        pytest.raises(UserError, match=r"router.json: .*of_tomorrow.*make the router anew"),
+    ):
+        service.backend._load(folder)
+
+
+def test_a_model_that_was_replaced_is_asked_for_by_its_new_name(pair: tuple[StandIn, StandIn]) -> None:
+    low = pair[1]
+    low.model = "qwen-awq"
+    with proxied(*pair, retries=1) as (client, _):
+        for number, model in enumerate(["qwen-awq", "qwen-awq-v2"]):
+            low.model = model
+            raw = ask(client, FIRST, model=f"dmr/{SERVED}:int2", extra_headers={"x-session-id": f"{number}"})
+            assert raw.headers["x-dmr-precision"] == "int2"
+            assert low.asked[-1]["model"] == model
+    with proxied(*pair, retries=1, upstream_models={"int2": "mistyped"}) as (client, _):
+        raw = ask(client, FIRST, model=f"dmr/{SERVED}:int2")
+        assert (raw.headers["x-dmr-precision"], raw.headers["x-dmr-reason"]) == ("float", "fallback")
+
+
 def test_other_tokenizers_are_found_at_the_start(pair: tuple[StandIn, StandIn]) -> None:
     high, low = pair
 
@@ -488,6 +523,7 @@ def test_other_tokenizers_are_found_at_the_start(pair: tuple[StandIn, StandIn]) 
         settings = ServeSettings(recipe=SERVED, upstreams=addresses)
         return asyncio.run(Upstreams(settings, list(addresses), Metrics()).check())
 
+    high.special = True  # by default vLLM begins a text where llama.cpp does not
     assert differences(float=high.address, int2=low.address) == []
     low.template = "<{}>"
     (said,) = differences(float=high.address, int2=low.address)
