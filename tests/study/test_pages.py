@@ -62,7 +62,7 @@ def test_what_is_said_of_the_rule_on_the_real_llm_is_what_its_results_say() -> N
     rule, (to_high, to_low, to_oracle) = points["rule:margin"], found.references
     assert (to_high.against, to_low.against, to_oracle.against) == ("int8", "int4-gptq", "disagreement")
     low_end, high_end = (f"{100 * end:.1f}" for end in to_low.difference_ci95)
-    readme, page, concept = map(words, WITHOUT)
+    _, page, concept = map(words, WITHOUT)
     more = f"{100 * to_low.difference:.1f} points more than int4"
     assert (
         f"Checking {rule.ratio:.0%} of int4's drafts wins {more} ({low_end} to {high_end}, p = {to_low.p_value:.3f}"
