@@ -1,5 +1,10 @@
-import pytest
+import importlib.util
+from pathlib import Path
 
+import pytest
+import typer
+
+from dmr_pipeline.cli.common import user_errors_exit_2
 from dmr_pipeline.errors import printable
 
 
@@ -17,3 +22,20 @@ from dmr_pipeline.errors import printable
 def test_what_a_terminal_would_act_on_is_escaped(text: str, shown: str) -> None:
     assert printable(text) == shown
     assert printable(text).encode()
+
+
+def test_a_fault_in_code_of_the_users_own_is_told_with_its_file_and_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A benchmark of one's own is no fault of this package, whose last line before says little."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    mine = tmp_path / "mine.py"
+    mine.write_text("def step() -> None:\n    {}['lamp']\n")
+    spec = importlib.util.spec_from_file_location("mine", mine)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    with pytest.raises(typer.Exit):
+        user_errors_exit_2(module.step)()
+    assert f", calling {mine}, line 2): this was not foreseen" in capsys.readouterr().err

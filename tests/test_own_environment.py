@@ -132,7 +132,7 @@ def test_an_installed_package_brings_it_to_every_command(example: ModuleType, tm
         (
             [],
             2,
-            "Input should be one of 'alfworld', 'alfworld-official', 'webshop', 'webshop-official' (it is 'corridor')",
+            "'webshop-official', or what an installed package brings (it is 'corridor')",
         ),
     ):
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, [*path, REPOSITORY])), "COLUMNS": "500"}

@@ -18,10 +18,10 @@ from dmr_pipeline.errors import UserError
 log = logging.getLogger(__name__)
 
 _CGROUPS = (
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ("/sys/fs/cgroup", "memory.max", "memory.current", ""),
+    ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
 )
-"""A container's limit and what is used of it, in versions 2 and 1."""
+"""Folder, a container's limit, what is used of it, and what names in `memory.stat` begin with, in versions 2 and 1."""
 _WORTH_GIVING_BACK = 1 << 18
 """Bytes of a tensor: it takes the system some milliseconds to look for what is free."""
 
@@ -34,10 +34,20 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     free = psutil.virtual_memory().available
-    for limit, used in _CGROUPS:
-        if Path(limit).is_file() and (said := Path(limit).read_text().strip()).isdigit():
-            free = min(free, int(said) - int(Path(used).read_text()))
+    for folder, limit, used, of_all in _CGROUPS:
+        there = Path(folder)
+        if (there / limit).is_file() and (said := (there / limit).read_text().strip()).isdigit():
+            held = int((there / used).read_text()) - _pages_of_files(there / "memory.stat", of_all)
+            free = min(free, int(said) - held)
     return max(free, 0)
+
+
+def _pages_of_files(stat: Path, of_all: str) -> int:
+    """Bytes of files that were read or written and are still held: they count as used, and go where memory is wanted."""
+    if not stat.is_file():
+        return 0
+    counts = dict(line.split() for line in stat.read_text().splitlines())
+    return sum(int(counts.get(f"{of_all}{kind}_file", 0)) for kind in ("inactive", "active"))
 
 
 def halving(count: int, what: str, work: Callable[[int], T]) -> T:

@@ -102,7 +102,8 @@ def verify(folder: Path) -> Artifact:
     remedy = remedies(folder)
     recover(folder)
     if not folder.is_dir():
-        raise UserError(f"{folder} is missing: make it with `{command}`")
+        whole = f"dmr run {folder.parent.name}"
+        raise UserError(f"{folder} is missing: make it with `{command}`, or all that is missing with `{whole}`")
     try:
         manifest = Manifest.model_validate_json((folder / MANIFEST).read_bytes())
     except (FileNotFoundError, ValidationError) as error:

@@ -1,6 +1,7 @@
 """What all commands share: the console, and how trouble is told: one line on stderr."""
 
 import logging
+import sysconfig
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from dmr_pipeline.errors import UserError, printable, refusal
 
 DEFAULT_RECIPE = "alfworld-tiny"
 PACKAGE = Path(__file__).parent.parent
+LIBRARIES = {Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
 SAID_CHARACTERS = 500
 P = ParamSpec("P")
 
@@ -62,14 +64,24 @@ def _fail(line: str, code: int) -> NoReturn:
 
 
 def _unforeseen(error: Exception) -> str:
-    """What happened, where in this package, and where the traceback is."""
+    """What happened, where in this package and in code of the user that it calls, and where the traceback is."""
     text = "".join(traceback.format_exception(error))
     with tempfile.NamedTemporaryFile("w", encoding="utf-8", prefix="dmr-", suffix=".log", delete=False) as file:
         file.write(text)
-    places = [frame for frame in traceback.extract_tb(error.__traceback__) if PACKAGE in Path(frame.filename).parents]
-    place = f" ({Path(places[-1].filename).relative_to(PACKAGE.parent)}, line {places[-1].lineno})" if places else ""
+    frames = traceback.extract_tb(error.__traceback__)
+    places = [i for i, frame in enumerate(frames) if PACKAGE in Path(frame.filename).parents]
+    place = ""
+    if places:
+        ours, theirs = frames[places[-1]], [frame for frame in frames[places[-1] + 1 :] if _of_a_user(frame.filename)]
+        calling = f", calling {theirs[-1].filename}, line {theirs[-1].lineno}" if theirs else ""
+        place = f" ({Path(ours.filename).relative_to(PACKAGE.parent)}, line {ours.lineno}{calling})"
     said = " ".join(str(error).split())[:SAID_CHARACTERS]
     return f"{type(error).__name__}: {said}{place}: this was not foreseen, please report it with {file.name}"
+
+
+def _of_a_user(filename: str) -> bool:
+    """Code that is neither Python's nor installed: a benchmark of one's own, say."""
+    return Path(filename).is_file() and not any(library in Path(filename).parents for library in LIBRARIES)
 
 
 def write_record(path: Path, record: BaseModel) -> None:

@@ -177,9 +177,9 @@ def console_table(metrics: Metrics) -> Table:
         title_justify="left",
         title_style="bold",
     )
-    table.caption, table.caption_justify = _note(metrics), "left"
-    table.add_column("policy", overflow="fold")
     scores = has_scores(metrics)
+    table.caption, table.caption_justify = f"{_columns(metrics, scores)} {_note(metrics)}", "left"
+    table.add_column("policy", overflow="fold")
     ratio = "ratio" if len(metrics["route"]) == 2 else "bits"
     for column in (
         "success",
@@ -202,6 +202,17 @@ def console_table(metrics: Metrics) -> Table:
         fails = f"{policy['parse_failures']:.1%}"
         table.add_row(marked, success, *middle, fails, _gain(policy), style=_KIND_STYLES[kind])
     return table
+
+
+def _columns(metrics: Metrics, scores: bool) -> str:
+    """What a terminal's reader, who has no definitions beside the table, asks of its words."""
+    high = metrics["route"][0]
+    acting = (
+        f"Ratio: steps at {high}." if len(metrics["route"]) == 2 else "Bits: a weight, mean of the steps' precisions."
+    )
+    gap = "" if scores else " Gap: won back of what always_low loses to always_high."
+    oracle = " disagreement: an oracle, which cannot be deployed." if "disagreement" in metrics["policies"] else ""
+    return f"*: chosen on validation. {acting}{gap}{oracle}"
 
 
 def render_beside(data_root: Path, recipe: str) -> Path:

@@ -95,7 +95,7 @@ def plan(recipe: Recipe, data_root: Path, success: float, speed: Speed | None) -
         main,
         on_gpu,
         free_disk(data_root),
-        tuple(_problems(needs, main, on_gpu, free_disk(data_root), model.on_gpu)),
+        (*_probe_layers(recipe, model.layers), *_problems(needs, main, on_gpu, free_disk(data_root), model.on_gpu)),
     )
 
 
@@ -118,6 +118,14 @@ def _model(recipe: Recipe, config: PreTrainedConfig, dtype: torch.dtype, device:
         rungs={rung.name: rung_shape(shaped, rung, device.type == "cpu") for rung in recipe.precisions.ladder},
         on_gpu=device.type == "cuda",
     )
+
+
+def _probe_layers(recipe: Recipe, there: int) -> list[str]:
+    """Of an agent that is brought: of others the recipe itself tells."""
+    probe = recipe.kl_router.model.probe
+    if probe is None or max(probe.layers, default=0) <= there:
+        return []
+    return [f"kl_router.model.probe.layers: {list(probe.layers)}, but the agent has {there}"]
 
 
 def _problems(needs: tuple[Need, ...], free: int, gpu: int, disk_left: int, on_gpu: bool) -> list[str]:

@@ -12,6 +12,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dmr_pipeline.agent.checkpoint import load_tokenizer, local_folder, unusable_files
+from dmr_pipeline.agent.formats import refuse_architecture
+from dmr_pipeline.agent.logits import MODEL_ERRORS
+from dmr_pipeline.precision import pass_bytes
 from dmr_pipeline.precision.quantization import quantize_rung
 from dmr_pipeline.pretrained import adapter_config, base_revision
 from dmr_pipeline.recipe.agent import Training
@@ -48,10 +51,15 @@ def config_folder(source: Pretrained) -> tuple[Path, str | None]:
 
 
 def brought_config(source: Pretrained) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
-    """Of an LLM that is brought along."""
+    """Of an LLM that is brought along.
+
+    Raises:
+        UserError: as `config_folder`; it is no causal LM, or the config or the tokenizer cannot be used.
+    """
     folder, _ = config_folder(source)
     with unusable_files(f"model {source.model!r}"):
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        refuse_architecture(source.model, config)
     return config, load_tokenizer(folder)
 
 
@@ -103,8 +111,12 @@ def weights_held(rungs: Sequence[RungShape]) -> int:
 
 
 def cached_numbers(config: PreTrainedConfig) -> int:
-    """Numbers of keys and values, in all layers, for a token."""
-    text = config.get_text_config(decoder=True)
-    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    return 2 * int(text.num_hidden_layers * heads * width)
+    """Numbers of keys and values, in all layers, for a token: measured without weights; of a model that does not run so, as if
+    all its layers had the heads that the config tells."""
+    try:
+        return int(pass_bytes.cached_numbers(without_weights(config, torch.bfloat16)))
+    except MODEL_ERRORS:
+        text = config.get_text_config(decoder=True)
+        width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        return 2 * int(text.num_hidden_layers * heads * width)

@@ -72,7 +72,7 @@ def measured_speed(
     few, share = _few_layers(config, dtype, free)
     model = random_causal_lm(few, device).to(dtype)
     rows = min(rows, ROWS)
-    segment = max(int(episodes.segment), 1)
+    segment = max(1, min(int(episodes.segment), (capacity - 17) // _REPEATS - 4))  # that all of them fit
     besides = _REPEATS * (segment + 4) + 16
     middle = max(1, min(int(episodes.tokens(episodes.steps / 2)), capacity - besides))
     streams = token_streams(model, rows, middle + besides)
@@ -116,7 +116,7 @@ def _few_layers(config: PreTrainedConfig, dtype: torch.dtype, free: int) -> tupl
     whole = weights_gone_through(config, dtype)
     while 4 * weights_gone_through(few, dtype) > free and text.num_hidden_layers > 1:
         text.num_hidden_layers = (text.num_hidden_layers + 1) // 2
-        if getattr(text, "layer_types", None):
+        if len(getattr(text, "layer_types", None) or ()) > text.num_hidden_layers:  # some configs make it of the number
             text.layer_types = text.layer_types[: text.num_hidden_layers]
     return few, weights_gone_through(few, dtype) / whole
 

@@ -16,7 +16,7 @@ import polars as pl
 
 from dmr_pipeline.intervals import paired_interval, wilson
 from dmr_pipeline.precision.hull import dominators
-from dmr_pipeline.precision.ladder import Checked, LadderFacts, RungFacts, RungPlayed, Verdict
+from dmr_pipeline.precision.ladder import Checked, LadderFacts, RungFacts, RungPlayed, Verdict, nothing_to_lose
 from dmr_pipeline.recipe.precisions import Precisions
 
 K = TypeVar("K", str, int)
@@ -144,7 +144,7 @@ def judge(
     for rung in sorted((rung for rung in rungs if not rung.dominated_by), key=lambda rung: -rung.cost):
         if rung.cost <= (1 - precisions.least_saving) * spent and rung.pass_bytes < route[-1].pass_bytes:
             route.append(rung)
-    pays = len(route) > 1
+    pays = len(route) > 1 and not nothing_to_lose(rungs, precisions.margin)
     return Verdict(
         pays=pays,
         route=tuple(rung.name for rung in route),
@@ -215,6 +215,12 @@ def _gain(route: Sequence[RungPlayed], check: Checked | None, played: pl.DataFra
 
 def _no_gain(rungs: Sequence[RungPlayed], dear: RungPlayed, check: Checked | None, precisions: Precisions) -> str:
     first, margin = rungs[0], f"{100 * precisions.margin:.0f} points"
+    if nothing_to_lose(rungs, precisions.margin):
+        return (
+            f"Routing cannot pay: of {_list([_point(rung) for rung in rungs])} none knows the task, so there is nothing to lose"
+            " by a cheap one, and none to deploy. Let the agent learn first (agent.finetune), or see whether it writes what its"
+            " prompt asks for."
+        )
     if dear is first:
         standing = "is the best there is"
     elif _fit([dear], precisions):

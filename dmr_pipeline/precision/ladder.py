@@ -1,5 +1,6 @@
 """What the stage `quantized_checkpoints` tells of its rungs. Nothing heavy is imported here: commands that look read it."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -89,6 +90,11 @@ def deployed(verdict: Verdict) -> list[str]:
     return [verdict.deploy, *([verdict.drafter] if verdict.drafter else [])]
 
 
+def nothing_to_lose(rungs: Sequence[RungPlayed], margin: float) -> bool:
+    """Whether no rung wins more games than one may lose and still pass for as good, so that the cheapest one always does."""
+    return max(rung.validation_success for rung in rungs) <= margin
+
+
 class LadderFacts(BaseModel):
     """The stage's summary, and its file."""
 
@@ -111,10 +117,12 @@ def read_ladder(checkpoints: Path) -> LadderFacts:
     """What `quantized_checkpoints` measured.
 
     Raises:
-        UserError: another version of the stage has written it.
+        UserError: it is not there, or another version of the stage has written it.
     """
     path = checkpoints / LADDER_FILE
     try:
         return LadderFacts.model_validate_json(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"there is no {path}: `dmr ladder {checkpoints.parent.name}` makes the ladder") from error
     except ValidationError as error:
         raise UserError(f"{path} is of another version of this stage: make quantized_checkpoints again") from error

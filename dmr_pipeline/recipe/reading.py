@@ -105,7 +105,8 @@ def _lines(error: ErrorDetails) -> Iterator[str]:
         return
     if error["type"] == "unknown_benchmark":
         said = error["ctx"]
-        yield f"benchmark.environment: Input should be one of {said['known']} (it is {shown(said['name'])})"
+        others = "or what an installed package brings"
+        yield f"benchmark.environment: Input should be one of {said['known']}, {others} (it is {shown(said['name'])})"
         return
     given = "" if error["type"] in ("missing", "extra_forbidden") else f" (it is {shown(error['input'])})"
     yield f"{'.'.join(map(_key, loc)) or 'recipe'}: {short(error['msg'])}{given}"

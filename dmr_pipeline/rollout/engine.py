@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from dmr_pipeline.agent.memory import halving
 from dmr_pipeline.environments.base import Episode, Task
+from dmr_pipeline.errors import UserError
 from dmr_pipeline.recipe.precisions import PromptLookup, Speculative
 from dmr_pipeline.rollout.batch import Batch, Timings
 from dmr_pipeline.rollout.failures import Failure
@@ -125,6 +126,10 @@ def _step(batch: "Batch", playing: Mapping[int, _Played], step_limit: int) -> li
         trajectory.steps.append(taken.carried_out(command, observation, failure))
         done = len(trajectory.steps)
         if over or done >= step_limit:
+            if not 0 <= reward <= 1:
+                raise UserError(
+                    f"task {run.task.task_id}: its reward is {reward}, and rewards are in [0, 1], where 1 is success"
+                )
             trajectory.reward = reward
             ended.append(slot)
             continue

@@ -250,7 +250,9 @@ class Prompter:
 
     @cached_property
     def _mark_texts(self) -> list[str]:
-        return list(self.tokenizer.convert_ids_to_tokens(sorted(self._marks)))
+        """Those of them that the tokenizer has: a config may name an eos that lies beyond its vocabulary."""
+        texts = self.tokenizer.convert_ids_to_tokens(sorted(self._marks))
+        return [text for text in texts if text is not None]
 
     def _ended(self, text: str, end: End) -> list[int]:
         return self._encode(text + end.text) if end.token is None else [*self._encode(text), end.token]

@@ -154,6 +154,7 @@ def quantized_checkpoints(context: StageContext) -> StageResult:
     checked = _play_checked(rungs, context.output, games, recipe, kept.under(unit_bytes=unit))
     kept.drop_unused()
     ladder = ladder_facts(rungs, checked, table, unit, recipe.precisions)
+    log.info("verdict: %s", ladder.verdict.text)  # all that follows takes longest
     _write(ladder, context.output)
     return StageResult(summary=ladder.model_dump(mode="json"))
 

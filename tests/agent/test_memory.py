@@ -127,11 +127,20 @@ def test_routed_episodes_and_their_labels_are_the_same(monkeypatch: pytest.Monke
     assert_frame_equal(fewer, rows, abs_tol=1e-5)
 
 
-def test_a_container_s_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    limit, used = tmp_path / "memory.max", tmp_path / "memory.current"
-    limit.write_text("5000000\n")
-    used.write_text("1000000\n")
-    monkeypatch.setattr(memory, "_CGROUPS", ((str(limit), str(used)),))
-    assert memory.free_memory(torch.device("cpu")) == 4_000_000
-    limit.write_text("max\n")
+@pytest.mark.parametrize(
+    ("limit", "used", "of_all"),
+    [("memory.max", "memory.current", ""), ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")],
+)
+def test_a_container_s_limit_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, used: str, of_all: str
+) -> None:
+    (tmp_path / limit).write_text("5000000\n")
+    (tmp_path / used).write_text("4000000\n")
+    monkeypatch.setattr(memory, "_CGROUPS", ((str(tmp_path), limit, used, of_all),))
+    assert memory.free_memory(torch.device("cpu")) == 1_000_000
+    (tmp_path / "memory.stat").write_text(
+        f"inactive_file 7\nanon 1000000\n{of_all}inactive_file 2000000\n{of_all}active_file 500000\n"
+    )
+    assert memory.free_memory(torch.device("cpu")) == 3_500_000, "files are let go of"
+    (tmp_path / limit).write_text("max\n")
     assert memory.free_memory(torch.device("cpu")) > 4_000_000

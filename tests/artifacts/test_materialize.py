@@ -119,8 +119,9 @@ def test_damage_is_found_on_reading(project: Recipe, harm: Callable[[Path], obje
     assert materialize_stage(two, project).artifact.manifest.inputs["one"] == verify(folder).hash
 
 
-def test_missing_input_names_the_command_that_makes_it(project: Recipe):
-    with pytest.raises(UserError, match="is missing: make it with `dmr materialize one --recipe fake`"):
+def test_missing_input_names_the_commands_that_make_it_and_all_before_it(project: Recipe):
+    problem = "is missing: make it with `dmr materialize one --recipe fake`, or all that is missing with `dmr run fake`"
+    with pytest.raises(UserError, match=problem):
         materialize_stage(stage(write("y"), "two", ("one",)), project)
 
 

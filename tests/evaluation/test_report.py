@@ -306,6 +306,19 @@ def test_the_markdown_table_of_three_rungs_has_a_column_for_each(metrics_of_thre
     assert found["always_low"] == ["0.0%", "0.0%", "100.0%", "2.50"]
 
 
+def test_the_console_table_says_what_its_columns_are(metrics: Metrics, metrics_of_three: Metrics) -> None:
+    for found, said in (
+        (
+            metrics,
+            "*: chosen on validation. Ratio: steps at float. Gap: won back of what always_low loses to always_high.",
+        ),
+        (metrics_of_three, "*: chosen on validation. Bits: a weight, mean of the steps' precisions. Gap:"),
+    ):
+        console = Console(width=80, record=True, file=io.StringIO())
+        console.print(console_table(found))
+        assert said in " ".join(console.export_text().split())
+
+
 def test_the_console_table_of_three_rungs_fits_and_tells_the_mean_bits(metrics_of_three: Metrics) -> None:
     console = Console(width=80, record=True, file=io.StringIO())
     console.print(console_table(metrics_of_three))

@@ -95,7 +95,7 @@ ALFWORLD: list[tuple[str, dict[str, object], str]] = [
     ("unknown-device", {"runtime.device": "tpu"},
      "runtime.device: Input should be 'auto', 'cpu' or 'cuda' (it is 'tpu')"),
     ("unknown-benchmark", {"benchmark.environment": "mars"},
-     "benchmark.environment: Input should be one of 'alfworld', 'alfworld-official', 'webshop', 'webshop-official' (it is 'm"),
+     "benchmark.environment: Input should be one of 'alfworld', 'alfworld-official', 'webshop', 'webshop-official', or what an"),
     ("no-room-for-an-action", {"agent.max_transcript_tokens": 14},
      "agent.prompt.max_action_tokens: 14, but a transcript may have 14 tokens: set it lower, or agent.max_transcript_tokens"),
     ("long-actions", {"agent.prompt.max_action_tokens": 4096},

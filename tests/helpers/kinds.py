@@ -15,6 +15,7 @@ from transformers import (
     Gemma3TextConfig,
     Gemma4TextConfig,
     GPT2Config,
+    GPTNeoConfig,
     GPTNeoXConfig,
     GptOssConfig,
     GraniteConfig,
@@ -70,6 +71,16 @@ KINDS: dict[str, Callable[[], PreTrainedConfig]] = {
     "cohere": lambda: CohereConfig(**_SHAPE),
     "gpt2": lambda: GPT2Config(
         vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=POSITIONS, initializer_range=0.3
+    ),
+    "gpt-neo": lambda: GPTNeoConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        num_layers=2,
+        num_heads=4,
+        attention_types=[[["global", "local"], 1]],
+        window_size=2 * WINDOW,
+        max_position_embeddings=POSITIONS,
+        initializer_range=0.3,
     ),
     "gpt-neox": lambda: GPTNeoXConfig(**_OLD_SHAPE, intermediate_size=48),
     "opt": lambda: OPTConfig(

@@ -8,17 +8,19 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from transformers import LlamaConfig
+from transformers import LlamaConfig, T5Config
 
 from dmr_pipeline.agent.checkpoint import save_causal_lm
 from dmr_pipeline.environments.benchmark import benchmark_of
-from dmr_pipeline.plan import machine, predict
+from dmr_pipeline.errors import UserError
+from dmr_pipeline.plan import machine, predict, speed
 from dmr_pipeline.plan.episodes import Episodes, tried_episodes
 from dmr_pipeline.plan.predict import Plan, plan
 from dmr_pipeline.plan.speed import Speed, measured_speed, weights_gone_through
 from dmr_pipeline.plan.stages import Assumptions, Model, Need, Work, seconds, works
 from dmr_pipeline.recipe import Recipe
 from dmr_pipeline.recipe.agent import Agent, Prompt
+from dmr_pipeline.recipe.kl_router import Probe, RouterModel
 from dmr_pipeline.recipe.model import Pretrained
 from dmr_pipeline.recipe.precisions import Rung
 from dmr_pipeline.recipe.sensitivity import Consequences
@@ -27,6 +29,7 @@ from dmr_pipeline.training.examples import expert_example
 from dmr_pipeline.training.train import new_model
 from dmr_pipeline.training.vocabulary import word_tokenizer
 from tests.helpers.commands import dmr
+from tests.helpers.kinds import KINDS
 from tests.helpers.micro_recipe import RECIPE_YAML
 from tests.helpers.routers import ARCHITECTURE, TOKENIZER
 
@@ -211,6 +214,8 @@ def test_speed_is_measured_with_random_weights() -> None:
 def test_a_model_with_few_positions_is_tried_as_far_as_they_go() -> None:
     config, long = llama(1, max_position_embeddings=300), replace(EPISODES, opening=500.0)
     assert measured_speed(config, torch.float32, CPU, long, 300, 2, torch.float32, threads=1, free=10**9).learn > 0
+    wide = replace(EPISODES, segment=150.0)  # a page of a shop
+    assert measured_speed(config, torch.float32, CPU, wide, 300, 2, None, threads=1, free=10**9).read > 0
 
 
 def test_a_hub_model_is_planned_before_its_weights_are_here(tmp_path: Path) -> None:
@@ -224,9 +229,26 @@ def test_a_hub_model_is_planned_before_its_weights_are_here(tmp_path: Path) -> N
     assert [need.disk for need in without.stages] == [need.disk for need in with_weights.stages]
 
 
-def test_learning_is_timed_with_its_own_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    from dmr_pipeline.plan import speed
+def test_what_is_no_causal_lm_is_refused_by_its_config(tmp_path: Path) -> None:
+    T5Config().save_pretrained(tmp_path)
+    TOKENIZER.save_pretrained(tmp_path)
+    recipe = RECIPE.model_copy(update={"agent": Agent(pretrained=Pretrained(model=str(tmp_path)), prompt=Prompt())})
+    with pytest.raises(UserError, match=r"type 't5' is no causal LM with a head for its tokens[^\n]*$"):
+        plan(recipe, Path("data"), 0.9, SPEED)
 
+
+def test_layers_that_a_probe_reads_and_a_brought_model_has_not_are_a_problem(tmp_path: Path) -> None:
+    """Not only once the router is to be trained, after ladder, trajectories and labels."""
+    save_causal_lm(new_model(ARCHITECTURE, len(TOKENIZER), 0), TOKENIZER, tmp_path / "there", torch.bfloat16)
+    layers = ARCHITECTURE.layers
+    for probed, problems in ((layers, ()), (9, (f"kl_router.model.probe.layers: [9], but the agent has {layers}",))):
+        router = RECIPE.kl_router.model_copy(update={"model": RouterModel(probe=Probe(layers=(probed,)))})
+        brought = Agent(pretrained=Pretrained(model=str(tmp_path / "there")), prompt=Prompt())
+        found = plan(RECIPE.model_copy(update={"agent": brought, "kl_router": router}), Path("data"), 0.9, SPEED)
+        assert found.problems == problems
+
+
+def test_learning_is_timed_with_its_own_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speed, "_learning", lambda *_: float(torch.get_num_threads()))
     before = torch.get_num_threads()
     config = llama(1)
@@ -238,13 +260,19 @@ def test_learning_is_timed_with_its_own_threads(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_model_that_is_too_large_is_tried_with_fewer_layers(monkeypatch: pytest.MonkeyPatch) -> None:
-    from dmr_pipeline.plan import speed
-
     config = llama(8, tie_word_embeddings=True)
     layer = (weights_gone_through(config, torch.float32) - 4 * (50 * 32 + 32)) // 8
     few, share = speed._few_layers(config, torch.float32, free=4 * (4 * (50 * 32 + 32) + 3 * layer))
     assert few.num_hidden_layers == 2
     assert share == pytest.approx((4 * (50 * 32 + 32) + 2 * layer) / (4 * (50 * 32 + 32) + 8 * layer))
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "falcon-h1", "mamba"])
+def test_kinds_of_layers_are_as_many_as_the_layers(kind: str) -> None:
+    """Whether the config lists them or makes them of the number of layers."""
+    few, share = speed._few_layers(KINDS[kind](), torch.float32, free=1)
+    assert few.num_hidden_layers == len(few.layer_types) == 1
+    assert 0 < share < 1
 
 
 def test_a_folder_that_is_not_there_yet_has_its_disks_space(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from dmr_pipeline.precision.quantization import quantize_rung, save_rung
 from dmr_pipeline.recipe.agent import Training
 from dmr_pipeline.recipe.model import Architecture
 from dmr_pipeline.recipe.precisions import Rung
+from tests.helpers.kinds import KINDS, model_of
 
 CPU = torch.device("cpu")
 SIZES = {
@@ -65,6 +66,11 @@ def test_a_model_without_weights_takes_no_memory() -> None:
 @pytest.mark.parametrize("config", [*CONFIGS, GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=50)])
 def test_cached_numbers(config: PreTrainedConfig) -> None:
     assert cached_numbers(config) == pass_bytes.cached_numbers(AutoModelForCausalLM.from_config(config))
+
+
+@pytest.mark.parametrize("kind", ["falcon", "gemma4", "qwen3.5", "mamba", "gpt-neo", "gpt-oss", "falcon-h1"])
+def test_cached_numbers_of_layers_that_differ_or_keep_other_states(kind: str) -> None:
+    assert cached_numbers(KINDS[kind]()) == pass_bytes.cached_numbers(model_of(kind))
 
 
 def test_an_agent_that_is_trained_here() -> None:

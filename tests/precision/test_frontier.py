@@ -142,6 +142,18 @@ def test_where_the_best_is_the_cheapest_nothing_is_gained() -> None:
     )
 
 
+def test_an_agent_that_does_not_know_the_task_has_no_rung_to_deploy() -> None:
+    """That a rung is at most 5 points worse says nothing where there are not 5 points to lose."""
+    found = judged({"float": (4, 1.0), "int4": (4, 0.4)}, games=200)
+    assert found.verdict.text == (
+        "Routing cannot pay: of float (2.0% at a cost of 1.000) and int4 (2.0% at a cost of 0.400) none knows the task, so there"
+        " is nothing to lose by a cheap one, and none to deploy. Let the agent learn first (agent.finetune), or see whether it"
+        " writes what its prompt asks for."
+    )
+    assert not judged({"float": (10, 1.0), "int4": (0, 0.4)}, games=200).verdict.pays
+    assert "Deploy" in judged({"float": (12, 1.0), "int4": (12, 0.4)}, games=200).verdict.text
+
+
 def test_low_bits_that_fail_for_so_long_that_they_cost_more_are_no_choice() -> None:
     found = judged({"float": (91, 1.0), "int2": (10, 1.2)})
     assert (found.verdict.pays, found.verdict.deploy) == (False, "float")

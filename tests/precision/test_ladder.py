@@ -334,6 +334,11 @@ def test_weights_that_were_not_saved_as_they_were_are_noticed(
     assert [rung["reloads_equal"] for rung in quantized_checkpoints(changed).summary["rungs"]] == [False]
 
 
+def test_a_ladder_that_is_not_made_names_the_command_that_makes_it(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"there is no .*ladder\.json: `dmr ladder mine` makes the ladder"):
+        read_ladder(tmp_path / "mine" / "quantized_checkpoints")
+
+
 def test_a_ladder_of_another_version_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "ladder.json").write_text('{"rungs": []}')
     with pytest.raises(UserError, match=r"ladder\.json is of another version"):

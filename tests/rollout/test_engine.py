@@ -50,6 +50,17 @@ def test_every_action_is_the_acting_precisions_own_without_any_cache(route: tupl
             assert step.action == greedy_uncached(MODELS[step.precision], transcript(trajectory, turn))
 
 
+@pytest.mark.parametrize("reward", [2.0, -0.5, float("nan")])
+def test_a_reward_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch, reward: float) -> None:
+    world = type(RUNS[0].task.episode())
+    plain = world.step
+    monkeypatch.setattr(world, "step", lambda episode, command: (plain(episode, command)[0], reward, True))
+    with pytest.raises(
+        UserError, match=rf"task {RUNS[0].task.task_id}: its reward is {reward}, and rewards are in \[0, 1\]"
+    ):
+        roll(ALL_HIGH)
+
+
 def test_an_action_ends_with_the_models_own_eos() -> None:
     whole = next(a for episode in taken(roll(ALL_HIGH)) for a in episode if len(a) > 2 and a[1] != a[0])
     stopping = Prompter.of(PROMPTER.tokenizer, PROMPTER.prompt, GenerationConfig(eos_token_id=whole[1]))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 from torch import Tensor
-from transformers import MistralConfig, PreTrainedModel, Qwen3Config
+from transformers import AutoModelForCausalLM, GPTNeoConfig, MistralConfig, PreTrainedModel, Qwen3Config
 
 from dmr_pipeline.agent.logits import TEXTS, some_tokens
 from dmr_pipeline.errors import UserError
@@ -25,7 +25,7 @@ BATCHED = [
     "granite", "cohere", "gpt2", "gpt-neox", "opt", "falcon", "phi3", "gemma2", "gemma3", "gemma4", "olmo3", "cohere2",
     "gpt-oss", "bert-decoder",
 ]  # fmt: skip
-PLAIN = ["bloom", "falcon-alibi", "qwen3-next", "qwen3.5", "falcon-h1"]
+PLAIN = ["bloom", "falcon-alibi", "gpt-neo", "qwen3-next", "qwen3.5", "falcon-h1"]
 TOKEN_BY_TOKEN = ["mamba"]
 REFUSED = ["recurrent-gemma", "bert"]
 
@@ -116,6 +116,18 @@ def test_plain_kinds(kind: str, caplog: pytest.LogCaptureFixture) -> None:
     assert "slow path (plain: by the model's own cache" in caplog.text
     # Linear attention takes a chunk by another algorithm than single tokens, with a rounding of its own.
     assert_random_calls_equal_plain_forward_passes(model, 5e-3 if kind.startswith("qwen3") else 2e-4)
+
+
+def test_a_window_that_no_cache_tells_is_known_before_any_trial() -> None:
+    """A batched cache is wrong for GPT-Neo, but attention so sharp does not tell on every text that is tried."""
+    torch.manual_seed(0)
+    shape = {"vocab_size": 100, "hidden_size": 32, "num_layers": 2, "num_heads": 2, "max_position_embeddings": 512}
+    layers = {"attention_types": [[["global", "local"], 1]], "window_size": 32, "initializer_range": 0.3}
+    model = AutoModelForCausalLM.from_config(GPTNeoConfig(**shape, **layers)).eval()
+    streams, long, short = token_streams(model, 2, 120), list(range(100)), list(range(50, 60))
+    streams.extend([0, 1], [long, short])
+    for row, text in zip(streams.extend([0, 1], [[5], [5]]), (long, short), strict=True):
+        torch.testing.assert_close(row, uncached(model, [*text, 5])[0][-1], atol=2e-4, rtol=2e-4)
 
 
 @pytest.mark.parametrize("kind", TOKEN_BY_TOKEN)

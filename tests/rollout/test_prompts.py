@@ -329,6 +329,14 @@ def test_the_models_own_eos_ends_an_action(eos: int | list[int]) -> None:
     assert p.command([*generated(p, "look"), 7, *generated(p, "go")]) == "look"
 
 
+def test_an_eos_that_the_tokenizer_does_not_have_is_never_written() -> None:
+    """A GPT-2 of few tokens still names 50256 in its config."""
+    prompt = Prompt(opening="{task}\n{observation}\n>", turn="\n{observation}\n>", action_end="\n")
+    p = Prompter.of(chat_tokenizer("gpt2"), prompt, GenerationConfig(eos_token_id=50256))
+    assert p.command(p.action("go to desk 1")) == "go to desk 1"
+    assert p.command([*p.tokenizer.encode("look"), p.tokenizer.eos_token_id, *p.action("go")]) == "look"
+
+
 def test_a_thought_without_end_and_an_action_that_is_cut_off() -> None:
     p = prompter(
         "qwen", thought_end="</think>", opening="{task} {observation}<|im_start|>", turn="{observation}<|im_start|>"

@@ -309,6 +309,8 @@ def attention_windows(config: PreTrainedConfig) -> dict[str, int | None] | None:
     """For each kind of layer (`full_attention`, `sliding_attention`) the tokens that a token sees, itself among them, or None
     for all before it; None for the whole where a layer is of another kind."""
     decoder = config.get_text_config(decoder=True)
+    if "local" in getattr(decoder, "attention_layers", ()):
+        return None  # GPT-Neo's layers mask by themselves, as if each row ended where the longest does
     layers = DynamicCache(config=decoder).layers
     kinds = decoder.layer_types if getattr(decoder, "layer_types", None) else [None] * len(layers)
     windows: dict[str, int | None] = {}
