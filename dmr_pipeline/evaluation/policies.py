@@ -204,11 +204,17 @@ def choose_headline(played: Mapping[str, pl.DataFrame], section: GrpoRouter) -> 
     return max(within, key=lambda name: found[name]["stage_2_reward"]), found
 
 
+TIMED_SECONDS = 30.0
+
+
 def seconds_per_step(policy: RoutingPolicy, arena: Arena, games: Sequence[Task]) -> dict[str, JsonValue]:
-    """One episode at a time, as an interactive agent runs: mean and p95 of a step, and the router's share of it."""
+    """One episode at a time, as an interactive agent runs: mean and p95 of a step, and the router's share of it. After
+    `TIMED_SECONDS` no other episode begins: a large agent's steps take seconds each."""
     seconds: list[float] = []
     router = 0.0
     for game in games:
+        if sum(seconds) > TIMED_SECONDS:
+            break
         clock = Timings()
         arena.rollouts.play([RolloutRequest(game)], policy, arena.seed, clock)
         seconds += clock.durations

@@ -19,7 +19,7 @@ from dmr_pipeline.rollout.reading import Reading, one_by_one
 from dmr_pipeline.rollout.trajectory import RolloutRequest, Step, Trajectory
 from dmr_pipeline.router.rules import is_rule_at_bar, rule_at_bar, rules
 from dmr_pipeline.serve.deciding import Deciding
-from dmr_pipeline.serve.sessions import UNLIMITED, Action, Budget, Choice, Decider, Session, was_asked
+from dmr_pipeline.serve.sessions import UNLIMITED, Action, Budget, Choice, Decider, Session, spent, was_asked
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class LocalAgents:
             step = Step(segment, action, done.command, shown, done.precision or dearest, ())
             session.trajectory.steps.append(step)
             session.answers.append(done.command)
-        session.spend = sum(self.rollouts.acting.spend[step.precision] for step in session.trajectory.steps)
+        session.spend = spent(session.trajectory.steps, self.rollouts.acting.spend)
         return session
 
     def act(self, asks: Sequence[Ask]) -> list[Action | Exception]:

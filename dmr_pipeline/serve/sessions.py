@@ -1,6 +1,6 @@
 """Episodes of agents whose environment is elsewhere: what is kept of each between its turns."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, NoReturn
 
@@ -9,7 +9,7 @@ from dmr_pipeline.errors import UserError
 from dmr_pipeline.precision.pass_bytes import PassBytes
 from dmr_pipeline.rollout.batch import OpenTranscript
 from dmr_pipeline.rollout.policy import Decision, RoutingPolicy
-from dmr_pipeline.rollout.trajectory import Trajectory
+from dmr_pipeline.rollout.trajectory import Step, Trajectory
 from dmr_pipeline.router.budgets import Bar
 
 DecidedBy = Literal["router", "rule", "fixed"]
@@ -198,6 +198,15 @@ class Session:
         if ratio is not None and self.spend + spend > ratio * (self.turn + 1) + 1e-9:
             return False
         return cost is None or self.cost + worst_cost() <= cost
+
+
+def spent(steps: Sequence[Step], spend: Mapping[str, float]) -> float:
+    """Of steps that were taken elsewhere; a precision that is not known here counts as the dearest.
+
+    Args:
+        spend: as `ActingModels.spend`.
+    """
+    return sum(spend.get(step.precision, max(spend.values())) for step in steps)
 
 
 def was_asked(choice: Choice, decider: Decider) -> bool:

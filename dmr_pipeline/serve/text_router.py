@@ -21,7 +21,7 @@ from dmr_pipeline.router.model import Router, load_router, read_settings
 from dmr_pipeline.serve.deciders import Deciders
 from dmr_pipeline.serve.deciding import Deciding
 from dmr_pipeline.serve.local import Ask, Turn
-from dmr_pipeline.serve.sessions import Budget, Choice, Decider, Session
+from dmr_pipeline.serve.sessions import Budget, Choice, Decider, Session, spent
 from dmr_pipeline.serve.settings import ServeSettings
 
 log = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ class TextRouter:
                 self._step(segment, done.command, shown, done.precision or self.route[0], ())
             )
             session.answers.append(done.command)
-        session.spend = sum(self.deciding.spend[step.precision] for step in session.trajectory.steps)
+        session.spend = spent(session.trajectory.steps, self.deciding.spend)
         return session
 
     async def choose(self, ask: Ask) -> tuple[Choice, bool]:

@@ -10,7 +10,9 @@ from typer.testing import CliRunner
 from dmr_pipeline.cli.common import console
 from dmr_pipeline.cli.router import router as router_commands
 from dmr_pipeline.environments.alfworld.generator import generate_game
+from dmr_pipeline.environments.base import Task
 from dmr_pipeline.errors import UserError
+from dmr_pipeline.ingestion.schema import LoggedEpisode
 from dmr_pipeline.recipe.reading import load_recipe
 from dmr_pipeline.rollout.playing import Rollouts
 from dmr_pipeline.rollout.trajectory import RolloutRequest
@@ -21,7 +23,7 @@ from dmr_pipeline.serve.local import Ask, LocalAgents
 from dmr_pipeline.serve.replay import is_usable, logged_run
 from dmr_pipeline.serve.requests import Which
 from dmr_pipeline.serve.service import Service
-from dmr_pipeline.serve.sessions import Budget
+from dmr_pipeline.serve.sessions import Budget, Session
 from dmr_pipeline.serve.settings import ServeSettings
 from tests.helpers.serving import SERVED, release
 
@@ -42,6 +44,17 @@ def log_episodes(folder: Path, count: int, epsilon: float) -> None:
         service.journal.write(episode_of(session, won, None, observation))
         agents.close(session)
     service.backend.stop()
+
+
+def five_steps(agents: LocalAgents, session: Session, game: Task) -> LoggedEpisode:
+    """Of this game, as the log has them."""
+    world = game.episode()
+    observation = world.reset()
+    for _ in range(5):
+        (action,) = agents.act([Ask(session, observation)])
+        assert not isinstance(action, UserError)
+        observation, _, _ = world.step(action.command)
+    return episode_of(session, True, None, observation)
 
 
 def dmr_router(*arguments: str):
@@ -83,13 +96,8 @@ def test_the_log_holds_all_that_the_router_has_decided_on(served_project: Path) 
     agents, decider = LocalAgents(rollouts, slots=1), decider_of(router, 1, 1)
     for number in range(3):
         game = generate_game(100 + number, 50)[0]
-        session, world = agents.open("a", RolloutRequest(game), decider), game.episode()
-        observation = world.reset()
-        for _ in range(5):
-            (action,) = agents.act([Ask(session, observation)])
-            assert not isinstance(action, UserError)
-            observation, _, _ = world.step(action.command)
-        episode = episode_of(session, True, None, observation)
+        session = agents.open("a", RolloutRequest(game), decider)
+        episode = five_steps(agents, session, game)
         assert is_usable(episode, router.settings.route)
         run = logged_run(episode, LocalAgents(rollouts, slots=1), decider_of(router, 1), router)
         # What the agent wrote beside its command is not logged, so levels may differ a little after babble.
@@ -106,16 +114,8 @@ def test_a_budget_of_the_session_would_have_held_the_target_too(served_project: 
     with releases.earlier(SERVED, 2) as folder:
         router = releases.load(folder, rollouts)
     agents, game = LocalAgents(rollouts, slots=1), generate_game(100, 50)[0]
-    session, world = (
-        agents.open("a", RolloutRequest(game), decider_of(router, 1, 2), Budget(high_ratio=0.4)),
-        game.episode(),
-    )
-    observation = world.reset()
-    for _ in range(5):
-        (action,) = agents.act([Ask(session, observation)])
-        assert not isinstance(action, UserError)
-        observation, _, _ = world.step(action.command)
-    episode = episode_of(session, True, None, observation)
+    session = agents.open("a", RolloutRequest(game), decider_of(router, 1, 2), Budget(high_ratio=0.4))
+    episode = five_steps(agents, session, game)
     assert [step.reason for step in episode.steps] == ["budget", "budget", "router", "budget", "router"]
     assert is_usable(episode, router.settings.route)
     run = logged_run(episode, LocalAgents(rollouts, slots=1), decider_of(router, 1, 2), router)
