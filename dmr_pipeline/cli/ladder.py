@@ -10,7 +10,7 @@ from rich.table import Table
 from dmr_pipeline import pipeline
 from dmr_pipeline.cli.common import RecipeArgument, console, progress_lines, user_errors_exit_2
 from dmr_pipeline.cli.stages import up_to_date, verify_current
-from dmr_pipeline.precision.ladder import LadderFacts, RungPlayed, deployed, nothing_to_lose
+from dmr_pipeline.precision.ladder import LadderFacts, RungPlayed, to_deploy_instead
 from dmr_pipeline.recipe.reading import load_recipe
 
 STAGE = "quantized_checkpoints"
@@ -39,8 +39,8 @@ def ladder(
         return
     console.print(ladder_table(facts, recipe))
     console.print(facts.verdict.text, highlight=False, markup=False)
-    if not facts.verdict.pays and not nothing_to_lose(facts.rungs, loaded.precisions.margin):
-        weights = " and ".join(str(artifact.path / rung) for rung in deployed(facts.verdict))
+    if rungs := to_deploy_instead(facts, loaded.precisions.margin):
+        weights = " and ".join(str(artifact.path / rung) for rung in rungs)
         console.print(f"Its weights: {weights}", highlight=False, markup=False, soft_wrap=True)
 
 

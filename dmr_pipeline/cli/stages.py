@@ -26,7 +26,7 @@ from dmr_pipeline.cli.common import (
     user_errors_exit_2,
 )
 from dmr_pipeline.errors import UserError, printable
-from dmr_pipeline.precision.ladder import LadderFacts, deployed, nothing_to_lose
+from dmr_pipeline.precision.ladder import LadderFacts, to_deploy_instead
 from dmr_pipeline.recipe import Recipe
 from dmr_pipeline.recipe.reading import load_recipe, recipe_names
 from dmr_pipeline.versioning import dvc_objects, dvc_stages, lock_file
@@ -276,11 +276,10 @@ def _render_report(recipe: str) -> tuple["Metrics", Path]:
 def _show_verdict(recipe: str) -> None:
     """Whether routing can pay at all; where it cannot, which precision to deploy instead."""
     artifact = verify_current("quantized_checkpoints", recipe)
-    facts, margin = LadderFacts.model_validate(artifact.manifest.summary), load_recipe(recipe).precisions.margin
-    verdict = facts.verdict
-    weights = ", ".join(str(artifact.path / rung) for rung in deployed(verdict))
-    where = "" if verdict.pays or nothing_to_lose(facts.rungs, margin) else f" ({weights})"
-    console.print(f"verdict: {verdict.text}{where}", soft_wrap=True, markup=False, highlight=False)
+    facts = LadderFacts.model_validate(artifact.manifest.summary)
+    rungs = to_deploy_instead(facts, load_recipe(recipe).precisions.margin)
+    where = f" ({', '.join(str(artifact.path / rung) for rung in rungs)})" if rungs else ""
+    console.print(f"verdict: {facts.verdict.text}{where}", soft_wrap=True, markup=False, highlight=False)
 
 
 def _show_report(recipe: str) -> None:

@@ -86,7 +86,7 @@ class Verdict(FrozenModel):
 
 
 def deployed(verdict: Verdict) -> list[str]:
-    """The rungs whose weights are needed to act as the verdict says where routing cannot pay."""
+    """The rungs whose weights are needed to act without a router."""
     return [verdict.deploy, *([verdict.drafter] if verdict.drafter else [])]
 
 
@@ -111,6 +111,11 @@ class LadderFacts(BaseModel):
     games: int
     confidence: float
     """Of the intervals."""
+
+
+def to_deploy_instead(facts: LadderFacts, margin: float) -> list[str]:
+    """As `deployed`, where that is what the verdict advises; none where routing can pay, or no rung knows the task."""
+    return [] if facts.verdict.pays or nothing_to_lose(facts.rungs, margin) else deployed(facts.verdict)
 
 
 def read_ladder(checkpoints: Path) -> LadderFacts:

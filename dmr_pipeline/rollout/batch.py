@@ -1,7 +1,7 @@
 """Transcripts that are acted on together: at each step a policy decides which precision acts, and that one writes the action.
 
-Each precision keeps its own exact cache (`TokenStreams`) and catches up, when its turn comes, on the tokens it has not seen. Or
-all have one (`SharedStreams`):
+Each precision keeps its own exact cache (`TokenStreams`) and catches up, when its turn comes, on the tokens it has not seen; what
+an oracle has let it read, for nothing, counts as not seen. Or all have one (`SharedStreams`):
 
 - Each goes on from what was read before, whoever has read it. What a policy asks for is read into the cache too, and stays
   there as far as it is the transcript's; drafts that are thrown away are cut.
@@ -245,10 +245,14 @@ class Batch:
         decisions = self.policy.decide(slots, [state.segment for state in running], peek)
         decided = time.perf_counter()
         for slot, state, decision in zip(slots, running, decisions, strict=True):
-            if self._share and not decision.charged:
-                state.rewind()
-                self._after.pop(slot, None)
-                peek.forget(slot)
+            if not decision.charged:
+                if self._share:
+                    state.rewind()
+                    self._after.pop(slot, None)
+                    peek.forget(slot)
+                else:
+                    for rung in state.trails.keys() - {decision.precision}:
+                        state.trails[rung].rewind()
             held = len(state.transcript.tokens)
             for trail in state.trails.values():
                 if len(trail) > held and trail.readers[-1] != self._readers[decision.precision]:

@@ -145,11 +145,7 @@ def measure(
     """
     prompter = rollouts.prompter
     most = max(1, _MOST_LOGITS // (len(prompter.tokenizer) * prompter.prompt.max_action_tokens))
-    transcripts = steps.group_by("episode_id", maintain_order=True).agg("segment", "action", "precision")
     context = episodes.select("episode_id", "task_id", "task_type", "policy", "success")
-    longest_first = transcripts.with_columns(turns=pl.col("segment").list.len()).sort(
-        ["turns", "episode_id"], descending=[True, False]
-    )
 
     def compare_episodes(episodes: _Batch, on_progress: Callable[[int], None]) -> list[_Rows]:
         rows, drafts = list[tuple[object, ...]](), list[tuple[object, ...]]()
@@ -190,7 +186,7 @@ def measure(
     # Lists, since polars does not survive the fork into several processes.
     batches: list[_Batch] = [
         [_Transcript(*columns) for columns in batch.select("episode_id", "segment", "action", "precision").iter_rows()]
-        for batch in longest_first.iter_slices(rollouts.rows)
+        for batch in longest_first(steps).iter_slices(rollouts.rows)
     ]
     found = list(chain(*in_processes(compare_batches, scatter(batches, rollouts.processes), on_progress)))
     rows, drafted = (list(chain(*parts)) for parts in zip(*found, strict=True))
@@ -205,6 +201,16 @@ def measure(
     )
     of_steps, of_drafts = ordered
     return Measured(of_steps.select([name for name in STEPS if name != "sensitive"]), of_drafts)
+
+
+def longest_first(steps: pl.DataFrame) -> pl.DataFrame:
+    """A row an episode, those of the most steps first: `episode_id`, its steps' `segment`, `action` and `precision` as lists, and
+    their number, `turns`."""
+    return (
+        steps.group_by("episode_id", maintain_order=True)
+        .agg("segment", "action", "precision", turns=pl.len())
+        .sort(["turns", "episode_id"], descending=[True, False])
+    )
 
 
 def compare(

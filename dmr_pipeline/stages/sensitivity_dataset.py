@@ -1,16 +1,20 @@
 """Stage `sensitivity_dataset`: what the routed precisions would have done at each step (see router/labels.py), and, on demand,
 what becomes of episodes of which single steps are swapped (see router/consequence.py)."""
 
+from collections.abc import Callable
+from typing import Literal
+
 import polars as pl
 
 from dmr_pipeline.artifacts.stage import StageContext, StageResult
 from dmr_pipeline.environments.benchmark import benchmark_of
 from dmr_pipeline.evaluation.consequence import Spent, label_recorded
+from dmr_pipeline.evaluation.kept import KeptTables
 from dmr_pipeline.ingestion.tables import INGESTED, AllTrajectories, read_all_trajectories
 from dmr_pipeline.progress import Bars
 from dmr_pipeline.recipe.sensitivity import Consequences
 from dmr_pipeline.rollout.playing import Rollouts
-from dmr_pipeline.router.labels import label, measure, threshold
+from dmr_pipeline.router.labels import Measured, label, longest_first, measure, threshold
 from dmr_pipeline.summaries import SensitivitySummary
 
 
@@ -22,8 +26,8 @@ def sensitivity_dataset(context: StageContext) -> StageResult:
     )
     with Bars() as progress:
         bar = progress.add_task("steps at which the precisions are compared", total=len(given.steps))
-        counted = recipe.sensitivity.tokens
-        rows, drafts = measure(rollouts, given.episodes, given.steps, counted, lambda n: progress.advance(bar, n))
+        kept, counted = KeptTables(context.scratch / "divergences"), recipe.sensitivity.tokens
+        rows, drafts = divergences(rollouts, given, counted, kept, lambda count: progress.advance(bar, count))
     tau = threshold(rows, recipe.sensitivity)
     table = label(rows, recipe.sensitivity, tau)
     table.write_parquet(context.output / "steps.parquet")
@@ -50,6 +54,40 @@ def sensitivity_dataset(context: StageContext) -> StageResult:
             **told,
         ).model_dump(),
         measured=measured,
+    )
+
+
+def divergences(
+    rollouts: Rollouts,
+    given: AllTrajectories,
+    counted: Literal["action", "command"],
+    kept: KeptTables,
+    on_progress: Callable[[int], None],
+) -> Measured:
+    """As `measure` of all of them, in the same batches, and kept after each round of these: a run that was broken off goes on.
+
+    Args:
+        kept: of these very trajectories and precisions.
+        on_progress: as of `measure`; steps that were kept count too.
+    """
+    rounds: list[Measured] = []
+    for batches in longest_first(given.steps).iter_slices(rollouts.rows * rollouts.processes):
+        its = batches["episode_id"].to_list()
+        rows, drafts = kept.read(episodes=its, what="divergences"), kept.read(episodes=its, what="drafts")
+        if rows is None or drafts is None:
+            some = given.steps.filter(pl.col("episode_id").is_in(its))
+            rows, drafts = measure(rollouts, given.episodes, some, counted, on_progress)
+            kept.write(rows, episodes=its, what="divergences")
+            kept.write(drafts, episodes=its, what="drafts")
+        else:
+            on_progress(sum(batches["turns"].to_list()))
+        rounds.append(Measured(rows, drafts))
+    steps = given.steps.select("episode_id", "turn")
+    return Measured(
+        *(
+            steps.join(pl.concat(tables), on=["episode_id", "turn"], how="left", maintain_order="left_right")
+            for tables in zip(*rounds, strict=True)
+        )
     )
 
 

@@ -1,5 +1,6 @@
 """What an episode reads, term by term, against counts by hand of plain forward passes."""
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -82,9 +83,11 @@ def test_each_term_has_its_price() -> None:
     assert episode_cost(trajectory, sizes, 16, router) == Cost(2 * (agent.weights + 7), 2 * (agent.cache + 2 * 9 * 2))
 
 
-def test_a_switch_costs_tokens_and_no_bytes_of_weights() -> None:
-    """Each precision reads every token of the transcript up to the last step at which it acted, once."""
-    for trajectory in roll(RandomMixing(HALF, seed=3)):
+@pytest.mark.parametrize("policy", [RandomMixing(HALF, seed=3), Disagreement(ROUTE)])
+def test_a_switch_costs_tokens_and_no_bytes_of_weights(policy: RandomMixing | Disagreement) -> None:
+    """Each precision reads every token of the transcript up to the last step at which it acted, once; also where it is asked at
+    every step by one who knows for nothing."""
+    for trajectory in roll(policy):
         steps = trajectory.steps
         assert all(step.reading.passes == len(step.action) for step in steps)
         for turn, step in enumerate(steps):
