@@ -140,6 +140,19 @@ def test_rollback_restores_the_old_router_and_no_rerun_undoes_it(trained: None) 
     assert "released_router" not in dvc("status")
 
 
+def test_rollback_looks_in_the_recipes_remote(trained: None, tmp_path: Path) -> None:
+    """A worker's image has it without calling it the default one."""
+    dmr_router("promote")
+    dvc("remote", "add", "volume", str(tmp_path / "volume"))
+    shutil.copytree(".dvc/cache/files", tmp_path / "volume/files", dirs_exist_ok=True)
+    shutil.rmtree(".dvc/cache/files")
+    recipe = Path(f"recipes/{RECIPE}.yaml")
+    recipe.write_text(recipe.read_text() + "versioning: {remote: volume}\n")
+    result = dmr_router("rollback")
+    assert result.exit_code == 0, result.output
+    assert seed_in_use() == "0"
+
+
 def test_rollback_to_a_number_takes_the_present_router_where_it_is_that_one(trained: None) -> None:
     dmr_router("promote")
     dmr_router("rollback", "--to", "1")

@@ -74,7 +74,7 @@ def _build_asset(stage: Stage, stages: Sequence[Stage], partitions: dg.Partition
     def asset(context: dg.AssetExecutionContext, config: Materialization) -> dg.MaterializeResult:
         with as_dagster_failures(context):
             recipe = load_recipe(context.partition_key)
-            dvc_stages.check_rendered(stages, recipe_names())
+            dvc_stages.check_recipe_rendered(stages, recipe.name)
             if observe(context.instance, recipe, stage.sections):
                 # Dagster read the versions of what this step depends on before.
                 context.get_step_execution_context().fetch_external_input_asset_version_info()
@@ -94,9 +94,9 @@ def _materialize(
         dvc_objects.check(find_stage(artifact.path.name, stages), recipe.name, artifact)
 
     remote = recipe.versioning.remote
-    if remote is not None:
-        needed = [find_stage(name, stages) for name in stage.inputs] + ([stage] if stage.append_only else [])
-        exchange.pull(context.instance, needed, recipe)
+    exchanged = remote is not None and not dvc_stages.inside_repro()
+    if exchanged:
+        exchange.pull_inputs(context.instance, stage, stages, recipe)
     # Also beside a remote: an instance that is new records no history, and dvc.lock does.
     lost_history = dvc_objects.ensure_history(stage, recipe.name, remote=remote, force=config.force)
     done = materialize_stage(
@@ -109,6 +109,6 @@ def _materialize(
         commit = commit_lock(message, [dvc_stages.DVC_FILE], datetime.now(UTC).date())
         if commit is not None:
             metadata["git_commit"] = dg.MetadataValue.text(commit)
-    if remote is not None and recipe.name not in stage.committed_recipes:
+    if exchanged and recipe.name not in stage.committed_recipes:
         exchange.push(stage, recipe, done.artifact)
     return dg.MaterializeResult(metadata=metadata, data_version=dg.DataVersion(done.artifact.hash))

@@ -1,7 +1,7 @@
 """New trajectories are ingested and start retrainings; both the sensor and the schedule ship stopped."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import dagster as dg
@@ -46,37 +46,55 @@ retrain = dg.define_asset_job(
 )
 
 
-@dg.sensor(
-    name="new_trajectories",
-    jobs=[ingest, retrain],
-    minimum_interval_seconds=30,
-    default_status=dg.DefaultSensorStatus.STOPPED,
-    description="Ingests what is dropped into data/incoming/<recipe>/, told apart by content. Retrains once"
-    " `retraining.min_new_steps` steps of the recipe are new.",
-)
-def new_trajectories(context: dg.SensorEvaluationContext) -> dg.SensorResult | dg.SkipReason:
-    from dmr_pipeline.ingestion.inbox import archive, lying_files, misplaced_lines, waiting_contents
+def build_trajectory_sensor(recipes: Sequence[str]) -> dg.SensorDefinition:
+    """What is dropped is ingested, and enough of it starts a retraining.
 
-    requests, reasons = [], misplaced_lines(DATA_ROOT, recipe_names())
-    for name in recipe_names():
-        try:
-            recipe = load_recipe(name)
-            archive(DATA_ROOT, name)
-            waiting = waiting_contents(DATA_ROOT, name)
-            reasons += lying_files(DATA_ROOT, name)
-        except UserError as error:
-            reasons.append(str(error))
-            continue
-        if busy := unfinished(context.instance, name, ingest.name, retrain.name):
-            found: list[dg.RunRequest | str] = [busy]
-        else:
-            found = [_retraining(context.instance, recipe)]
-            # Labels are refused where what is ingested changes while they are made: files that wait are taken after them.
-            if waiting and isinstance(found[0], str):
-                found.append(_ingestion(context.instance, name, waiting))
-        requests += [one for one in found if isinstance(one, dg.RunRequest)]
-        reasons += [f"{name}: {one}" for one in found if isinstance(one, str)]
-    return dg.SensorResult(run_requests=requests) if requests else dg.SkipReason("; ".join(reasons))
+    Args:
+        recipes: those that are partitions.
+    """
+
+    @dg.sensor(
+        name="new_trajectories",
+        jobs=[ingest, retrain],
+        minimum_interval_seconds=30,
+        default_status=dg.DefaultSensorStatus.STOPPED,
+        description="Ingests what is dropped into data/incoming/<recipe>/, told apart by content. Retrains once"
+        " `retraining.min_new_steps` steps of the recipe are new.",
+    )
+    def new_trajectories(context: dg.SensorEvaluationContext) -> dg.SensorResult | dg.SkipReason:
+        from dmr_pipeline.ingestion.inbox import archive, lying_files, misplaced_lines, waiting_contents
+
+        requests, reasons = [], [*misplaced_lines(DATA_ROOT, recipe_names()), *added_since(recipes)]
+        for name in recipes:
+            try:
+                recipe = load_recipe(name)
+                archive(DATA_ROOT, name)
+                waiting = waiting_contents(DATA_ROOT, name)
+                reasons += lying_files(DATA_ROOT, name)
+            except UserError as error:
+                reasons.append(str(error))
+                continue
+            if busy := unfinished(context.instance, name, ingest.name, retrain.name):
+                found: list[dg.RunRequest | str] = [busy]
+            else:
+                found = [_retraining(context.instance, recipe)]
+                # Labels are refused where what is ingested changes while they are made: files that wait are taken after them.
+                if waiting and isinstance(found[0], str):
+                    found.append(_ingestion(context.instance, name, waiting))
+            requests += [one for one in found if isinstance(one, dg.RunRequest)]
+            reasons += [f"{name}: {one}" for one in found if isinstance(one, str)]
+        return dg.SensorResult(run_requests=requests) if requests else dg.SkipReason("; ".join(reasons))
+
+    return new_trajectories
+
+
+def added_since(recipes: Sequence[str]) -> list[str]:
+    """A line for each recipe that came after Dagster read them: a run that was asked for it would stop all others."""
+    return [
+        f"{name}: its recipe is newer than Dagster's list of them: reload the code location (Deployment), or start Dagster anew"
+        for name in recipe_names()
+        if name not in recipes
+    ]
 
 
 def unfinished(instance: dg.DagsterInstance, recipe: str, *jobs: str) -> str | None:
@@ -111,36 +129,45 @@ def _retraining(instance: dg.DagsterInstance, recipe: Recipe) -> dg.RunRequest |
     if new < recipe.retraining.min_new_steps:
         return f"{new} new steps of the {recipe.retraining.min_new_steps} that start a retraining"
     key = hashlib.sha256(ingested.to_json().encode()).hexdigest()[:16] if ingested else ""
-    if instance.get_runs(dg.RunsFilter(job_name=retrain.name, tags={RETRAIN_TAG: key}), limit=1):
-        return f"{new} new steps: their retraining was started already"
+    for run in instance.get_runs(dg.RunsFilter(job_name=retrain.name, tags={RETRAIN_TAG: key}), limit=1):
+        ended = {dg.DagsterRunStatus.FAILURE: "failed", dg.DagsterRunStatus.CANCELED: "was cancelled"}.get(run.status)
+        how = (
+            f"{ended} (run {run.run_id[:8]}): see why, and start the job `retrain`" if ended else "was started already"
+        )
+        return f"{new} new steps: their retraining {how}"
     return dg.RunRequest(
         run_key=f"retrain/{key}", job_name=retrain.name, partition_key=recipe.name, tags={RETRAIN_TAG: key}
     )
 
 
-@dg.schedule(
-    job=retrain,
-    cron_schedule="0 3 * * 1",
-    execution_timezone="UTC",
-    name="weekly_retraining",
-    default_status=dg.DefaultScheduleStatus.STOPPED,
-    description="Mondays at 3:00 UTC: retrains every recipe with ingested steps that its labels have not seen yet.",
-)
-def weekly_retraining(context: dg.ScheduleEvaluationContext) -> Iterator[dg.RunRequest | dg.SkipReason]:
-    due, reasons = [], []
-    for name in recipe_names():
-        try:
-            if (new_steps(name) or 0) > 0:
-                if busy := unfinished(context.instance, name, retrain.name):
-                    reasons.append(f"{name}: {busy}")
-                else:
-                    due.append(name)
-        except UserError as error:
-            reasons.append(f"{name}: {error}")
-    for name in due:
-        yield dg.RunRequest(run_key=None, partition_key=name)
-    if not due:
-        yield dg.SkipReason("; ".join(reasons) or "no recipe has new steps")
+def build_weekly_schedule(recipes: Sequence[str]) -> dg.ScheduleDefinition:
+    """Arguments as of `build_trajectory_sensor`."""
+
+    @dg.schedule(
+        job=retrain,
+        cron_schedule="0 3 * * 1",
+        execution_timezone="UTC",
+        name="weekly_retraining",
+        default_status=dg.DefaultScheduleStatus.STOPPED,
+        description="Mondays at 3:00 UTC: retrains every recipe with ingested steps that its labels have not seen yet.",
+    )
+    def weekly_retraining(context: dg.ScheduleEvaluationContext) -> Iterator[dg.RunRequest | dg.SkipReason]:
+        due, reasons = [], added_since(recipes)
+        for name in recipes:
+            try:
+                if (new_steps(name) or 0) > 0:
+                    if busy := unfinished(context.instance, name, ingest.name, retrain.name):
+                        reasons.append(f"{name}: {busy}")
+                    else:
+                        due.append(name)
+            except UserError as error:
+                reasons.append(f"{name}: {error}")
+        for name in due:
+            yield dg.RunRequest(run_key=None, partition_key=name)
+        if not due:
+            yield dg.SkipReason("; ".join(reasons) or "no recipe has new steps")
+
+    return weekly_retraining
 
 
 def new_steps(recipe: str) -> int | None:

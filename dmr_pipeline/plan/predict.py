@@ -104,6 +104,7 @@ def _model(recipe: Recipe, config: PreTrainedConfig, dtype: torch.dtype, device:
     if pretrained is not None:
         folder, _ = config_folder(pretrained)
         stored = stored_dtype(folder) if has_weights(folder) else config.dtype or torch.float32
+    kernels = recipe.precisions.kernels is not None
     shaped, text = without_weights(config, dtype), config.get_text_config()
     return Model(
         parameters=sum(parameter.numel() for parameter in shaped.parameters()),
@@ -115,7 +116,7 @@ def _model(recipe: Recipe, config: PreTrainedConfig, dtype: torch.dtype, device:
         stored=stored,
         cached_numbers=cached_numbers(config),
         capacity=transcript_capacity(config, recipe.agent.max_transcript_tokens),
-        rungs={rung.name: rung_shape(shaped, rung, device.type == "cpu") for rung in recipe.precisions.ladder},
+        rungs={rung.name: rung_shape(shaped, rung, device.type == "cpu", kernels) for rung in recipe.precisions.ladder},
         on_gpu=device.type == "cuda",
     )
 

@@ -79,21 +79,23 @@ def without_weights(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedM
 
 
 @torch.no_grad()
-def rung_shape(model: PreTrainedModel, rung: Rung, dequantized: bool) -> RungShape:
+def rung_shape(model: PreTrainedModel, rung: Rung, dequantized: bool, kernels: bool = False) -> RungShape:
     """
     Args:
         model: without weights.
         rung: of the ladder; one that is imported is taken to be as large as one that is quantized here.
         dequantized: whether its layers are plain float when it acts, as on a CPU.
+        kernels: whether low-bit kernels compute: these have the plain weights beside the packed ones.
     """
     simplest: dict[str, Any] = {"ranges": None, "rounding": None, "activations": "none", "checkpoint": None}
     made = quantize_rung(model, rung.model_copy(update=simplest))  # equally large, and nothing is looked for
     plain = [p.nbytes for p in made.parameters() if not isinstance(p, QTensor)]
     packed = [_inner_bytes(m) for m in made.modules() if isinstance(m, QLinear) and isinstance(m.weight, QTensor)]
     floats = [m.weight.nbytes for m in made.modules() if isinstance(m, QLinear) and isinstance(m.weight, QTensor)]
+    computing = (floats if dequantized or kernels else []) + (packed if kernels or not dequantized else [])
     return RungShape(
         file=sum(plain) + sum(packed),
-        acting=sum(plain) + sum(floats if dequantized else packed),
+        acting=sum(plain) + sum(computing),
         common=sum(plain),
     )
 

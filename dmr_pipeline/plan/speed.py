@@ -58,8 +58,8 @@ def measured_speed(
 ) -> Speed:
     """Of a few forward passes in the middle of an episode, a backward pass, and a little of what else takes time.
 
-    A model of more than a quarter of the free memory is tried with fewer layers, and taken to be slower by as much as it has more
-    weights.
+    A model of more than a quarter of the free memory, or where it learns of an eighth, is tried with fewer layers, and taken to
+    be slower by as much as it has more weights.
 
     Args:
         dtype: that it acts in.
@@ -69,7 +69,8 @@ def measured_speed(
         threads: torch's when it learns.
         free: bytes of memory.
     """
-    few, share = _few_layers(config, dtype, free)
+    # Learning holds weights and gradients in float32, and a copy of the weights in bfloat16: five times what acts in that.
+    few, share = _few_layers(config, dtype, free // (8 if learns_in is not None else 4))
     model = random_causal_lm(few, device).to(dtype)
     rows = min(rows, ROWS)
     segment = max(1, min(int(episodes.segment), (capacity - 17) // _REPEATS - 4))  # that all of them fit
@@ -109,12 +110,13 @@ def _rounding(width: int, device: torch.device) -> float:
     )
 
 
-def _few_layers(config: PreTrainedConfig, dtype: torch.dtype, free: int) -> tuple[PreTrainedConfig, float]:
-    """The config with as many layers as fit, and the share of the weights that a token then goes through."""
+def _few_layers(config: PreTrainedConfig, dtype: torch.dtype, most: int) -> tuple[PreTrainedConfig, float]:
+    """The config with few enough layers for so many bytes, one at least, and the share of the weights that a token then goes
+    through."""
     few = copy.deepcopy(config)
     text = few.get_text_config()
     whole = weights_gone_through(config, dtype)
-    while 4 * weights_gone_through(few, dtype) > free and text.num_hidden_layers > 1:
+    while weights_gone_through(few, dtype) > most and text.num_hidden_layers > 1:
         text.num_hidden_layers = (text.num_hidden_layers + 1) // 2
         if len(getattr(text, "layer_types", None) or ()) > text.num_hidden_layers:  # some configs make it of the number
             text.layer_types = text.layer_types[: text.num_hidden_layers]

@@ -313,6 +313,8 @@ def _agent_memory(recipe: Recipe, model: Model, episodes: Episodes, playing: int
         share = 2 * lora.rank * (4 * model.hidden + 3 * model.feed_forward) * model.layers
         masters = 2 * model.parameters + 16 * share
     tokens = TOKENS_AT_ONCE["cuda" if model.on_gpu else "cpu"]
+    if model.on_gpu:  # a piece of a batch that does not fit is halved, down to one episode
+        tokens = min(tokens, int(episodes.tokens(min(training.dagger_steps, episodes.step_limit))), model.capacity)
     width = 2 if isinstance(training, Finetune) else 4
     held = tokens * model.layers * (14 * model.hidden + 5 * model.feed_forward) * width
     trained = episodes.action / (episodes.segment + episodes.action)

@@ -76,7 +76,12 @@ def _reference_model(kl_router: KlRouter, grpo_router: GrpoRouter) -> Iterator[s
         yield "grpo_router.beta: a penalty to the router of stage 1, in whose place new weights start; set it to 0"
 
 
-def _branches_of_all_rungs(precisions: Precisions, grpo_router: GrpoRouter) -> Iterator[str]:
+def _branches_of_all_rungs(agent: Agent, precisions: Precisions, grpo_router: GrpoRouter) -> Iterator[str]:
+    if grpo_router.branch_groups and agent.temperature > 0:
+        yield (
+            "grpo_router.branch_groups: members that branch go the same way up to there, and actions are drawn; set"
+            " agent.temperature to 0"
+        )
     route = () if precisions.route == "auto" else precisions.route
     if grpo_router.branch_groups and grpo_router.group_size < len(route):
         yield (

@@ -25,7 +25,7 @@ NAME_RULE = "small letters, digits, '.', '_' and '-', a letter or digit first, a
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,99}")
 _LIKE_A_NUMBER = re.compile(r"[0-9][0-9_.]*(?:e[0-9]+)?|0[box][0-9a-f_]+")
 """YAML would read such a name as a number, and DVC then look for another recipe."""
-_TAKEN = frozenset({"incoming", "official"})
+_TAKEN = frozenset({"incoming", "official", "scratch"})
 """Folders of `data/` beside those of the recipes."""
 
 

@@ -104,7 +104,7 @@ class RoutingTrainer(GRPOTrainer):
 
 
 def training_arguments(section: GrpoRouter, folder: Path, device: torch.device) -> GRPOConfig:
-    return GRPOConfig(
+    arguments = GRPOConfig(
         output_dir=str(folder),
         seed=section.seed,
         max_steps=section.updates * section.iterations,
@@ -130,6 +130,8 @@ def training_arguments(section: GrpoRouter, folder: Path, device: torch.device) 
         report_to="none",
         disable_tqdm=True,
     )
+    arguments._n_gpu = 1  # of several that there are: for all of them trl wants a process each
+    return arguments
 
 
 def as_completions(played: Sequence[Rollout]) -> dict[str, Any]:

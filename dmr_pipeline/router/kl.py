@@ -246,6 +246,9 @@ def fit(
         while epoch < section.epochs:
             model.train()
             rng = random.Random(f"kl-router-{section.seed}-{epoch}")
+            torch.manual_seed(
+                section.seed + epoch
+            )  # of dropout, in models that have it, so that a resumed run is the same
             for places in batches_by_length([sequences[i] for i in learned], section.batch_episodes, rng):
                 for group in optimizer.param_groups:
                     group["lr"] = section.learning_rate * (1 - len(losses) / total)

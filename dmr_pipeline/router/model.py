@@ -388,7 +388,8 @@ def _read_in_turns(
 ) -> list[NDArray[np.float32]]:
     """What a probe decides on at each step, [steps, features] of each sequence: the cheapest of these agents reads what is new
     into their one cache, and who acted then its own action; where it has checked a draft, all of the step."""
-    streams = shared_streams(agents, len(sequences), max(len(s.tokens) for s in sequences))
+    # The agents read no routing tokens.
+    streams = shared_streams(agents, len(sequences), max(len(s.tokens) - len(s.positions) for s in sequences))
     *_, cheapest = agents
     own, rows = streams[cheapest].reader, [list[Tensor]() for _ in sequences]
     texts, trails = [list[int]() for _ in sequences], [bytearray() for _ in sequences]

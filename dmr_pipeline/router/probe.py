@@ -135,12 +135,13 @@ def new_probe(section: Probe, rungs: int, agent: PreTrainedModel, seed: int) -> 
     Raises:
         UserError: the agent has fewer layers.
     """
-    if max(section.layers, default=0) > agent.config.num_hidden_layers:
+    text = agent.config.get_text_config()  # of some LLMs that see, too, it lies in another one
+    if max(section.layers, default=0) > text.num_hidden_layers:
         raise UserError(
-            f"kl_router.model.probe.layers: {list(section.layers)}, but the agent has {agent.config.num_hidden_layers}"
+            f"kl_router.model.probe.layers: {list(section.layers)}, but the agent has {text.num_hidden_layers}"
         )
     torch.manual_seed(seed)
-    width = len(section.layers) * agent.config.hidden_size
+    width = len(section.layers) * text.hidden_size
     config = ProbeConfig(
         list(section.layers),
         width,

@@ -70,8 +70,9 @@ def logged_episodes(recipe: Recipe, data_root: Path) -> list[LoggedEpisode]:
     tasks = artifact_folder("benchmark_tasks", recipe.name, data_root)
     rules = Rules.of(recipe, tasks if tasks.is_dir() else None)
     for file in look(incoming_folder(recipe.name, data_root))[0]:
-        episodes, _ = read_dropped(file, rules, {episode.episode_id for episode in found})
-        found += episodes
+        episodes, problems = read_dropped(file, rules, {episode.episode_id for episode in found})
+        if not problems:  # such a file is not ingested: it was before, or holds games that are held out
+            found += episodes
     return found
 
 

@@ -5,10 +5,12 @@ import polars as pl
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dmr_pipeline.agent.checkpoint import float_dtype, load_causal_lm, resolve_device, save_causal_lm
+from dmr_pipeline.agent.checkpoint import float_dtype, load_causal_lm, local_folder, resolve_device, save_causal_lm
 from dmr_pipeline.agent.memory import out_of_memory_names
 from dmr_pipeline.artifacts.stage import StageContext, StageResult
 from dmr_pipeline.environments.benchmark import benchmark_of
+from dmr_pipeline.errors import UserError
+from dmr_pipeline.pretrained import adapter_config
 from dmr_pipeline.recipe.agent import Finetune, Imitation, Training
 from dmr_pipeline.recipe.model import Pretrained
 from dmr_pipeline.rollout.kv_cache.choice import transcript_capacity, way_of
@@ -72,13 +74,18 @@ def _train(context: StageContext, training: Training, device: torch.device) -> S
 
 def _finetune(context: StageContext, source: Pretrained, finetune: Finetune, device: torch.device) -> StageResult:
     """From an LLM that exists; the artifact is an adapter, or a whole checkpoint."""
+    if finetune.lora and adapter_config(local_folder(source.model, source.revision, weights=False)) is not None:
+        raise UserError(
+            f"agent.finetune.lora: {source.model} is an adapter itself, and one upon another cannot be stored: merge it into its"
+            " base first, or leave out lora, which trains all weights"
+        )
     torch.set_num_threads(context.recipe.runtime.all_threads)  # its matrices are large enough to share among cores
     recipe, folder = context.recipe, context.output / "model"
     tasks = benchmark_of(recipe.benchmark).read_tasks(context.inputs["benchmark_tasks"], "agent_train")
     model, tokenizer = load_causal_lm(source.model, source.revision, torch.device("cpu"), stored_precision=True)
     stored, prompter = model.dtype, _check(context, model, tokenizer)
     adapted = add_adapter(model, finetune.lora, finetune.seed) if finetune.lora is not None else None
-    model = adapted.get_base_model() if adapted is not None else model.float()
+    model = adapted.get_base_model() if adapted is not None else model.float().requires_grad_()
     with out_of_memory_names("agent.pretrained"):
         model = model.to(device)
         history = train(

@@ -44,6 +44,11 @@ def grpo_router(context: StageContext) -> StageResult:
             "kl_router.model.probe.neighbours: neighbours have no weights for stage 2 to train; leave it out, or stay with"
             " stage 1 (`dmr materialize kl_router`, or a study)"
         )
+    if section.branch_groups and section.group_size < len(rollouts.route):
+        raise UserError(
+            f"grpo_router.group_size: {section.group_size}, but a group that branches deals each of the {len(rollouts.route)}"
+            " routed rungs to a member at least"
+        )
     scorer = Scorer(rollouts, start.pass_bytes, section)
     settings = settings_at_ratio(start, scorer, validation, context.scratch)
     start = replace(start, settings=settings)

@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field, JsonValue, SerializeAsAny, Validati
 from dmr_pipeline.environments.benchmark import benchmark_of
 from dmr_pipeline.errors import UserError, problems_of
 from dmr_pipeline.recipe import Recipe
+from dmr_pipeline.recipe.across import problems_across
 from dmr_pipeline.recipe.benchmark import Games, games_of_a_benchmark
 from dmr_pipeline.recipe.evaluation import OracleName, RuleName
 from dmr_pipeline.recipe.fields import Count, Name, Ratio, Section, Seed
@@ -35,9 +36,13 @@ class Variant(Section):
     )
 
     def problems(self) -> Iterator[tuple[str, str]]:
-        for section in self.changes:
+        for section, changes in self.changes.items():
             if section not in CHANGEABLE:
                 yield "changes", f"{section!r}: a variant may change {', '.join(CHANGEABLE)}"
+            elif section == "grpo_router" and self.stage == "kl_router":
+                yield "changes", "'grpo_router' changes nothing of the router of stage 1: set stage to grpo_router"
+            if section in SEEDED and "seed" in changes:
+                yield "changes", f"{section}.seed is each of the study's `seeds` in turn: leave it out"
 
 
 def _games_or_none(content: Any) -> Section | None:  # noqa: ANN401 - what a file holds
@@ -47,7 +52,7 @@ def _games_or_none(content: Any) -> Section | None:  # noqa: ANN401 - what a fil
 class Study(Section):
     """A file in `studies/`."""
 
-    recipe: Name = Field(description="whose artifacts the study starts from")
+    recipe: str = Field(description="whose artifacts the study starts from")
     routers: dict[Name, Variant] = Field(
         default_factory=dict,
         description="name -> how it is trained; without any the study is of rules, and trains nothing",
@@ -92,7 +97,7 @@ class Study(Section):
         description="of the order in which these games tell what they list: another one than in the games that all was trained"
         " and tuned on; as they are by default",
     )
-    step_limit: Count | None = Field(
+    step_limit: Annotated[int, Field(ge=3)] | None = Field(
         None, description="of these games: another one than all was trained and tuned at; the recipe's by default"
     )
     validation_games: Count | None = Field(None, description="that policies are tuned on; all by default")
@@ -150,7 +155,7 @@ def ladder_recipe(study: Study) -> Recipe:
         return base
     content = base.model_dump(mode="json")
     content["precisions"] = _merged(content["precisions"], study.precisions)
-    return _recipe(content | {"name": LADDER})
+    return _recipe(base, content | {"name": LADDER})
 
 
 def games_recipe(study: Study) -> Recipe | None:
@@ -172,18 +177,24 @@ def variant_recipe(study: Study, name: str, seed: int) -> Recipe:
         content[section] = _merged(content[section], changes)
     for section in SEEDED:
         content[section]["seed"] = seed
-    return _recipe(content | {"name": f"{name}-{seed}"}, f"routers.{name}.changes: ")
+    return _recipe(base, content | {"name": f"{name}-{seed}"}, f"routers.{name}.changes: ")
 
 
-def _recipe(content: dict[str, JsonValue], where: str = "") -> Recipe:
+def _recipe(base: Recipe, content: dict[str, JsonValue], where: str = "") -> Recipe:
     """
     Args:
+        base: the recipe of which some keys were changed.
         where: what was changed stands in the study's file, if not where the recipe has it.
     """
     try:
-        return Recipe.model_validate(content)
+        recipe = Recipe.model_validate(content)
     except ValidationError as error:
         raise UserError(f"{where}{'; '.join(problems_of(error))}") from error
+    # In what was dumped and read again every number counts as written by somebody, those that are defaults too.
+    old = set(problems_across(dict(Recipe.model_validate(base.model_dump(mode="json")))))
+    if new := [line for line in problems_across(dict(recipe)) if line not in old]:
+        raise UserError(f"{where}{'; '.join(new)}")
+    return recipe
 
 
 def _merged(old: JsonValue, new: JsonValue) -> JsonValue:

@@ -4,7 +4,7 @@ another study's, is what it would make."""
 
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import link
 from pathlib import Path
@@ -16,6 +16,7 @@ from dmr_pipeline.artifacts.manifest import MANIFEST, Manifest, verify
 from dmr_pipeline.artifacts.materialize import kept_folder, materialize_stage
 from dmr_pipeline.artifacts.provenance import provenance
 from dmr_pipeline.artifacts.stage import Stage
+from dmr_pipeline.errors import UserError
 from dmr_pipeline.pipeline import STAGES, find_stage
 from dmr_pipeline.recipe import Recipe
 from dmr_pipeline.recipe.reading import load_recipe
@@ -56,6 +57,7 @@ def make(study: Study, data_root: Path, folder: Path) -> Made:
     # An agent that lies in Git comes without the games that it was trained on. Under the study's own name they would be other
     # inputs than that agent's, and another one would be trained.
     materialize_stage(find_stage(TASKS, STAGES), load_recipe(study.recipe), data_root)
+    _refuse_stale(load_recipe(study.recipe), ["agent"] if study.precisions else ["agent", CHECKPOINTS], data_root)
     recipe = ladder_recipe(study)
     own = folder if study.precisions else data_root
     if study.precisions:
@@ -68,6 +70,17 @@ def make(study: Study, data_root: Path, folder: Path) -> Made:
         None if of_games is None else _make(TASKS, of_games, study, data_root, folder),
         _train(study, data_root, folder),
     )
+
+
+def _refuse_stale(recipe: Recipe, names: Sequence[str], data_root: Path) -> None:
+    """Routers would be trained on what the recipe says now, and play with what it said then."""
+    for name in names:
+        stage, folder = find_stage(name, STAGES), artifact_folder(name, recipe.name, data_root)
+        inputs = {other: verify(artifact_folder(other, recipe.name, data_root)).hash for other in stage.inputs}
+        if difference := provenance(stage, recipe, inputs).difference(verify(folder).manifest):
+            raise UserError(
+                f"{folder} is not what the recipe says now ({difference}): `dmr ladder {recipe.name}` makes it again"
+            )
 
 
 def _make_ladder(study: Study, recipe: Recipe, data_root: Path, folder: Path) -> None:

@@ -59,6 +59,13 @@ def _table(results: Results, page: Path) -> str:
 def _which(results: Results) -> str:
     """Which games were played at the end."""
     study = results.study
+    order = "" if study.reworded is None else ", which list what is seen in another order"
+    limit = "" if study.step_limit is None else f", of at most {study.step_limit} steps"
+    return f"{_of_seeds(results)}{order}{limit}"
+
+
+def _of_seeds(results: Results) -> str:
+    study = results.study
     if study.benchmark is None and not results.fresh:
         return "games of the test split"
     if study.benchmark is None:

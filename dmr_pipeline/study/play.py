@@ -11,6 +11,7 @@ from rich.progress import Progress
 from dmr_pipeline.environments.base import Task
 from dmr_pipeline.environments.benchmark import Benchmark, benchmark_of
 from dmr_pipeline.environments.reworded import RewordedTask
+from dmr_pipeline.errors import UserError
 from dmr_pipeline.evaluation.curves import CURVES, RULE, SETTINGS, oracles, play_curves, tunables
 from dmr_pipeline.evaluation.kept import KeptTables
 from dmr_pipeline.evaluation.play import Arena, Entry, acting_facts, content, evaluate, static_beside_the_route
@@ -55,7 +56,7 @@ def play_study(
     if study.first_game:
         on_fresh = on_fresh.under(first_game=study.first_game)
     if study.reworded is not None:
-        fresh = [RewordedTask(game, study.reworded) for game in fresh]
+        fresh = _reworded(fresh, study.reworded)
         on_fresh = on_fresh.under(reworded=study.reworded)
     at_work = recipe.with_step_limit(study.step_limit or (study.benchmark or recipe.benchmark).step_limit)
     others = static_beside_the_route(checkpoints, at_work, fresh, on_fresh)
@@ -103,6 +104,21 @@ def _games(study: Study, own: Benchmark[Games], tasks: Path, games: Path | None)
         return list(benchmark_of(study.benchmark).read_tasks(games, "test", study.games))
     fresh = own.fresh_tasks(study.first_game + study.games)[study.first_game :]
     return list(fresh) or list(own.read_tasks(tasks, "test", study.games))
+
+
+def _reworded(games: Sequence[Task], seed: int) -> list[Task]:
+    """
+    Raises:
+        UserError: they read as before, so that the study would show what it does not.
+    """
+    others = [RewordedTask(game, seed) for game in games]
+    some = list(zip(games, others, strict=True))[:20]
+    if all(game.episode().first_observation() == other.episode().first_observation() for game, other in some):
+        raise UserError(
+            'reworded: none of these games lists anything after "you see" when it begins, so that they would read as they are;'
+            " leave it out"
+        )
+    return list(others)
 
 
 def _untuned(

@@ -28,8 +28,9 @@ def add_adapter(model: PreTrainedModel, lora: Lora, seed: int) -> PeftModel:
     `get_base_model` of what comes back is the model, which learns as before, under autocast.
 
     Raises:
-        UserError: a target is no linear layer of the model.
+        UserError: a target is no linear layer of the model, or one whose weights another layer has too.
     """
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     torch.manual_seed(seed)  # A is drawn, B is 0
     config = LoraConfig(task_type="CAUSAL_LM", r=lora.rank, lora_alpha=lora.alpha, target_modules=lora.target_modules)
     try:
@@ -37,6 +38,11 @@ def add_adapter(model: PreTrainedModel, lora: Lora, seed: int) -> PeftModel:
     except ValueError as error:
         raise UserError(f"agent.finetune.lora.targets: {' '.join(str(error).split())[:300]}") from error
     for layer in _adapted_layers(adapted):
+        if embedding.weight is head.weight and layer.get_base_layer() in (embedding, head):
+            raise UserError(
+                "agent.finetune.lora.targets: the model's head is its embedding, and an adapter of one would be merged into both:"
+                f" name neither (they are {list(lora.targets)})"
+            )
         layer.cast_input_dtype_enabled = False  # autocast does it, without a copy in float32
     return adapted
 

@@ -116,7 +116,7 @@ def train(
     """
     state = _State(0, [], [])
     saved = scratch / "training.pt"
-    content = load_state(saved, device)
+    content = load_state(saved)
     if content is not None:
         with torch.no_grad():
             for name, parameter in trained_weights(model).items():
@@ -124,6 +124,7 @@ def train(
         for optimizer, saved_state in zip(optimizers, content["optimizers"], strict=True):
             optimizer.load_state_dict(saved_state)
         state = _State(content["update"], [Example(**example) for example in content["own"]], content["log"])
+    del content
     piece = TOKENS_AT_ONCE[device.type]
 
     def learn_in(most_tokens: int) -> tuple[float, float]:

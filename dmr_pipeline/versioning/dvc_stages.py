@@ -112,6 +112,23 @@ def check_rendered(stages: Sequence[Stage], recipes: Sequence[str], file: Path =
         raise UserError(f"{file} is not what the pipeline table and {RECIPE_FOLDER}/ say: run `dmr render`")
 
 
+def check_recipe_rendered(stages: Sequence[Stage], recipe: str, file: Path = DVC_FILE) -> None:
+    """Compare what `dvc.yaml` says of one recipe with the table: others may be new, changed or gone while its stages run.
+
+    Raises:
+        UserError: it differs.
+    """
+    wanted = yaml.safe_load(render(stages, [recipe]))["stages"]
+    try:
+        written = yaml.safe_load(file.read_bytes())["stages"]
+        there = {name: {**written[name], "matrix": {"recipe": [recipe]}} for name in wanted}
+        listed = all(recipe in written[name]["matrix"]["recipe"] for name in wanted)
+    except (OSError, yaml.YAMLError, LookupError, TypeError):
+        there, listed = {}, False
+    if there != wanted or not listed:
+        raise UserError(f"{file} is not what the pipeline table says of {recipe}: run `dmr render`")
+
+
 def lock_entry(stage: Stage, recipe: str) -> Mapping[str, Any] | None:
     """What `dvc.lock` records of a stage; None where it has no entry.
 
@@ -154,6 +171,11 @@ def _expected_item(folder: Path, md5: str) -> dict[str, str | int]:
     return {"path": folder.as_posix(), "hash": "md5", "md5": md5, "size": sum(sizes), "nfiles": len(sizes)}
 
 
+def inside_repro() -> bool:
+    """Whether `dvc repro` has started this command: it brings the stage's inputs itself, and records what comes of it."""
+    return "DVC_STAGE" in os.environ
+
+
 def commit(stage: Stage, recipe: str, *, rebuilt: bool, artifact: Artifact) -> bool:
     """Record a materialised artifact in DVC; True where there was something to record. As `dvc commit` does, to the byte, but a
     kill at any moment leaves the old `dvc.lock` or the new one, an object of the cache that is damaged is replaced, and
@@ -164,7 +186,7 @@ def commit(stage: Stage, recipe: str, *, rebuilt: bool, artifact: Artifact) -> b
     Raises:
         UserError: DVC refuses; its reason is in the message. Or the artifact was changed meanwhile.
     """
-    if "DVC_STAGE" in os.environ:
+    if inside_repro():
         return False
     if not rebuilt and is_committed(stage, recipe, artifact):
         return False

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from dmr_pipeline.artifacts.folders import DATA_ROOT, artifact_folder
 from dmr_pipeline.artifacts.manifest import folder_hash, hash_files
+from dmr_pipeline.recipe.reading import load_recipe
 
 
 @contextmanager
@@ -14,7 +15,7 @@ def trained_router(recipe: str, wanted: str, data_root: Path = DATA_ROOT) -> Ite
     """A folder with the artifact of this hash: the present one, or a restored one for as long as needed.
 
     Raises:
-        UserError: it is neither there, nor in DVC's cache, nor in its remote.
+        UserError: it is neither there, nor in DVC's cache, nor in the recipe's remote.
     """
     present = artifact_folder("grpo_router", recipe, data_root)
     if present.is_dir() and folder_hash(hash_files(present)) == wanted:
@@ -24,5 +25,5 @@ def trained_router(recipe: str, wanted: str, data_root: Path = DATA_ROOT) -> Ite
 
     with tempfile.TemporaryDirectory(prefix=".restored-", dir=present.parent) as folder:  # no further disk is needed
         restored = Path(folder) / present.name
-        dvc_objects.restore(wanted, restored)
+        dvc_objects.restore(wanted, restored, load_recipe(recipe).versioning.remote)
         yield restored

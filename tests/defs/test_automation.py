@@ -19,8 +19,8 @@ from dmr_pipeline.defs.automation import (
     INGEST_TAG,
     PARTITION_TAG,
     RETRAIN_TAG,
-    new_trajectories,
-    weekly_retraining,
+    build_trajectory_sensor,
+    build_weekly_schedule,
 )
 from dmr_pipeline.ingestion.schema import EXAMPLE
 from dmr_pipeline.recipe import Recipe
@@ -28,6 +28,7 @@ from tests.helpers.fake_project import RECIPE, SUMMARIES, fake_run
 
 INCOMING = Path("data/incoming") / RECIPE
 TABLE = pipeline.STAGES
+new_trajectories, weekly_retraining = build_trajectory_sensor([RECIPE]), build_weekly_schedule([RECIPE])
 
 
 def with_real_ingestion() -> tuple[Stage, ...]:
@@ -63,9 +64,9 @@ def drop(name: str, episode_id: str, steps: int = 2, folder: Path = INCOMING) ->
     return path
 
 
-def tick(instance: dg.DagsterInstance) -> list[dg.RunRequest] | str:
+def tick(instance: dg.DagsterInstance, *others: str) -> list[dg.RunRequest] | str:
     """What one evaluation of the sensor asks for, or why it asks for nothing."""
-    result = new_trajectories(dg.build_sensor_context(instance=instance))
+    result = build_trajectory_sensor([RECIPE, *others])(dg.build_sensor_context(instance=instance))
     if isinstance(result, dg.SkipReason):
         return result.skip_message or ""
     return list(result.run_requests or [])
@@ -138,7 +139,9 @@ def test_from_a_dropped_file_to_one_retraining(instance: dg.DagsterInstance):
     (request,) = tick(instance)
     assert (request.job_name, request.partition_key) == ("retrain", RECIPE)
     run_of(instance, request, dg.DagsterRunStatus.FAILURE)
-    assert "started already" in tick(instance), "a retraining that fails is for a person to look at"
+    reason = tick(instance)
+    assert "their retraining failed (run " in reason, "one that fails is for a person to look at"
+    assert "start the job `retrain`" in reason
 
     runs.materialize(pipeline.STAGES, RECIPE, ["sensitivity_dataset"])
     assert "0 new steps" in tick(instance)
@@ -152,6 +155,17 @@ def test_a_retraining_is_started_again_for_what_comes_later(instance: dg.Dagster
         assert request.tags[RETRAIN_TAG]
         run_of(instance, request, dg.DagsterRunStatus.SUCCESS)
         runs.materialize(pipeline.STAGES, RECIPE, ["sensitivity_dataset"])
+
+
+def test_a_recipe_that_came_after_dagster_read_them_is_named_and_stops_no_other(instance: dg.DagsterInstance):
+    later = Path("recipes/later.yaml")
+    later.write_text(Path(f"recipes/{RECIPE}.yaml").read_text())
+    drop("a.jsonl", "one", folder=INCOMING.parent / "later")
+    assert "later: its recipe is newer than Dagster's list of them" in tick(instance)
+    drop("a.jsonl", "two")
+    assert [request.partition_key for request in tick(instance)] == [RECIPE]
+    (skipped,) = weekly_retraining(dg.build_schedule_context(instance))
+    assert "later: its recipe is newer" in (skipped.skip_message or "")
 
 
 def test_the_schedule_retrains_where_steps_are_new(instance: dg.DagsterInstance):
@@ -180,6 +194,11 @@ def test_nothing_is_started_beside_a_retraining(instance: dg.DagsterInstance, st
     for run in instance.get_runs():
         instance.report_run_canceled(run)
     assert [request.job_name for request in tick(instance)] == ["retrain"]
+    create_run_for_test(instance, job_name="ingest", tags={PARTITION_TAG: RECIPE}, status=dg.DagsterRunStatus.STARTED)
+    (skipped,) = weekly_retraining(dg.build_schedule_context(instance))
+    assert "of the job `ingest` has not ended" in (skipped.skip_message or "")
+    for run in instance.get_runs(dg.RunsFilter(job_name="ingest")):
+        instance.report_run_canceled(run)
     assert [request.partition_key for request in weekly_retraining(dg.build_schedule_context(instance))] == [RECIPE]
 
 
@@ -224,11 +243,11 @@ def test_a_damaged_manifest_of_the_labels_holds_no_ingestion_up(instance: dg.Dag
 def test_misplaced_files_and_bad_recipes_are_named_and_stop_nothing(instance: dg.DagsterInstance):
     drop("lost.jsonl", "one", folder=INCOMING.parent)
     Path("recipes/broken.yaml").write_text("benchmark: 1\n")
-    reason = tick(instance)
+    reason = tick(instance, "broken")
     assert "data/incoming/lost.jsonl" in reason
     assert "broken.yaml" in reason
     drop("a.jsonl", "two")
-    assert [request.partition_key for request in tick(instance)] == [RECIPE]
+    assert [request.partition_key for request in tick(instance, "broken")] == [RECIPE]
 
 
 def test_a_damaged_manifest_is_named_and_stops_no_other_recipe(instance: dg.DagsterInstance):

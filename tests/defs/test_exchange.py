@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from unittest.mock import Mock
 
 import dagster as dg
 import pytest
@@ -14,9 +15,10 @@ from dmr_pipeline import pipeline
 from dmr_pipeline.artifacts.folders import artifact_folder
 from dmr_pipeline.artifacts.manifest import hash_files, verify
 from dmr_pipeline.cli import app
-from dmr_pipeline.defs import runs
+from dmr_pipeline.defs import exchange, runs
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.ingestion.schema import EXAMPLE
+from dmr_pipeline.summaries import IngestedSummary
 from dmr_pipeline.versioning import dvc_stages
 from tests.helpers.fake_project import RECIPE, commit_agent, dvc, enter_project, make_project
 
@@ -98,6 +100,77 @@ def test_a_clone_whose_instance_is_new_goes_on_with_the_history_of_dvc_lock(
     monkeypatch.setenv("DAGSTER_HOME", str(machines["second"] / "dagster_home"))
     runs.materialize(stages, RECIPE, ["benchmark_tasks", INGESTION.name])
     assert verify(artifact_folder(INGESTION.name, RECIPE)).hash == before.hash
+
+
+def drop(name: str) -> Path:
+    incoming = Path("data/incoming") / RECIPE
+    incoming.mkdir(parents=True, exist_ok=True)
+    (incoming / f"{name}.jsonl").write_text(json.dumps({**EXAMPLE, "episode_id": name}) + "\n")
+    return incoming / f"{name}.jsonl"
+
+
+def ingest() -> int:
+    """Returns the number of episodes that there are."""
+    stages = tuple(INGESTION if stage.name == INGESTION.name else stage for stage in pipeline.STAGES)
+    if not artifact_folder("benchmark_tasks", RECIPE).is_dir():
+        runs.materialize(stages, RECIPE, ["benchmark_tasks"])
+    runs.materialize(stages, RECIPE, [INGESTION.name])
+    summary = verify(artifact_folder(INGESTION.name, RECIPE)).manifest.summary
+    return IngestedSummary.model_validate(summary).episodes
+
+
+def break_off_a_push(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `two` holds is ingested, and a run dies before that is sent to the remote and recorded."""
+    dropped = drop("two")
+    with monkeypatch.context() as patched:
+        patched.setattr(exchange, "push", Mock(side_effect=UserError("no route to the remote")))
+        with pytest.raises(UserError, match="no route"):
+            ingest()
+    assert not dropped.exists()
+
+
+def test_what_was_ingested_outlives_a_push_that_fails(
+    machines: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drop("one")
+    assert ingest() == 1
+    break_off_a_push(monkeypatch)
+    with pytest.raises(
+        UserError, match=r"ingested_trajectories has grown here, .*`dmr materialize ingested_trajectories"
+    ):
+        runs.materialize(
+            pipeline.STAGES, RECIPE, ["agent", "quantized_checkpoints", "trajectories", "sensitivity_dataset"]
+        )
+    assert ingest() == 2
+    work_on(machines["second"], machines, monkeypatch)
+    assert ingest() == 2, "it comes from the remote"
+
+
+def test_a_history_that_grew_on_two_machines_is_not_chosen_from(
+    machines: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drop("one")
+    assert ingest() == 1
+    break_off_a_push(monkeypatch)
+    work_on(machines["second"], machines, monkeypatch)
+    drop("three")
+    assert ingest() == 2
+    work_on(machines["first"], machines, monkeypatch)
+    with pytest.raises(UserError, match="and on another machine since"):
+        ingest()
+    shutil.rmtree(artifact_folder(INGESTION.name, RECIPE))
+    drop("two")
+    assert ingest() == 3
+
+
+def test_inside_dvc_repro_nothing_is_exchanged(machines: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """DVC records the stage once its command has ended: before, there is nothing to send."""
+    monkeypatch.setenv("DVC_STAGE", "benchmark_tasks@fake")
+    runs.materialize(pipeline.STAGES, RECIPE, ["benchmark_tasks"])
+    assert not (machines["first"].parent / "store").exists()
+    monkeypatch.delenv("DVC_STAGE")
+    runs.materialize(pipeline.STAGES, RECIPE, ["benchmark_tasks"])
+    assert any((machines["first"].parent / "store").rglob("*.dir"))
 
 
 def test_pull_needs_a_remote(machines: dict[str, Path]):

@@ -10,7 +10,7 @@ import pytest
 from dmr_pipeline import pipeline
 from dmr_pipeline.artifacts.folders import artifact_folder
 from dmr_pipeline.defs import runs
-from dmr_pipeline.defs.automation import new_trajectories
+from dmr_pipeline.defs.automation import build_trajectory_sensor
 from dmr_pipeline.environments.benchmark import benchmark_of
 from dmr_pipeline.ingestion.stored import read_ingested
 from dmr_pipeline.recipe.reading import load_recipe
@@ -38,7 +38,7 @@ YAML = RECIPE_YAML.replace("router_train: 4", f"router_train: {GAMES}").replace(
 
 def tick(instance: dg.DagsterInstance) -> str:
     """The job that the sensor asks for."""
-    result = new_trajectories(dg.build_sensor_context(instance=instance))
+    result = build_trajectory_sensor(["micro"])(dg.build_sensor_context(instance=instance))
     assert isinstance(result, dg.SensorResult), result
     (request,) = result.run_requests or []
     assert request.partition_key == "micro"

@@ -278,6 +278,8 @@ ALFWORLD: list[tuple[str, dict[str, object], str]] = [
      f"{G}beta: a penalty to the router of stage 1, in whose place new weights start"),
     ("advantages-of-draws", {K + "target": "advantage", "agent.temperature": 0.5},
      f"{K}target: advantages are of the steps at which the rungs' greedy actions differ"),
+    ("branches-of-draws", {G + "branch_groups": 1, "agent.temperature": 0.5},
+     f"{G}branch_groups: members that branch go the same way up to there, and actions are drawn"),
     ("few-branches", {P + "route": ["float", "int4", "int2"], G + "branch_groups": 1, G + "group_size": 2},
      f"{G}group_size: 2, but a group that branches deals each of the 3 routed rungs"),
     ("gated-weight", {G + "cost_weight": 1.5}, f"{G}cost_weight: 1.5: with the gated reward"),

@@ -74,5 +74,6 @@ TEXTS: list[tuple[str, bytes, str]] = [
 ]  # fmt: skip
 BAD_NAMES = [
     "", ".", "..", "../x", "x/y", "/etc/passwd", "X", "-x", ".x", "_x", "x y", "x;ls", "$(ls)", "`ls`", "x\n", "x\0", "é",
-    "a" * 101, "a" * 5000, "\x1b[31m", "1e3", "12", "0x1f", "0o17", "1.5", "1_000", "incoming", "official", "*", "x{y}", "#x",
+    "a" * 101, "a" * 5000, "\x1b[31m", "1e3", "12", "0x1f", "0o17", "1.5", "1_000", "incoming", "official", "scratch",
+    "*", "x{y}", "#x",
 ]  # fmt: skip

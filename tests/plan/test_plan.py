@@ -262,7 +262,7 @@ def test_learning_is_timed_with_its_own_threads(monkeypatch: pytest.MonkeyPatch)
 def test_a_model_that_is_too_large_is_tried_with_fewer_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     config = llama(8, tie_word_embeddings=True)
     layer = (weights_gone_through(config, torch.float32) - 4 * (50 * 32 + 32)) // 8
-    few, share = speed._few_layers(config, torch.float32, free=4 * (4 * (50 * 32 + 32) + 3 * layer))
+    few, share = speed._few_layers(config, torch.float32, most=4 * (50 * 32 + 32) + 3 * layer)
     assert few.num_hidden_layers == 2
     assert share == pytest.approx((4 * (50 * 32 + 32) + 2 * layer) / (4 * (50 * 32 + 32) + 8 * layer))
 
@@ -270,7 +270,7 @@ def test_a_model_that_is_too_large_is_tried_with_fewer_layers(monkeypatch: pytes
 @pytest.mark.parametrize("kind", ["gemma3", "falcon-h1", "mamba"])
 def test_kinds_of_layers_are_as_many_as_the_layers(kind: str) -> None:
     """Whether the config lists them or makes them of the number of layers."""
-    few, share = speed._few_layers(KINDS[kind](), torch.float32, free=1)
+    few, share = speed._few_layers(KINDS[kind](), torch.float32, most=1)
     assert few.num_hidden_layers == len(few.layer_types) == 1
     assert 0 < share < 1
 

@@ -15,7 +15,7 @@ from dmr_pipeline.recipe.grpo_router import GrpoRouter
 from dmr_pipeline.rollout.cost import reward
 from dmr_pipeline.rollout.policy import Draft
 from dmr_pipeline.rollout.trajectory import RolloutRequest
-from dmr_pipeline.router.grpo_trainer import Rollout, RoutingTrainer, routing_log_probs
+from dmr_pipeline.router.grpo_trainer import Rollout, RoutingTrainer, routing_log_probs, training_arguments
 from dmr_pipeline.router.model import (
     Router,
     RoutingSequence,
@@ -109,6 +109,11 @@ def test_probabilities_are_those_that_were_sampled_from(route: tuple[str, ...]) 
         assert entropies[row, columns].tolist() == pytest.approx((-p * np.log(p)).sum(1).tolist(), abs=1e-4)
         others = ~torch.isin(ids[row, 1:], torch.tensor(router.settings.columns))
         assert not log_probabilities[row, others].any()
+
+
+def test_one_gpu_of_several_is_used(tmp_path: Path) -> None:
+    """trl refuses a process that would use more, and takes all that it sees if nobody says otherwise."""
+    assert training_arguments(section(updates=1), tmp_path, CPU).n_gpu == 1
 
 
 def test_one_step_bandit_is_reinforce_with_the_groups_mean_as_baseline(tmp_path: Path) -> None:

@@ -1,9 +1,11 @@
 """The probe router: what it reads, what it costs, and that it learns."""
 
+import copy
 import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -247,6 +249,29 @@ def test_iterations_are_clipped_steps_on_the_same_episodes(tmp_path: Path) -> No
 def test_a_layer_that_the_agent_has_not_is_refused() -> None:
     with pytest.raises(UserError, match=r"probe.layers: \[3\], but the agent has 2"):
         new_router(RouterModel(probe=Probe(layers=(3,))), ROUTE, TOKENIZER, 0, CPU, AGENTS["int2"])
+
+
+def test_an_agent_whose_text_config_lies_in_another_one_has_probes() -> None:
+    agent = copy.copy(AGENTS["int2"])
+    text = agent.config
+    agent.config = Mock(spec=["get_text_config"], get_text_config=lambda: text)
+    router = new_router(RouterModel(probe=Probe(layers=(1, 2))), ROUTE, TOKENIZER, 0, CPU, agent)
+    assert router.model.config.state_width == 2 * text.hidden_size
+
+
+def test_features_are_read_of_episodes_as_long_as_the_agent_has_positions() -> None:
+    """The routing tokens are none of its own."""
+    models = {rung: AGENTS[rung] for rung in ROUTE}
+    router = new_probe(scale=3.0)
+    bare = [replace(sequence_of_trajectory(played, router), features=None) for played in play_with(router)]
+    wanted = with_features(router, bare, 3, sharing=models)
+    longest = max(len(s.tokens) - len(s.positions) for s in bare)
+    agents = {rung: copy.copy(agent) for rung, agent in models.items()}
+    for agent in agents.values():
+        agent.config = copy.copy(agent.config)
+        agent.config.max_position_embeddings = longest
+    for found, other in zip(with_features(router, bare, 3, sharing=agents), wanted, strict=True):
+        torch.testing.assert_close(found.features, other.features)
 
 
 def test_beta_is_refused() -> None:

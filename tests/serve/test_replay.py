@@ -12,7 +12,7 @@ from dmr_pipeline.cli.router import router as router_commands
 from dmr_pipeline.environments.alfworld.generator import generate_game
 from dmr_pipeline.environments.base import Task
 from dmr_pipeline.errors import UserError
-from dmr_pipeline.ingestion.schema import LoggedEpisode
+from dmr_pipeline.ingestion.schema import EXAMPLE, LoggedEpisode
 from dmr_pipeline.recipe.reading import load_recipe
 from dmr_pipeline.rollout.playing import Rollouts
 from dmr_pipeline.rollout.trajectory import RolloutRequest
@@ -20,7 +20,7 @@ from dmr_pipeline.serve import release as releases
 from dmr_pipeline.serve.deciders import decider_of
 from dmr_pipeline.serve.journal import episode_of
 from dmr_pipeline.serve.local import Ask, LocalAgents
-from dmr_pipeline.serve.replay import is_usable, logged_run
+from dmr_pipeline.serve.replay import is_usable, logged_episodes, logged_run
 from dmr_pipeline.serve.requests import Which
 from dmr_pipeline.serve.service import Service
 from dmr_pipeline.serve.sessions import Budget, Session
@@ -121,6 +121,15 @@ def test_a_budget_of_the_session_would_have_held_the_target_too(served_project: 
     run = logged_run(episode, LocalAgents(rollouts, slots=1), decider_of(router, 1, 2), router)
     assert run.target.tolist() == [[0, 1], [0, 1], [1, 0], [0, 1], [1, 0]]
     assert run.ratios.tolist() == [1.0] * 5
+
+
+def test_files_that_would_not_be_ingested_are_no_log(served_project: Path) -> None:
+    incoming = served_project / "data/incoming" / SERVED
+    incoming.mkdir(parents=True, exist_ok=True)
+    for name in ("once", "again"):
+        (incoming / f"{name}.jsonl").write_text(json.dumps(EXAMPLE) + "\n")
+    found = logged_episodes(load_recipe(SERVED), served_project / "data")
+    assert [episode.episode_id for episode in found] == [EXAMPLE["episode_id"]]
 
 
 def replace_reason(episode, reason: str):

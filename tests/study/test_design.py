@@ -85,6 +85,24 @@ def test_committed_studies_are_right(path: Path) -> None:
             "{agent_train: 1, router_train: 1, validation: 1, test: 1}}",
             "first_game: is of fresh games",
         ),
+        ("step_limit: 2", "step_limit: "),
+        (
+            "routers: {a: {changes: {grpo_router: {updates: 3}}}}",
+            "'grpo_router' changes nothing of the router of stage 1",
+        ),
+        ("routers: {a: {changes: {kl_router: {seed: 7}}}}", "kl_router.seed is each of the study's `seeds` in turn"),
+        (
+            "routers: {a: {changes: {kl_router: {target: consequence}}}}",
+            "routers.a.changes: kl_router.target: consequence needs steps that were swapped",
+        ),
+        (
+            "routers: {a: {stage: grpo_router, changes: {grpo_router: {beta: 0.1}}}}",
+            "routers.a.changes: grpo_router.beta: trl reloads the reference as a causal LM, which a probe is not",
+        ),
+        (
+            "routers: {a: {changes: {kl_router: {validation_games: 5000}}}}",
+            "routers.a.changes: kl_router.validation_games: 5,000 games, but benchmark.splits.validation has",
+        ),
         ("recipe: webshop-tiny\nfirst_game: 5", "the tasks of webshop are a list, and none is fresh"),
     ],
 )

@@ -238,6 +238,28 @@ def test_a_target_that_fits_no_layer_is_refused_in_one_line() -> None:
         add_adapter(model, Lora(targets=("quark_proj",)), 0)
 
 
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_adapter_of_weights_that_two_layers_have_is_refused(target: str, tied: bool) -> None:
+    """It would be merged into both, which is another model than the one that was trained."""
+    model: PreTrainedModel = new_model(ARCHITECTURE, len(TOKENIZER), 1)
+    if tied:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    lora = Lora(targets=("q_proj", target))
+    if tied:
+        with pytest.raises(UserError, match=r"^agent.finetune.lora.targets: the model's head is its embedding"):
+            add_adapter(model, lora, 0)
+    else:
+        add_adapter(model, lora, 0)
+
+
+def test_an_adapter_upon_an_adapter_is_refused_before_it_is_trained(base: Path, tmp_path: Path) -> None:
+    first = tuned(base, tmp_path / "first") / "model"
+    with pytest.raises(UserError, match=r"agent.finetune.lora: .*first/out/model is an adapter itself"):
+        tuned(first, tmp_path / "second")
+    assert (tuned(first, tmp_path / "third", FINETUNE.model_copy(update={"lora": None})) / "model").is_dir()
+
+
 def test_equal_adapters_give_equal_bytes(tmp_path: Path) -> None:
     for name in "ab":
         adapted = add_adapter(

@@ -43,6 +43,8 @@ def test_a_dvc_yaml_that_is_no_text_is_not_what_the_table_renders(project: Recip
     dvc_stages.DVC_FILE.write_bytes(b"\xff\x00\xfe")
     with pytest.raises(UserError, match="run `dmr render`"):
         dvc_stages.check_rendered(pipeline.STAGES, [RECIPE])
+    with pytest.raises(UserError, match="run `dmr render`"):
+        dvc_stages.check_recipe_rendered(pipeline.STAGES, RECIPE)
 
 
 def test_dvc_reads_the_tables_edges(project: Recipe):
@@ -89,6 +91,19 @@ def test_a_code_version_makes_both_systems_stale(project: Recipe):
     assert differing == {"benchmark_tasks"}
     with pytest.raises(UserError, match="run `dmr render`"):
         dvc_stages.check_rendered(changed, [RECIPE])
+    with pytest.raises(UserError, match="run `dmr render`"):
+        dvc_stages.check_recipe_rendered(changed, RECIPE)
+
+
+@pytest.mark.parametrize("recipes", [["another", RECIPE], [RECIPE], ["alfworld-tiny", RECIPE]])
+def test_a_stage_asks_dvc_yaml_of_its_own_recipe_alone(project: Recipe, recipes: list[str]):
+    """Another one may be written while a stage of this one runs, for hours."""
+    dvc_stages.DVC_FILE.write_text(dvc_stages.render(pipeline.STAGES, recipes))
+    dvc_stages.check_recipe_rendered(pipeline.STAGES, RECIPE)
+    for name in set(recipes) - {RECIPE}:
+        dvc_stages.DVC_FILE.write_text(dvc_stages.render(pipeline.STAGES, [name]))
+        with pytest.raises(UserError, match=f"says of {RECIPE}: run `dmr render`"):
+            dvc_stages.check_recipe_rendered(pipeline.STAGES, RECIPE)
 
 
 def test_commit_records_what_dvc_then_calls_up_to_date(project: Recipe):
