@@ -1,8 +1,10 @@
 """The example of an own benchmark: its games by their rules, and the whole pipeline on it."""
 
 import importlib.util
+import logging
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -74,6 +76,22 @@ def test_tasks_are_read_as_they_were_made_and_no_two_splits_share_one(recipes: P
         assert list(benchmark.read_tasks(tmp_path, split, 3)) == list(tasks[:3])
     ids = [task.task_id for tasks in made.values() for task in tasks]
     assert len(set(ids)) == len(ids)
+
+
+def test_tasks_that_are_alike_but_for_their_ids_are_told(
+    recipes: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    benchmark = benchmark_of(load_recipe("corridor", recipes).benchmark)
+    with caplog.at_level(logging.WARNING):
+        benchmark.make_tasks(tmp_path)
+    before, expected = set[tuple[int, ...]](), []
+    for split in SPLITS:
+        places = [task.places for task in benchmark.read_tasks(tmp_path, split)]
+        expected.append((sum(its in before for its in places), len(places)))
+        before |= set(places)
+    told = [tuple(map(int, re.findall(r"\d+", record.message))) for record in caplog.records]
+    assert told == [counts for counts in expected if counts[0]]
+    assert expected[0][0] == 0 < expected[-1][0]
 
 
 def test_the_expert_takes_the_shortest_way(example: ModuleType) -> None:

@@ -1,5 +1,6 @@
 """Benchmarks whose tasks are drawn by seed, one after the other, and are pydantic models: the least to write down."""
 
+import logging
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -30,6 +31,7 @@ class TaskModel(BaseModel, ABC, frozen=True):
 
 
 T = TypeVar("T", bound=TaskModel)
+log = logging.getLogger(__name__)
 
 
 class SeededBenchmark(Benchmark[S], Generic[S, T]):
@@ -42,11 +44,21 @@ class SeededBenchmark(Benchmark[S], Generic[S, T]):
     def make_tasks(self, folder: Path) -> dict[str, Any]:
         from dmr_pipeline.environments.task_files import write_tasks
 
-        summary = {}
+        summary, told = {}, set[str]()
         for split in SPLITS:
             tasks = [self.draw(seed) for seed in split_seeds(self.settings, split)]
             write_tasks(tasks, folder / f"{split}.parquet")
             summary[split] = split_summary([task.task_type for task in tasks])
+            contents = [task.model_dump_json(exclude={"task_id"}) for task in tasks]
+            if known := sum(content in told for content in contents):
+                log.warning(
+                    "%d of the %d tasks of %s are, but for their ids, tasks of the splits before it: who has learned those by"
+                    " heart wins these; draw from more",
+                    known,
+                    len(tasks),
+                    split,
+                )
+            told.update(contents)
         return summary
 
     def read_tasks(self, folder: Path, split: str, limit: int | None = None) -> Sequence[TaskModel]:

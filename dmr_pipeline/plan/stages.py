@@ -324,7 +324,8 @@ def _agent_memory(recipe: Recipe, model: Model, episodes: Episodes, playing: int
 
 
 def disk(recipe: Recipe, model: Model, assumed: Assumptions) -> dict[str, int]:
-    """Bytes of each stage's artifact; DVC's cache holds them a second time where the disk cannot share blocks."""
+    """Bytes of each stage's artifact, and of its resume state; DVC's cache holds artifacts a second time where the disk cannot
+    share blocks."""
     splits, route = recipe.benchmark.splits, _route(recipe)
     steps = assumed.episodes.played(assumed.success)
     games = sum(getattr(splits, split) for split in type(splits).model_fields)
@@ -332,13 +333,15 @@ def disk(recipe: Recipe, model: Model, assumed: Assumptions) -> dict[str, int]:
     collected = int(behaviours * splits.router_train * steps)
     finetune = recipe.agent.finetune
     agent = model.parameters * (2 if recipe.agent.training else model.stored.itemsize)
+    learned = model.parameters if recipe.agent.imitation is not None else 0
     if finetune is not None and finetune.lora is not None:
-        width = finetune.lora.rank * (8 * model.hidden + 4 * model.feed_forward)
-        agent = 2 * model.layers * width
+        learned = model.layers * finetune.lora.rank * (8 * model.hidden + 4 * model.feed_forward)
+        agent = 2 * learned
+    by_gptq = sum(rung.rounding == "gptq" for rung in recipe.precisions.ladder)
     return {
         "benchmark_tasks": 300 * games,
-        "agent": agent,
-        "quantized_checkpoints": sum(rung.file for rung in model.rungs.values()),
+        "agent": agent + 24 * learned,  # weights and two moments in float32, the new state beside the old one
+        "quantized_checkpoints": sum(rung.file for rung in model.rungs.values()) + by_gptq * model.parameters,
         "trajectories": collected * STEP_BYTES // 5,
         "sensitivity_dataset": collected * STEP_BYTES // 15,
         "kl_router": 1_000_000,

@@ -52,6 +52,8 @@ from dmr_pipeline.training.train import new_model
 T = TypeVar("T")
 
 SETTINGS_FILE = "router.json"
+_MOST_STATES = 2**31
+"""Bytes of hidden states that are held at once in each process: a pass tells those of all layers."""
 
 
 class RouterSettings(FrozenModel):
@@ -323,7 +325,7 @@ def with_features(
     (`with_numbers`); those of other kinds as they are.
 
     Args:
-        batch: sequences in one forward pass.
+        batch: sequences in one forward pass, or as many as have `_MOST_STATES`.
         sharing: the agents of all rungs, dearest first, where they have one cache. Then features are what the probe's agent
             reads if it is asked at each step, and goes on from what those have read that acted.
         on_progress: called with the number of sequences that have just been read, where any have to be.
@@ -336,6 +338,8 @@ def with_features(
         bare = (probe_features(torch.empty(len(its), 0), its) for its in turns)
         return [replace(s, features=its) for s, its in zip(sequences, bare, strict=True)]
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i].tokens))
+    text = agent.config.get_text_config()
+    state_bytes = (text.num_hidden_layers + 1) * text.hidden_size * agent.dtype.itemsize  # of a token
 
     @torch.no_grad()
     def read_piece(indices: Sequence[int]) -> list[NDArray[np.float32]]:
@@ -359,7 +363,9 @@ def with_features(
             on_progress(len(piece))
             return found
 
-        return in_pieces(indices, batch, "episodes", read_and_tell)
+        longest = max((len(sequences[i].tokens) for i in indices), default=1)
+        rows = _MOST_STATES // (state_bytes * longest)
+        return in_pieces(indices, max(1, min(batch, rows)), "episodes", read_and_tell)
 
     found = dict(zip(order, gather(in_processes(read, scatter(order, processes), on_progress)), strict=True))
     return [replace(s, features=torch.from_numpy(found[i])) for i, s in enumerate(sequences)]

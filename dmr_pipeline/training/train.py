@@ -28,6 +28,7 @@ from dmr_pipeline.recipe.benchmark import Games
 from dmr_pipeline.recipe.model import Architecture
 from dmr_pipeline.recipe.runtime import Runtime
 from dmr_pipeline.rollout.engine import play_alone
+from dmr_pipeline.rollout.kv_cache.choice import positions_of
 from dmr_pipeline.rollout.prompts import Prompter
 from dmr_pipeline.training.examples import IGNORED, Example, demonstration_example, expert_example, relabelled_example
 
@@ -125,7 +126,7 @@ def train(
             optimizer.load_state_dict(saved_state)
         state = _State(content["update"], [Example(**example) for example in content["own"]], content["log"])
     del content
-    piece = TOKENS_AT_ONCE[device.type]
+    piece, room = TOKENS_AT_ONCE[device.type], positions_of(model.config)
 
     def learn_in(most_tokens: int) -> tuple[float, float]:
         nonlocal piece
@@ -149,7 +150,7 @@ def train(
                     state.log.append({"update": state.update, "success": success})
                 tokens, started = 0, time.perf_counter()
             rng = random.Random(f"agent-{training.seed}-{state.update}")
-            batch = _batch(tasks, prompter, training, benchmark, state, rng)
+            batch = _batch(tasks, prompter, training, benchmark, state, rng, room)
             model.train()
             # Of dropout, in models that have it, so that a resumed run is the same.
             torch.manual_seed(rng.getrandbits(63))
@@ -275,9 +276,14 @@ def _batch(
     benchmark: Games,
     state: _State,
     rng: random.Random,
+    room: int | None,
 ) -> list[Example]:
     """Single-step demonstrations alone at first; then a few of them, expert episodes and, once there are some, the agent's own
-    episodes, these up to a number of tokens, since a failing agent's are long."""
+    episodes, these up to a number of tokens, since a failing agent's are long.
+
+    Args:
+        room: tokens that the model has positions for, where that is known; an expert's episode of more is left out.
+    """
     if state.update < training.looks_alone_until:
         return [demonstration_example(rng.choice(tasks), prompter, rng) for _ in range(training.looks_per_update)]
     examples = [demonstration_example(rng.choice(tasks), prompter, rng) for _ in range(training.looks_per_update // 4)]
@@ -292,10 +298,11 @@ def _batch(
         if next(tries) > _TRIES * wanted:
             raise UserError(
                 f"the agent's short_steps: next to none of {_TRIES * wanted:,} expert episodes took {longest} steps"
-                " or fewer; give more steps, or set short_until to 0"
+                f" or fewer{f' and the {room:,} tokens that the model has positions for' if room else ''}; give more steps, or"
+                " set short_until to 0"
             )
         example = expert_example(rng.choice(tasks), prompter, benchmark.step_limit, training.mistake_rate, rng)
-        if example.steps <= longest:
+        if example.steps <= longest and (room is None or len(example.tokens) <= room):
             examples.append(example)
     return examples
 

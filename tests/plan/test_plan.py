@@ -11,6 +11,7 @@ import yaml
 from transformers import LlamaConfig, T5Config
 
 from dmr_pipeline.agent.checkpoint import save_causal_lm
+from dmr_pipeline.artifacts.resume import save_state
 from dmr_pipeline.environments.benchmark import benchmark_of
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.plan import machine, predict, speed
@@ -19,9 +20,9 @@ from dmr_pipeline.plan.predict import Plan, plan
 from dmr_pipeline.plan.speed import Speed, measured_speed, weights_gone_through
 from dmr_pipeline.plan.stages import Assumptions, Model, Need, Work, seconds, works
 from dmr_pipeline.recipe import Recipe
-from dmr_pipeline.recipe.agent import Agent, Prompt
+from dmr_pipeline.recipe.agent import Agent, Finetune, Prompt
 from dmr_pipeline.recipe.kl_router import Probe, RouterModel
-from dmr_pipeline.recipe.model import Pretrained
+from dmr_pipeline.recipe.model import Lora, Pretrained
 from dmr_pipeline.recipe.precisions import Rung
 from dmr_pipeline.recipe.sensitivity import Consequences
 from dmr_pipeline.rollout.prompts import Prompter
@@ -40,6 +41,10 @@ RECIPE = Recipe.model_validate({"name": "micro", **yaml.safe_load(RECIPE_YAML)})
 MODEL = Model(
     parameters=10_000, vocabulary=64, hidden=16, feed_forward=32, layers=2, dtype=torch.float32, stored=torch.float16,
     cached_numbers=64, capacity=512, rungs={}, on_gpu=False,
+)  # fmt: skip
+FINETUNE = Finetune(
+    updates=6, episodes_per_update=2, learning_rate=0.004, warmup_updates=2, dagger_from=4, dagger_every=2, dagger_episodes=2,
+    dagger_steps=4, dagger_tokens=100, mistake_rate=0.1,
 )  # fmt: skip
 STAGES = [
     "benchmark_tasks", "agent", "quantized_checkpoints", "trajectories", "sensitivity_dataset", "kl_router",
@@ -152,6 +157,32 @@ def test_the_plan_of_a_recipe() -> None:
     assert by_name["evaluation_report"].seconds > by_name["trajectories"].seconds > 0
     ladder = by_name["quantized_checkpoints"]
     assert 2.0 < ladder.disk / (found.parameters * 2) < 4.5, "float32, int4 and int2, with embeddings in float32"
+
+
+def test_the_disk_holds_what_trainings_are_resumed_from(tmp_path: Path) -> None:
+    """By what AdamW's state takes as it is written."""
+    model, saved = new_model(ARCHITECTURE, len(TOKENIZER), 0), tmp_path / "training.pt"
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(input_ids=torch.ones(1, 4, dtype=torch.long)).logits.sum().backward()
+    optimizer.step()
+    save_state(saved, {"model": dict(model.named_parameters()), "optimizers": [optimizer.state_dict()]})
+    folder = tmp_path / "base"
+    save_causal_lm(model, TOKENIZER, folder, torch.bfloat16)
+
+    def agents_disk(finetune: Finetune | None) -> int:
+        agent = Agent(pretrained=Pretrained(model=str(folder)), finetune=finetune, prompt=Prompt())
+        (need,) = (
+            n
+            for n in plan(RECIPE.model_copy(update={"agent": agent}), Path("data"), 0.9, SPEED).stages
+            if n.stage == "agent"
+        )
+        return need.disk
+
+    brought, whole = agents_disk(None), agents_disk(FINETUNE)
+    assert whole - brought == pytest.approx(2 * saved.stat().st_size, rel=0.1), (
+        "the new one is written beside the old one"
+    )
+    assert agents_disk(FINETUNE.model_copy(update={"lora": Lora(rank=1)})) < whole
 
 
 def test_more_games_take_longer_and_more_rows_more_memory() -> None:

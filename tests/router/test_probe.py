@@ -28,6 +28,7 @@ from dmr_pipeline.rollout.kv_cache.shared import SharedStreams
 from dmr_pipeline.rollout.prompts import Prompter
 from dmr_pipeline.rollout.reading import Reading
 from dmr_pipeline.rollout.trajectory import RolloutRequest, Trajectory
+from dmr_pipeline.router import model
 from dmr_pipeline.router.calibration import auroc
 from dmr_pipeline.router.grpo_trainer import Rollout, RoutingTrainer
 from dmr_pipeline.router.kl import train
@@ -127,6 +128,18 @@ def test_features_of_whole_sequences_are_those_of_acting(processes: int) -> None
         assert sequence.features is not None
         assert again.features is not None
         torch.testing.assert_close(again.features, sequence.features, atol=1e-3, rtol=1e-3)
+
+
+def test_states_of_as_many_episodes_are_held_as_there_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pass tells the states of all layers, though the probe looks at one or two."""
+    router = new_probe(scale=3.0)
+    bare = [replace(sequence_of_trajectory(played, router), features=None) for played in play_with(router)]
+    wanted, told = with_features(router, bare, batch=3), list[int]()
+    monkeypatch.setattr(model, "_MOST_STATES", 3 * 32 * 4 * 2 * max(len(sequence.tokens) for sequence in bare))
+    found = with_features(router, bare, batch=3, on_progress=told.append)
+    assert told == [2, 2]
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one.features, other.features, atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("route", ROUTES, ids=len)

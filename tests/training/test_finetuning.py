@@ -1,6 +1,7 @@
 """Fine-tuning: what is trained and stored, and a killed one ends as an unbroken one does."""
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,10 @@ from dmr_pipeline.recipe.benchmark import Splits
 from dmr_pipeline.recipe.model import Architecture, Lora, Pretrained
 from dmr_pipeline.recipe.reading import load_recipe
 from dmr_pipeline.recipe.runtime import Runtime
+from dmr_pipeline.rollout.prompts import Prompter
 from dmr_pipeline.stages import agent as stage
 from dmr_pipeline.training import train as module
-from dmr_pipeline.training.examples import Example
+from dmr_pipeline.training.examples import Example, expert_example
 from dmr_pipeline.training.finetuning import add_adapter, merged_copy, save_adapter
 from dmr_pipeline.training.train import learn, new_model, schedule, trained_weights
 from dmr_pipeline.training.vocabulary import word_tokenizer
@@ -126,6 +128,22 @@ def test_a_model_with_dropout_resumes_as_an_unbroken_one(tmp_path: Path, monkeyp
     resumed = weights(tuned(base, tmp_path / "broken", finetune))
     assert all(torch.equal(weight, whole[name]) for name, weight in resumed.items())
     assert whole
+
+
+def test_a_model_learns_from_episodes_that_it_has_positions_for(tmp_path: Path) -> None:
+    """One with learned positions has none for the tokens after."""
+    prompter = Prompter.of(TOKENIZER, Prompt())
+    GeneratedGames(BENCHMARK).make_tasks(tmp_path)
+    games = GeneratedGames(BENCHMARK).read_tasks(tmp_path, "agent_train")
+    lengths = sorted(
+        len(expert_example(game, prompter, BENCHMARK.step_limit, 0.0, random.Random(0)).tokens) for game in games
+    )
+    base, room = tmp_path / "base", lengths[len(lengths) // 2]
+    config = GPT2Config(vocab_size=len(TOKENIZER), n_positions=room, n_embd=32, n_layer=2, n_head=2)
+    save_causal_lm(GPT2LMHeadModel(config), TOKENIZER, base, torch.bfloat16)
+    finetune = FINETUNE.model_copy(update={"lora": None, "mistake_rate": 0.0, "episodes_per_update": 12})
+    assert lengths[-1] > room
+    assert weights(tuned(base, tmp_path / "run", finetune))
 
 
 def test_an_llm_learns_with_the_cores_of_all_processes(
