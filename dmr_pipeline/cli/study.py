@@ -78,7 +78,7 @@ def run(
 
 
 def _show(results: "Results") -> None:
-    from dmr_pipeline.evaluation.interval_text import in_brackets
+    from dmr_pipeline.evaluation.interval_text import in_brackets, seen_in_points
     from dmr_pipeline.study.pages import by_seed, named_reference
 
     table = Table(box=box.SIMPLE, pad_edge=False, collapse_padding=True)
@@ -103,7 +103,7 @@ def _show(results: "Results") -> None:
             f"{one.policy} at {one.budget:g}",
             named_reference(one.against),
             f"{100 * one.difference:+.1f} {in_brackets(one.difference_ci95)}",
-            f"{100 * one.smallest_difference:.1f}",
+            seen_in_points(one.smallest_difference),
             f"{100 * one.saved:.0f}% {in_brackets(one.saved_ci95)}",
         )
         for one in results.references

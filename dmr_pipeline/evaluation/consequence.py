@@ -74,8 +74,13 @@ def label_games(
         on_branches: called with the number of branches that have just ended.
 
     Raises:
-        UserError: actions are drawn, so that no outcome is due to one step alone.
+        UserError: actions are drawn, so that no outcome is due to one step alone, or chosen among commands.
     """
+    if recipe.agent.action == "score":
+        raise UserError(
+            f"{recipe.name}: agent.action is score, but steps are told apart by the actions that each precision writes; set it to"
+            " generate"
+        )
     if recipe.agent.temperature > 0:
         raise UserError(
             f"{recipe.name}: agent.temperature is {recipe.agent.temperature}, but consequences are those of greedy acting;"

@@ -253,7 +253,8 @@ class Viewer {
   }
 
   key(event) {
-    if (["SELECT", "INPUT"].includes(event.target.tagName) || event.altKey || event.ctrlKey || event.metaKey) return;
+    if (["SELECT", "INPUT"].includes(event.target.tagName) || event.target.closest(".text")) return; // those scroll
+    if (event.altKey || event.ctrlKey || event.metaKey) return;
     const within = event.target.closest("#episode-list") ? "list" : "steps";
     const last = this.games[this.game]?.episodes[this.who].steps.length - 1;
     const move = {

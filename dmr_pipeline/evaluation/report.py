@@ -17,7 +17,7 @@ from dmr_pipeline.artifacts.run_record import run_record_beside
 from dmr_pipeline.atomic import replaced
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.evaluation import charts
-from dmr_pipeline.evaluation.interval_text import in_brackets, in_percent, in_points
+from dmr_pipeline.evaluation.interval_text import in_brackets, in_percent, in_points, seen_in_points
 from dmr_pipeline.evaluation.results import (
     STATIC,
     BestRule,
@@ -80,7 +80,11 @@ def _findings(metrics: Metrics) -> list[str]:
         )
     recovered, interval = router.get("gap_recovered"), router.get("gap_ci95")
     if recovered is None or interval is None:
-        sentences.append(f"{metrics['low']} is no worse than {metrics['high']} here, so there is no gap to recover.")
+        only = ", though it scores less," if "score" in low and low["score"] < high["score"] else ""
+        sentences.append(
+            f"{metrics['low']} wins no fewer games than {metrics['high']} here{only or ','} so there is no gap in success to"
+            " recover."
+        )
     else:
         ends = f"{metrics['high']} and {metrics['low']}"
         sentences.append(f"It recovers {recovered:.0%} of the gap between {ends} (interval {in_percent(interval, 0)}).")
@@ -135,8 +139,8 @@ def curves_table(metrics: Metrics) -> str:
 
 CURVES_NOTE = (
     "Curves: success on the test games (and cost) where a router or a rule that nobody trained was set, on validation games, to"
-    " a high-precision ratio of at most that. Mean gain: points of success over static policies and mixtures of their episodes"
-    " at equal cost, mean over the budgets."
+    " a high-precision ratio of at most that, or the least that it can. Mean gain: points of success over static policies and"
+    " mixtures of their episodes at equal cost, mean over the budgets."
 )
 
 
@@ -357,7 +361,12 @@ def _verdict(pair: PairedComparison, metrics: Metrics) -> str:
     p = corrected(pair)
     points = f"{pair['difference'] * 100:+.1f} points (interval {in_points(pair['ci95'])}, {_p_value(p)})"
     if p >= 1 - metrics["confidence"]:
-        seen = f"these games could have shown {pair['smallest_difference'] * 100:.1f}"
+        least = pair["smallest_difference"]
+        seen = (
+            "these games could have shown none"
+            if least is None
+            else f"these games could have shown {seen_in_points(least)}"
+        )
         return f"no difference is shown: {points} in the paired test; {seen}"
     return f"it is {'better' if pair['difference'] > 0 else 'worse'} in the paired test: {points}"
 
@@ -456,7 +465,7 @@ def _planned_short(metrics: Metrics) -> str:
     tests = [
         f"{'' if pair['policy'] == metrics['headline'] else pair['policy'] + ' against '}"
         f"{pair['against']} {pair['difference'] * 100:+.1f} ({_p_value(corrected(pair))}; "
-        f"could have seen {pair['smallest_difference'] * 100:.1f})"
+        f"could have seen {seen_in_points(pair['smallest_difference'])})"
         for pair in planned(metrics)
     ]
     return f" Planned tests, points against (Holm; 80% power): {', '.join(tests)}." if tests else ""
@@ -526,6 +535,7 @@ def _environment() -> Environment:
         "milliseconds": lambda seconds: f"{seconds * 1000:.2f}",
         "megabytes": lambda size: f"{size / 1e6:.2f}",
         "p_value": _p_value,
+        "seen": seen_in_points,
         "fact": _fact,
         "words": lambda key: key.replace("_", " "),
     }

@@ -105,8 +105,8 @@ class PairedComparison(TypedDict):
     """Exact two-sided permutation test over games (`statistics.paired_p_value`); 0 stands for less than 0.0000005."""
     p_holm: float | None
     """The same, corrected by Holm for the planned comparisons; null where this one was not planned."""
-    smallest_difference: float
-    """What as many games, on which the two differ as often, show with a chance of 80% in one such test."""
+    smallest_difference: float | None
+    """What as many games, on which the two differ as often, show with a chance of 80% in one such test; null for nothing."""
     wins: int
     """Games that `policy` solves more often."""
     losses: int

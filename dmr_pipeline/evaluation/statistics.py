@@ -5,6 +5,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import NormalDist
 
 import numpy as np
+from scipy.optimize import brentq
+from scipy.stats import binom
 
 from dmr_pipeline.precision.hull import Floats
 
@@ -72,23 +74,31 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return [float(value) for value in adjusted]
 
 
-def smallest_difference(differences: Floats, level: float) -> float:
-    """The difference in success that as many games as these, on which two policies differ as often, show with a chance of 80% in
-    one two-sided test (Connor, 1987, solved for the difference).
+def smallest_difference(differences: Floats, level: float) -> float | None:
+    """The difference in success that as many games as these, on which two policies differ as often or, for larger differences, as
+    seldom as can be, show with a chance of 80% in one exact two-sided test (McNemar's); None where there is none, however large.
 
     The mean squared difference of a game, for single episodes the share of games that end otherwise, is taken from these with
     half a game added to each of the four cells (Agresti & Min, 2005): that none differs is no proof that none would.
 
     Args:
-        differences: of success per game [games].
+        differences: of success per game [games]; those of means of several draws count as if they were of single episodes.
         level: of the test, in (0, 1).
     """
     n = len(differences)
     square = (float(np.square(differences).sum()) + 1) / (n + 2)
-    beyond, within = NormalDist().inv_cdf(1 - level / 2), NormalDist().inv_cdf(POWER)
-    # difference * sqrt(n) = beyond * sqrt(square) + within * sqrt(square - difference^2)
-    root = math.sqrt(max(0.0, n + within**2 - beyond**2))
-    return min(1.0, math.sqrt(square) * (beyond * math.sqrt(n) + within * root) / (n + within**2))
+    differing = np.arange(1, n + 1)
+    rejecting = binom.isf(level / 2, differing, 0.5) + 1
+    """Games won alone, of each number that differ, from which on the test shows that it is the better one."""
+
+    def lacking(difference: float) -> float:
+        """Of the chance that this difference is shown."""
+        share = max(square, difference)
+        better = (share + difference) / (2 * share)
+        shown = binom.sf(rejecting - 1, differing, better) + binom.sf(rejecting - 1, differing, 1 - better)
+        return float(binom.pmf(differing, n, share) @ shown) - POWER
+
+    return None if lacking(1.0) < 0 else float(brentq(lacking, 0.0, 1.0, xtol=1e-6))
 
 
 def games_needed(margin: float, confidence: float) -> int:

@@ -51,10 +51,10 @@ def seen_in(folder: Path, metrics: Metrics, most_bytes: int = MOST_BYTES) -> See
     chosen: list[dict[str, Any]] = []
     used = 0
     for game in sorted(games, key=lambda game: game["id"] not in differing):
-        used += len(zlib.compress(_json(game)))
-        if used > most_bytes and chosen:
-            break
-        chosen.append(game)
+        size = len(zlib.compress(_json(game)))
+        if used + size <= most_bytes or not chosen:
+            used += size
+            chosen.append(game)
     page = {
         "policies": [{"name": name, "kind": metrics["policies"][name]["kind"]} for name in names],
         "headline": metrics["headline"],

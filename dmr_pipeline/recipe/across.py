@@ -113,6 +113,8 @@ def _greedy_features(agent: Agent, kl_router: KlRouter) -> Iterator[str]:
 def _swapped_steps(agent: Agent, sensitivity: Sensitivity, kl_router: KlRouter) -> Iterator[str]:
     if kl_router.target == "consequence" and sensitivity.consequences is None:
         yield "kl_router.target: consequence needs steps that were swapped: give sensitivity.consequences too"
+    if sensitivity.consequences is not None and agent.action == "score":
+        yield "sensitivity.consequences: steps are told apart by the actions that rungs write; set agent.action to generate"
     if sensitivity.consequences is not None and agent.temperature > 0:
         yield "sensitivity.consequences: where actions are drawn no outcome is due to one step; set agent.temperature to 0"
 

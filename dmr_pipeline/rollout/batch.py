@@ -205,16 +205,24 @@ class Batch:
         been told of it again."""
         self.slots[slot] = transcript
 
-    def follow(self, slot: int, action: list[int], margin: float) -> None:
-        """A step of this transcript was taken elsewhere, or is read again. The policy is not told."""
+    def follow(self, slot: int, action: list[int], margin: float, precision: str) -> None:
+        """A step of this transcript was taken elsewhere, or is read again. The policy is not told.
+
+        Args:
+            precision: that acted, and so has read it where there is one cache; of others, and of one that is not known here, all
+                is read by who acts next.
+        """
         state = self.slots[slot]
         state.begin_step()
+        if self._share and precision in self._readers:
+            state.trails[precision].read(self._readers[precision], len(state.transcript.tokens), len(action) - 1)
         state.transcript.append(action)
         state.turn += 1
         state.margin = margin
 
     def decide(self, slots: Sequence[int]) -> list[Decision]:
         """What the policy decides at these transcripts, with nothing written. They are of no further use."""
+        self._after.clear()  # of a step that failed
         running = [self.slots[slot] for slot in slots]
         for state in running:
             state.begin_step()
@@ -237,6 +245,7 @@ class Batch:
 
     def step(self, slots: Sequence[int]) -> list[Taken]:
         """One step of each of these transcripts: decided, written and appended."""
+        self._after.clear()  # of a step that failed
         running = [self.slots[slot] for slot in slots]
         for state in running:
             state.begin_step()

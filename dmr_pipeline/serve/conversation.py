@@ -150,9 +150,18 @@ def command_of(message: Mapping[str, Any]) -> str:
     """
     try:
         called = [call["function"] for call in message.get("tool_calls") or []]
-        written = [f"{function['name']}({function['arguments']})" for function in called]
+        written = [f"{function['name']}({_arguments(function['arguments'])})" for function in called]
     except (KeyError, TypeError) as error:
         raise UserError(
             'messages: tool_calls is to be a list of {"function": {"name": ..., "arguments": ...}}'
         ) from error
     return "\n".join(filter(None, [text_of(message), *written]))
+
+
+def _arguments(written: Any) -> str:  # noqa: ANN401 - what a client sends
+    """As one JSON text: clients (LangChain) read what they are sent, and send it back in their own spacing."""
+    try:
+        read = json.loads(written) if isinstance(written, str) else written
+    except ValueError:
+        return str(written)
+    return json.dumps(read, ensure_ascii=False)

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from dmr_pipeline.rollout.choosing import seeded_generator
 from dmr_pipeline.rollout.policy import Decision, DecisionContext, certain
@@ -22,8 +23,8 @@ class Deciding:
     """The routed rungs, dearest first."""
     spend: Mapping[str, float]
     """As `ActingModels.spend`."""
-    worst_cost: Callable[[Session, str], float]
-    """Of a session's next step at most, if this rung acts; in units of cost."""
+    worst_cost: Callable[[Session, str, str | None], float]
+    """Of a session's next step at most, in units of cost, if this rung acts and, where one is named, checks what that drafts."""
     fallback: str
     """Rung that acts where a router fails."""
     epsilon: float = 0.0
@@ -80,12 +81,17 @@ class Deciding:
         Args:
             chances: rung -> with which it was drawn; none where what was chosen was certain.
         """
-        affordable = {rung: self._affordable(session, rung) for rung in {choice.decision.precision, *chances}}
+        drafter = choice.decision.drafter
+        affordable = {rung: self._affordable(session, rung, drafter) for rung in {choice.decision.precision, *chances}}
         acting = affordable[choice.decision.precision]
         if chances:
             choice = replace(choice, propensity=sum(p for rung, p in chances.items() if affordable[rung] == acting))
         if acting == choice.decision.precision:
             return choice
+        if choice.reason in ("fallback", "forced"):  # nobody was asked
+            return replace(
+                choice, decision=Decision(acting, certain(acting, self.route), forced=choice.decision.forced)
+            )
         return replace(choice, decision=replace(choice.decision, precision=acting, drafter=None), reason="budget")
 
     def _is_told(self, slot: int) -> bool:
@@ -111,8 +117,14 @@ class Deciding:
         try:
             return decider.policy.decide(slots, segments, peek)
         except Exception as error:  # noqa: BLE001 - whatever happens to a router, the agent acts
-            self._failed(slots, decider, error)
-            return [None] * len(slots)
+            if len(slots) == 1:
+                self._failed(slots, decider, error)
+                return [None]
+        alone: list[Decision | None] = []  # one of them may be at fault
+        for slot, segment in zip(slots, segments, strict=True):
+            self._told.pop(slot, None)
+            alone += self._asked(decider, [slot], [segment], peek) if self._is_told(slot) else [None]
+        return alone
 
     def _failed(self, slots: Sequence[int], decider: Decider, error: Exception) -> None:
         log.warning("release %s: the router failed (%s), %s acts", decider.release, type(error).__name__, self.fallback)
@@ -143,9 +155,11 @@ class Deciding:
             session, Choice(answer, reason, propensity, decider.release, decider.threshold), chances
         )
 
-    def _affordable(self, session: Session, rung: str) -> str:
+    def _affordable(self, session: Session, rung: str, drafter: str | None) -> str:
+        """The rung, or the dearest below it that the budget allows; these write themselves."""
         for cheaper in self.route[self.route.index(rung) : -1]:
-            if session.affords(cheaper, self.spend[cheaper], lambda rung=cheaper: self.worst_cost(session, rung)):  # type: ignore[misc]
+            drafts = drafter if cheaper == rung and drafter != rung else None
+            if session.affords(cheaper, self.spend[cheaper], partial(self.worst_cost, session, cheaper, drafts)):
                 return cheaper
         return self.route[-1]
 

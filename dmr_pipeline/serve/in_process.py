@@ -14,6 +14,7 @@ from dmr_pipeline.artifacts.manifest import verify
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.precision.ladder import deployed, read_ladder
 from dmr_pipeline.recipe import Recipe
+from dmr_pipeline.rollout.kv_cache.choice import rows_that_fit
 from dmr_pipeline.rollout.parallel import cores
 from dmr_pipeline.rollout.playing import Rollouts
 from dmr_pipeline.rollout.policy import rungs_of
@@ -43,7 +44,13 @@ class InProcess:
         rungs = None if static is None or is_rule_at_bar(static) else rungs_of(static)
         self.rollouts = Rollouts.load(checkpoints, recipe, rungs)
         self.route = self.rollouts.route
-        slots = min(settings.slots, self.rollouts.rows)
+        rollouts = self.rollouts
+        models = list(rollouts.acting.models.values())
+        # One more is for what is decided and not played.
+        rows = rows_that_fit(
+            models, rollouts.capacity, settings.slots + 1, 1, rollouts.shared_cache, "--slots and one more"
+        )
+        slots = max(1, rows - 1)
         fallback = self.route[-1] if settings.low_on_failure else self.route[0]
         self.agents = LocalAgents(self.rollouts, slots, settings.seed, settings.epsilon, fallback)
         self.deciders = Deciders(

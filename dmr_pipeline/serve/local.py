@@ -15,7 +15,7 @@ from dmr_pipeline.rollout.cost import bytes_read
 from dmr_pipeline.rollout.playing import Rollouts
 from dmr_pipeline.rollout.policy import static_policy
 from dmr_pipeline.rollout.prompts import Moment, Prompter
-from dmr_pipeline.rollout.reading import Reading, one_by_one
+from dmr_pipeline.rollout.reading import NOTHING, Reading, Round, checking, drafting, one_by_one
 from dmr_pipeline.rollout.trajectory import RolloutRequest, Step, Trajectory
 from dmr_pipeline.router.rules import is_rule_at_bar, rule_at_bar, rules
 from dmr_pipeline.serve.deciding import Deciding
@@ -118,7 +118,12 @@ class LocalAgents:
 
         Args:
             past: steps that were taken elsewhere.
+
+        Raises:
+            UserError: they cannot be written down, since the prompt tells what was admissible at each, and that is not known.
         """
+        if past:
+            refuse_untold(self.rollouts.prompter)
         session = Session(session_id, Trajectory(run, past[0].observation if past else ""), decider, budget)
         prompter, dearest = self.rollouts.prompter, self.rollouts.route[0]
         for turn, done in enumerate(past):
@@ -153,6 +158,7 @@ class LocalAgents:
             UserError: there is no room for another step.
         """
         aside = replace(ask.session, held=None, admissible=ask.admissible)
+        self._set(*self._kind(ask))
         try:
             self._place(aside, self._aside, self._segment(aside, ask.observation))
             self.batch.decide([self._aside])
@@ -183,8 +189,12 @@ class LocalAgents:
         temperature = self.rollouts.temperature if ask.temperature is None else ask.temperature
         return temperature, min(most, ask.max_tokens or most)
 
-    def _act_together(self, asks: Sequence[Ask], temperature: float, most: int) -> list[Action | Exception]:
+    def _set(self, temperature: float, most: int) -> None:
+        """How the next actions are written: at this temperature, and of so many tokens at most."""
         self.batch.temperature, self.batch.prompter = temperature, _limited(self.rollouts.prompter, most)
+
+    def _act_together(self, asks: Sequence[Ask], temperature: float, most: int) -> list[Action | Exception]:
+        self._set(temperature, most)
         placed: dict[int, Ask] = {}
         found: dict[int, Action | Exception] = {}
         busy = {slot for slot in map(self._slot_of, (ask.session for ask in asks)) if slot is not None}
@@ -324,7 +334,7 @@ class LocalAgents:
                     self._leave(slot)
                     raise
                 for step, after in zip(steps, [*(step.segment for step in steps[1:]), segment], strict=False):
-                    self.batch.follow(slot, step.action, session.margin)
+                    self.batch.follow(slot, step.action, session.margin, step.precision)
                     self.batch.go_on(slot, after)
         if not self.batch.go_on(slot, segment):
             session.held = self._leave(slot)
@@ -339,17 +349,30 @@ class LocalAgents:
         read = bytes_read(reading, acting.pass_bytes[acting.dearest], self.rollouts.cache_bits)
         return read.total / self.rollouts.unit_bytes
 
-    def _worst_cost(self, session: Session, rung: str) -> float:
-        """Of the next step if this rung acts, at most: it reads the whole transcript and writes the longest action, and the
-        cheapest one has read the transcript, and drafted, for the decision."""
+    def _worst_cost(self, session: Session, rung: str, drafter: str | None) -> float:
+        """Of the next step if this rung acts, at most: it reads the whole transcript and writes the longest action, looked up in
+        vain, and the cheapest one has read the transcript, and drafted, for the decision. Where it checks, each draft is as long
+        as may be, and its first token alone is taken."""
         rollouts, held = self.rollouts, self.batch.capacity
         slot = self._slot_of(session)
         most = self.batch.prompter.prompt.max_action_tokens
         if slot is not None:
             held = len(self.batch.slots[slot].transcript.tokens)
-        whole = Reading(tokens=held) + one_by_one(held, most)
-        acting = rollouts.acting
-        read = [bytes_read(whole, acting.pass_bytes[one], rollouts.cache_bits).total for one in {rung, acting.cheapest}]
+        acting, lookup = rollouts.acting, rollouts.prompt_lookup.tokens if rollouts.prompt_lookup is not None else 0
+        whole = Reading(tokens=held) + one_by_one(held, most) + Reading(0, most * lookup, most * lookup)
+        reading = dict.fromkeys((rung, acting.cheapest), whole)
+        if drafter is not None:
+            longest = self.batch.speculative.draft_tokens or most
+            rounds = [
+                Round(
+                    done, count, count, 0, one_by_one(held + done, count) + Reading(0, count * lookup, count * lookup)
+                )
+                for done, count in ((done, min(longest, most - done)) for done in range(most))
+            ]
+            reading[rung] = Reading(tokens=held) + checking(held, rounds)
+            drafted = Reading(tokens=held) + drafting(rounds)
+            reading[drafter] = drafted + (whole if drafter == acting.cheapest else NOTHING)
+        read = [bytes_read(its, acting.pass_bytes[one], rollouts.cache_bits).total for one, its in reading.items()]
         if session.decider.router is not None:
             read.append(bytes_read(Reading(1, held, held), session.decider.router, rollouts.cache_bits).total)
         return sum(read) / rollouts.unit_bytes
@@ -363,6 +386,19 @@ def rule_decider(name: str, rollouts: Rollouts) -> Decider:
     there = rules(rollouts.route, rollouts.step_limit, rollouts.prompter, rollouts.can_draft, seed=0)
     policy = rule_at_bar(name, there, rollouts.route)
     return Decider(policy, "rule", threshold=policy.bar.threshold, bar=policy.bar)
+
+
+def refuse_untold(prompter: Prompter) -> None:
+    """Of steps that were taken elsewhere it is not known what could be done at each.
+
+    Raises:
+        UserError: the recipe's prompt tells it.
+    """
+    if "admissible_commands" in prompter.named:
+        raise UserError(
+            "this conversation does not go on here, and the recipe's prompt tells what can be done at each step, which is"
+            " not known of its past: begin another session with the episode's first observation"
+        )
 
 
 def _limited(prompter: Prompter, most: int) -> Prompter:

@@ -55,8 +55,7 @@ class Proxy:
         name, source = service.name_of(request, options, told)
         stack = AsyncExitStack()
         try:
-            held = service.table.hold(name)
-            await stack.enter_async_context(held.lock)
+            held = await stack.enter_async_context(service.table.turn(name))
             if held.session is not None and held.session.actions and is_repeated(held.session, told):
                 self._router.undo(held.session)  # its answer has not come through
             session = await service.going_on(held, name, told, decider, options)

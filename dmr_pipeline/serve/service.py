@@ -206,7 +206,9 @@ class Service:
             if session is None or not goes_on(session, told):
                 session = self._opened(name, told, decider, options)
             aside = replace(session, decider=decider, budget=budget_of(options), held=None)
-            choice = await self.backend.decide(Ask(aside, told.observation, options.admissible_commands))
+            most = request.max_completion_tokens or request.max_tokens
+            ask = Ask(aside, told.observation, options.admissible_commands, request.temperature, most)
+            choice = await self.backend.decide(ask)
         return choice, len(told.past) + 1
 
     async def end(self, name: str, outcome: Outcome) -> dict[str, Any]:
@@ -284,8 +286,8 @@ class Service:
         name: str,
         stream: Stream | None,
     ) -> tuple[str, Action]:
-        held, most = self.table.hold(name), request.max_completion_tokens or request.max_tokens
-        async with held.lock:
+        most = request.max_completion_tokens or request.max_tokens
+        async with self.table.turn(name) as held:
             session = held.session
             asked = Asked(request.model, request.temperature, most, tuple(request.stops))
             if session is not None and session.actions and session.asked == asked and is_repeated(session, told):

@@ -3,7 +3,8 @@
 import asyncio
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 from dmr_pipeline.serve.conversation import Conversation
@@ -65,6 +66,16 @@ class Table:
                 break
             self._end(oldest)
         return held
+
+    @asynccontextmanager
+    async def turn(self, name: str) -> AsyncIterator[Held]:
+        """The session of this name, or room for it, to oneself. Where it ends while it is waited for, it is another one."""
+        while True:
+            held = self.hold(name)
+            async with held.lock:
+                if self._held.get(name) is held:
+                    yield held
+                    return
 
     def drop(self, name: str) -> None:
         self._held.pop(name, None)

@@ -20,7 +20,7 @@ from dmr_pipeline.rollout.trajectory import RolloutRequest, Step, Trajectory
 from dmr_pipeline.router.model import Router, load_router, read_settings
 from dmr_pipeline.serve.deciders import Deciders
 from dmr_pipeline.serve.deciding import Deciding
-from dmr_pipeline.serve.local import Ask, Turn
+from dmr_pipeline.serve.local import Ask, Turn, refuse_untold
 from dmr_pipeline.serve.sessions import Budget, Choice, Decider, Session, spent
 from dmr_pipeline.serve.settings import ServeSettings
 
@@ -54,10 +54,12 @@ class TextRouter:
     def open(self, name: str, run: RolloutRequest, decider: Decider, budget: Budget, past: Sequence[Turn]) -> Session:
         """
         Raises:
-            UserError: a cost is asked for, which is not known of what acts elsewhere.
+            UserError: a cost is asked for, which is not known of what acts elsewhere; or as of `refuse_untold`.
         """
         if budget.cost is not None:
             raise UserError("cost: what upstreams spend is not known here; ask for a high_ratio")
+        if past and self._prompter is not None:
+            refuse_untold(self._prompter)
         session = Session(name, Trajectory(run, past[0].observation if past else ""), decider, budget)
         for turn, done in enumerate(past):
             segment = self._segment(session, done.observation)

@@ -7,7 +7,7 @@ from pydantic import ValidationError
 
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.evaluation import places
-from dmr_pipeline.evaluation.interval_text import in_brackets
+from dmr_pipeline.evaluation.interval_text import in_brackets, seen_in_points
 from dmr_pipeline.study.results import ORACLE, Compared, Point, Results
 
 
@@ -98,7 +98,7 @@ def _references(results: Results, page: Path) -> str:
             named_reference(one.against),
             f"{100 * one.difference:+.1f} {in_brackets(one.difference_ci95)}",
             f"{one.p_value:.3f}",
-            f"{100 * one.smallest_difference:.1f}",
+            seen_in_points(one.smallest_difference),
             f"{one.saved:.0%} {in_brackets(one.saved_ci95)}",
         ]
         for one in results.references

@@ -17,6 +17,7 @@ from dmr_pipeline.evaluation.kept import KeptTables
 from dmr_pipeline.evaluation.play import Arena, Entry, acting_facts, content, evaluate, static_beside_the_route
 from dmr_pipeline.evaluation.policies import speculative_entries
 from dmr_pipeline.evaluation.tuning import Range
+from dmr_pipeline.pipeline import STAGES, find_stage
 from dmr_pipeline.precision.ladder import read_ladder
 from dmr_pipeline.recipe import Recipe
 from dmr_pipeline.recipe.benchmark import Games
@@ -51,8 +52,11 @@ def play_study(
     benchmark, ladder = benchmark_of(recipe.benchmark), read_ladder(checkpoints)
     validation = benchmark.read_tasks(tasks, "validation", study.validation_games)
     fresh = _games(study, benchmark, tasks, games)
-    on_validation = KeptTables(folder, {"games": content(tasks)}).under(split="validation", count=len(validation))
-    on_fresh = KeptTables(folder, {"games": content(games or tasks)}).under(split="study", count=len(fresh))
+    kept = KeptTables(
+        folder, {"version": find_stage("evaluation_report", STAGES).code_version}
+    )  # how policies play there
+    on_validation = kept.under(games=content(tasks), split="validation", count=len(validation))
+    on_fresh = kept.under(games=content(games or tasks), split="study", count=len(fresh))
     if study.first_game:
         on_fresh = on_fresh.under(first_game=study.first_game)
     if study.reworded is not None:

@@ -97,8 +97,8 @@ class BesideReference(FrozenModel):
     difference_ci95: Interval
     p_value: float
     """As `Compared.p_value`."""
-    smallest_difference: float
-    """That as many games show with a chance of 80%."""
+    smallest_difference: float | None
+    """That as many games show with a chance of 80%; None for none."""
     saved: float
     """Of the reference's cost; below 0 where the policy costs more."""
     saved_ci95: Interval

@@ -106,7 +106,7 @@ def test_headline_is_honest_about_bad_news(episodes: pl.DataFrame) -> None:
     equal = compute_metrics(like("random@kl_router", "kl_router"), **arguments)
     assert "no difference is shown: +0.0 points" in " ".join(headline(equal))
     no_gap = compute_metrics(like("always_high", "always_low"), **arguments)
-    assert "there is no gap to recover" in " ".join(headline(no_gap))
+    assert "always_low wins no fewer games than always_high here, so there is no gap" in " ".join(headline(no_gap))
     dear = episodes.with_columns(cost=pl.when(policy="kl_router").then(1.5).otherwise("cost"))
     assert "It saves nothing: an episode costs 1.50 times always_high's" in " ".join(
         headline(compute_metrics(dear, **arguments))
@@ -266,6 +266,9 @@ def test_a_difference_that_is_not_shown_is_told_with_what_could_have_been(metric
     text = " ".join(headline(metrics))
     assert "no difference is shown: " in text
     assert "p = 0.060) in the paired test; these games could have shown 7.5." in text
+    assert "these games could have shown none." in " ".join(
+        headline({**metrics, "paired": [{**pair, "smallest_difference": None}, *metrics["paired"][1:]]})
+    )
     metrics["non_inferiority"] = {"margin": 0.002, "lower": 0.0, "games_needed": 1843, "shown": False}
     assert "(lower end +0.0; 100 games are too few for that, 1843 are needed)" in " ".join(headline(metrics))
 

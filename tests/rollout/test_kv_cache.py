@@ -1,3 +1,5 @@
+from unittest.mock import Mock
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -7,8 +9,10 @@ from transformers import (
 )
 
 from dmr_pipeline.errors import UserError
+from dmr_pipeline.rollout.kv_cache import packed
 from dmr_pipeline.rollout.kv_cache.packed import PackedStreams
 from dmr_pipeline.rollout.kv_cache.padded import Streams
+from dmr_pipeline.rollout.kv_cache.plain import PlainStreams
 from tests.helpers.causal_lms import MODELS, VOCABULARY, assert_close, uncached
 from tests.helpers.kinds import model_of
 
@@ -117,3 +121,46 @@ def test_bad_calls_are_refused() -> None:
         UserError, match=r"'qwen3_5_text': some layers attend neither to all tokens nor to a sliding window"
     ):
         Streams(model_of("qwen3.5"), slots=1, capacity=8)
+
+
+@pytest.mark.parametrize("kind", [Streams, PackedStreams, PlainStreams])
+@pytest.mark.parametrize("layer", [0, 1])
+def test_after_a_pass_that_failed_all_is_as_before_it(kind: type, layer: int) -> None:
+    """Out of memory, say: keys and values of some layers are written by then, those of others are not."""
+    model, streams = MODELS[0], kind(MODELS[0], slots=3, capacity=600)
+    streams.extend([0, 1], [[1, 2, 3], [4, 5]])
+
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    failing = model.model.layers[layer].mlp.register_forward_pre_hook(fail)
+    try:
+        with pytest.raises(torch.OutOfMemoryError):
+            streams.extend([0, 1, 2], [[6, 7], [i % VOCABULARY for i in range(300)], [9]])
+        with pytest.raises(torch.OutOfMemoryError):
+            streams.read([0], [[6, 7]], [1])
+    finally:
+        failing.remove()
+    assert streams.lengths == [3, 2, 0]
+    streams.copy(0, 2, 3)
+    logits = streams.extend([0, 1, 2], [[8], [6, 7], [9, 9]])
+    for found, text in zip(logits, ([1, 2, 3, 8], [4, 5, 6, 7], [1, 2, 3, 9, 9]), strict=True):
+        assert_close(found, uncached(model, text)[-1])
+
+
+@pytest.mark.parametrize("kind", [Streams, PackedStreams])
+def test_a_cache_that_could_not_grow_is_as_large_as_it_was(kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    streams = kind(MODELS[0], slots=1, capacity=600)
+    text = [i % VOCABULARY for i in range(500)]
+    streams.extend([0], [text[:200]])
+    failing = Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory."))
+    with monkeypatch.context() as patched:
+        if kind is Streams:
+            patched.setattr(torch.Tensor, "new_zeros", failing)
+        else:
+            streams._storage.positions = 256  # on a CPU there is room for all from the start
+            patched.setattr(packed, "_zeros", failing)
+        with pytest.raises(torch.OutOfMemoryError):
+            streams.extend([0], [text[200:]])
+    assert streams.lengths == [200]
+    assert_close(streams.extend([0], [text[200:]])[0], uncached(MODELS[0], text)[-1])

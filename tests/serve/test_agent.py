@@ -4,15 +4,19 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
+from unittest.mock import Mock
 
 import pytest
+import torch
 
 from dmr_pipeline.environments.alfworld.generator import generate_game
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.precision.acting import ActingModels
+from dmr_pipeline.recipe.agent import Prompt
 from dmr_pipeline.recipe.kl_router import Probe, RouterModel
-from dmr_pipeline.recipe.precisions import PromptLookup
+from dmr_pipeline.recipe.precisions import PromptLookup, Speculative
 from dmr_pipeline.rollout.policy import SinglePrecision
+from dmr_pipeline.rollout.prompts import Prompter
 from dmr_pipeline.rollout.trajectory import RolloutRequest, Trajectory
 from dmr_pipeline.router.model import new_router
 from dmr_pipeline.router.policies import routing_policy
@@ -184,6 +188,27 @@ def test_a_cost_is_not_exceeded_by_the_dearest_rung() -> None:
     assert 0 < dear_steps[2] < 7
 
 
+@pytest.mark.parametrize("lookup", [None, PromptLookup()])
+@pytest.mark.parametrize("draft_tokens", [None, 2])
+def test_a_cost_is_not_exceeded_where_drafts_are_checked(draft_tokens: int | None, lookup: PromptLookup | None) -> None:
+    """Babblers draft what is hardly ever taken, again and again."""
+    rollouts = babbling(speculative=Speculative(draft_tokens=draft_tokens), prompt_lookup=lookup)
+    checked, kept = 0, 0
+    for run in RUNS[::2]:
+        for limit in (300.0, 1000.0, 4000.0, 16000.0):
+            agent = RoutedAgent(rollouts, "float<int2")
+            agent.begin(run.task, budget=Budget(cost=limit))
+            episode = run.task.episode()
+            observation = episode.reset()
+            for _ in range(7):
+                action = agent.act(observation)
+                observation, _, _ = episode.step(action.command)
+                checked += action.precision == "float"
+                kept += action.reason == "budget"
+                assert action.precision == "int2" or agent.session.cost <= limit
+    assert checked > 5 < kept
+
+
 def test_exploration_draws_as_often_as_it_says_and_tells_its_propensity() -> None:
     agents = LocalAgents(babbling(), slots=1, epsilon=0.5)
     decider = decider_of(random_router(threshold=1.0), 1)  # the cheapest, if nothing is drawn
@@ -286,6 +311,108 @@ def test_a_session_that_its_router_cannot_read_does_not_stop_the_others() -> Non
     assert (unreadable.reason, unreadable.precision) == ("fallback", "float")
     assert (beside.reason, beside.command, beside.precision) == ("router", alone.command, alone.precision)
     assert beside.probability == pytest.approx(alone.probability, abs=1e-4)
+
+
+class Picky:
+    """Fails where it is asked of this session."""
+
+    def __init__(self, policy, agents: LocalAgents, name: str) -> None:
+        self.policy, self.agents, self.name = policy, agents, name
+        self.begin, self.acted = policy.begin, policy.acted
+
+    def decide(self, slots, segments, peek):
+        if any(self.agents.deciding.sessions[slot].session_id == self.name for slot in slots):
+            raise UserError("this turn came without its commands")
+        return self.policy.decide(slots, segments, peek)
+
+
+def test_who_cannot_be_decided_of_does_not_take_the_router_from_the_others() -> None:
+    router = random_router(threshold=1.0)
+
+    def acted(*names: str) -> list[Action]:
+        agents = LocalAgents(babbling(), slots=3)
+        decider = decider_of(router, 3)
+        decider = replace(decider, policy=Picky(decider.policy, agents, "bad"))
+        sessions = [agents.open(name, run, decider) for name, run in zip(names, RUNS[::2], strict=False)]
+        found = agents.act([Ask(s, s.trajectory.run.task.episode().reset()) for s in sessions])
+        assert agents.deciding.failures == names.count("bad")
+        return found
+
+    alone, beside = acted("a", "b"), acted("a", "b", "bad")
+    assert [action.reason for action in beside] == ["router", "router", "fallback"]
+    for one, other in zip(alone, beside, strict=False):
+        assert (one.command, one.precision) == (other.command, other.precision)
+        assert one.probability == pytest.approx(other.probability, abs=1e-4)
+
+
+def test_what_nobody_decided_is_no_decision_below_a_budget_either() -> None:
+    agents = LocalAgents(babbling(), slots=1)
+    decider = decider_of(random_router(threshold=1.0), 1)
+    picky = replace(decider, policy=Picky(decider.policy, agents, "bad"))
+    session = agents.open("bad", RUNS[0], picky, Budget(high_ratio=0.0))
+    (action,) = agents.act([Ask(session, RUNS[0].task.episode().reset())])
+    assert (action.reason, action.precision, action.probability, action.threshold) == ("fallback", "int2", None, None)
+
+
+@pytest.mark.parametrize("kind", ["probe", "lm"])
+def test_after_a_step_that_failed_others_act_as_if_it_had_not_been(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the router had read for it belongs to nobody."""
+    router, runs = ROUTERS[kind](threshold=0.0), RUNS[::2]
+
+    def act(agents: LocalAgents, number: int) -> Action:
+        session = agents.open(str(number), runs[number], decider_of(router, 1))
+        (action,) = agents.act([Ask(session, runs[number].task.episode().reset())])
+        return action
+
+    fresh, agents = LocalAgents(babbling(), slots=1), LocalAgents(babbling(), slots=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(agents.batch, "_generate", Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory.")))
+        with pytest.raises(torch.OutOfMemoryError):
+            act(agents, 0)
+    for number in (1, 2):
+        one, other = act(agents, number), act(fresh, number)
+        assert (one.command, one.reason, one.precision) == (other.command, "router", other.precision)
+
+
+def test_what_would_be_decided_is_not_written_as_another_request_wished() -> None:
+    rollouts = babbling()
+    agents, other = LocalAgents(rollouts, slots=1), LocalAgents(rollouts, slots=1)
+    observation, levels = RUNS[0].task.episode().reset(), []
+    for asked in (agents, other):
+        if asked is agents:
+            busy = asked.open("b", RUNS[2], asked.untrained("int2"))
+            asked.act([Ask(busy, RUNS[2].task.episode().reset(), temperature=1.5, max_tokens=1)])
+        session = asked.open("a", RUNS[0], asked.untrained("margin>0.5"))
+        levels.append(asked.decide(Ask(session, observation)).decision.exceedance)
+    assert levels[0] == pytest.approx(levels[1], abs=1e-6)
+
+
+def test_with_one_cache_an_episode_that_is_read_again_goes_on_as_it_would_have() -> None:
+    """Who has read what is known of each step, though the keys and values are gone."""
+    rollouts = babbling(shared_cache=True)
+
+    def play(left_at: int | None) -> list[list[int]]:
+        agents = LocalAgents(rollouts, slots=1)
+        deciders = [agents.untrained(rung) for rung in ROUTE]
+        session, episode = agents.open("a", RUNS[0], deciders[0]), RUNS[0].task.episode()
+        observation = episode.reset()
+        for turn in range(7):
+            if turn == left_at:
+                agents.close(session)
+            session.decider = deciders[turn % 2]
+            (action,) = agents.act([Ask(session, observation)])
+            observation, _, _ = episode.step(action.command)
+        return [step.action for step in session.trajectory.steps]
+
+    undisturbed = play(None)
+    assert [play(left_at) for left_at in (3, 4, 6)] == [undisturbed] * 3
+
+
+def test_a_past_of_which_a_prompt_would_tell_more_than_is_known_is_refused() -> None:
+    prompt = Prompt(turn="{observation}\n{admissible_commands}\n> ")
+    agents = LocalAgents(babbling(prompter=Prompter.of(TOKENIZER, prompt)), slots=1)
+    with pytest.raises(UserError, match="which is not known of its past: begin another session"):
+        agents.open("a", RUNS[0], agents.untrained("int2"), past=[Turn("You are in a room.", "look")])
 
 
 def test_whatever_happens_to_a_session_the_others_act(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -143,6 +143,16 @@ def test_a_rule_that_nobody_trained_is_served_and_logged(served_project: Path, g
         Service(ServeSettings(recipe=SERVED, static="sense>0.5"))
 
 
+def test_there_are_as_many_places_as_were_asked_for(served_project: Path) -> None:
+    """Whatever the recipe plays at once, offline."""
+    recipe = served_project / "recipes" / f"{SERVED}.yaml"
+    recipe.write_text(recipe.read_text().replace("runtime:", "runtime:\n  batch_episodes: 2"))
+    assert load_recipe(SERVED).runtime.batch_episodes == 2
+    service = Service(ServeSettings(recipe=SERVED, slots=5))
+    assert service.backend.agents.slots == 5
+    service.backend.stop()
+
+
 def test_one_precision_a_release_and_what_there_is_none_of(served_project: Path, games) -> None:
     world = games[0].episode()
     with client_of() as client:

@@ -134,7 +134,12 @@ def _is_exact_on(tokens: list[int], way: _Way, model: PreTrainedModel) -> bool:
 
 
 def rows_that_fit(
-    models: Sequence[PreTrainedModel], capacity: int, rows: int, processes: int, shared: bool = False
+    models: Sequence[PreTrainedModel],
+    capacity: int,
+    rows: int,
+    processes: int,
+    shared: bool = False,
+    asked: str = "runtime.batch_episodes",
 ) -> int:
     """How many of `rows` transcripts may grow to `capacity` tokens, each in the caches of all these models, in the memory that
     is free; at least 1. A smaller number changes how long it takes, not what comes out, and is logged.
@@ -142,6 +147,7 @@ def rows_that_fit(
     Args:
         processes: that share a CPU's memory.
         shared: the models have one cache.
+        asked: where `rows` comes from.
     """
     needed = capacity * sum(_cache_bytes(model) for model in (models[:1] if shared else models))
     fitting = int(_SHARE_OF_MEMORY * free_memory(models[0].device) / (processes * max(needed, 1)))
@@ -149,10 +155,11 @@ def rows_that_fit(
         return rows
     fitting = max(fitting, 1)
     log.warning(
-        "%d episodes at once instead of %d (runtime.batch_episodes): %d tokens of one take %.2f GB of cache;"
-        " agent.max_transcript_tokens, set lower, leaves room for more",
+        "%d episodes at once instead of %d (%s): %d tokens of one take %.2f GB of cache; agent.max_transcript_tokens, set lower,"
+        " leaves room for more",
         fitting,
         rows,
+        asked,
         capacity,
         needed / 1e9,
     )

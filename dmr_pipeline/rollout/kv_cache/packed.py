@@ -126,14 +126,18 @@ class PackedStreams(Texts):
         self, slots: Sequence[int], chunks: Sequence[Sequence[int]], counts: Sequence[int] | None = None
     ) -> Tensor:
         """As `Streams.extend`."""
-        return self._logits(self._forward(slots, chunks, counts or [1] * len(slots))[0])
+        refuse_bad_calls(self.texts, self.capacity, slots, chunks)
+        with self._whole(slots):
+            return self._logits(self._forward(slots, chunks, counts or [1] * len(slots))[0])
 
     @torch.no_grad()
     def read(
         self, slots: Sequence[int], chunks: Sequence[Sequence[int]], layers: Sequence[int]
     ) -> tuple[Tensor, Tensor]:
         """As `Streams.read`."""
-        hidden, states = self._forward(slots, chunks, [1] * len(slots), layers)
+        refuse_bad_calls(self.texts, self.capacity, slots, chunks)
+        with self._whole(slots):
+            hidden, states = self._forward(slots, chunks, [1] * len(slots), layers)
         return self._logits(hidden), torch.cat(states, dim=-1).float()
 
     def _logits(self, hidden: Tensor) -> Tensor:
@@ -155,7 +159,6 @@ class PackedStreams(Texts):
         Returns:
             The decoder's hidden states at those tokens, in the order of the chunks, and the outputs of these layers there.
         """
-        refuse_bad_calls(self.texts, self.capacity, slots, chunks)
         device = self.model.device
         order = sorted(range(len(slots)), key=lambda i: slots[i])
         rows, sizes = [slots[i] for i in order], [len(chunks[i]) for i in order]
@@ -272,23 +275,23 @@ class PackedStreams(Texts):
             return
         device, dtype, first = self.model.device, self.model.dtype, self._layers[0]
         # On a CPU memory is taken where it is written: all positions are there from the start, and none is ever moved.
-        storage.positions = (
-            self.capacity if device.type == "cpu" else min(max(positions, 2 * storage.positions), self.capacity)
-        )
-        shape = (2, len(self.texts), first.key_value_heads, storage.positions, first.head_width)
+        room = self.capacity if device.type == "cpu" else min(max(positions, 2 * storage.positions), self.capacity)
+        shape = (2, len(self.texts), first.key_value_heads, room, first.head_width)
         for number in range(len(self._layers)):
             new = _zeros(shape, dtype) if device.type == "cpu" else torch.zeros(shape, dtype=dtype, device=device)
             if number < len(storage.layers):
                 old = storage.layers[number]
-                new[:, :, :, : old.shape[3]] = old
+                kept = min(room, old.shape[3])  # it has grown further before the memory ran out for another one
+                new[:, :, :, :kept] = old[:, :, :, :kept]
                 storage.layers[number] = new
             else:
                 storage.layers.append(new)
         probe = torch.zeros(1, dtype=dtype, device=device)
         with torch.no_grad():
-            cosines, sines = self._decoder.rotary_emb(probe, torch.arange(storage.positions, device=device)[None])
+            cosines, sines = self._decoder.rotary_emb(probe, torch.arange(room, device=device)[None])
         sines = torch.cat((-sines[0, :, : first.head_width // 2], sines[0, :, first.head_width // 2 :]), dim=-1)
         storage.rotations = torch.stack((cosines[0], sines))[:, :, None]
+        storage.positions = room  # last: before, not all of it is there
 
 
 class _Layer:

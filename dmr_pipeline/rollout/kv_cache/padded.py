@@ -94,11 +94,13 @@ class _RowCache(Cache):
 
     def reserve(self, positions: int) -> None:
         if positions > self.positions:
-            self.positions = max(positions, min(2 * self.positions, self.capacity))
+            positions = max(positions, min(2 * self.positions, self.capacity))
             for store in (self.keys, self.values):
                 for layer, old in enumerate(store):
-                    store[layer] = old.new_zeros(*old.shape[:2], self.positions, old.shape[3])
-                    store[layer][:, :, : old.shape[2]] = old
+                    if old.shape[2] < positions:  # else it has grown before the memory ran out for another one
+                        store[layer] = old.new_zeros(*old.shape[:2], positions, old.shape[3])
+                        store[layer][:, :, : old.shape[2]] = old
+            self.positions = positions
 
     def copy_rows(self, sources: list[int], targets: list[int], positions: int) -> None:
         """Overwrite the first `positions` of the target rows; sources are read before anything is written."""
@@ -140,6 +142,18 @@ class Texts:
         """Keep the first `length` tokens of a slot."""
         refuse_bad_cut(slot, self.texts[slot], length)
         del self.texts[slot][length:], self.readers[slot][length:]
+
+    @contextmanager
+    def _whole(self, slots: Sequence[int]) -> Iterator[None]:
+        """Where a pass that appends to these slots fails, they hold what they held before: keys and values of the rest may not
+        have been written."""
+        held = {slot: len(self.texts[slot]) for slot in slots}
+        try:
+            yield
+        except BaseException:
+            for slot, length in held.items():
+                self.truncate(slot, length)
+            raise
 
     def _append(self, slots: Sequence[int], chunks: Sequence[Sequence[int]]) -> None:
         for slot, chunk in zip(slots, chunks, strict=True):
@@ -234,7 +248,8 @@ class Streams(Texts):
         """Append the chunks; last hidden states [len(chunk), width] of each, beside them the outputs of these layers."""
         refuse_bad_calls(self.texts, self.capacity, slots, chunks)
         cut = _first_pass([len(chunk) for chunk in chunks])
-        hidden = self._forward(slots, [chunk[:cut] for chunk in chunks], layers)
+        with self._whole(slots):
+            hidden = self._forward(slots, [chunk[:cut] for chunk in chunks], layers)
         rest = [index for index, chunk in enumerate(chunks) if len(chunk) > cut]
         if rest:
             more = self._hidden([slots[index] for index in rest], [chunks[index][cut:] for index in rest], layers)

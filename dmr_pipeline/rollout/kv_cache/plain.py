@@ -109,6 +109,15 @@ class PlainStreams:
     def _hidden(self, slot: int, chunk: Sequence[int], layers: Sequence[int] = (), keep: bool = True) -> Tensor:
         """Append the chunk; last hidden states [tokens read, width], beside them the outputs of these layers."""
         text = self._texts[slot]
+        held = len(text.tokens)
+        try:
+            return self._appended(text, chunk, layers, keep)
+        except BaseException:  # what it keeps may have been changed in part
+            text.cache, text.cached = None, 0
+            del text.tokens[held:]
+            raise
+
+    def _appended(self, text: _Text, chunk: Sequence[int], layers: Sequence[int], keep: bool) -> Tensor:
         text.tokens += chunk
         if text.cache is None and text.kept is not None:
             text.cache, text.cached = copy.deepcopy(text.kept), text.kept_cached
