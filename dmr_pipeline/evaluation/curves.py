@@ -4,6 +4,7 @@ What is tuned and how is the same for all of them. The rule that a router is com
 rules at all budgets that cost no more there than the router does, the one that wins most.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, cast
@@ -42,6 +43,7 @@ SETTINGS = pl.Schema(
     }
 )
 """The bar that each budget has led to, and what it did on validation games."""
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,13 @@ def play_curves(
             at, its = tuned[budget].bar, tuned[budget].played
             did = (spend_of(its), mean_of(its, "success"), mean_of(its, "cost"))
             settings.append((tunable.name, budget, at.threshold, at.ties, *did))
+            if did[0] > budget + 1e-9:
+                log.warning(
+                    "%s cannot spend as little as %g on validation games (what is forced counts): its point there spends %.3f",
+                    tunable.name,
+                    budget,
+                    did[0],
+                )
         progress.advance(bar)
     return PlayedCurves(pl.concat(frames), pl.DataFrame(settings, schema=SETTINGS, orient="row"))
 
