@@ -28,6 +28,9 @@ UNFINISHED = [
 ATTEMPTS = 5
 """Runs that may try to ingest the same files; a run that dies is followed by another, but not for ever."""
 
+MEMORY = {"memory": "4Gi"}
+"""Of the pod that ingests; of others that run in Kubernetes the pipeline table says what they need."""
+
 whole_pipeline = dg.define_asset_job(
     "whole_pipeline",
     selection=dg.AssetSelection.all(),
@@ -37,6 +40,8 @@ ingest = dg.define_asset_job(
     "ingest",
     selection=dg.AssetSelection.assets("ingested_trajectories"),
     executor_def=dg.in_process_executor,  # on this machine: the dropped files are here
+    # Its pod holds all that was ever ingested, and what is dropped, at once: some 15 bytes a byte of short steps.
+    tags={"dagster-k8s/config": {"container_config": {"resources": {"requests": MEMORY, "limits": MEMORY}}}},
     description="Takes the files of data/incoming/<recipe>/ into ingested_trajectories.",
 )
 retrain = dg.define_asset_job(

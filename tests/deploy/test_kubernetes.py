@@ -16,6 +16,7 @@ from dagster._serdes import ConfigurableClassData
 from dmr_pipeline import pipeline
 from dmr_pipeline.artifacts.stage import Stage
 from dmr_pipeline.defs.assets import build_assets
+from dmr_pipeline.defs.automation import ingest
 from dmr_pipeline.defs.executors import executor
 from tests.helpers.fake_project import REPOSITORY
 
@@ -220,6 +221,13 @@ def test_pods_see_the_same_folders(launcher: K8sRunLauncher, resources: dict[tup
     assert "/opt/dmr/data" in step
     for name in ("code-server", "webserver", "daemon"):
         assert shared(resources["Deployment", name]["spec"]["template"]["spec"]) == step
+
+
+def test_the_run_that_ingests_has_memory_for_it(launcher: K8sRunLauncher) -> None:
+    """Its step runs in the run's own pod; other runs only launch theirs."""
+    [container] = job_of(launcher, dict(ingest.tags or {}))["spec"]["template"]["spec"]["containers"]
+    [other] = job_of(launcher, {})["spec"]["template"]["spec"]["containers"]
+    assert (container["resources"]["limits"]["memory"], other["resources"]["limits"]["memory"]) == ("4Gi", "1Gi")
 
 
 def test_dagster_may_do_what_it_does(
