@@ -97,7 +97,7 @@ class Study(Section):
         description="of the order in which these games tell what they list: another one than in the games that all was trained"
         " and tuned on; as they are by default",
     )
-    step_limit: Annotated[int, Field(ge=3)] | None = Field(
+    step_limit: Count | None = Field(
         None, description="of these games: another one than all was trained and tuned at; the recipe's by default"
     )
     validation_games: Count | None = Field(None, description="that policies are tuned on; all by default")

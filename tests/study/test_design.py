@@ -85,7 +85,6 @@ def test_committed_studies_are_right(path: Path) -> None:
             "{agent_train: 1, router_train: 1, validation: 1, test: 1}}",
             "first_game: is of fresh games",
         ),
-        ("step_limit: 2", "step_limit: "),
         (
             "routers: {a: {changes: {grpo_router: {updates: 3}}}}",
             "'grpo_router' changes nothing of the router of stage 1",
