@@ -155,7 +155,7 @@ def ladder_recipe(study: Study) -> Recipe:
         return base
     content = base.model_dump(mode="json")
     content["precisions"] = _merged(content["precisions"], study.precisions)
-    return _recipe(base, content | {"name": LADDER})
+    return _recipe(content | {"name": LADDER})
 
 
 def games_recipe(study: Study) -> Recipe | None:
@@ -177,24 +177,24 @@ def variant_recipe(study: Study, name: str, seed: int) -> Recipe:
         content[section] = _merged(content[section], changes)
     for section in SEEDED:
         content[section]["seed"] = seed
-    return _recipe(base, content | {"name": f"{name}-{seed}"}, f"routers.{name}.changes: ")
-
-
-def _recipe(base: Recipe, content: dict[str, JsonValue], where: str = "") -> Recipe:
-    """
-    Args:
-        base: the recipe of which some keys were changed.
-        where: what was changed stands in the study's file, if not where the recipe has it.
-    """
-    try:
-        recipe = Recipe.model_validate(content)
-    except ValidationError as error:
-        raise UserError(f"{where}{'; '.join(problems_of(error))}") from error
+    where = f"routers.{name}.changes: "
+    recipe = _recipe(content | {"name": f"{name}-{seed}"}, where)
     # In what was dumped and read again every number counts as written by somebody, those that are defaults too.
-    old = set(problems_across(dict(Recipe.model_validate(base.model_dump(mode="json")))))
+    old = set(problems_across(dict(Recipe.model_validate(load_recipe(study.recipe).model_dump(mode="json")))))
     if new := [line for line in problems_across(dict(recipe)) if line not in old]:
         raise UserError(f"{where}{'; '.join(new)}")
     return recipe
+
+
+def _recipe(content: dict[str, JsonValue], where: str = "") -> Recipe:
+    """
+    Args:
+        where: what was changed stands in the study's file, if not where the recipe has it.
+    """
+    try:
+        return Recipe.model_validate(content)
+    except ValidationError as error:
+        raise UserError(f"{where}{'; '.join(problems_of(error))}") from error
 
 
 def _merged(old: JsonValue, new: JsonValue) -> JsonValue:

@@ -59,6 +59,16 @@ def test_a_ladder_of_its_own_is_that_of_all_its_routers(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("in_repository")
+def test_what_only_routers_would_not_take_does_not_stop_rules_alone(tmp_path: Path) -> None:
+    """The recipe's behaviour policies mix a rung that this ladder has not; nothing is recorded for rules."""
+    ladder = "precisions: {ladder: [{name: float, weights: float}, {name: int8, weights: int8}], route: [float, int8]}"
+    text = f"recipe: webshop-tiny\nrules: [margin]\nbudgets: [0.2, 0.4]\n{ladder}\n"
+    assert ladder_recipe(load_study(written(tmp_path, text))).precisions.route == ("float", "int8")
+    with pytest.raises(UserError, match=r"routers\.a\.changes: trajectories\.behaviour\.1\.shares: 'int2' is none of"):
+        load_study(written(tmp_path, text + "routers: {a: {}}\n"))
+
+
+@pytest.mark.usefixtures("in_repository")
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "studies").glob("*.yaml")), ids=lambda path: path.stem)
 def test_committed_studies_are_right(path: Path) -> None:
     study = load_study(path)
