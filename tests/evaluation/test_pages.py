@@ -169,7 +169,9 @@ def test_what_is_said_of_the_real_llm_is_what_its_metrics_say(front: Metrics) ->
     assert f"{asked}, wins {at(oracle)}" in page
 
 
-@pytest.mark.parametrize(("recipe", "without"), [(FRONT, "speculative:int8<int4-gptq"), (DEMO, "always_int4")], ids=[FRONT, DEMO])
+@pytest.mark.parametrize(
+    ("recipe", "without"), [(FRONT, "speculative:int8<int4-gptq"), (DEMO, "always_int4")], ids=[FRONT, DEMO]
+)
 def test_the_page_on_what_routing_buys_says_what_the_metrics_say(recipe: str, without: str) -> None:
     metrics = pages.read_result(recipe, REPOSITORY / pages.RESULTS).metrics
     text = (REPOSITORY / "docs/concepts/when-routing-pays.md").read_text(encoding="utf-8")
