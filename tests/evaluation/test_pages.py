@@ -85,7 +85,6 @@ def test_the_short_table_says_what_the_metrics_say(front: Metrics) -> None:
     section = text.partition(f"<!-- dmr report {FRONT}: brief -->")[2].partition("<!-- end -->")[0]
     rows = re.findall(r"^\| (.+?) \| ([\d.]+)% \[([\d.]+), ([\d.]+)\] \| ([\d.]+) \| (\d+)% \|$", section, re.M)
     names = ["always_high", "speculative:int8<int4-gptq", "always_low", "random@grpo_router", "grpo_router"]
-    names.append("rule@grpo_router")
     assert len(rows) == len(names)
     for name, (_, *shown) in zip(names, rows, strict=True):
         found = front["policies"][name]
