@@ -9,6 +9,11 @@ class _Summary(BaseModel):
     model_config = ConfigDict(frozen=True, extra="allow", defer_build=True)
 
 
+class AgentSummary(_Summary):
+    validation_success: float | None = None
+    """Share of the validation games that it wins; None of an agent that was brought along, which has played none yet."""
+
+
 class IngestedSummary(_Summary):
     """Without the episodes that are left out."""
 

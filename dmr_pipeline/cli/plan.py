@@ -16,16 +16,24 @@ from dmr_pipeline.recipe.reading import load_recipe
 if TYPE_CHECKING:
     from dmr_pipeline.plan.predict import Plan
 
-SUCCESS = 0.85
-"""About what agents win that are worth routing; their steps follow from it."""
+OF_AGENT = {
+    "said": "--success",
+    "agent": "as its artifact says of the validation games; --success says otherwise",
+    "nothing": "it has played none yet; --success says otherwise",
+}
 
 
 @user_errors_exit_2
 def plan(
     recipe: RecipeArgument,
     success: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="share of the games that the agent is taken to win")
-    ] = SUCCESS,
+        float | None,
+        typer.Option(
+            min=0.0,
+            max=1.0,
+            help="share of the games that the agent is taken to win; by default what its artifact says, or 0.85",
+        ),
+    ] = None,
     read_speed: Annotated[
         float | None,
         typer.Option(min=0.001, help="tokens a second that are read; with --write-speed nothing is measured"),
@@ -83,9 +91,10 @@ def _show(found: "Plan") -> None:
         f"An estimate. Free here: {filesize.decimal(found.free_memory)} of memory,"
         + (f" {filesize.decimal(found.free_gpu)} on the GPU," if on_gpu else "")
         + f" {filesize.decimal(found.free_disk)} of disk. Games are made in moments; what DVC caches is not counted.",
-        f"The agent wins {assumed.success:.0%} of the games (--success), as the expert does in {assumed.episodes.steps:.1f}"
-        f" steps, and takes {assumed.episodes.step_limit} where it loses; a step reads {assumed.episodes.segment:.0f} tokens (the"
-        f" first {assumed.episodes.opening:.0f}) and writes {assumed.episodes.action:.1f}.",
+        f"The agent wins {assumed.success:.0%} of the games ({OF_AGENT[assumed.success_from]}), as the expert does in"
+        f" {assumed.episodes.steps:.1f} steps, and takes {assumed.episodes.step_limit} where it loses; a step reads"
+        f" {assumed.episodes.segment:.0f} tokens (the first {assumed.episodes.opening:.0f}) and writes"
+        f" {assumed.episodes.action:.1f}.",
         f"A process reads {speed.read:,.0f} tokens a second and writes {speed.write:,.0f}; {assumed.processes} play at once."
         f" Training learns from {speed.learn:,.0f} ({'measured with random weights' if speed.measured else 'as given'}).",
     ]

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from transformers import PreTrainedConfig
@@ -9,6 +10,8 @@ from transformers import PreTrainedConfig
 from dmr_pipeline.agent.checkpoint import float_dtype, resolve_device
 from dmr_pipeline.agent.formats import has_weights, stored_dtype
 from dmr_pipeline.agent.memory import free_memory
+from dmr_pipeline.artifacts.folders import artifact_folder
+from dmr_pipeline.artifacts.manifest import verify
 from dmr_pipeline.environments.benchmark import benchmark_of
 from dmr_pipeline.peak_memory import own_bytes
 from dmr_pipeline.plan.episodes import tried_episodes
@@ -26,9 +29,12 @@ from dmr_pipeline.plan.stages import Assumptions, Model, Need, disk, memory, sec
 from dmr_pipeline.recipe import Recipe
 from dmr_pipeline.rollout.kv_cache.choice import transcript_capacity
 from dmr_pipeline.rollout.parallel import cores, processes_on
+from dmr_pipeline.summaries import AgentSummary
 from dmr_pipeline.training.finetuning import COMPUTE
 from dmr_pipeline.training.vocabulary import exact_word_tokenizer, word_tokenizer
 
+SUCCESS = 0.85
+"""About what agents win that are worth routing; their steps follow from it."""
 PROGRAM_BYTES = 120_000_000
 """Of Dagster and what else a run has loaded, beside what has loaded here."""
 
@@ -49,10 +55,11 @@ class Plan:
     """What cannot fit, a line each; empty where all does."""
 
 
-def plan(recipe: Recipe, data_root: Path, success: float, speed: Speed | None) -> Plan:
+def plan(recipe: Recipe, data_root: Path, success: float | None, speed: Speed | None) -> Plan:
     """
     Args:
-        success: share of the games that the agent is taken to win.
+        data_root: with the agent's artifact, where there is one.
+        success: share of the games that the agent is taken to win; by default that of the validation games that it has won.
         speed: where it is not to be measured.
 
     Raises:
@@ -80,7 +87,16 @@ def plan(recipe: Recipe, data_root: Path, success: float, speed: Speed | None) -
         rows, runtime = recipe.runtime.batch_episodes, recipe.runtime
         threads = runtime.all_threads if agent.finetune is not None else runtime.threads  # as stages/agent.py has them
         speed = measured_speed(config, dtype, device, episodes, model.capacity, rows, learns_in, threads, free)
-    assumed = Assumptions(success, episodes, speed, min(processes_on(device, recipe.runtime), cores()), program)
+    won = success if success is not None else _won_by_agent(artifact_folder("agent", recipe.name, data_root))
+    said: Literal["said", "agent", "nothing"] = "said" if success is not None else "nothing" if won is None else "agent"
+    assumed = Assumptions(
+        won if won is not None else SUCCESS,
+        said,
+        episodes,
+        speed,
+        min(processes_on(device, recipe.runtime), cores()),
+        program,
+    )
     held, stored, work = memory(recipe, model, assumed), disk(recipe, model, assumed), works(recipe, model, assumed)
     needs = tuple(
         Need(name, *held.get(name, (program, 0)), stored[name], seconds(work[name], assumed) if name in work else 0.0)
@@ -97,6 +113,17 @@ def plan(recipe: Recipe, data_root: Path, success: float, speed: Speed | None) -
         free_disk(data_root),
         (*_probe_layers(recipe, model.layers), *_problems(needs, main, on_gpu, free_disk(data_root), model.on_gpu)),
     )
+
+
+def _won_by_agent(folder: Path) -> float | None:
+    """Of validation games; None where there is no artifact, or it does not say.
+
+    Raises:
+        UserError: the artifact is not whole.
+    """
+    if not folder.is_dir():
+        return None
+    return AgentSummary.model_validate(verify(folder).manifest.summary).validation_success
 
 
 def _model(recipe: Recipe, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> Model:

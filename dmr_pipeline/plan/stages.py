@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import get_args
+from typing import Literal, get_args
 
 import torch
 
@@ -25,6 +25,9 @@ DIFFERING = 0.4
 """Of the steps, those at which two rungs act otherwise, as the demo was measured."""
 TIMED_POLICIES, TIMED_GAMES = 6, 10
 """Played one at a time at the end of the evaluation."""
+PLAYED_TIMES = 4
+"""That a precision plays a test game in the evaluation: of about eight policies that it has a part in, half of whose actions are
+looked up."""
 STEP_BYTES = 1500
 """Of a step of a trajectory in tables: texts and numbers, compressed."""
 PROCESS_BYTES = 60_000_000
@@ -37,6 +40,8 @@ class Assumptions:
 
     success: float
     """Of games that the agent wins."""
+    success_from: Literal["said", "agent", "nothing"]
+    """Whether it was said; is what the agent's artifact says of validation games; or is like that of others."""
     episodes: Episodes
     speed: Speed
     processes: int
@@ -261,14 +266,18 @@ def memory(recipe: Recipe, model: Model, assumed: Assumptions) -> dict[str, tupl
     playing = assumed.processes
     splits = recipe.benchmark.splits
 
-    def caches(games: int, models: int, worst: bool = False) -> int:
+    def caches(games: int, models: int, worst: bool = False, times: int = 1, sorted_by_length: bool = False) -> int:
         """
         Args:
             worst: a precision that fails may lose all games, and write to its limit at every step.
+            times: that each game is played by a model, one after another: slots keep what the longest of their episodes took.
+            sorted_by_length: the longest episodes are gone through first, and side by side.
         """
         rows = min(recipe.runtime.batch_episodes, -(-games // playing))
-        a_slot = max(games / max(playing * rows, 1), 1)
+        a_slot = max(times * games / max(playing * rows, 1), 1)
         lost = 1 - assumed.success**a_slot  # of a slot, that one of its episodes takes all steps
+        if sorted_by_length:
+            lost = min(1.0, (1 - assumed.success) * a_slot)
         longest = lost * episodes.tokens(episodes.step_limit) + (1 - lost) * episodes.tokens(1.3 * episodes.steps)
         if worst:
             written = recipe.agent.prompt.max_action_tokens
@@ -284,18 +293,26 @@ def memory(recipe: Recipe, model: Model, assumed: Assumptions) -> dict[str, tupl
     comparing = playing * int(kl * 8 + min(kl, 1 << 23) * 40 + kl_tokens * size)
     beside = max(max(rung.acting - rung.common, rung.file) for rung in rungs)
     acting = weights_held(route)
-    fails = any(rung.weights in ("int3", "int2") for rung in recipe.precisions.ladder)
-    routed = max(splits.router_train, splits.test)
+    failing = [rung.name for rung in recipe.precisions.ladder if rung.weights in ("int3", "int2")]
+    fails = any(
+        not recipe.precisions.may_stop(name) for name in failing
+    )  # those that may are soon stopped where they do
+    begun = min(recipe.precisions.stop_beaten_after or 0, splits.validation) if failing else 0
+    behaviours, grpo = len(recipe.trajectories.behaviour) or len(route) + 1, recipe.grpo_router
     by_stage = {
         "agent": _agent_memory(recipe, model, episodes, caches(splits.validation, 1)),
         "quantized_checkpoints": model.bytes
         + beside
-        + max(caches(splits.validation, 1, fails), caches(splits.validation, 2), comparing),
-        "trajectories": acting + caches(splits.router_train, len(route)),
-        "sensitivity_dataset": acting + caches(splits.router_train, len(route)) + len(route) * (1 << 29) // 8,
+        + max(caches(splits.validation, 1, fails), caches(begun, 1, True), caches(splits.validation, 2), comparing),
+        "trajectories": acting + caches(splits.router_train, len(route), times=2),  # alone, and mixed
+        "sensitivity_dataset": acting
+        + caches(behaviours * splits.router_train, len(route), sorted_by_length=True)
+        + len(route) * (1 << 29) // 8,
         "kl_router": acting + caches(recipe.kl_router.validation_games, len(route)),
-        "grpo_router": acting + caches(recipe.grpo_router.games_per_update * recipe.grpo_router.group_size, len(route)),
-        "evaluation_report": max(acting + caches(routed, len(route)), beside + caches(splits.test, 1, fails)),
+        "grpo_router": acting + caches(max(grpo.games_per_update * grpo.group_size, grpo.validation_games), len(route)),
+        "evaluation_report": max(
+            acting + caches(splits.test, len(route), times=PLAYED_TIMES), beside + caches(splits.test, 1, fails)
+        ),
         "released_router": 0,
     }
     if model.on_gpu:

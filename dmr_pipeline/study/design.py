@@ -17,6 +17,7 @@ from dmr_pipeline.recipe.fields import Count, Name, Ratio, Section, Seed
 from dmr_pipeline.recipe.reading import load_recipe
 from dmr_pipeline.recipe.text import read_mapping
 
+STUDY_FOLDER = Path("studies")
 CHANGEABLE = ("trajectories", "sensitivity", "kl_router", "grpo_router")
 """Sections that variants may change: with the others they would play other games, or other precisions."""
 SEEDED = ("kl_router", "grpo_router")
@@ -122,9 +123,12 @@ class Study(Section):
 def load_study(path: Path) -> Study:
     """
     Raises:
-        UserError: it is malformed, or the recipe does not take its precisions or a variant's changes; or games are to be passed
-            over that the recipe's benchmark has not.
+        UserError: it is not there or malformed, or the recipe does not take its precisions or a variant's changes; or games are
+            to be passed over that the recipe's benchmark has not.
     """
+    if not path.exists():
+        known = ", ".join(sorted(map(str, STUDY_FOLDER.glob("*.yaml")))) or "none"
+        raise UserError(f"{path}: there is no such file (known studies: {known})")
     try:
         study = Study.model_validate(read_mapping(path))
     except ValidationError as error:

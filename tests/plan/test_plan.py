@@ -11,14 +11,16 @@ import yaml
 from transformers import LlamaConfig, T5Config
 
 from dmr_pipeline.agent.checkpoint import save_causal_lm
+from dmr_pipeline.artifacts.manifest import write_manifest
 from dmr_pipeline.artifacts.resume import save_state
 from dmr_pipeline.environments.benchmark import benchmark_of
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.plan import machine, predict, speed
 from dmr_pipeline.plan.episodes import Episodes, tried_episodes
 from dmr_pipeline.plan.predict import Plan, plan
+from dmr_pipeline.plan.shapes import RungShape
 from dmr_pipeline.plan.speed import Speed, measured_speed, weights_gone_through
-from dmr_pipeline.plan.stages import Assumptions, Model, Need, Work, seconds, works
+from dmr_pipeline.plan.stages import Assumptions, Model, Need, Work, memory, seconds, works
 from dmr_pipeline.recipe import Recipe
 from dmr_pipeline.recipe.agent import Agent, Finetune, Prompt
 from dmr_pipeline.recipe.kl_router import Probe, RouterModel
@@ -53,7 +55,7 @@ STAGES = [
 
 
 def assumed(success: float = 0.5, processes: int = 1) -> Assumptions:
-    return Assumptions(success, EPISODES, SPEED, processes, program_bytes=100_000_000)
+    return Assumptions(success, "said", EPISODES, SPEED, processes, program_bytes=100_000_000)
 
 
 def own_memory(found: Plan) -> dict[str, int]:
@@ -198,6 +200,71 @@ def test_more_games_take_longer_and_more_rows_more_memory() -> None:
     assert held_by_many["trajectories"] > held_by_few["trajectories"]
     assert held_by_narrow["trajectories"] < held_by_many["trajectories"]
     assert many["trajectories"].disk > 50 * few["trajectories"].disk
+
+
+def held(changes: dict[str, dict[str, object]], success: float = 0.9, rows: int = 64) -> dict[str, int]:
+    """Peaks by stage, where one process plays so many games at once."""
+    content = yaml.safe_load(RECIPE_YAML) | {"runtime": {"processes": 1, "batch_episodes": rows}}
+    for section, keys in changes.items():
+        content[section] |= keys
+    recipe = Recipe.model_validate({"name": "micro", **content})
+    rungs = {rung.name: RungShape(file=1000, acting=4000, common=500) for rung in recipe.precisions.ladder}
+    return {stage: of for stage, (of, _) in memory(recipe, replace(MODEL, rungs=rungs), assumed(success)).items()}
+
+
+def test_a_rung_that_is_stopped_where_it_fails_plays_few_games_to_their_limit() -> None:
+    """Those of `stop_beaten_after`, with the longest transcripts that there can be; the report leaves it out."""
+    games: dict[str, dict[str, object]] = {
+        "benchmark": {"splits": {"agent_train": 4, "router_train": 4, "validation": 64, "test": 64}},
+        "agent": {"prompt": {"max_action_tokens": 100}},
+    }
+    rungs = [{"name": name, "weights": name} for name in ("float", "int8", "int2")]
+    ladder = {"ladder": rungs, "route": ["float", "int8"], "kl_episodes": 1}
+    whole, few, many = (
+        held({**games, "precisions": {**ladder, **stop}}, rows=64)
+        for stop in ({}, {"stop_beaten_after": 2}, {"stop_beaten_after": 60})
+    )
+    assert few["quantized_checkpoints"] < many["quantized_checkpoints"] < whole["quantized_checkpoints"]
+    assert few["evaluation_report"] == many["evaluation_report"] < whole["evaluation_report"]
+
+
+def test_stage_2_has_room_for_the_games_that_it_is_validated_on() -> None:
+    groups = {"games_per_update": 2, "group_size": 4}
+    games: dict[str, dict[str, object]] = {
+        "benchmark": {"splits": {"agent_train": 4, "router_train": 4, "validation": 64, "test": 4}}
+    }
+    few, as_many, more = (
+        held({**games, "grpo_router": {**groups, "validation_games": count}})["grpo_router"] for count in (4, 8, 32)
+    )
+    assert few == as_many < more
+
+
+def test_labels_go_through_the_longest_episodes_first() -> None:
+    """Where enough are lost to fill all rows, it holds as much as where all are."""
+    games: dict[str, dict[str, object]] = {
+        "benchmark": {"splits": {"agent_train": 4, "router_train": 40, "validation": 4, "test": 4}}
+    }
+    all_lost, most_won, all_won = (held(games, success, rows=8) for success in (0.0, 0.8, 1.0))
+    assert all_lost["sensitivity_dataset"] == most_won["sensitivity_dataset"] > all_won["sensitivity_dataset"]
+    assert most_won["kl_router"] < all_lost["kl_router"], "episodes that are played come as they are"
+
+
+def test_the_agent_wins_what_its_artifact_says(tmp_path: Path) -> None:
+    easy = RECIPE.benchmark.model_copy(update={"step_limit": 30})  # such games are found at once
+    recipe = RECIPE.model_copy(update={"benchmark": easy})
+
+    def told(success: float | None) -> tuple[float, str]:
+        found = plan(recipe, tmp_path, success, SPEED).assumed
+        return found.success, found.success_from
+
+    assert told(None) == (predict.SUCCESS, "nothing")
+    folder = tmp_path / RECIPE.name / "agent"
+    folder.mkdir(parents=True)
+    write_manifest(folder, summary={"validation_success": 0.4, "validation_games": 4})
+    assert told(None) == (0.4, "agent")
+    assert told(0.7) == (0.7, "said")
+    write_manifest(folder, summary={})
+    assert told(None) == (predict.SUCCESS, "nothing"), "an LLM that was brought along has played none yet"
 
 
 def test_what_cannot_fit_is_refused_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,6 +36,14 @@ def test_a_variant_changes_what_it_names_and_the_seeds(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("in_repository")
+def test_a_study_is_named_by_its_file() -> None:
+    with pytest.raises(
+        UserError, match=r"^alfworld-tiny-study: there is no such file \(.*studies/alfworld-tiny-study\.yaml"
+    ):
+        load_study(Path("alfworld-tiny-study"))
+
+
+@pytest.mark.usefixtures("in_repository")
 def test_rules_alone_are_a_study(tmp_path: Path) -> None:
     study = load_study(written(tmp_path, "recipe: alfworld-tiny\nrules: [margin]\nbudgets: [0.3]\n"))
     assert (study.routers, study.rules) == ({}, ("margin",))
