@@ -96,8 +96,8 @@ def _caption(facts: LadderFacts) -> str:
     return (
         f"Success on {facts.games} validation games{_stopped(facts)}, {facts.confidence:.0%} intervals. bits: a weight, as"
         " stored. KL: to the float model, nats an action. cost: bytes that an episode's forward passes read, in episodes of"
-        f" {facts.rungs[0].name} with 16-bit weights; cache: the part of it that is keys and values. beaten by: another that"
-        " wins as much for less, or more for no more; who has none is on the front."
+        f" {facts.rungs[0].name} with 16-bit weights at a pass a token; cache: the part of it that is keys and values."
+        " beaten by: another that wins as much for less, or more for no more; who has none is on the front."
         + (" checks: corrects what another one drafts, so that its own actions are taken." if facts.checked else "")
         + _parse_failures(facts)
     )

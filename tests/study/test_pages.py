@@ -87,8 +87,7 @@ def test_what_is_said_of_the_rule_on_the_real_llm_is_what_its_results_say() -> N
         in concept
     )
     assert f"{more} alone ({low_end} to {high_end}) and what int8 wins for {to_high.saved:.0%} less" in concept
-    named = f'dmr serve alfworld-smollm2 --static "margin>{rule.thresholds[0]:.3f}"'
-    assert named in page
+    assert f"Its threshold was {rule.thresholds[0]:.3f}." in page
     assert to_low.saved_ci95[0] < 0 < to_low.saved_ci95[1]  # "not told from int4's"
 
 
@@ -338,8 +337,11 @@ def test_what_is_said_of_the_router_beside_prompt_lookup_on_other_games_is_what_
 
     costs = f"it wins {rule.success:.1%} at {rule.cost:.2f}, the router {kl.success:.1%} at {kl.cost:.2f}, int8"
     saved = f"{untrained.saved:.0%} and {router.saved:.0%} less"
-    against = f"{100 * rule_low.difference:.1f} and {100 * low.difference:.1f} points more than int4."
-    assert f"{costs} {high.success:.1%} at {high.cost:.2f}: {saved}, and {against}" in readme
+    against = f"{100 * rule_low.difference:.1f} and {100 * low.difference:.1f} points more than int4,"
+    paid = f"for {-rule_low.saved:.0%} and {-low.saved:.0%} more."
+    assert f"{costs} {high.success:.1%} at {high.cost:.2f}: {saved}, and {against} {paid}" in readme
+    (threshold,) = rule.thresholds
+    assert f'was {threshold:.3f} here: `dmr serve alfworld-smollm2 --static "margin>{threshold:.3f}"`' in page
     assert f"At equal cost the router leads by {led} {within}." in readme
     there = f"{said['kl']}, the rule {said['rule:margin']}, {router.saved:.0%} and {untrained.saved:.0%} less"
     assert f"and by {led} {within} on [900 others]" in concept
@@ -371,7 +373,7 @@ def test_what_is_said_of_the_router_on_official_games_is_what_its_results_say() 
     assert low.success == high.success == kl.success
     assert f"int4 alone won as many as int8, for {1 - low.cost / high.cost:.0%} less" in page
     there = f"{found.games} [official games](docs/results/alfworld-smollm2.md#the-official-games)"
-    assert f"On {there} int8 and int4 win {high.success:.1%} each." in readme
+    assert f"on {there} int8 and int4 win {high.success:.1%} each." in readme
     assert f"On the {found.games} official games int4 alone [won as many]" in concept
 
 
