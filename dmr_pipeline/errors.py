@@ -1,7 +1,7 @@
 """The one error that a user can mend, how text from outside is shown, and what of other errors is for a user to mend."""
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -24,6 +24,18 @@ REMEDIES = {
     errno.ELOOP: "its links go round in a circle: remove them",
 }
 """What to do about the refusals of an operating system that are a user's to mend."""
+
+
+class RaisedElsewhere(Exception):
+    """The cause of an error that comes from another process.
+
+    Args:
+        places: file and line of each frame there, the innermost last.
+    """
+
+    def __init__(self, places: Sequence[tuple[str, int]]) -> None:
+        super().__init__(f"in another process, {places[-1][0]}, line {places[-1][1]}")
+        self.places = places
 
 
 class UserError(Exception):

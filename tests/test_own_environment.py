@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import yaml
 
 from dmr_pipeline import benchmarks, pipeline
 from dmr_pipeline.artifacts.folders import artifact_folder
@@ -63,6 +64,29 @@ def test_the_recipe_reads_its_own_section(example: ModuleType, recipes: Path) ->
         file.write_text(example.RECIPE.replace("rooms: 6", line))
         with pytest.raises(UserError, match=problem):
             load_recipe("corridor", recipes)
+
+
+def test_its_section_may_hold_lists(example: ModuleType) -> None:
+    class Named(example.Corridor):
+        names: list[str]
+        pairs: tuple[str, ...]
+
+    section = Named.model_validate({**yaml.safe_load(example.RECIPE)["benchmark"], "names": ["a", "b"], "pairs": ["c"]})
+    assert (section.names, section.pairs) == (["a", "b"], ("c",))
+
+
+def test_searches_are_forced_by_what_they_begin_with(
+    example: ModuleType, recipes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = recipes / "corridor.yaml"
+    file.write_text(example.RECIPE.replace("kl_router:", "kl_router:\n  force_search: true"))
+    of_its_own = benchmarks.find("corridor")
+    for kinds in ({}, {"search": "look for "}):
+        monkeypatch.setattr(of_its_own, "step_kinds", kinds)
+        with pytest.raises(UserError, match=r"force_search: no command of corridor is a search \('search\[' \.\.\.\)"):
+            load_recipe("corridor", recipes)
+    monkeypatch.setattr(of_its_own, "step_kinds", {"search": "search["})
+    assert load_recipe("corridor", recipes).kl_router.force_search
 
 
 def test_tasks_are_read_as_they_were_made_and_no_two_splits_share_one(recipes: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from dmr_pipeline import interrupts
-from dmr_pipeline.errors import UserError, printable, refusal
+from dmr_pipeline.errors import RaisedElsewhere, UserError, printable, refusal
 
 DEFAULT_RECIPE = "alfworld-tiny"
 PACKAGE = Path(__file__).parent.parent
@@ -68,13 +68,15 @@ def _unforeseen(error: Exception) -> str:
     text = "".join(traceback.format_exception(error))
     with tempfile.NamedTemporaryFile("w", encoding="utf-8", prefix="dmr-", suffix=".log", delete=False) as file:
         file.write(text)
-    frames = traceback.extract_tb(error.__traceback__)
-    places = [i for i, frame in enumerate(frames) if PACKAGE in Path(frame.filename).parents]
+    frames = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
+    if isinstance(error.__cause__, RaisedElsewhere):
+        frames += error.__cause__.places
+    own = [i for i, (file, _) in enumerate(frames) if PACKAGE in Path(file).parents]
     place = ""
-    if places:
-        ours, theirs = frames[places[-1]], [frame for frame in frames[places[-1] + 1 :] if _of_a_user(frame.filename)]
-        calling = f", calling {theirs[-1].filename}, line {theirs[-1].lineno}" if theirs else ""
-        place = f" ({Path(ours.filename).relative_to(PACKAGE.parent)}, line {ours.lineno}{calling})"
+    if own:
+        (ours, line), theirs = frames[own[-1]], [frame for frame in frames[own[-1] + 1 :] if _of_a_user(frame[0])]
+        calling = f", calling {theirs[-1][0]}, line {theirs[-1][1]}" if theirs else ""
+        place = f" ({Path(ours).relative_to(PACKAGE.parent)}, line {line}{calling})"
     said = " ".join(str(error).split())[:SAID_CHARACTERS]
     return f"{type(error).__name__}: {said}{place}: this was not foreseen, please report it with {file.name}"
 

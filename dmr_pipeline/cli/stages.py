@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 def run(recipe: RecipeArgument) -> None:
     """Materialise every stage of a recipe that is not up to date, and show the result."""
     loaded = load_recipe(recipe)
+    for problem in loaded.kl_router.nothing_for_stage_2():
+        raise UserError(problem)
     dvc_stages.check_rendered(pipeline.STAGES, recipe_names())
     _tell_lost_entries(recipe)
     if up_to_date(loaded, [stage.name for stage in pipeline.STAGES]):

@@ -9,7 +9,6 @@ import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 from typing import Any
 from urllib.parse import unquote
 
@@ -66,10 +65,16 @@ class KnownGames:
             names |= dict.fromkeys([name, *self.benchmark.names_in(name)], game)
         return names
 
+    @cached_property
+    def _lengths(self) -> set[int]:
+        """How many parts names of games have."""
+        return {name.count("/") + 1 for name in self._games}
+
     def _names(self, task_id: str) -> list[str]:
         """Normalised names of every game that the id may mean."""
         parts = _parts(task_id)
-        return [*parts, *("/".join(pair) for pair in pairwise(parts)), *self.benchmark.names_in("/".join(parts))]
+        runs = ("/".join(parts[i : i + n]) for n in {1, 2, *self._lengths} for i in range(len(parts) - n + 1))
+        return [*runs, *self.benchmark.names_in("/".join(parts))]
 
 
 def _text(task_id: str) -> str:

@@ -96,7 +96,7 @@ class TextVectorEnv(VectorEnv[tuple[str, ...], Sequence[str], Any]):
                 observations.append(observation)
         truncations = self._steps >= self.step_limit
         self._ended = terminations | truncations
-        return tuple(observations), rewards, terminations, truncations, self._infos(terminations)
+        return tuple(observations), rewards, terminations, truncations, self._infos(terminations & (rewards >= 1))
 
     @property
     def state(self) -> VectorState:

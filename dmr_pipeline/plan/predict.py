@@ -111,7 +111,11 @@ def plan(recipe: Recipe, data_root: Path, success: float | None, speed: Speed | 
         main,
         on_gpu,
         free_disk(data_root),
-        (*_probe_layers(recipe, model.layers), *_problems(needs, main, on_gpu, free_disk(data_root), model.on_gpu)),
+        (
+            *recipe.kl_router.nothing_for_stage_2(),
+            *_probe_layers(recipe, model.layers),
+            *_problems(needs, main, on_gpu, free_disk(data_root), model.on_gpu),
+        ),
     )
 
 

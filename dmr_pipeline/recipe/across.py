@@ -94,6 +94,15 @@ def _played_advantages(agent: Agent, kl_router: KlRouter) -> Iterator[str]:
         )
 
 
+def _drawn_advantages(trajectories: Trajectories, kl_router: KlRouter) -> Iterator[str]:
+    shares = [[share for share in policy.shares.values() if share > 0] for policy in trajectories.behaviour]
+    if kl_router.target == "advantage" and shares and all(len(of) == 1 for of in shares):
+        yield (
+            "kl_router.target: advantage learns from episodes in which rungs are drawn at each step; add a policy with shares of"
+            " several rungs to trajectories.behaviour"
+        )
+
+
 def _greedy_features(agent: Agent, kl_router: KlRouter) -> Iterator[str]:
     """What is recorded of drafts and margins for training is of greedy actions."""
     greedy = agent.action == "generate" and agent.temperature == 0
@@ -123,8 +132,11 @@ def _thoughts_of_looks(benchmark: Games, agent: Agent) -> Iterator[str]:
 
 
 def _forced_searches(benchmark: Games, kl_router: KlRouter) -> Iterator[str]:
-    if kl_router.force_search and "search" not in benchmarks.find(benchmark.environment).step_kinds:
-        yield f"kl_router.force_search: nothing is searched in {benchmark.environment}; leave it out"
+    if not kl_router.force_search:
+        return
+    there, wanted = (benchmarks.find(name).step_kinds.get("search") for name in (benchmark.environment, "webshop"))
+    if there != wanted:
+        yield f"kl_router.force_search: no command of {benchmark.environment} is a search ({wanted!r} ...); leave it out"
 
 
 def _short_games(agent: Agent) -> Iterator[str]:
@@ -175,6 +187,7 @@ _ACROSS: tuple[Callable[..., Iterator[str]], ...] = (
     _reference_model,
     _branches_of_all_rungs,
     _played_advantages,
+    _drawn_advantages,
     _greedy_features,
     _swapped_steps,
     _thoughts_of_looks,

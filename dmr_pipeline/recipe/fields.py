@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from typing import Annotated, Any, Self, TypeVar
+from typing import Annotated, Any, Self, TypeVar, get_origin
 
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -34,7 +34,7 @@ Seed = Annotated[int, Field(ge=0), at_most(MOST_SEED, "numpy takes no larger see
 Rate = Annotated[float, Field(ge=1e-9), at_most(1.0, "no optimiser here learns with larger steps")]
 Ratio = Annotated[float, Field(ge=0.001, le=0.999)]
 """Of high precision, for a router: always-high and always-low need none, and are in every report."""
-Confidence = Annotated[float, Field(ge=0.5, lt=1.0)]
+Confidence = Annotated[float, Field(ge=0.5, le=0.999999)]
 """Of an interval: at 1 it would be everything."""
 Bootstrap = Annotated[int, Field(gt=0), at_most(1_000_000, "resamples times games are held in memory")]
 Batch = Annotated[int, Field(gt=0), at_most(100_000, "they are held in memory at once")]
@@ -70,10 +70,14 @@ class Section(FrozenModel):
     @model_validator(mode="before")
     @classmethod
     def _lists_are_tuples(cls, content: Any) -> Any:  # noqa: ANN401 - what a recipe file holds
-        """YAML knows lists, sections hold tuples."""
+        """YAML knows lists, sections hold tuples, unless a benchmark of one's own says otherwise."""
         if not isinstance(content, dict):
             return content
-        return {key: tuple(value) if isinstance(value, list) else value for key, value in content.items()}
+        lists = {name for name, field in cls.model_fields.items() if get_origin(field.annotation) is list}
+        return {
+            key: tuple(value) if isinstance(value, list) and key not in lists else value
+            for key, value in content.items()
+        }
 
     @model_validator(mode="after")
     def _without_problems(self) -> Self:

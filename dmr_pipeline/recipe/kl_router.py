@@ -143,6 +143,14 @@ class KlRouter(Section):
     )
     seed: Seed = Field(0, description="of the weights and of the episodes' order")
 
+    def nothing_for_stage_2(self) -> Iterator[str]:
+        """What keeps stage 2 from starting with this router; stage 1 and studies take it."""
+        if self.model.probe is not None and self.model.probe.neighbours is not None:
+            yield (
+                "kl_router.model.probe.neighbours: neighbours have no weights for stage 2 to train; leave it out, or stay with"
+                " stage 1 (`dmr materialize kl_router`, or a study)"
+            )
+
     def problems(self) -> Iterator[tuple[str, str]]:
         if self.estimator != "r_learner" and self.target != "advantage":
             yield "estimator", f"is of advantages, but target is {self.target!r}; leave it out"

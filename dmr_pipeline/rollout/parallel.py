@@ -18,6 +18,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 
+from dmr_pipeline.errors import RaisedElsewhere
 from dmr_pipeline.interrupts import SIGNALS
 from dmr_pipeline.recipe.runtime import Runtime
 
@@ -103,7 +104,8 @@ def in_processes(
                 if kind == "told":
                     told(value)
                 elif kind == "failed":
-                    raise value
+                    error, places = value
+                    raise error from RaisedElsewhere(places)
                 else:
                     results[index] = value
                     del running[receiver]
@@ -130,7 +132,8 @@ def _child(work: Work[Item, Message, Result], part: Sequence[Item], sender: Conn
     try:
         sender.send(("done", work(part, tell)))
     except Exception as error:  # noqa: BLE001 - it is raised again in the parent
-        sender.send(("failed", _for_the_parent(error)))
+        places = [(frame.filename, frame.lineno or 0) for frame in traceback.extract_tb(error.__traceback__)]
+        sender.send(("failed", (_for_the_parent(error), places)))
 
 
 def _for_the_parent(error: Exception) -> Exception:

@@ -15,9 +15,13 @@ from dmr_pipeline.recipe.agent import Finetune, Imitation, Training
 from dmr_pipeline.recipe.model import Pretrained
 from dmr_pipeline.rollout.kv_cache.choice import transcript_capacity, way_of
 from dmr_pipeline.rollout.prompts import Prompter
+from dmr_pipeline.training.examples import refuse_lost_commands
 from dmr_pipeline.training.finetuning import COMPUTE, adam, add_adapter, merged_copy, save_adapter
 from dmr_pipeline.training.train import make_optimizers, new_model, success_rate, train
 from dmr_pipeline.training.vocabulary import exact_word_tokenizer, word_tokenizer
+
+TRIED_GAMES = 50
+"""Whose expert's commands are to come back from a tokenizer that was made here."""
 
 
 def agent(context: StageContext) -> StageResult:
@@ -54,6 +58,7 @@ def _train(context: StageContext, training: Training, device: torch.device) -> S
     new_tokenizer = exact_word_tokenizer if benchmark.exact_words else word_tokenizer
     tokenizer = new_tokenizer(benchmark.texts(dealt))
     prompter = Prompter.of(tokenizer, recipe.agent.prompt)
+    refuse_lost_commands(tasks[:TRIED_GAMES], prompter, recipe.benchmark.step_limit, benchmark.exact_words)
     with out_of_memory_names("agent.training.architecture"):
         positions = recipe.agent.max_transcript_tokens
         model = new_model(training.architecture, len(tokenizer), training.seed, positions).to(device)

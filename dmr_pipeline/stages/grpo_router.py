@@ -19,7 +19,7 @@ from dmr_pipeline.router.grpo import Scorer, Session, settings_at_ratio, train
 from dmr_pipeline.router.kl import ROUTER_FOLDER, calibrate_threshold, play_games, untrained
 from dmr_pipeline.router.model import Router, RouterSettings, load_router, save_router
 from dmr_pipeline.router.policies import routing_policy
-from dmr_pipeline.router.probe import NeighboursHead, ProbeHead
+from dmr_pipeline.router.probe import ProbeHead
 from dmr_pipeline.summaries import GrpoSummary
 
 
@@ -39,12 +39,7 @@ def grpo_router(context: StageContext) -> StageResult:
         return anew(router, recipe, rollouts) if section.start == "untrained" else router
 
     start = load()
-    if isinstance(start.model, NeighboursHead):
-        raise UserError(
-            "kl_router.model.probe.neighbours: neighbours have no weights for stage 2 to train; leave it out, or stay with"
-            " stage 1 (`dmr materialize kl_router`, or a study)"
-        )
-    for problem in section.too_small_to_branch(len(rollouts.route)):
+    for problem in (*recipe.kl_router.nothing_for_stage_2(), *section.too_small_to_branch(len(rollouts.route))):
         raise UserError(problem)
     scorer = Scorer(rollouts, start.pass_bytes, section)
     settings = settings_at_ratio(start, scorer, validation, context.scratch)

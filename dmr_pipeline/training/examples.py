@@ -1,9 +1,11 @@
 """Training sequences for the agent: transcripts with the expert's action as target at every step."""
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dmr_pipeline.environments.base import Task
+from dmr_pipeline.errors import UserError
 from dmr_pipeline.rollout.prompts import Moment, Prompter
 from dmr_pipeline.rollout.trajectory import Trajectory
 
@@ -66,6 +68,36 @@ def expert_example(task: Task, prompter: Prompter, step_limit: int, mistake_rate
         moment = Moment(done + 1, step_limit - done, episode.admissible_commands)
         segment = prompter.turn(observation, task.instruction, moment)
     return builder.build()
+
+
+def refuse_lost_commands(tasks: Sequence[Task], prompter: Prompter, step_limit: int, exact_words: bool) -> None:
+    """Of the expert's episodes of these tasks: what its commands are once an agent of this tokenizer has written them.
+
+    Args:
+        exact_words: as of `Benchmark`.
+
+    Raises:
+        UserError: another command comes back, so that no agent could ever issue this one. Case and blanks at the ends are no
+            difference.
+    """
+    for task in tasks:
+        episode, expert = task.episode(), task.expert()
+        expert.observe(None, episode.reset())
+        for _ in range(step_limit):
+            wanted = expert.act()
+            written = prompter.command(prompter.action(wanted, expert.think()))
+            if written.strip().casefold() != wanted.strip().casefold():
+                remedy = (
+                    "its words are not all in what `texts` returns" if exact_words else "set exact_words = True there"
+                )
+                raise UserError(
+                    f"agent.training: the command {wanted!r} of task {task.task_id} would come back as {written!r} from the word"
+                    f" tokenizer that is made of the benchmark's texts: {remedy}"
+                )
+            observation, _, over = episode.step(wanted)
+            if over:
+                break
+            expert.observe(wanted, observation)
 
 
 def demonstration_example(task: Task, prompter: Prompter, rng: random.Random) -> Example:

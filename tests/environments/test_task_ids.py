@@ -1,6 +1,7 @@
 import pytest
 
 from dmr_pipeline.environments.alfworld.benchmark import GeneratedGames, OfficialGames
+from dmr_pipeline.environments.benchmark import Benchmark
 from dmr_pipeline.environments.task_ids import KnownGames
 from dmr_pipeline.environments.webshop.benchmark import GeneratedShop
 
@@ -95,6 +96,23 @@ def test_a_goal_under_any_spelling(spelled):
     assert WEBSHOP.held_out(spelled.format(1501)) is None
     assert WEBSHOP.is_known(spelled.format(1501))
     assert not WEBSHOP.is_known(spelled.format(1502))
+
+
+@pytest.mark.parametrize(
+    "spelled", ["shop/checkout/17", "Shop/Checkout/17/", "runs/3/shop/checkout/17", "shop/checkout/17/log.json"]
+)
+def test_a_game_of_many_parts_under_any_spelling(spelled):
+    """As a benchmark of one's own may name them, which knows no other spellings."""
+
+    class Own(Benchmark):
+        pass
+
+    known = KnownGames(Own, {"shop/checkout/17": "test", "shop/checkout/18": "router_train", "alone": "router_train"})
+    assert "in the split test" in known.held_out(spelled)
+    other = spelled.replace("17", "18")
+    assert known.held_out(other) is None
+    assert known.is_known(other)
+    assert not known.is_known("checkout/17")
 
 
 def test_a_name_of_no_game_is_not_known():

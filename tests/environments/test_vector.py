@@ -67,6 +67,36 @@ def test_it_says_what_gymnasium_says() -> None:
     assert min(ended.values()) > 0, ended
 
 
+class Lost:
+    """A game that ends at once, with half of the reward or all of it, as its id says."""
+
+    task_type, instruction = "buy", "buy one"
+
+    def __init__(self, task_id: str) -> None:
+        self.task_id = task_id
+
+    def episode(self) -> "Lost":
+        return self
+
+    def first_observation(self) -> str:
+        return "a shop"
+
+    def admissible_commands(self) -> list[str]:
+        return ["buy"]
+
+    def step(self, command: str) -> tuple[str, float, bool]:
+        return "bought", float(self.task_id), True
+
+
+def test_an_episode_that_ends_without_the_whole_reward_is_not_won() -> None:
+    env = TextVectorEnv([Lost("0.5"), Lost("1.0")], num_envs=8, step_limit=5)  # type: ignore[list-item]
+    env.reset(seed=0)
+    _, rewards, terminations, _, infos = env.step(["buy"] * 8)
+    assert terminations.all()
+    assert infos["won"].tolist() == [float(task) == 1 for task in infos["task_id"]] == (rewards == 1).tolist()
+    assert set(infos["task_id"]) == {"0.5", "1.0"}
+
+
 def _walk(env: TextVectorEnv, steps: int, seed: int) -> list[Any]:
     rng = random.Random(seed)
     history = []

@@ -136,7 +136,10 @@ ALFWORLD: list[tuple[str, dict[str, object], str]] = [
     ("scored-thoughts", {"agent.action": "score"},
      "agent.action: an agent that thinks first must generate its actions"),
     ("thoughtless-looks", {"agent.prompt.thought_end": LEFT_OUT}, "agent: the looks of alfworld teach thoughts"),
-    ("nothing-to-search", {"kl_router.force_search": True}, "kl_router.force_search: nothing is searched in alfworld"),
+    ("nothing-to-search", {"kl_router.force_search": True}, "kl_router.force_search: no command of alfworld is a search"),
+    ("nothing-drawn", {"kl_router.target": "advantage", "trajectories.behaviour": [
+        {"name": "high", "shares": {"float": 1.0}}, {"name": "low", "shares": {"int2": 1.0, "float": 0.0}}]},
+     "kl_router.target: advantage learns from episodes in which rungs are drawn at each step; add a policy"),
     ("looks-that-know-no-step", {"agent.prompt.opening": "{task} {observation} {steps_left}"},
      "agent.training.looks_per_update: looks know no {steps_left}, which prompt.opening names: set it to 0"),
     ("unknown-placeholder", {"agent.prompt.opening": "{tusk}"},

@@ -346,6 +346,23 @@ def test_layers_that_a_probe_reads_and_a_brought_model_has_not_are_a_problem(tmp
         assert found.problems == problems
 
 
+def test_a_router_that_stage_2_cannot_train_is_refused_before_anything_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not only after all stages before it; a study, and stage 1 by itself, take it."""
+    monkeypatch.chdir(tmp_path)
+    Path("recipes").mkdir()
+    content = yaml.safe_load(RECIPE_YAML)
+    content["kl_router"]["model"] = {"probe": {"layers": [1], "neighbours": 3}}
+    Path("recipes/micro.yaml").write_text(yaml.safe_dump(content))
+    assert dmr("recipe", "check", "micro").exit_code == 0
+    for command in (["run", "micro"], ["plan", "micro", "--read-speed", "1000", "--write-speed", "100"]):
+        done = dmr(*command)
+        assert done.exit_code == 2
+        assert "kl_router.model.probe.neighbours: neighbours have no weights for stage 2 to train" in done.stderr
+    assert not Path("data").exists()
+
+
 def test_learning_is_timed_with_its_own_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speed, "_learning", lambda *_: float(torch.get_num_threads()))
     before = torch.get_num_threads()

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dmr_pipeline.errors import UserError
+from dmr_pipeline.errors import RaisedElsewhere, UserError
 from dmr_pipeline.recipe.runtime import Runtime
 from dmr_pipeline.rollout.parallel import gather, in_processes, processes_on, scatter
 
@@ -94,6 +94,8 @@ def test_an_error_comes_back_as_it_was_and_ends_the_others(tmp_path: Path):
         in_processes(work, scatter([0, 1], 2))
     assert not any(tmp_path.iterdir())
     assert "in work" in caught.value.__notes__[0]  # where it happened
+    assert isinstance(caught.value.__cause__, RaisedElsewhere)
+    assert caught.value.__cause__.places[-1] == (__file__, work.__code__.co_firstlineno + 2)
     assert psutil.Process().children() == others
 
 

@@ -12,6 +12,7 @@ from dmr_pipeline.environments.alfworld.generator import generate_game
 from dmr_pipeline.environments.alfworld.words import alfworld_texts
 from dmr_pipeline.environments.base import Demonstration
 from dmr_pipeline.environments.webshop.benchmark import GeneratedWebShop
+from dmr_pipeline.errors import UserError
 from dmr_pipeline.recipe import Recipe
 from dmr_pipeline.recipe.across import problems_across
 from dmr_pipeline.recipe.agent import Prompt
@@ -26,9 +27,10 @@ from dmr_pipeline.training.examples import (
     ExampleBuilder,
     demonstration_example,
     expert_example,
+    refuse_lost_commands,
     relabelled_example,
 )
-from dmr_pipeline.training.vocabulary import word_tokenizer
+from dmr_pipeline.training.vocabulary import exact_word_tokenizer, word_tokenizer
 
 
 def prompter() -> Prompter:
@@ -142,6 +144,52 @@ def test_an_episode_that_the_expert_played_teaches_what_the_experts_own_does() -
         played.steps.append(Step(segment, action, command, observation, ALONE, ()))
         segment = p.turn(observation, game.instruction)
     assert relabelled_example(played, p) == wanted
+
+
+class Expert:
+    """Of a game that one command wins."""
+
+    def __init__(self, command: str) -> None:
+        self.command = command
+
+    def observe(self, command: str | None, observation: str) -> None:
+        pass
+
+    def act(self) -> str:
+        return self.command
+
+    def think(self) -> str:
+        return ""
+
+
+@pytest.mark.parametrize(
+    ("command", "written"),
+    [("take the key", "take key"), ("turn dial to 75", "turn dial to"), ("go up-left", "go up left")],
+)
+def test_commands_that_no_agent_could_write_are_refused_before_it_is_trained(
+    monkeypatch: pytest.MonkeyPatch, command: str, written: str
+) -> None:
+    game = generate_game(3)[0]
+    monkeypatch.setattr(Game, "expert", lambda _: Expert(command))
+    texts = [f"{command} {game.instruction}"]
+    short, exact = (Prompter.of(made(texts), Prompt()) for made in (word_tokenizer, exact_word_tokenizer))
+    said = (
+        rf"the command '{command}' of task {game.task_id} would come back as '{written}.*: set exact_words = True there"
+    )
+    with pytest.raises(UserError, match=said):
+        refuse_lost_commands([game], short, 2, exact_words=False)
+    refuse_lost_commands([game], exact, 2, exact_words=True)
+    other = Prompter.of(exact_word_tokenizer(["look"]), Prompt())
+    with pytest.raises(UserError, match="its words are not all in what `texts` returns"):
+        refuse_lost_commands([game], other, 2, exact_words=True)
+
+
+def test_commands_of_the_benchmarks_here_can_be_written() -> None:
+    refuse_lost_commands([generate_game(seed)[0] for seed in range(30)], prompter(), 50, exact_words=False)
+    with pytest.raises(UserError, match="would come back as"):
+        refuse_lost_commands(
+            [generate_game(3)[0]], Prompter.of(word_tokenizer(["go"]), Prompt()), 50, exact_words=False
+        )
 
 
 def test_only_alfworlds_looks_need_thoughts() -> None:
