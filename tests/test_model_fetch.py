@@ -5,13 +5,15 @@ import errno
 import os
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from filelock import FileLock
+from gguf import GGUFWriter, RopeScalingType
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
@@ -263,7 +265,7 @@ def test_names_that_files_cannot_have(stand: Stand, tmp_path: Path) -> None:
 
 
 def test_files_that_cannot_be_converted(stand: Stand, tmp_path: Path) -> None:
-    cut, odd, bare = (tmp_path / f"{name}.gguf" for name in ("cut", "odd", "bare"))
+    cut, odd, bare, more = (tmp_path / f"{name}.gguf" for name in ("cut", "odd", "bare", "more"))
     cut.write_bytes(stand.gguf.read_bytes()[:5000])
     write_gguf(tiny_llama(len(TOKENIZER)), odd, tokenizer=TOKENIZER, split="unheard-of")
     bare.write_bytes(b"GGUF")
@@ -272,4 +274,38 @@ def test_files_that_cannot_be_converted(stand: Stand, tmp_path: Path) -> None:
         "models", "fetch", str(odd)
     )
     assert "bare.gguf: it is no whole GGUF file" in refused("models", "fetch", str(bare))
+
+    def biased(writer: GGUFWriter) -> None:
+        writer.add_tensor("blk.0.attn_q.bias", np.ones(64, np.float32))
+
+    write_gguf(tiny_llama(len(TOKENIZER)), more, tokenizer=TOKENIZER, also=biased)
+    with pytest.raises(UserError, match=r"more\.gguf: .* some are left over \(of attn_k\.weight, .*attn_q\.bias"):
+        fetch_file(more, None)
+
+
+@pytest.mark.parametrize(
+    ("scaled", "said"),
+    [
+        (lambda writer: writer.add_rope_scaling_type(RopeScalingType.YARN), "llama.rope.scaling.type yarn"),
+        (lambda writer: writer.add_tensor("rope_freqs.weight", np.ones(8, np.float32)), "rope_freqs.weight"),
+        (lambda writer: writer.add_float32("llama.rope.scale_linear", 4.0), "llama.rope.scale_linear 4.0"),
+    ],
+)
+def test_positions_that_are_scaled_would_be_lost(
+    tmp_path: Path, scaled: Callable[[GGUFWriter], None], said: str
+) -> None:
+    """As those of Llama 3.1 and 3.2 are; transformers makes a model without, which answers otherwise from the first token."""
+    path = tmp_path / "scaled.gguf"
+    write_gguf(tiny_llama(len(TOKENIZER)), path, tokenizer=TOKENIZER, also=scaled)
+    with pytest.raises(UserError, match=rf"scaled\.gguf: it scales its rotary positions \({said}\), which is not read"):
+        fetch_file(path, None)
+
+
+def test_positions_that_are_said_to_be_plain_are(tmp_path: Path) -> None:
+    path = tmp_path / "plain.gguf"
+    write_gguf(
+        tiny_llama(len(TOKENIZER)), path, tokenizer=TOKENIZER,
+        also=lambda writer: writer.add_rope_scaling_type(RopeScalingType.NONE),
+    )  # fmt: skip
+    assert fetch_file(path, None).is_dir()
     assert fetched("odd") is None

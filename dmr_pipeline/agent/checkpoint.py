@@ -14,7 +14,11 @@ from typing import Literal
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.errors import (  # type: ignore[attr-defined] # HTTPError is of its HTTP client, whichever that is
+    HTTPError,
+    StrictDataclassError,
+    XetDownloadError,
+)
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -230,7 +234,7 @@ def unusable_files(what: str) -> Iterator[None]:
         raise
     except (
         OSError, ValueError, ImportError, LookupError, ArithmeticError, AttributeError, TypeError, RuntimeError, UserWarning,
-        SafetensorError, StrictDataclassError,
+        SafetensorError, StrictDataclassError, HTTPError, XetDownloadError,
     ) as error:  # fmt: skip
         reason = " ".join(str(error).split())
         raise UserError(f"{what} cannot be loaded: {type(error).__name__}: {reason[:_LONGEST_REASON]}") from error

@@ -1,5 +1,6 @@
 """A GGUF file as a checkpoint folder of safetensors: weights, config, tokenizer and chat template."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKEN
 from dmr_pipeline.agent.checkpoint import save_causal_lm, unusable_files
 from dmr_pipeline.agent.formats import refuse_architecture
 from dmr_pipeline.errors import UserError
-from dmr_pipeline.precision.gguf_file import gguf_config, load_gguf, open_gguf
+from dmr_pipeline.precision.gguf_file import gguf_config, load_gguf, open_gguf, refuse_left_over
 
 _NORMS_EPSILON = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps")
 """What configs call the number that their norms divide by at least."""
@@ -33,12 +34,13 @@ def convert_gguf(path: Path, folder: Path, name: str) -> None:
         name: what an error calls the model.
 
     Raises:
-        UserError: the file is cut, no causal LM, lacks tensors or a tokenizer, or its tokenizer splits text in a way that is
-            not known here.
+        UserError: the file is cut, no causal LM, lacks tensors or a tokenizer, has tensors that its architecture has not, scales
+            its rotary positions, or its tokenizer splits text in a way that is not known here.
     """
     try:
         reader = open_gguf(path)
         with unusable_files("it"):
+            _refuse_scaled_positions(reader)
             tokenizer = _tokenizer(path, reader)
             config = gguf_config(path)
             refuse_architecture(name, config)
@@ -47,6 +49,7 @@ def convert_gguf(path: Path, folder: Path, name: str) -> None:
             for epsilon in set(_NORMS_EPSILON) & set(config.to_dict()):
                 setattr(config, epsilon, float(str(np.float32(getattr(config, epsilon)))))
             model = load_gguf(path, config, _CPU)
+            refuse_left_over(reader, model)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     ends = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
@@ -55,6 +58,23 @@ def convert_gguf(path: Path, folder: Path, name: str) -> None:
     model.generation_config = GenerationConfig(**ends)
     tokenizer.model_max_length = config.max_position_embeddings
     save_causal_lm(model, tokenizer, folder, torch.bfloat16)
+
+
+def _refuse_scaled_positions(reader: GGUFReader) -> None:
+    """Transformers reads nothing of how rotary positions are scaled, and so makes another model (Llama 3.1, linear, YaRN).
+
+    Raises:
+        UserError: they are.
+    """
+    fields = [name for name in reader.fields if re.search(r"\.rope\.(scaling\.type|scale_linear)$", name)]
+    said = [f"{name} {reader.fields[name].contents()}" for name in fields]
+    scaling = [text for text in said if not text.endswith((" none", " 1.0"))]
+    scaling += [tensor.name for tensor in reader.tensors if tensor.name.startswith("rope_")]
+    if scaling:
+        raise UserError(
+            f"it scales its rotary positions ({scaling[0]}), which is not read from GGUF files here: take the model's original"
+            " checkpoint, a folder or a hub id"
+        )
 
 
 def _tokenizer(path: Path, reader: GGUFReader) -> PreTrainedTokenizerBase:

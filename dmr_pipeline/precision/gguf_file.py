@@ -3,10 +3,11 @@ tensors; transformers dequantizes these and undoes how llama.cpp orders the rows
 
 import re
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from gguf import GGUFReader
+from gguf import GGUFReader, ReaderTensor
 from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig, PreTrainedConfig, PreTrainedModel
 
 from dmr_pipeline.errors import UserError
@@ -39,7 +40,7 @@ def gguf_bytes(reader: GGUFReader, model: PreTrainedModel) -> tuple[int, Importe
     """Bits of most of the layers' weights, and what the file stores.
 
     Raises:
-        UserError: its embeddings are not of the model's shape, or no layer is quantized.
+        UserError: its embeddings are not of the model's shape, no layer is quantized, or tensors are left over.
     """
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     ours = model.get_input_embeddings().weight
@@ -58,6 +59,7 @@ def gguf_bytes(reader: GGUFReader, model: PreTrainedModel) -> tuple[int, Importe
     bits = re.match(r"[A-Z]+(\d)", kind)
     if kind in _FLOATS or bits is None:
         raise UserError(f"its layers are stored in {kind}, so it is no quantized model")
+    refuse_left_over(reader, model)
     head = tensors.get(_HEAD)
     tied = ours is model.get_output_embeddings().weight
     if tied and head is not None:
@@ -86,6 +88,32 @@ def gguf_vocabulary(reader: GGUFReader) -> dict[str, int] | None:
         return None
     kinds = [_NORMAL] * len(tokens.data) if types is None else types.contents()
     return {token: i for i, (token, kind) in enumerate(zip(tokens.contents(), kinds, strict=True)) if kind == _NORMAL}
+
+
+def refuse_left_over(reader: GGUFReader, model: PreTrainedModel) -> None:
+    """Transformers passes over tensors that it knows no place for.
+
+    Args:
+        model: that the file's tensors are to be all of. It may hold more, such as a head of its own.
+
+    Raises:
+        UserError: they are more numbers than the model has.
+    """
+    head = model.get_output_embeddings()
+    tied = head is not None and head.weight is model.get_input_embeddings().weight
+    counted = [t for t in reader.tensors if not t.name.startswith("rope_") and not (tied and t.name == _HEAD)]
+    there = sum(int(tensor.n_elements) for tensor in counted)
+    of_model = sum({tensor.data_ptr(): tensor.numel() for tensor in model.state_dict().values()}.values())
+    if there > of_model:
+        raise UserError(
+            f"its tensors hold {there:,} numbers, the model that they are read into {of_model:,}: some are left over (of"
+            f" {_kinds(counted)}), so that it would be another model"
+        )
+
+
+def _kinds(tensors: Sequence[ReaderTensor]) -> str:
+    """What a layer's tensors are called, and those of no layer."""
+    return ", ".join(sorted({re.sub(r"^blk\.\d+\.", "", tensor.name) for tensor in tensors}))
 
 
 def load_gguf(path: Path, config: PreTrainedConfig, device: torch.device) -> PreTrainedModel:

@@ -16,6 +16,7 @@ int4, int3 and int2 fail under `torch.inference_mode`; use `torch.no_grad`.
 
 import copy
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
@@ -192,6 +193,11 @@ def _quantize_head(
     rounded: Mapping[str, WeightQBitsTensor],
 ) -> None:
     """Give the model a head of the rung's own, in place. An input embedding tied to it stays as it is."""
+    head = model.get_submodule(name)
+    if isinstance(
+        head.bias, nn.Parameter
+    ):  # one that is tied to another would not be read again once the config says untied
+        head.bias = nn.Parameter(head.bias.detach().clone(), requires_grad=False)
     own = {name: rounded[name]} if name in rounded else {}
     _quantize(model, f"q{weights}", None, optimizer if weights in GROUPED else None, include=[name], rounded=own)
     for config in (model.config, model.config.get_text_config()):
@@ -216,20 +222,21 @@ def _conv1d_to_linear(model: PreTrainedModel) -> None:
 
 def _refuse_float_layers(model: PreTrainedModel, rung: Rung, kept: list[str]) -> None:
     """Raise a UserError if of all matrices, embeddings and `kept` modules aside, too many weights are still float."""
-    sizes, kinds = {True: 0, False: 0}, set()
+    sizes, left = {True: 0, False: 0}, Counter[str]()
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding) or any(fnmatch(name, pattern) for pattern in kept):
             continue
         quantized = isinstance(module, QModuleMixin) and module.weight_qtype is not None
         matrices = sum(p.numel() for p in module.parameters(recurse=False) if p.ndim > 1)
         sizes[quantized] += matrices
-        if matrices and not quantized:
-            kinds.add(f"{type(module).__name__} ({name})")
+        if not quantized:
+            left[f"{type(module).__name__} ({name})"] = matrices
     share = sizes[True] / max(1, sum(sizes.values()))
     if share < LEAST_SHARE:
         raise UserError(
-            f"rung {rung.name!r} would leave {1 - share:.0%} of the weights in float that it is to quantize: {min(kinds)} and"
-            " the like are no linear layers; choose another model, or keep them in float by name (keep_float)"
+            f"rung {rung.name!r} would leave {1 - share:.0%} of the weights in float that it is to quantize:"
+            f" {left.most_common(1)[0][0]} and the like are no linear layers; choose another model, or keep them in float"
+            " by name (keep_float)"
         )
 
 

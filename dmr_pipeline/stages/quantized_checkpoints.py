@@ -100,8 +100,8 @@ def quantized_checkpoints(context: StageContext) -> StageResult:
             )
             rung_facts = _rung_facts(rung, recipe)
             table = kept.read(**rung_facts)
+            whole = [rows for rows in measured if len(rows) == len(games)]
             if table is None:
-                whole = [rows for rows in measured if len(rows) == len(games)]
                 table = _played_until_beaten(
                     rung,
                     games,
@@ -128,6 +128,8 @@ def quantized_checkpoints(context: StageContext) -> StageResult:
             else:
                 log.info("rung %s: measured before, and not changed since", rung.name)
                 progress.advance(bar, len(games))
+                if recipe.precisions.may_stop(rung.name) and _is_beaten(first := _first(table, recipe), whole, recipe):
+                    table = first  # as if it had stopped there
             del acting  # before the next one is made
             measured.append(table)
             facts.append(
@@ -205,15 +207,24 @@ def _played_until_beaten(
     if begun is None:
         begun = play(first)
         kept.write(begun, **facts, first=len(first))
-    mine, *others = (rows.rename({"bytes": "cost"}) for rows in (begun, *dearer))
-    beaten = beaten_by(mine, dict(enumerate(others)), recipe.precisions.confidence) is not None
     rest = games[len(first) :]
-    if beaten and rest:
+    if rest and _is_beaten(_first(begun, recipe), dearer, recipe):
         log.info("rung %s: beaten on the first %d games, and stopped", rung.name, len(first))
         return begun
     table = pl.concat([begun, play(rest)]) if rest else begun
     kept.write(table, **facts)
     return table
+
+
+def _first(table: pl.DataFrame, recipe: Recipe) -> pl.DataFrame:
+    """Of a rung that may stop: its rows of the games after which it does."""
+    return table[: recipe.precisions.stop_beaten_after]
+
+
+def _is_beaten(first: pl.DataFrame, dearer: Sequence[pl.DataFrame], recipe: Recipe) -> bool:
+    """Whether a rung is beaten on its first games by one that has played all."""
+    mine, *others = (rows.rename({"bytes": "cost"}) for rows in (first, *dearer))
+    return beaten_by(mine, dict(enumerate(others)), recipe.precisions.confidence) is not None
 
 
 def _write(ladder: LadderFacts, folder: Path) -> None:

@@ -4,14 +4,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
+import httpx2
 import pytest
 import torch
+from huggingface_hub.errors import XetDownloadError
 from peft import LoraConfig, PeftConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from dmr_pipeline.agent import checkpoint
-from dmr_pipeline.agent.checkpoint import float_dtype, load_causal_lm, resolve_device, save_causal_lm
+from dmr_pipeline.agent.checkpoint import float_dtype, load_causal_lm, local_folder, resolve_device, save_causal_lm
 from dmr_pipeline.errors import UserError
 from tests.helpers.checkpoints import save, tiny_model, word_tokenizer
 
@@ -304,3 +306,15 @@ def test_a_hub_id_of_a_model_or_of_a_base_is_loaded_at_its_commit(
     tokens = torch.arange(10)[None]
     torch.testing.assert_close(merged(tokens).logits, adapted(tokens).logits, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(merged(tokens).logits, model(tokens).logits, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    "error", [httpx2.ProxyError("403 Forbidden"), httpx2.ReadTimeout("cut"), XetDownloadError("cut")]
+)
+def test_a_network_that_fails_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def cut(*_: object, **__: object) -> str:
+        raise error
+
+    monkeypatch.setattr(checkpoint, "snapshot_download", cut)
+    with pytest.raises(UserError, match=rf"^model 'some/llm'.* cannot be loaded: {type(error).__name__}: {error}$"):
+        local_folder("some/llm", "a" * 40)

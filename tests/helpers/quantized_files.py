@@ -2,6 +2,7 @@
 
 import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -153,15 +154,18 @@ def write_gguf(
     tokens: list[str] | None = None,
     tokenizer: PreTrainedTokenizerFast | None = None,
     split: str = "smollm",
+    also: Callable[[GGUFWriter], None] = lambda _: None,
 ) -> tuple[PreTrainedModel, int]:
     """The model as a GGUF file; and the model that it is, with the bytes of all its tensors.
 
     Args:
         tokenizer: byte-level BPE that the file gets whole, with its chat template, in place of mere `tokens`.
         split: what the file then calls the splitting of text.
+        also: writes something else to the file.
     """
     config = model.config
     writer = GGUFWriter(path, config.model_type)
+    also(writer)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)

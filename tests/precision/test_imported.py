@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
@@ -337,7 +338,7 @@ def test_what_cannot_be_a_rung_is_one_line(
         (float_model(vocab_size=48), "embeddings of 48 tokens, the agent of 40"),
         (float_model(num_hidden_layers=3), "its num_hidden_layers is 3, the agent's 2"),
         (float_model(hidden_size=96), "its hidden_size is 96, the agent's 64"),
-        (float_model(head_dim=32), "has the shape|wide|of another shape"),
+        (float_model(head_dim=32), "has the shape|wide|of another shape|left over"),
         (
             float_model(seed=1),
             r"embeddings differ from the agent's by 14\d% of their norm: it was made from another model",
@@ -391,6 +392,11 @@ def test_a_gguf_of_other_tokens_bits_or_parts_is_refused(tmp_path: Path) -> None
         inspect(float_model(), TOKENIZER, rung(path, "int2"))
     write_gguf(float_model(), path, "F16")
     with pytest.raises(UserError, match="its layers are stored in F16, so it is no quantized model"):
+        inspect(float_model(), TOKENIZER, rung(path))
+    write_gguf(
+        float_model(), path, also=lambda writer: writer.add_tensor("blk.0.strange.weight", np.ones(8, np.float32))
+    )
+    with pytest.raises(UserError, match=r"some are left over \(of .*strange\.weight"):
         inspect(float_model(), TOKENIZER, rung(path))
     with pytest.raises(UserError, match=r"folder of GGUF files: name one of them, such as model\.gguf"):
         inspect(float_model(), TOKENIZER, rung(tmp_path))

@@ -277,6 +277,10 @@ def test_a_rung_that_is_beaten_on_the_first_games_stops_there(
     assert read_ladder(tmp_path / "beaten").model_dump(mode="json") == summary
     assert stopping("again", "anew")[0] == summary
     assert played == []
+    assert stopping("played on before", "kept")[0] == summary, (
+        "a run before, in which it did not stop, makes no difference"
+    )
+    assert played == []
 
 
 def test_a_ladder_in_the_agents_dtype_by_low_bit_kernels(context: StageContext) -> None:

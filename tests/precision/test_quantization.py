@@ -12,7 +12,7 @@ from optimum.quanto import QLinear, qint2, qint4, qtype, quantize_weight
 from optimum.quanto.library.extensions import extension
 from pydantic import ValidationError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     BioGptConfig,
@@ -29,6 +29,7 @@ from transformers import (
 from dmr_pipeline.errors import UserError
 from dmr_pipeline.precision.quantization import MseRanges, dequantize, load_rung, quantize_rung, rung_size, save_rung
 from dmr_pipeline.recipe.precisions import Rung
+from tests.helpers.kinds import KINDS
 
 CPU = torch.device("cpu")
 VOCABULARY, WIDTH, FEED_FORWARD, LAYERS = 40, 160, 192, 2
@@ -359,6 +360,21 @@ def test_a_rung_that_would_leave_experts_in_float_is_refused(config: PretrainedC
         quantize_rung(of(config), rung("int2"))
     knowingly = quantize_rung(of(config), rung("int2", keep_float=["lm_head", "*.experts"]))
     assert 0 < rung_size(knowingly).quantized_share < 0.6
+
+
+def test_the_matrices_that_are_most_of_what_is_left_in_float_are_named() -> None:
+    with pytest.raises(UserError, match=r"it is to quantize: \w*Experts \(model\.layers"):
+        quantize_rung(of(KINDS["qwen3-next"]()), rung("int4"))
+
+
+@pytest.mark.parametrize("head", ["int8", "int4"])
+def test_a_head_with_a_bias_that_is_tied_is_read_as_it_was_written(tmp_path: Path, head: str) -> None:
+    model = of(KINDS["bert-decoder"]())
+    nn.init.normal_(model.cls.predictions.bias)
+    quantized = quantize_rung(model, rung("int8" if head == "int8" else "int4", head=head))
+    save_rung(quantized, tmp_path)
+    assert_same(logits(load_rung(tmp_path, CPU)), logits(quantized))
+    assert float(quantized.cls.predictions.decoder.bias.abs().max()) > 0
 
 
 def test_lm_head_is_the_head_whatever_the_model_calls_it(tmp_path: Path) -> None:
