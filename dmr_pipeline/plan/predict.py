@@ -87,16 +87,9 @@ def plan(recipe: Recipe, data_root: Path, success: float | None, speed: Speed | 
         rows, runtime = recipe.runtime.batch_episodes, recipe.runtime
         threads = runtime.all_threads if agent.finetune is not None else runtime.threads  # as stages/agent.py has them
         speed = measured_speed(config, dtype, device, episodes, model.capacity, rows, learns_in, threads, free)
-    won = success if success is not None else _won_by_agent(artifact_folder("agent", recipe.name, data_root))
-    said: Literal["said", "agent", "nothing"] = "said" if success is not None else "nothing" if won is None else "agent"
-    assumed = Assumptions(
-        won if won is not None else SUCCESS,
-        said,
-        episodes,
-        speed,
-        min(processes_on(device, recipe.runtime), cores()),
-        program,
-    )
+    won, known_from = _success(success, artifact_folder("agent", recipe.name, data_root))
+    processes = min(processes_on(device, recipe.runtime), cores())
+    assumed = Assumptions(won, known_from, episodes, speed, processes, program)
     held, stored, work = memory(recipe, model, assumed), disk(recipe, model, assumed), works(recipe, model, assumed)
     needs = tuple(
         Need(name, *held.get(name, (program, 0)), stored[name], seconds(work[name], assumed) if name in work else 0.0)
@@ -119,15 +112,22 @@ def plan(recipe: Recipe, data_root: Path, success: float | None, speed: Speed | 
     )
 
 
-def _won_by_agent(folder: Path) -> float | None:
-    """Of validation games; None where there is no artifact, or it does not say.
+def _success(said: float | None, agent: Path) -> tuple[float, Literal["said", "agent", "nothing"]]:
+    """Share of the games that the agent is taken to win, and whence it is known, as `Assumptions` has them.
+
+    Args:
+        agent: folder of its artifact; it need not exist.
 
     Raises:
         UserError: the artifact is not whole.
     """
-    if not folder.is_dir():
-        return None
-    return AgentSummary.model_validate(verify(folder).manifest.summary).validation_success
+    if said is not None:
+        return said, "said"
+    if agent.is_dir():
+        won = AgentSummary.model_validate(verify(agent).manifest.summary).validation_success
+        if won is not None:
+            return won, "agent"
+    return SUCCESS, "nothing"
 
 
 def _model(recipe: Recipe, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> Model:

@@ -294,9 +294,8 @@ def memory(recipe: Recipe, model: Model, assumed: Assumptions) -> dict[str, tupl
     beside = max(max(rung.acting - rung.common, rung.file) for rung in rungs)
     acting = weights_held(route)
     failing = [rung.name for rung in recipe.precisions.ladder if rung.weights in ("int3", "int2")]
-    fails = any(
-        not recipe.precisions.may_stop(name) for name in failing
-    )  # those that may are soon stopped where they do
+    # Those that may stop do so soon.
+    fails = any(not recipe.precisions.may_stop(name) for name in failing)
     begun = min(recipe.precisions.stop_beaten_after or 0, splits.validation) if failing else 0
     behaviours, grpo = len(recipe.trajectories.behaviour) or len(route) + 1, recipe.grpo_router
     by_stage = {

@@ -17,6 +17,7 @@ from dmr_pipeline.precision.gguf_file import gguf_config, load_gguf, open_gguf, 
 
 _NORMS_EPSILON = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps")
 """What configs call the number that their norms divide by at least."""
+_SCALING = re.compile(r"\.rope\.(scaling\.type|scale_linear)$")
 _CPU = torch.device("cpu")
 _BYTE_LEVEL = "gpt2"
 _PLAIN = (None, "default", "gpt-2")
@@ -66,9 +67,8 @@ def _refuse_scaled_positions(reader: GGUFReader) -> None:
     Raises:
         UserError: they are.
     """
-    fields = [name for name in reader.fields if re.search(r"\.rope\.(scaling\.type|scale_linear)$", name)]
-    said = [f"{name} {reader.fields[name].contents()}" for name in fields]
-    scaling = [text for text in said if not text.endswith((" none", " 1.0"))]
+    said = {name: field.contents() for name, field in reader.fields.items() if _SCALING.search(name)}
+    scaling = [f"{name} {value}" for name, value in said.items() if value not in ("none", 1.0)]
     scaling += [tensor.name for tensor in reader.tensors if tensor.name.startswith("rope_")]
     if scaling:
         raise UserError(

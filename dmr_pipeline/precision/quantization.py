@@ -194,9 +194,8 @@ def _quantize_head(
 ) -> None:
     """Give the model a head of the rung's own, in place. An input embedding tied to it stays as it is."""
     head = model.get_submodule(name)
-    if isinstance(
-        head.bias, nn.Parameter
-    ):  # one that is tied to another would not be read again once the config says untied
+    if isinstance(head.bias, nn.Parameter):
+        # One that is tied to another parameter would not be read again once the config says that nothing is tied.
         head.bias = nn.Parameter(head.bias.detach().clone(), requires_grad=False)
     own = {name: rounded[name]} if name in rounded else {}
     _quantize(model, f"q{weights}", None, optimizer if weights in GROUPED else None, include=[name], rounded=own)

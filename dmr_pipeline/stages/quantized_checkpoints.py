@@ -128,7 +128,8 @@ def quantized_checkpoints(context: StageContext) -> StageResult:
             else:
                 log.info("rung %s: measured before, and not changed since", rung.name)
                 progress.advance(bar, len(games))
-                if recipe.precisions.may_stop(rung.name) and _is_beaten(first := _first(table, recipe), whole, recipe):
+                first = table[: recipe.precisions.stop_beaten_after]
+                if recipe.precisions.may_stop(rung.name) and _is_beaten(first, whole, recipe):
                     table = first  # as if it had stopped there
             del acting  # before the next one is made
             measured.append(table)
@@ -208,17 +209,12 @@ def _played_until_beaten(
         begun = play(first)
         kept.write(begun, **facts, first=len(first))
     rest = games[len(first) :]
-    if rest and _is_beaten(_first(begun, recipe), dearer, recipe):
+    if rest and _is_beaten(begun, dearer, recipe):
         log.info("rung %s: beaten on the first %d games, and stopped", rung.name, len(first))
         return begun
     table = pl.concat([begun, play(rest)]) if rest else begun
     kept.write(table, **facts)
     return table
-
-
-def _first(table: pl.DataFrame, recipe: Recipe) -> pl.DataFrame:
-    """Of a rung that may stop: its rows of the games after which it does."""
-    return table[: recipe.precisions.stop_beaten_after]
 
 
 def _is_beaten(first: pl.DataFrame, dearer: Sequence[pl.DataFrame], recipe: Recipe) -> bool:
